@@ -1,0 +1,1 @@
+"""Self-Distillation Policy Optimization in JAX."""

@@ -1,0 +1,201 @@
+"""Every setting of a run, as frozen dataclasses. `sdpo_jax.recipe` reads them from TOML and writes them back.
+
+A name carries its unit (`prompts_per_step`, `max_response_tokens`). The objective is a tagged union: each
+objective has its own settings, and a setting of another objective is an unknown key.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the weights come from."""
+
+    path: str = "nano"
+    """`nano` (the embedded model) or a folder in Hugging Face layout."""
+    random_init: bool = False
+    """Take only config and tokenizer from `path` and draw fresh weights from the run's seed."""
+    remat: Literal["none", "full"] = "none"
+    """What the backward pass recomputes: nothing, or each layer (less memory, one more forward)."""
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """Who asks the questions and grades the answers."""
+
+    kind: Literal["tool_calls"] = "tool_calls"
+    """`tool_calls`: generated requests, answered by one structured call."""
+    train_prompts: int = 2048
+    """Number of distinct training prompts."""
+    held_out_prompts: int = 256
+    """Number of distinct held-out prompts, disjoint from the training prompts."""
+    families: tuple[str, ...] = ()
+    """Task families to draw from; empty means all."""
+    seed: int = 0
+    """Seed of the prompts, apart from the run's seed: every run sees the same tasks."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the model answers."""
+
+    prompts_per_step: int = 16
+    rollouts_per_prompt: int = 8
+    max_prompt_tokens: int = 128
+    """A longer prompt stops the run with its id: questions are never cut silently."""
+    max_response_tokens: int = 48
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What the teacher sees and how its weights follow the student."""
+
+    weights: Literal["ema", "frozen", "live"] = "ema"
+    """`ema`: moves towards the student once a step; `frozen`: the initial model; `live`: the student."""
+    ema_rate: float = 0.05
+    """Teacher <- (1 - rate) * teacher + rate * student, in float32, once per generation batch."""
+    demonstration: Literal["first", "shortest", "random", "none"] = "first"
+    """Which successful sibling is shown: the first in batch order, the shortest, a seeded choice, none."""
+    exclude_own_success: bool = True
+    """Never show a rollout its own success."""
+    feedback: bool = True
+    """Show the environment's feedback on the rollout."""
+    feedback_only_without_demonstration: bool = True
+    """Show feedback only where no demonstration is available."""
+    remove_thinking: bool = True
+    """Cut `<think>...</think>` from demonstrations."""
+    success_threshold: float = 1.0
+    """A rollout whose reward reaches this may serve as a demonstration."""
+    max_prompt_tokens: int = 512
+    """Cap of the re-prompt; the demonstration is cut first, then the feedback, then the question's start."""
+    max_feedback_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class SdpoObjective:
+    """Self-distillation from feedback and successful siblings (arXiv 2601.20802)."""
+
+    name: Literal["sdpo"] = "sdpo"
+    alpha: float = 0.5
+    """0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon."""
+    importance_cap: float = 2.0
+    """Upper bound of the detached ratio of new to rollout probability, per token."""
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Mean over active tokens (the paper), or over all rows of token means (what the released code does)."""
+
+
+@dataclass(frozen=True)
+class GrpoObjective:
+    """Group-relative policy optimisation, with the improvements that the paper grants its baseline."""
+
+    name: Literal["grpo"] = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+
+
+@dataclass(frozen=True)
+class SftObjective:
+    """Cross-entropy on demonstrations; needs `[data]` and no environment."""
+
+    name: Literal["sft"] = "sft"
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+
+
+Objective = SdpoObjective | GrpoObjective | SftObjective
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Demonstrations for `sft`."""
+
+    source: str = "tool_call_corpus"
+    """`tool_call_corpus` (generated; the nano model's own pre-training text) or a JSONL file with
+    `prompt` and `response` in each row."""
+    rows_per_step: int = 64
+    max_tokens: int = 256
+    """Prompt and response together; a longer row is reported and skipped or stops the run."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad row does; skipped rows are counted and named."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 5
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    """Global gradient norm above which the gradient is scaled down."""
+    b1: float = 0.9
+    b2: float = 0.999
+    max_skipped_updates: int = 3
+    """Consecutive non-finite updates that are skipped before the run stops."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How many steps, cut how."""
+
+    steps: int = 60
+    mini_batches: int = 1
+    """Optimiser updates per generation batch; above 1 the later ones are off-policy."""
+    micro_batch_rows: int = 128
+    """Rows per forward and backward pass; the result does not depend on it."""
+    head_chunk_tokens: int = 1024
+    """Tokens whose logits exist at a time."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per axis. `data = -1` takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out accuracy during training."""
+
+    every_steps: int = 10
+    """0 evaluates only before and after training."""
+    prompts: int = 256
+    samples_per_prompt: int = 2
+    temperature: float = 1.0
+    batch_prompts: int = 64
+    """Prompts decoded at a time."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Orbax checkpoints in the run directory."""
+
+    every_steps: int = 10
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    run_dir: str = ""
+    """Where metrics, checkpoints and results go; empty means `runs/RECIPE`."""
+    seed: int = 0
+    objective: Objective = field(default_factory=SdpoObjective)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

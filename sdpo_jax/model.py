@@ -1,0 +1,93 @@
+"""What the engine asks of a language model: pure functions over a pytree of parameters.
+
+The engine (sampling, teacher, training) knows no model family. It receives a `Model`, a NamedTuple of
+functions; `sdpo_models.transformer.build_model` makes one from a `config.json`.
+
+Dimension key, one for the project: `B` rows, `T` completion tokens, `S` full sequence, `M` packed tokens,
+`V` vocabulary, `K` top-k support, `D` width, `L` layers, `P` prompts in a step, `G` rollouts per prompt,
+`N = P·G`, `H` key-value heads, `d` head size.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Params = Any
+"""A pytree of arrays; leaves of the layer stack carry a leading `L`."""
+
+
+class Prefix(NamedTuple):
+    """What prefill leaves behind, once per prompt, shared by its `G` rollouts."""
+
+    keys: jax.Array  # [L, P, H, S, d]
+    values: jax.Array  # [L, P, H, S, d]
+    lengths: jax.Array  # [P] int32, real tokens of each prompt
+    last_hidden: jax.Array  # [P, D], final-norm hidden state of each prompt's last real token
+
+
+class SuffixCache(NamedTuple):
+    """Keys and values of the tokens that a rollout has produced so far."""
+
+    keys: jax.Array  # [L, N, H, T, d]
+    values: jax.Array  # [L, N, H, T, d]
+
+
+class InitFn(Protocol):
+    """`init(key) -> params`."""
+
+    def __call__(self, key: jax.Array, /) -> Params: ...
+
+
+class HiddenFn(Protocol):
+    """`hidden(params, tokens[B, S], positions[B, S], segments[B, S]) -> [B, S, D]`.
+
+    Final-norm hidden states. A token attends to the tokens of its own segment that are not after it;
+    segment 0 is padding and its rows are undefined but finite.
+    """
+
+    def __call__(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array, /
+    ) -> jax.Array: ...
+
+
+class HeadFn(Protocol):
+    """`head(params) -> [D, V]`, the matrix from final-norm hidden states to logits."""
+
+    def __call__(self, params: Params, /) -> jax.Array: ...
+
+
+class PrefillFn(Protocol):
+    """`prefill(params, tokens[P, S], lengths[P]) -> Prefix`; prompts padded on the right."""
+
+    def __call__(self, params: Params, tokens: jax.Array, lengths: jax.Array, /) -> Prefix: ...
+
+
+class CacheFn(Protocol):
+    """`suffix_cache(rows, max_tokens) -> SuffixCache` of zeros."""
+
+    def __call__(self, rows: int, max_tokens: int, /) -> SuffixCache: ...
+
+
+class DecodeFn(Protocol):
+    """`decode(params, prefix, cache, tokens[N], step[N]) -> (hidden[N, D], cache)`.
+
+    Feeds token number `step` of each rollout's response. Row `n` continues prompt `n // G`, where
+    `G = N // P`. The cache is updated in place when donated or carried through a loop.
+    """
+
+    def __call__(
+        self, params: Params, prefix: Prefix, cache: SuffixCache, tokens: jax.Array, step: jax.Array, /
+    ) -> tuple[jax.Array, SuffixCache]: ...
+
+
+class Model(NamedTuple):
+    """A decoder-only language model as pure functions."""
+
+    init: InitFn
+    logical_axes: Params  # the params pytree with a tuple of logical axis names (or None) per leaf
+    hidden: HiddenFn
+    head: HeadFn
+    prefill: PrefillFn
+    suffix_cache: CacheFn
+    decode: DecodeFn
+    vocabulary: int
