@@ -1,1 +1,1 @@
-"""data"""
+"""Demonstrations from JSONL, prompts in a resumable order, ragged rows in fixed shapes."""

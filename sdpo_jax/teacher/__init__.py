@@ -1,1 +1,1 @@
-"""teacher"""
+"""What the teacher sees, which weights it has, and its forward pass."""

@@ -1,0 +1,311 @@
+"""A decoder-only transformer as pure functions over a pytree with stacked layers.
+
+Pre-norm blocks with grouped-query attention, rotary positions and a gated MLP; optional query-key norm
+(Qwen 3) and projection biases (Qwen 2). One block serves three passes that differ only in how they attend:
+`hidden` (whole sequences, segments), `prefill` (prompts, keys and values kept) and `decode` (one token per
+rollout against the shared prompt and its own cache). Layers run under `lax.scan`, so that compile time does
+not grow with depth.
+
+Dimension key: sdpo_jax/model.py; here also `Q` query heads, `F` MLP width, `R = Q / H`.
+Validated against the PyTorch model of `transformers` (tests/test_transformer.py).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sdpo_jax.model import Model, Params, Prefix, SuffixCache
+from sdpo_models.architecture import Architecture
+
+
+class Leaf(NamedTuple):
+    """A parameter's shape, logical axes and the standard deviation of its initial draw (None: ones)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    scale: float | None
+
+
+def parameter_table(a: Architecture) -> dict[str, Any]:
+    """Declares every parameter once; init, sharding and file formats derive from it."""
+    d, out = a.width**-0.5, (2 * a.layers) ** -0.5
+    q, kv = a.heads * a.head_size, a.kv_heads * a.head_size
+    layer: dict[str, Leaf] = {
+        "attention_norm": Leaf((a.width,), ("embed",), None),
+        "query": Leaf((a.width, q), ("embed", "heads"), d),
+        "key": Leaf((a.width, kv), ("embed", "kv_heads"), d),
+        "value": Leaf((a.width, kv), ("embed", "kv_heads"), d),
+        "output": Leaf((q, a.width), ("heads", "embed"), q**-0.5 * out),
+        "mlp_norm": Leaf((a.width,), ("embed",), None),
+        "gate": Leaf((a.width, a.mlp_width), ("embed", "mlp"), d),
+        "up": Leaf((a.width, a.mlp_width), ("embed", "mlp"), d),
+        "down": Leaf((a.mlp_width, a.width), ("mlp", "embed"), a.mlp_width**-0.5 * out),
+    }
+    if a.query_key_norm:
+        layer |= {name: Leaf((a.head_size,), (None,), None) for name in ("query_norm", "key_norm")}
+    if a.attention_bias:
+        layer["query_bias"] = Leaf((q,), ("heads",), 0.0)
+        layer["key_bias"] = Leaf((kv,), ("kv_heads",), 0.0)
+        layer["value_bias"] = Leaf((kv,), ("kv_heads",), 0.0)
+    table: dict[str, Any] = {
+        "embedding": Leaf((a.vocabulary, a.width), ("vocab", "embed"), d),
+        "layers": {
+            name: Leaf((a.layers, *leaf.shape), ("layers", *leaf.axes), leaf.scale)
+            for name, leaf in layer.items()
+        },
+        "final_norm": Leaf((a.width,), ("embed",), None),
+    }
+    if not a.tied_head:
+        table["head"] = Leaf((a.width, a.vocabulary), ("embed", "vocab"), d)
+    return table
+
+
+def _is_leaf(x: object) -> bool:
+    return isinstance(x, Leaf)
+
+
+def init(a: Architecture, key: jax.Array) -> Params:
+    """Draws float32 parameters; residual outputs are scaled down by the square root of 2·L."""
+    leaves, tree = jax.tree.flatten(parameter_table(a), is_leaf=_is_leaf)
+    keys = jax.random.split(key, len(leaves))
+    values = [
+        jnp.ones(leaf.shape) if leaf.scale is None else leaf.scale * jax.random.normal(k, leaf.shape)
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, values)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return (normed * _like(scale.astype(jnp.float32), x)).astype(x.dtype)
+
+
+def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector over the last axis of `x`, with ones for the others (rank promotion is an error)."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotates `x: [..., heads, d]` by `positions: [...]`, halves as pairs (Hugging Face's convention)."""
+    d = x.shape[-1]
+    # The angle is computed in float32 whatever x is: bfloat16 cannot tell position 257 from 258.
+    frequency = theta ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
+    angle = positions[..., None, None].astype(jnp.float32) * _like(frequency, x)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""`attend(q[..., Q, d], k[..., H, d], v[..., H, d]) -> (out[..., Q, d], kept)`."""
+
+
+def block(
+    a: Architecture, layer: Params, x: jax.Array, positions: jax.Array, attend: Attend
+) -> tuple[jax.Array, Any]:
+    """One transformer layer on `x: [..., D]` at `positions: [...]`; returns what `attend` kept, too."""
+    with jax.named_scope("attention"):
+        h = rms_norm(x, layer["attention_norm"], a.norm_epsilon)
+        q, k, v = (_project(a, layer, h, name) for name in ("query", "key", "value"))
+        if a.query_key_norm:
+            q = rms_norm(q, layer["query_norm"], a.norm_epsilon)
+            k = rms_norm(k, layer["key_norm"], a.norm_epsilon)
+        out, kept = attend(rotary(q, positions, a.rope_theta), rotary(k, positions, a.rope_theta), v)
+        x = x + out.reshape(*x.shape[:-1], -1) @ layer["output"].astype(x.dtype)
+    with jax.named_scope("mlp"):
+        h = rms_norm(x, layer["mlp_norm"], a.norm_epsilon)
+        gate, up = h @ layer["gate"].astype(x.dtype), h @ layer["up"].astype(x.dtype)
+        return x + (jax.nn.silu(gate) * up) @ layer["down"].astype(x.dtype), kept
+
+
+def _project(a: Architecture, layer: Params, h: jax.Array, name: str) -> jax.Array:
+    out = h @ layer[name].astype(h.dtype)
+    if a.attention_bias:
+        out = out + _like(layer[f"{name}_bias"].astype(h.dtype), out)
+    return out.reshape(*h.shape[:-1], -1, a.head_size)
+
+
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention of `q: [B, S, Q, d]` over `k, v: [B, S, H, d]` where `mask: [B, S, S]` allows.
+
+    A row that may attend to nothing attends to everything evenly: finite, and never read.
+    """
+    b, s, heads, d = q.shape
+    q = q.reshape(b, s, k.shape[2], -1, d)
+    scores = jnp.einsum("bqhrd,bkhd->bhrqk", q, k, preferred_element_type=jnp.float32) * d**-0.5
+    scores = jnp.where(mask[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhrqk,bkhd->bqhrd", weights, v).reshape(b, s, heads, d)
+
+
+def causal_mask(segments: jax.Array) -> jax.Array:
+    """`[B, S] -> [B, S, S]`: same segment and not after."""
+    order = jnp.arange(segments.shape[1])
+    same = segments[:, :, None] == segments[:, None, :]
+    return same & (order[None, :, None] >= order[None, None, :])
+
+
+class Settings(NamedTuple):
+    """How to compute, as against what: static under jit."""
+
+    dtype: Any
+    remat: Literal["none", "full"]
+
+
+def hidden(
+    a: Architecture,
+    settings: Settings,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+) -> jax.Array:
+    """Final-norm hidden states `[B, S, D]`; see `sdpo_jax.model.HiddenFn`."""
+    mask = causal_mask(segments)
+
+    def layer_step(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        x, _ = block(
+            a, layer, x, positions, lambda q, k, v: (masked_attention(q, k, v, mask), None)
+        )
+        return x, None
+
+    if settings.remat == "full":
+        layer_step = jax.checkpoint(layer_step)
+    x = params["embedding"].astype(settings.dtype)[tokens]
+    x, _ = jax.lax.scan(layer_step, x, params["layers"])
+    return rms_norm(x, params["final_norm"], a.norm_epsilon)
+
+
+def head(a: Architecture, settings: Settings, params: Params) -> jax.Array:
+    """The matrix `[D, V]` from hidden states to logits; the embedding's transpose where tied."""
+    matrix = params["embedding"].T if a.tied_head else params["head"]
+    return matrix.astype(settings.dtype)
+
+
+def prefill(
+    a: Architecture, settings: Settings, params: Params, tokens: jax.Array, lengths: jax.Array
+) -> Prefix:
+    """Runs prompts `[P, S]`, padded on the right; see `sdpo_jax.model.PrefillFn`."""
+    p, s = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(s)[None], (p, s))
+    mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
+
+    def layer_step(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
+        return block(
+            a, layer, x, positions, lambda q, k, v: (masked_attention(q, k, v, mask), (k, v))
+        )
+
+    x = params["embedding"].astype(settings.dtype)[tokens]
+    x, (keys, values) = jax.lax.scan(layer_step, x, params["layers"])
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    heads_first = partial(jnp.swapaxes, axis1=2, axis2=3)
+    return Prefix(
+        heads_first(keys), heads_first(values), lengths, rms_norm(last, params["final_norm"], a.norm_epsilon)
+    )
+
+
+def suffix_cache(a: Architecture, settings: Settings, rows: int, max_tokens: int) -> SuffixCache:
+    """An empty cache, head before position: the layout that a TPU decodes in place."""
+    shape = (a.layers, rows, a.kv_heads, max_tokens, a.head_size)
+    return SuffixCache(jnp.zeros(shape, settings.dtype), jnp.zeros(shape, settings.dtype))
+
+
+def prefix_and_suffix_attention(
+    q: jax.Array, prefix: tuple[jax.Array, jax.Array, jax.Array], suffix: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
+    """One query per rollout over its prompt and its own tokens.
+
+    `q: [N, Q, d]`; prefix keys and values `[P, H, S, d]` with a mask `[P, S]`, read once for all `G`
+    rollouts of a prompt; suffix keys and values `[N, H, T, d]` with a mask `[N, T]`.
+    """
+    (pk, pv, p_mask), (sk, sv, s_mask) = prefix, suffix
+    n, heads, d = q.shape
+    p, kv = pk.shape[:2]
+    g, r = n // p, heads // kv
+    scale = d**-0.5
+    grouped = q.reshape(p, g, kv, r, d)
+    a = jnp.einsum("pghrd,phsd->pghrs", grouped, pk, preferred_element_type=jnp.float32) * scale
+    a = jnp.where(p_mask[:, None, None, None], a, -1e30).reshape(n, kv, r, -1)
+    b = jnp.einsum(
+        "nhrd,nhtd->nhrt", q.reshape(n, kv, r, d), sk, preferred_element_type=jnp.float32
+    )
+    b = jnp.where(s_mask[:, None, None], b * scale, -1e30)
+    weights = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1).astype(sv.dtype)
+    a, b = jnp.split(weights, [pk.shape[2]], axis=-1)
+    out = jnp.einsum("pghrs,phsd->pghrd", a.reshape(p, g, kv, r, -1), pv).reshape(n, kv, r, d)
+    return (out + jnp.einsum("nhrt,nhtd->nhrd", b, sv)).reshape(n, heads, d)
+
+
+def decode(
+    a: Architecture,
+    settings: Settings,
+    params: Params,
+    prefix: Prefix,
+    cache: SuffixCache,
+    tokens: jax.Array,
+    step: jax.Array,
+) -> tuple[jax.Array, SuffixCache]:
+    """One token for every rollout; see `sdpo_jax.model.DecodeFn`."""
+    n, max_tokens = tokens.shape[0], cache.keys.shape[3]
+    group = n // prefix.lengths.shape[0]
+    positions = jnp.repeat(prefix.lengths, group) + step
+    p_mask = jnp.arange(prefix.keys.shape[3])[None] < prefix.lengths[:, None]
+    s_mask = jnp.arange(max_tokens)[None] <= step[:, None]
+    rows = jnp.arange(n)
+
+    def layer_step(carry: tuple[jax.Array, jax.Array, jax.Array], xs: Any) -> tuple[Any, None]:
+        x, keys, values = carry
+        index, layer, pk, pv = xs
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            # A scatter per row, not dynamic_update_slice: XLA:TPU copies the whole cache for the latter.
+            new_keys = keys.at[index, rows, :, step].set(k)
+            new_values = values.at[index, rows, :, step].set(v)
+            suffix = (new_keys[index], new_values[index], s_mask)
+            return prefix_and_suffix_attention(q, (pk, pv, p_mask), suffix), (new_keys, new_values)
+
+        x, (keys, values) = block(a, layer, x, positions, attend)
+        return (x, keys, values), None
+
+    x = params["embedding"].astype(settings.dtype)[tokens]
+    xs = (jnp.arange(a.layers), params["layers"], prefix.keys, prefix.values)
+    (x, keys, values), _ = jax.lax.scan(layer_step, (x, cache.keys, cache.values), xs)
+    return rms_norm(x, params["final_norm"], a.norm_epsilon), SuffixCache(keys, values)
+
+
+def build_model(
+    a: Architecture, *, dtype: Any = jnp.float32, remat: Literal["none", "full"] = "none"
+) -> Model:
+    """The pure functions of `a`, computing in `dtype` from parameters of any float type."""
+    settings = Settings(dtype, remat)
+    axes = jax.tree.map(lambda leaf: leaf.axes, parameter_table(a), is_leaf=_is_leaf)
+    return Model(
+        init=partial(init, a),
+        logical_axes=axes,
+        hidden=partial(hidden, a, settings),
+        head=partial(head, a, settings),
+        prefill=partial(prefill, a, settings),
+        suffix_cache=partial(suffix_cache, a, settings),
+        decode=partial(decode, a, settings),
+        vocabulary=a.vocabulary,
+    )
+
+
+def parameter_count(a: Architecture) -> int:
+    """Number of parameters."""
+    shapes = jax.tree.leaves(parameter_table(a), is_leaf=_is_leaf)
+    total = 0
+    for leaf in shapes:
+        size = 1
+        for n in leaf.shape:
+            size *= n
+        total += size
+    return total
+
+

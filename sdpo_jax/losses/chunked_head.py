@@ -1,0 +1,219 @@
+"""The vocabulary head, a chunk of tokens at a time: all logits `[M, V]` never exist.
+
+Forward and gradient of a chunk are computed together, while its logits are there. What is kept is the gradient
+of the hidden states `[M, D]` and one accumulated gradient of the head `[D, V]`; the backward pass multiplies
+both by the incoming scalar. Student and teacher then cost four head matmuls, where recomputation costs six.
+
+Chunks are strided: chunk i of n holds tokens i, i + n, i + 2n, ... A token axis that is sharded over a mesh
+stays sharded inside each chunk, so no token moves, as long as the shards divide the chunk.
+
+The gradient is exact for any per-token loss and any scale of the result. Reverse mode only: forward mode
+(`jvp`) and second derivatives are not defined.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from sdpo_jax.losses.arrays import loss_dtype
+
+Metrics: TypeAlias = dict[str, jax.Array]
+
+PerTokenLoss: TypeAlias = Callable[[jax.Array, Any, Any], tuple[jax.Array, Metrics]]
+"""`(logits[C, V], aux, constants) -> (loss[C], metrics of [C] each)`, of one chunk of C tokens.
+
+It may close over Python values, not over arrays: those come as `aux` (leading axis C) or `constants` (whole).
+"""
+
+
+def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """Multiply [M, D] by [D, V] in the precision of `hidden`, accumulated in float32.
+
+    >>> head_logits(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
+    dtype('float32')
+    """
+    return jnp.einsum(
+        "md,dv->mv",
+        hidden,
+        head.astype(hidden.dtype),
+        preferred_element_type=loss_dtype(hidden),
+    )
+
+
+def chunked_head(
+    per_token_loss: PerTokenLoss,
+    hidden: jax.Array,
+    head: jax.Array,
+    aux: Any,
+    weights: jax.Array,
+    *,
+    chunk: int,
+    constants: Any = None,
+) -> tuple[jax.Array, Metrics]:
+    """Σ_m weights[m] · per_token_loss(hidden[m] · head)[m], and the metrics of each token.
+
+    Differentiable in `hidden` and `head`; everything else is detached. A token of weight 0 adds nothing to
+    the value or to a gradient, whatever its rows hold.
+
+    Args:
+        per_token_loss: see `PerTokenLoss`; `objectives` has one per objective.
+        hidden: [M, D], final hidden states at the positions that predict a token.
+        head: [D, V]; cast to the dtype of `hidden` for the product, its gradient accumulates in float32.
+        aux: pytree of arrays with leading axis M.
+        weights: [M], from `token_mean_weights` or `sequence_mean_weights`.
+        chunk: how many tokens may have logits at a time; M is cut evenly.
+        constants: pytree that every chunk sees whole, such as the teacher's head or the temperature.
+
+    Returns:
+        The weighted sum, a float32 scalar to divide once by the denominator of the weights; and a dict of
+        detached [M] float32 arrays, those of weight 0 included.
+
+    >>> def square_error(logits, aux, constants):
+    ...     return jnp.sum((logits - aux) ** 2, axis=-1), {"first": logits[:, 0]}
+    >>> hidden, head, aux = jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.zeros((3, 4))
+    >>> total, metrics = chunked_head(square_error, hidden, head, aux, jnp.ones(3), chunk=2)
+    >>> float(total), metrics["first"].tolist()
+    (48.0, [2.0, 2.0, 2.0])
+    """
+    _check(hidden, head, aux, weights, chunk)
+    count = -(-hidden.shape[0] // chunk)
+    aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
+    return _chunked(per_token_loss, count, hidden, head, aux, weights, constants)
+
+
+def chunked_head_reference(
+    per_token_loss: PerTokenLoss,
+    hidden: jax.Array,
+    head: jax.Array,
+    aux: Any,
+    weights: jax.Array,
+    *,
+    chunk: int,
+    constants: Any = None,
+) -> tuple[jax.Array, Metrics]:
+    """Return what `chunked_head` returns, by plain autodiff over all logits at once. For tests."""
+    _check(hidden, head, aux, weights, chunk)
+    aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
+    return _weighted_loss(head_logits(hidden, head), per_token_loss, aux, weights, constants)
+
+
+def _check(hidden: jax.Array, head: jax.Array, aux: Any, weights: jax.Array, chunk: int) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
+        raise ValueError(
+            f"expected hidden [M, D] and head [D, V], got {list(hidden.shape)} and {list(head.shape)}"
+        )
+    tokens = hidden.shape[0]
+    if chunk < 1 or tokens < 1:
+        raise ValueError(f"expected at least one token and chunk >= 1, got {tokens} and {chunk}")
+    if weights.shape != (tokens,):
+        raise ValueError(f"expected weights [{tokens}], got {list(weights.shape)}")
+    for path, leaf in jax.tree.leaves_with_path(aux):
+        if leaf.shape[:1] != (tokens,):
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"aux{name} must lead with {tokens} tokens, got {list(leaf.shape)}")
+
+
+def _weighted_loss(
+    logits: jax.Array, per_token_loss: PerTokenLoss, aux: Any, weights: jax.Array, constants: Any
+) -> tuple[jax.Array, Metrics]:
+    loss, metrics = per_token_loss(logits, aux, constants)
+    # `where`, not a product alone: 0 · NaN is NaN.
+    total = jnp.sum(jnp.where(weights != 0, weights.astype(loss.dtype) * loss, 0.0))
+    metrics = {k: jax.lax.stop_gradient(v).astype(logits.dtype) for k, v in metrics.items()}
+    return total, metrics
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(
+    per_token_loss: PerTokenLoss,
+    count: int,
+    hidden: jax.Array,
+    head: jax.Array,
+    aux: Any,
+    weights: jax.Array,
+    constants: Any,
+) -> tuple[jax.Array, Metrics]:
+    """Value only, for whoever does not differentiate."""
+
+    def step(total: jax.Array, tokens: Any) -> tuple[jax.Array, Metrics]:
+        hidden, aux, weights = tokens
+        logits = head_logits(hidden, head)
+        value, metrics = _weighted_loss(logits, per_token_loss, aux, weights, constants)
+        return total + value, metrics
+
+    total = jnp.zeros((), loss_dtype(hidden))
+    total, metrics = jax.lax.scan(step, total, _split((hidden, aux, weights), count))
+    return total, _join(metrics, hidden.shape[0])
+
+
+def _forward(
+    per_token_loss: PerTokenLoss,
+    count: int,
+    hidden: jax.Array,
+    head: jax.Array,
+    aux: Any,
+    weights: jax.Array,
+    constants: Any,
+) -> tuple[tuple[jax.Array, Metrics], tuple[jax.Array, jax.Array]]:
+    """Value, and the gradients by hidden and head: each chunk's while its logits exist."""
+    dtype = loss_dtype(hidden)
+    value_and_grad = jax.value_and_grad(_weighted_loss, has_aux=True)
+
+    def step(carry: Any, tokens: Any) -> tuple[Any, Any]:
+        total, head_grad = carry
+        hidden, aux, weights = tokens
+        logits = head_logits(hidden, head)
+        (value, metrics), grad = value_and_grad(logits, per_token_loss, aux, weights, constants)
+        active = (weights != 0)[:, None]
+        # Both matmuls read the working precision (bfloat16 on an accelerator) and accumulate in float32.
+        grad = jnp.where(active, grad, 0.0).astype(hidden.dtype)  # [C, V]
+        hidden_grad = head_logits(grad, head.T).astype(hidden.dtype)
+        head_grad = head_grad + head_logits(jnp.where(active, hidden, 0.0).T, grad)
+        return (total + value, head_grad), (hidden_grad, metrics)
+
+    carry = jnp.zeros((), dtype), jnp.zeros(head.shape, dtype)
+    carry, stacked = jax.lax.scan(step, carry, _split((hidden, aux, weights), count))
+    total, head_grad = carry
+    hidden_grad, metrics = _join(stacked, hidden.shape[0])
+    return (total, metrics), (hidden_grad, head_grad.astype(head.dtype))
+
+
+def _backward(
+    per_token_loss: PerTokenLoss,
+    count: int,
+    residuals: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, Metrics],
+) -> tuple[jax.Array | None, ...]:
+    del per_token_loss, count
+    scale = cotangents[0]  # the metrics are detached
+    hidden_grad, head_grad = ((scale * x.astype(scale.dtype)).astype(x.dtype) for x in residuals)
+    return hidden_grad, head_grad, None, None, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def _split(tree: Any, count: int) -> Any:
+    """Cut the leading axis M of each leaf into `count` strided chunks, [count, C, ...].
+
+    Fewer than `count` rows of zeros fill up the last places; their weight is 0.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        missing = -x.shape[0] % count
+        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def _join(tree: Any, tokens: int) -> Any:
+    """Undo `_split`."""
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:tokens]
+
+    return jax.tree.map(join, tree)

@@ -1,0 +1,309 @@
+"""What the self-teacher sees: which demonstration, which feedback, and the prompt around them.
+
+Pure Python on strings; no array enters. The student answers the question; the teacher re-scores
+the same answer after a prompt that also shows a successful sibling attempt, or the environment's
+feedback (SDPO, arXiv 2601.20802, section 2 and table 2). The answer itself is never part of the
+teacher's prompt.
+
+Where this differs from the released code:
+
+* A re-prompt that is too long is cut in its parts: first the demonstration's end, then the
+  feedback's end, then the question's start. The released code cuts the rendered prompt from the
+  right, and so removes the closing line and the assistant header.
+* An unclosed `<think>` hides everything after it, and a `</think>` without an opening tag
+  (templates that open the block themselves) everything before it. A demonstration that is blank
+  after this is no demonstration.
+* The sentences around the parts are our own, and short: the smallest models read them too.
+
+Text of demonstrations and feedback is data. Whoever turns messages into token ids must encode
+their content without control tokens.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from sdpo_jax.config import TeacherConfig
+from sdpo_jax.environments.base import Outcome
+from sdpo_jax.errors import UserError
+
+Messages = tuple[Mapping[str, str], ...]
+"""Chat messages, `{"role": ..., "content": ...}`; the last one is the user's."""
+
+DEMONSTRATION_HEADER = "\nCorrect solution:\n\n"
+FEEDBACK_HEADER = "\nFeedback on an earlier attempt:\n\n"
+CLOSING = "\n\nSolve the question above correctly."
+
+_THINK_BLOCK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+_THINK_UNOPENED = re.compile(r"\A.*</think>\s*", re.DOTALL)
+_THINK_UNCLOSED = re.compile(r"\s*<think>.*\Z", re.DOTALL)
+_BROKEN_CHARACTER = "\ufffd"  # what half of a multi-byte character decodes to
+
+
+class TeacherContext(NamedTuple):
+    """What a rollout's teacher sees besides the question; `None` where there is nothing to show."""
+
+    demonstration: str | None
+    feedback: str | None
+
+
+class FittedReprompt(NamedTuple):
+    """A teacher prompt within its token budget, and the part of the context that it still shows.
+
+    `context` is None if nothing of it is left: such a row has no teacher signal.
+    """
+
+    messages: Messages
+    context: TeacherContext | None
+
+
+class TextCodec(NamedTuple):
+    """How text becomes tokens: `render` applies the chat template, `encode` and `decode` do not."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    render: Callable[[Messages], list[int]]
+
+
+def remove_thinking(text: str) -> str:
+    """Cuts `<think>...</think>`, white space after it, and blocks that lack one of the tags."""
+    text = _THINK_BLOCK.sub("", text)
+    text = _THINK_UNOPENED.sub("", text)
+    return _THINK_UNCLOSED.sub("", text)
+
+
+def choose_context(
+    outcomes: Sequence[Outcome],
+    responses: Sequence[str],
+    group_size: int,
+    config: TeacherConfig,
+    *,
+    seed: int = 0,
+) -> list[TeacherContext | None]:
+    """Chooses what the teacher of each rollout sees.
+
+    A rollout is a success if its reward reaches `config.success_threshold`. Its demonstration comes
+    from the successes of its own prompt, without itself if `config.exclude_own_success`; so a lone
+    success has none, and with the choice `first` all failing siblings share one demonstration.
+
+    Args:
+        outcomes: [N], rollout `i` belongs to prompt `i // group_size`.
+        responses: [N], decoded without control tokens.
+        group_size: rollouts per prompt, `G`.
+        config: what may be shown, and which success is taken.
+        seed: for the choice `random`, a pure function of the seed and the row.
+
+    Returns:
+        [N]; None where there is neither a demonstration nor feedback: no teacher signal.
+    """
+    if len(outcomes) != len(responses) or group_size < 1 or len(outcomes) % group_size:
+        raise ValueError(
+            "expected as many outcomes as responses, a multiple of group_size; "
+            f"got {len(outcomes)}, {len(responses)} and group_size={group_size}"
+        )
+    shown = [_shown(response, config) for response in responses]
+    contexts: list[TeacherContext | None] = []
+    for row, outcome in enumerate(outcomes):
+        start = row - row % group_size
+        candidates = [
+            text
+            for sibling in range(start, start + group_size)
+            if outcomes[sibling].reward >= config.success_threshold
+            and not (config.exclude_own_success and sibling == row)
+            and (text := shown[sibling]) is not None
+        ]
+        demonstration = _choose_demonstration(candidates, config.demonstration, seed, row)
+        feedback = _text_or_none(outcome.feedback) if config.feedback else None
+        if config.feedback_only_without_demonstration and demonstration is not None:
+            feedback = None
+        contexts.append(_context_or_none(demonstration, feedback))
+    return contexts
+
+
+def reprompt(messages: Messages, context: TeacherContext | None) -> Messages:
+    """The teacher's prompt: question, demonstration, feedback, closing line, in one user message.
+
+    Messages before the last stay as they are. Without a context the prompt is the plain question.
+    """
+    return messages if context is None else _compose(messages, context)
+
+
+def fit_reprompt(
+    messages: Messages,
+    context: TeacherContext | None,
+    codec: TextCodec,
+    *,
+    max_prompt_tokens: int,
+    max_feedback_tokens: int,
+) -> FittedReprompt:
+    """Writes the re-prompt and cuts it to its budgets, both in tokens.
+
+    Feedback is first cut to its own cap. If the rendered prompt is still too long, the
+    demonstration loses its end, then the feedback its end, then the question its start; each keeps
+    the longest part that fits, and a part that is gone loses its header. The closing line and what
+    the chat template puts after it are never cut.
+
+    Args:
+        messages: the question; the last message is the user's.
+        context: what to show; None gives the plain question, unchecked: no teacher will read it.
+        codec: text to tokens and back.
+        max_prompt_tokens: cap of the rendered prompt, template included.
+        max_feedback_tokens: cap of the feedback alone.
+
+    Raises:
+        UserError: even an empty question with the closing line is too long.
+    """
+    if context is None:
+        return FittedReprompt(messages, None)
+    feedback = _start_of(context.feedback or "", codec, max_feedback_tokens)
+    fitted = _fit_parts(messages, context.demonstration or "", feedback, codec, max_prompt_tokens)
+    if fitted is None:
+        smallest = len(codec.render(_from_parts(messages, "", "", "").messages))
+        raise UserError(
+            f"teacher.max_prompt_tokens = {max_prompt_tokens} is too small: the chat template, the "
+            f"system message and the closing line alone take {smallest} tokens. Raise "
+            "teacher.max_prompt_tokens or shorten the system message."
+        )
+    return fitted
+
+
+def deduplicate(
+    prompts: Sequence[Sequence[int] | Messages],
+) -> tuple[list[Sequence[int] | Messages], list[int]]:
+    """Distinct prompts in order of first appearance, and each row's index into them.
+
+    Siblings share teacher prompts, so that the teacher reads `U <= N` of them. Takes token ids or
+    messages.
+    """
+    index_of: dict[tuple[object, ...], int] = {}
+    unique: list[Sequence[int] | Messages] = []
+    owner: list[int] = []
+    for prompt in prompts:
+        key = tuple(
+            tuple(sorted(part.items())) if isinstance(part, Mapping) else part for part in prompt
+        )
+        if key not in index_of:
+            index_of[key] = len(unique)
+            unique.append(prompt)
+        owner.append(index_of[key])
+    return unique, owner
+
+
+def _compose(messages: Messages, context: TeacherContext) -> Messages:
+    """Joins the parts; plain concatenation, so that braces and percent signs mean nothing."""
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("expected messages that end with one from the user")
+    content = messages[-1]["content"]
+    if context.demonstration is not None:
+        content += DEMONSTRATION_HEADER + context.demonstration
+    if context.feedback is not None:
+        content += FEEDBACK_HEADER + context.feedback
+    return (*messages[:-1], {**messages[-1], "content": content + CLOSING})
+
+
+def _shown(response: str, config: TeacherConfig) -> str | None:
+    """The response as a demonstration, None if nothing of it is left."""
+    return _text_or_none(remove_thinking(response) if config.remove_thinking else response)
+
+
+def _text_or_none(text: object) -> str | None:
+    """Text with something in it; an environment's blank or non-string feedback is no feedback."""
+    return text if isinstance(text, str) and text.strip() else None
+
+
+def _context_or_none(demonstration: str | None, feedback: str | None) -> TeacherContext | None:
+    if demonstration is None and feedback is None:
+        return None
+    return TeacherContext(demonstration, feedback)
+
+
+def _choose_demonstration(candidates: list[str], choice: str, seed: int, row: int) -> str | None:
+    if choice == "none" or not candidates:
+        return None
+    if choice == "shortest":
+        return min(candidates, key=len)
+    if choice == "random":
+        # A hash instead of a generator: the same on every host, Python version and resumption.
+        digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
+        return candidates[int.from_bytes(digest, "big") % len(candidates)]
+    return candidates[0]
+
+
+def _start_of(text: str, codec: TextCodec, tokens: int) -> str:
+    """The longest start of `text` in at most `tokens` tokens, in whole characters of `text`."""
+    ids = codec.encode(text)
+    if len(ids) <= tokens:
+        return text
+    return text[: len(codec.decode(ids[:tokens]).rstrip(_BROKEN_CHARACTER))]
+
+
+def _end_of(text: str, codec: TextCodec, tokens: int) -> str:
+    """The longest end of `text` in at most `tokens` tokens, in whole characters of `text`."""
+    ids = codec.encode(text)
+    if len(ids) <= tokens:
+        return text
+    kept = codec.decode(ids[len(ids) - tokens :]).lstrip(_BROKEN_CHARACTER)
+    return text[len(text) - len(kept) :]
+
+
+def _from_parts(
+    messages: Messages, question: str, demonstration: str, feedback: str
+) -> FittedReprompt:
+    """The re-prompt of these parts; a blank part is absent, header and all."""
+    context = _context_or_none(_text_or_none(demonstration), _text_or_none(feedback))
+    asked = (*messages[:-1], {**messages[-1], "content": question})
+    return FittedReprompt(_compose(asked, context or TeacherContext(None, None)), context)
+
+
+def _fit_parts(
+    messages: Messages, demonstration: str, feedback: str, codec: TextCodec, max_tokens: int
+) -> FittedReprompt | None:
+    """The longest re-prompt within `max_tokens`, cutting one part after the other."""
+    question = messages[-1]["content"]
+
+    def shorter_demonstration(tokens: int) -> FittedReprompt:
+        start = _start_of(demonstration, codec, tokens)
+        return _from_parts(messages, question, start, feedback)
+
+    def shorter_feedback(tokens: int) -> FittedReprompt:
+        return _from_parts(messages, question, "", _start_of(feedback, codec, tokens))
+
+    def shorter_question(tokens: int) -> FittedReprompt:
+        return _from_parts(messages, _end_of(question, codec, tokens), "", "")
+
+    def fits(candidate: FittedReprompt) -> bool:
+        return len(codec.render(candidate.messages)) <= max_tokens
+
+    cuts = (
+        (demonstration, shorter_demonstration),
+        (feedback, shorter_feedback),
+        (question, shorter_question),
+    )
+    for text, shorter in cuts:
+        fitted = _longest_fit(len(codec.encode(text)), shorter, fits)
+        if fitted is not None:
+            return fitted
+    return None
+
+
+def _longest_fit(
+    tokens: int,
+    shorter: Callable[[int], FittedReprompt],
+    fits: Callable[[FittedReprompt], bool],
+) -> FittedReprompt | None:
+    """Binary search for the most tokens that fit; None if not even none of them do."""
+    whole = shorter(tokens)
+    if fits(whole):
+        return whole
+    best, low, high = shorter(0), 0, tokens - 1  # `low` fits, what is above `high` does not
+    if not fits(best):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        candidate = shorter(middle)
+        if fits(candidate):
+            best, low = candidate, middle
+        else:
+            high = middle - 1
+    return best

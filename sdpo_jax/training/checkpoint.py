@@ -1,0 +1,400 @@
+"""Checkpoints that are complete or absent, and verified before they are trusted.
+
+Orbax writes the arrays in the background and commits a step by renaming its directory. That alone
+is not enough: it restores flipped bits and other dtypes silently, and takes any directory with a
+number for a step. So a step counts only with a manifest, written last: shape and dtype of every
+array, size and BLAKE2b hash of every file.
+
+    N/                          a step: `state` (arrays), `extra` (JSON), `sdpo_manifest.json`
+    N.corrupt/                  a step whose files disagree with its manifest, put aside on restore
+    N.incomplete/               a directory without a manifest that was in the way of saving step N
+    *.orbax-checkpoint-tmp*/    what a killed save left; the next save removes it
+
+Every process of a run calls every method; process 0 alone writes manifests, verifies and deletes,
+and the others follow its verdict. The directory lies on a file system that all of them see.
+"""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from sdpo_jax.errors import UserError
+
+MANIFEST = "sdpo_manifest.json"
+_NOTHING_SAVED, _ALL_DAMAGED = -1, -2  # verdicts of process 0 beside a step
+_DISK_ERRORS = (
+    "No space left",
+    "File too large",
+    "quota exceeded",
+    "Permission denied",
+    "Read-only file system",
+)
+
+
+class Restored(NamedTuple):
+    """A restored step: the state with the template's shapes, dtypes and shardings."""
+
+    step: int
+    state: Any
+    extra: dict[str, Any]
+
+
+class Damaged(Exception):
+    """A step's files disagree with its manifest; the message names the file."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    with Checkpoints("runs/x/checkpoints", keep=2) as checkpoints:
+        restored = checkpoints.restore(state)
+        ...
+        checkpoints.save(step, state, {"seed": 0})
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        warn: Callable[[str], None] | None = None,
+    ):
+        """Opens a directory; nothing in it changes before the first `save` or `restore`.
+
+        Args:
+            directory: made if it does not exist.
+            keep: complete steps to keep, at least 1; older ones go once a newer one is complete.
+            warn: takes a line about damaged or unfinished steps; standard error by default.
+        """
+        if "://" in str(directory):
+            raise UserError(
+                f"checkpoint directory {directory}: expected a path on a mounted file system: a "
+                "step is committed by renaming. Mount the bucket and give the mount's path."
+            )
+        if keep < 1:
+            raise UserError(f"checkpoint.keep = {keep}: expected at least 1.")
+        self._directory = Path(directory).absolute()
+        self._keep = keep
+        self._warn = warn if warn is not None else _print_to_stderr
+        self._leader = jax.process_index() == 0
+        self._manager: Any = None  # an ocp.CheckpointManager, made at the first save or restore
+        self._completion: threading.Thread | None = None
+        self._saving: int | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Complete steps, ascending. Files are not verified; `restore` does that."""
+        return [step for step in _numbered(self._directory) if self._manifest_path(step).exists()]
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
+        """Copies the state to the host and writes it in the background.
+
+        Returns when the arrays may be donated. An error of the previous save is raised here. A step
+        that is already complete is left as it is: a step's state is determined by its number.
+
+        Args:
+            step: its number, 0 or more.
+            state: a pytree of `jax.Array`.
+            extra: JSON-serialisable; tuples come back as lists.
+        """
+        self.finish()
+        if self._agree(step if step in self.steps() else -1) == step:
+            return
+        if self._leader:
+            self._make_room(step)
+        _barrier("sdpo_checkpoint_room")
+        manager = self._open()
+        manager.reload()
+        arrays = _describe(state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
+            extra=ocp.args.JsonSave(dict(extra)),  # pyright: ignore[reportCallIssue]
+        )
+        self._saving = step
+        try:
+            manager.save(step, args=items, force=True)  # else it refuses steps before a stray 99/
+        except Exception as error:
+            self._raise_failed_save(error)
+        self._completion = threading.Thread(
+            target=self._complete, args=(step, arrays), name=f"checkpoint-{step}"
+        )
+        self._completion.start()
+
+    def finish(self) -> None:
+        """Waits until the last save is complete and raises its error, if any."""
+        if self._completion is not None:
+            self._completion.join()
+            self._completion = None
+        error, self._error = self._error, None
+        if error is not None:
+            self._raise_failed_save(error)
+        self._saving = None
+
+    def poll(self) -> None:
+        """Raises the error of a save that has failed by now; never waits."""
+        if self._completion is not None and not self._completion.is_alive():
+            self.finish()
+
+    def close(self) -> None:
+        """Finishes the last save and releases Orbax's threads."""
+        try:
+            self.finish()
+        finally:
+            if self._manager is not None:
+                self._manager.close()
+                self._manager = None
+
+    def restore(self, template: Any) -> Restored | None:
+        """The latest step whose files are intact; None if nothing was ever completed.
+
+        A damaged step is named, put aside as `N.corrupt`, and the one before it is taken.
+
+        Args:
+            template: a pytree like the saved one, of `jax.Array` or `jax.ShapeDtypeStruct` with a
+                sharding; it decides structure, shapes, dtypes and shardings.
+
+        Raises:
+            UserError: every step is damaged, or the template's arrays are not the saved ones.
+        """
+        self.finish()
+        step = self._agree(self._newest_intact() if self._leader else _NOTHING_SAVED)
+        if step == _NOTHING_SAVED:
+            return None
+        if step == _ALL_DAMAGED:
+            raise UserError(
+                f"{self._directory}: no intact checkpoint is left; the damaged ones are kept as "
+                "N.corrupt. Restore the directory from a copy, or delete it to start from scratch."
+            )
+        saved = _read_manifest(self._manifest_path(step))["arrays"]
+        _refuse_other_arrays(saved, _describe(template), self._directory / str(step))
+        manager = self._open()
+        manager.reload()
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(  # pyright: ignore[reportCallIssue]
+                jax.tree.map(_abstract, template)
+            ),
+            extra=ocp.args.JsonRestore(),
+        )
+        restored = manager.restore(step, args=items)
+        return Restored(step, restored["state"], dict(restored["extra"]))
+
+    def _open(self) -> Any:
+        if self._manager is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None,  # Orbax would drop the old step before the new manifest exists
+                enable_async_checkpointing=True,
+            )
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_names=("state", "extra")
+            )
+        return self._manager
+
+    def _manifest_path(self, step: int) -> Path:
+        return self._directory / str(step) / MANIFEST
+
+    def _agree(self, verdict: int) -> int:
+        """Process 0's number, on every process."""
+        if jax.process_count() == 1:
+            return verdict
+        return int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
+
+    def _make_room(self, step: int) -> None:
+        """Removes what killed saves left, and moves an unfinished directory out of the way."""
+        for pattern in ("*.orbax-checkpoint-tmp*", "*.deleted"):
+            for path in self._directory.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+        if (self._directory / str(step)).exists():
+            aside = self._directory / f"{step}.incomplete"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(step)).rename(aside)
+
+    def _complete(self, step: int, arrays: dict[str, Any]) -> None:
+        """Background: waits for Orbax's commit, writes the manifest, drops old steps."""
+        try:
+            self._manager.wait_until_finished()
+            if self._leader:
+                _write_manifest(self._directory / str(step), step, arrays)
+                self._drop_old()
+        except BaseException as error:
+            self._error = error
+
+    def _drop_old(self) -> None:
+        for step in self.steps()[: -self._keep]:
+            doomed = self._directory / f"{step}.deleted"
+            shutil.rmtree(doomed, ignore_errors=True)
+            (self._directory / str(step)).rename(doomed)  # at once, so that no half step is seen
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _raise_failed_save(self, error: BaseException) -> None:
+        """Says which step is missing; a full or read-only disk is the user's to mend."""
+        step, self._saving = self._saving, None
+        said = str(error)
+        if isinstance(error, OSError) or any(reason in said for reason in _DISK_ERRORS):
+            raise UserError(
+                f"{self._directory}: step {step} was not saved ({said.splitlines()[0]}). Earlier "
+                f"complete steps: {self.steps() or 'none'}. Free space or mend permissions, resume."
+            ) from error
+        raise error
+
+    def _newest_intact(self) -> int:
+        damaged = any(self._directory.glob("*.corrupt*"))
+        for step in reversed(_numbered(self._directory)):
+            path = self._directory / str(step)
+            if not (path / MANIFEST).exists():
+                self._warn(f"checkpoint {path}: no manifest, never completed; skipped")
+                continue
+            try:
+                _verify(path)
+            except Damaged as error:
+                damaged = True
+                aside = _free_name(self._directory / f"{step}.corrupt")
+                path.rename(aside)
+                self._warn(
+                    f"checkpoint {path}: {error}; moved to {aside.name}, trying an older one"
+                )
+            else:
+                return step
+        return _ALL_DAMAGED if damaged else _NOTHING_SAVED
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _numbered(directory: Path) -> list[int]:
+    """Directories with a number for a name, whoever made them."""
+    if not directory.is_dir():
+        return []
+    numbers = [path for path in directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
+    return sorted(int(path.name) for path in numbers if path.is_dir())
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with the first number after it that is free."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}.{number}"), number + 1
+    return candidate
+
+
+def _describe(tree: Any) -> dict[str, Any]:
+    """Name -> [dtype, shape] of every array of a pytree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): [str(leaf.dtype), list(leaf.shape)]
+        for path, leaf in leaves
+    }
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _refuse_other_arrays(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """One error with every difference: Orbax would cast dtypes silently."""
+    differences = [f"{name}: saved, but not part of this run" for name in saved.keys() - wanted]
+    differences += [f"{name}: not in the checkpoint" for name in wanted.keys() - saved]
+    differences += [
+        f"{name}: saved as {_spell(saved[name])}, this run has {_spell(wanted[name])}"
+        for name in saved.keys() & wanted
+        if saved[name] != wanted[name]
+    ]
+    if differences:
+        shown = sorted(differences)[:20]
+        more = [f"... and {len(differences) - 20} more"] if len(differences) > 20 else []
+        raise UserError(
+            f"checkpoint {where} holds other arrays than this run:\n  "
+            + "\n  ".join(shown + more)
+            + "\nResume with the model and optimiser it was saved with, or use another run_dir."
+        )
+
+
+def _spell(array: list[Any]) -> str:
+    dtype, shape = array
+    return f"{dtype}[{', '.join(map(str, shape))}]"
+
+
+def _hash_file(path: Path) -> str:
+    digest = blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_json(body: dict[str, Any]) -> str:
+    return blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=32).hexdigest()
+
+
+def _write_manifest(path: Path, step: int, arrays: dict[str, Any]) -> None:
+    """Hashes every file of a committed step; the rename at the end makes the step complete."""
+    files = {
+        str(file.relative_to(path)): {"bytes": file.stat().st_size, "blake2b": _hash_file(file)}
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not file.name.startswith(MANIFEST)
+    }
+    body = {"format": 1, "step": step, "arrays": arrays, "files": files}
+    partial = path / f"{MANIFEST}.partial"
+    with partial.open("w") as file:
+        json.dump({"blake2b": _hash_json(body), "body": body}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path / MANIFEST)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+        body = manifest["body"]
+        intact = manifest["blake2b"] == _hash_json(body)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise Damaged(f"{path.name} cannot be read ({error})") from error
+    if not intact:
+        raise Damaged(f"{path.name} was altered")
+    return body
+
+
+def _verify(path: Path) -> None:
+    """Raises `Damaged` with the first file that is not what the manifest says."""
+    for name, expected in _read_manifest(path / MANIFEST)["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise Damaged(f"{name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            size = file.stat().st_size
+            raise Damaged(f"{name} has {size} bytes instead of {expected['bytes']}")
+        if _hash_file(file) != expected["blake2b"]:
+            raise Damaged(f"{name} was altered (its hash differs from the manifest)")

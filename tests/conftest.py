@@ -1,0 +1,25 @@
+"""Every test runs on eight faked CPU devices, with strict promotion of dtypes and no promotion of ranks."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """A warning that our own code causes is an error; other packages' are their own affair."""
+    config.addinivalue_line("filterwarnings", "error:::sdpo_jax")
+    config.addinivalue_line("filterwarnings", "error:::sdpo_models")
+
+
+@pytest.fixture
+def x64():
+    """float64 for the length of one test."""
+    with jax.enable_x64(True):
+        yield
