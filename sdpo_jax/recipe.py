@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_typ
 from sdpo_jax.config import Config, GrpoObjective, Objective, SdpoObjective, SftObjective
 from sdpo_jax.errors import UserError
 
+Tree = dict[str, Any]
+
 _OBJECTIVES: dict[str, type[Any]] = {cls().name: cls for cls in get_args(Objective)}
 _TYPE_NAMES: dict[Any, str] = {
     **{bool: "a boolean", int: "an integer", float: "a number"},
@@ -41,7 +43,7 @@ _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prom
     evaluation.batch_prompts checkpoint.every_steps checkpoint.keep"""
 _CAPS = "objective.importance_cap objective.clip_high optimizer.clip_norm"
 
-# Keys, test, expectation in words. Every number of the config stands here once; nan fails each test.
+# Keys, test, expectation in words. Every number of the config stands here once; nan fails all.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (_COUNTS, lambda v: v >= 1, "at least 1"),
     ("mesh.data", lambda v: v >= 1 or v == -1, "at least 1, or -1 for what is left"),
@@ -61,22 +63,17 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 class _Problem(NamedTuple):
     text: str
     key: str
-    """Where it shows."""
-    others: tuple[str, ...] = ()
-    """The other settings that take part."""
+    others: tuple[str, ...] = ()  # the other settings that take part
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe and applies command-line options.
+    """Reads a recipe and applies command-line options; one `UserError` lists what is wrong in both.
 
     Args:
         path: a TOML file with the sections and keys of `Config`; what it leaves out is the default.
         overrides: options such as `--train.steps 40`, `--optimizer.learning-rate=1e-3`,
             `--teacher.no-feedback`, `--environment.families a b`. Later ones win. `--help` prints
             every option with its value and exits.
-
-    Raises:
-        UserError: with every problem of the file and of the options.
     """
     path = Path(path)
     tree = _read_toml(path)
@@ -124,12 +121,12 @@ def differences(old: Config, new: Config) -> list[str]:
     """Lists what keeps `new` from resuming `old`; empty exactly if the fingerprints agree."""
     before, after = _leaves(old), _leaves(new)
     kept = _fixed(old) | _fixed(new)
-    lines: list[str] = []
-    for key in dict.fromkeys([*before, *after]):
-        ours, theirs = (_toml(side[key]) if key in side else "nothing" for side in (before, after))
-        if key in kept and ours != theirs:
-            lines.append(f"{key}: the run has {ours}, the recipe has {theirs}")
-    return lines
+    pairs = {key: (before.get(key), after.get(key)) for key in [*before, *after] if key in kept}
+    return [
+        f"{key}: the run has {_toml(ours)}, the recipe has {_toml(theirs)}"
+        for key, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -157,9 +154,7 @@ def _recipes_near(path: Path, folder: Path) -> str:
     return f"{hint}available: {', '.join(names) or 'none here and none in configs/'}"
 
 
-def _apply_overrides(
-    tree: dict[str, Any], words: Sequence[str]
-) -> tuple[dict[str, str], list[str]]:
+def _apply_overrides(tree: Tree, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Writes options into the tree; returns the spelling of each key, and what is no option."""
     spelled: dict[str, str] = {}
     lines: list[str] = []
@@ -213,7 +208,7 @@ def _parse(kind: Any, values: list[str]) -> Any:
         return values[0]
 
 
-def _build(tree: dict[str, Any]) -> tuple[Config, list[_Problem]]:
+def _build(tree: Tree) -> tuple[Config, list[_Problem]]:
     """Builds a config from what is sound in a tree, and lists the rest."""
     found: list[_Problem] = []
     kinds = get_type_hints(Config)
@@ -223,18 +218,16 @@ def _build(tree: dict[str, Any]) -> tuple[Config, list[_Problem]]:
     for section in [name for name in tree if name in sections]:
         table = tree[section]
         if not isinstance(table, dict):
-            text = f"{_describe(table)}, expected a table [{section}]"
-            found.append(_Problem(text, section))
+            found.append(_Problem(f"{_describe(table)}, expected a table [{section}]", section))
         elif section == "objective":
-            values[section] = _objective(cast(dict[str, Any], table), found)
+            values[section] = _objective(cast(Tree, table), found)
         else:
             leaves = get_type_hints(kinds[section])
-            leaves = _table(cast(dict[str, Any], table), leaves, section, found)
-            values[section] = kinds[section](**leaves)
+            values[section] = kinds[section](**_table(cast(Tree, table), leaves, section, found))
     return Config(**values), found
 
 
-def _objective(table: dict[str, Any], found: list[_Problem]) -> Objective:
+def _objective(table: Tree, found: list[_Problem]) -> Objective:
     """Builds the objective that `name` picks; a setting of another objective is a problem."""
     kinds = {name: get_type_hints(cls) for name, cls in _OBJECTIVES.items()}
     name = table.get("name", SdpoObjective.name)
@@ -254,23 +247,19 @@ def _objective(table: dict[str, Any], found: list[_Problem]) -> Objective:
 
 
 def _table(
-    table: dict[str, Any],
-    kinds: dict[str, Any],
-    section: str,
-    found: list[_Problem],
-    known: Collection[str] = (),
-) -> dict[str, Any]:
+    table: Tree, kinds: Tree, section: str, found: list[_Problem], known: Collection[str] = ()
+) -> Tree:
     """Converts the values of one table and drops, with a report, what does not fit."""
-    values: dict[str, Any] = {}
+    values: Tree = {}
     for name, raw in table.items():
         key = f"{section}.{name}" if section else name
         if name in kinds:
             value = _convert(kinds[name], raw)
-            if value is None:
-                text = f"{_describe(raw)}, expected {_expected(kinds[name], raw)}"
-                found.append(_Problem(text, key))
-            else:
+            if value is not None:
                 values[name] = value
+                continue
+            text = f"{_describe(raw)}, expected {_expected(kinds[name], raw)}"
+            found.append(_Problem(text, key))
         elif name not in known:
             found.append(_Problem(f"unknown key; {_nearest(key, _kinds())}", key))
     return values
@@ -315,8 +304,8 @@ def _cross_checks(c: Config) -> Iterator[tuple[str, str, str]]:
         yield "evaluation.prompts", others, f"at most {others} ({held_out})"
     updates = c.train.steps * c.train.mini_batches
     if c.optimizer.schedule == "cosine" and c.optimizer.warmup_steps >= updates:
-        others = "train.steps train.mini_batches optimizer.schedule"
         text = f"below the run's {updates} updates with the cosine schedule"
+        others = "train.steps train.mini_batches optimizer.schedule"
         yield "optimizer.warmup_steps", others, text
     if isinstance(c.objective, GrpoObjective) and c.rollout.rollouts_per_prompt < 2:
         text = "at least 2 with grpo: an advantage compares siblings"
@@ -341,20 +330,19 @@ def _teacher_checks(c: Config) -> Iterator[tuple[str, str, str]]:
         yield "teacher.max_prompt_tokens", others, text
 
 
-def _kinds() -> dict[str, Any]:
+def _kinds() -> Tree:
     """Maps every dotted key, of all objectives, to its type."""
-    hints: dict[str, Any] = {}
-    for objective in _OBJECTIVES.values():
-        config = Config(objective=objective())
-        for key in _leaves(config):
-            section, _, name = key.rpartition(".")
-            owner: Any = type(getattr(config, section)) if section else Config
-            hints[key] = get_type_hints(owner)[name]
-    return hints | {"objective.name": Literal[tuple(_OBJECTIVES)]}
+    found: Tree = {"objective.name": Literal[tuple(_OBJECTIVES)]}
+    for name, kind in get_type_hints(Config).items():
+        for cls in _OBJECTIVES.values() if name == "objective" else (kind,):
+            leaves = get_type_hints(cls) if is_dataclass(cls) else {}
+            own = {f"{name}.{leaf}": of for leaf, of in leaves.items()} or {name: kind}
+            found = own | found
+    return found
 
 
-def _leaves(config: Config) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _leaves(config: Config) -> Tree:
+    found: Tree = {}
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
@@ -412,7 +400,7 @@ def _toml(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, cast(Sequence[Any], value)))}]"
-    return str(value)
+    return "nothing" if value is None else str(value)
 
 
 def _version() -> str:

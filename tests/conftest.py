@@ -1,4 +1,4 @@
-"""Every test runs on eight faked CPU devices, with strict promotion of dtypes and no promotion of ranks."""
+"""Every test runs on eight faked CPU devices, dtypes promote strictly and ranks not at all."""
 
 import os
 

@@ -239,7 +239,10 @@ def test_kill_at_any_moment_leaves_a_restorable_directory(tmp_path, seed):
         assert process.stdout is not None and process.stderr is not None
         ready = process.stdout.readline()
         assert ready == "ready\n", process.stderr.read()
-        time.sleep(0.6 + wait.random() * 0.3)
+        deadline = time.monotonic() + 60
+        while Checkpoints(tmp_path).steps()[-1:] <= [last] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(wait.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         with Checkpoints(tmp_path, warn=lambda line: None) as checkpoints:
@@ -253,19 +256,30 @@ def test_kill_at_any_moment_leaves_a_restorable_directory(tmp_path, seed):
 
 FULL_DISK = """
 import resource, signal, sys
-import jax.numpy as jnp
+import jax
 from sdpo_jax.errors import UserError
 from sdpo_jax.training.checkpoint import Checkpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-values = __import__("jax").random.normal(__import__("jax").random.key(0), (256, 256))
-try:
-    with Checkpoints(sys.argv[1]) as checkpoints:
-        checkpoints.save(1, {"w": values}, {})
-        checkpoints.finish()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-        checkpoints.save(2, {"w": values}, {})
-except UserError as error:
-    print(error)
+state = {"w": jax.random.normal(jax.random.key(0), (256, 256))}
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+with Checkpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
+    checkpoints.save(2, state, {})
+    try:
+        checkpoints.save(3, state, {})
+    except UserError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints.save(4, state, {})
+    checkpoints.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
+    checkpoints.save(5, state, {})
+    try:
+        checkpoints.close()
+    except UserError as error:
+        print(error)
 """
 
 
@@ -274,5 +288,7 @@ def test_an_error_of_the_background_save_surfaces_and_earlier_steps_stay(tmp_pat
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "step 2 was not saved" in out and "Earlier complete steps: [1]" in out
+    assert "step 5 was not saved" in out and "Earlier complete steps: [1, 4]" in out
     restored = restore(tmp_path, {"w": jnp.zeros((256, 256))})
-    assert restored is not None and restored.step == 1
+    assert restored is not None and restored.step == 4
+    assert sorted(p.name for p in tmp_path.glob("[0-9]")) == ["1", "4"]

@@ -6,25 +6,35 @@ seed and goes on with other prompts.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import grain  # pyright: ignore[reportMissingTypeStubs]
 
 from sdpo_jax.errors import UserError
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 _HASHED_ITEMS = 1024
 _HASHED_ORDER = 64
+_EPOCHS = 2**32  # as good as endless; Grain's own "for ever" overflows with a source of one item
+
+
+class Source(Protocol[T_co]):
+    """Random access: a list, a range, or anything that makes its items when asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> T_co: ...
 
 
 class PromptBatches(Generic[T]):
     """An endless iterator over lists of items, with a JSON-serialisable state."""
 
-    def __init__(self, source: Sequence[T], *, batch_size: int, seed: int):
+    def __init__(self, source: Source[T], *, batch_size: int, seed: int):
         """See `prompt_batches`."""
-        batches = _shuffled(source, seed).repeat().batch(batch_size, batch_fn=list)
+        batches = _shuffled(source, seed).repeat(_EPOCHS).batch(batch_size, batch_fn=list)
         # Without threads and read-ahead the position is exactly what has been handed out.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._iterator = iter(batches.to_iter_dataset(options))
@@ -55,15 +65,15 @@ class PromptBatches(Generic[T]):
         self._iterator.set_state(dict(state["position"]))
 
 
-def prompt_batches(source: Sequence[T], *, batch_size: int, seed: int) -> PromptBatches[T]:
+def prompt_batches(source: Source[T], *, batch_size: int, seed: int) -> PromptBatches[T]:
     """Iterates over a source in batches, shuffled anew in each epoch, for ever.
 
     Epochs follow each other without a gap: each item comes once per epoch, and where `batch_size`
     does not divide the length a batch holds the end of one epoch and the beginning of the next.
 
     Args:
-        source: any random-access sequence; items may be made on access. Their `repr` must be the
-            same in every process (no addresses, no sets), for the fingerprint.
+        source: anything with a length and items by number, perhaps made on access. Their `repr`
+            must be the same in every process (no addresses, no sets), for the fingerprint.
         batch_size: items per batch.
         seed: of the order, from 0 to 2**32 - 1.
     """
@@ -75,7 +85,7 @@ def prompt_batches(source: Sequence[T], *, batch_size: int, seed: int) -> Prompt
     return PromptBatches(source, batch_size=batch_size, seed=seed)
 
 
-def source_fingerprint(source: Sequence[Any], *, batch_size: int, seed: int) -> str:
+def source_fingerprint(source: Source[Any], *, batch_size: int, seed: int) -> str:
     """Describes data and order, readable enough to see what differs between two.
 
     The content hash covers up to 1024 items, evenly spread, first and last among them; the order
@@ -85,7 +95,7 @@ def source_fingerprint(source: Sequence[Any], *, batch_size: int, seed: int) -> 
     count = min(size, _HASHED_ITEMS)
     spread = [i * (size - 1) // max(1, count - 1) for i in range(count)]
     shuffled = _shuffled(range(size), seed)
-    order = [int(cast(int, shuffled[i])) for i in range(min(size, _HASHED_ORDER))]
+    order = [int(shuffled[i]) for i in range(min(size, _HASHED_ORDER))]
     parts = (
         f"{size} items",
         f"batch {batch_size}",
@@ -95,11 +105,11 @@ def source_fingerprint(source: Sequence[Any], *, batch_size: int, seed: int) -> 
     return ", ".join([*parts, f"content {_short_hash(source[i] for i in spread)}"])
 
 
-def _shuffled(source: Sequence[T], seed: int) -> "grain.MapDataset[T]":
-    return grain.MapDataset.source(source).seed(seed).shuffle()
+def _shuffled(source: Source[T], seed: int) -> Any:
+    return grain.MapDataset.source(cast(Any, source)).seed(seed).shuffle()
 
 
-def _short_hash(items: Any) -> str:
+def _short_hash(items: Iterable[Any]) -> str:
     digest = hashlib.blake2b(digest_size=6)
     for item in items:
         digest.update(repr(item).encode() + b"\n")

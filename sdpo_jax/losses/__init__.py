@@ -9,6 +9,6 @@
     objectives       the per-token losses that the chunked head takes
     arrays           shape checks and precision
 
-A loss returns values per token; how tokens are averaged is another function. `docs/equations.md` maps each
-equation to its function and its test.
+A loss returns values per token; how tokens are averaged is another function. `docs/equations.md`
+maps each equation to its function and its test.
 """

@@ -1,14 +1,16 @@
 """The vocabulary head, a chunk of tokens at a time: all logits `[M, V]` never exist.
 
-Forward and gradient of a chunk are computed together, while its logits are there. What is kept is the gradient
-of the hidden states `[M, D]` and one accumulated gradient of the head `[D, V]`; the backward pass multiplies
-both by the incoming scalar. Student and teacher then cost four head matmuls, where recomputation costs six.
+Forward and gradient of a chunk are computed together, while its logits are there. What is kept is
+the gradient of the hidden states `[M, D]` and one accumulated gradient of the head `[D, V]`; the
+backward pass multiplies both by the incoming scalar. Student and teacher then cost four head
+matmuls, where recomputation costs six.
 
-Chunks are strided: chunk i of n holds tokens i, i + n, i + 2n, ... A token axis that is sharded over a mesh
-stays sharded inside each chunk, so no token moves, as long as the shards divide the chunk.
+Chunks are strided: chunk i of n holds tokens i, i + n, i + 2n, ... A token axis that is sharded
+over a mesh stays sharded inside each chunk, so no token moves, as long as the shards divide the
+chunk.
 
-The gradient is exact for any per-token loss and any scale of the result. Reverse mode only: forward mode
-(`jvp`) and second derivatives are not defined.
+The gradient is exact for any per-token loss and any scale of the result. Reverse mode only: forward
+mode (`jvp`) and second derivatives are not defined.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,8 @@ Metrics: TypeAlias = dict[str, jax.Array]
 PerTokenLoss: TypeAlias = Callable[[jax.Array, Any, Any], tuple[jax.Array, Metrics]]
 """`(logits[C, V], aux, constants) -> (loss[C], metrics of [C] each)`, of one chunk of C tokens.
 
-It may close over Python values, not over arrays: those come as `aux` (leading axis C) or `constants` (whole).
+It may close over Python values, not over arrays: those come as `aux` (leading axis C) or
+`constants` (whole).
 """
 
 
@@ -35,12 +38,7 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     >>> head_logits(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
     dtype('float32')
     """
-    return jnp.einsum(
-        "md,dv->mv",
-        hidden,
-        head.astype(hidden.dtype),
-        preferred_element_type=loss_dtype(hidden),
-    )
+    return _product("md,dv->mv", hidden, head)
 
 
 def chunked_head(
@@ -55,21 +53,23 @@ def chunked_head(
 ) -> tuple[jax.Array, Metrics]:
     """Σ_m weights[m] · per_token_loss(hidden[m] · head)[m], and the metrics of each token.
 
-    Differentiable in `hidden` and `head`; everything else is detached. A token of weight 0 adds nothing to
-    the value or to a gradient, whatever its rows hold.
+    Differentiable in `hidden` and `head`; everything else is detached. A token of weight 0 adds
+    nothing to the value or to a gradient, whatever its rows hold.
 
     Args:
         per_token_loss: see `PerTokenLoss`; `objectives` has one per objective.
         hidden: [M, D], final hidden states at the positions that predict a token.
-        head: [D, V]; cast to the dtype of `hidden` for the product, its gradient accumulates in float32.
+        head: [D, V]; cast to the dtype of `hidden` for the product, its gradient accumulates in
+            float32.
         aux: pytree of arrays with leading axis M.
         weights: [M], from `token_mean_weights` or `sequence_mean_weights`.
         chunk: how many tokens may have logits at a time; M is cut evenly.
-        constants: pytree that every chunk sees whole, such as the teacher's head or the temperature.
+        constants: pytree that every chunk sees whole, such as the teacher's head or the
+            temperature.
 
     Returns:
-        The weighted sum, a float32 scalar to divide once by the denominator of the weights; and a dict of
-        detached [M] float32 arrays, those of weight 0 included.
+        The weighted sum, a float32 scalar to divide once by the denominator of the weights; and a
+        dict of detached [M] float32 arrays, those of weight 0 included.
 
     >>> def square_error(logits, aux, constants):
     ...     return jnp.sum((logits - aux) ** 2, axis=-1), {"first": logits[:, 0]}
@@ -81,7 +81,8 @@ def chunked_head(
     _check(hidden, head, aux, weights, chunk)
     count = -(-hidden.shape[0] // chunk)
     aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
-    return _chunked(per_token_loss, count, hidden, head, aux, weights, constants)
+    arrays = _vary_alike((hidden, head, aux, weights, constants))
+    return _chunked(per_token_loss, count, *arrays)
 
 
 def chunked_head_reference(
@@ -103,7 +104,8 @@ def chunked_head_reference(
 def _check(hidden: jax.Array, head: jax.Array, aux: Any, weights: jax.Array, chunk: int) -> None:
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
         raise ValueError(
-            f"expected hidden [M, D] and head [D, V], got {list(hidden.shape)} and {list(head.shape)}"
+            f"expected hidden [M, D] and head [D, V], got hidden {list(hidden.shape)} and head "
+            f"{list(head.shape)}"
         )
     tokens = hidden.shape[0]
     if chunk < 1 or tokens < 1:
@@ -144,7 +146,7 @@ def _chunked(
         value, metrics = _weighted_loss(logits, per_token_loss, aux, weights, constants)
         return total + value, metrics
 
-    total = jnp.zeros((), loss_dtype(hidden))
+    total = _zeros((), hidden)
     total, metrics = jax.lax.scan(step, total, _split((hidden, aux, weights), count))
     return total, _join(metrics, hidden.shape[0])
 
@@ -159,7 +161,6 @@ def _forward(
     constants: Any,
 ) -> tuple[tuple[jax.Array, Metrics], tuple[jax.Array, jax.Array]]:
     """Value, and the gradients by hidden and head: each chunk's while its logits exist."""
-    dtype = loss_dtype(hidden)
     value_and_grad = jax.value_and_grad(_weighted_loss, has_aux=True)
 
     def step(carry: Any, tokens: Any) -> tuple[Any, Any]:
@@ -168,13 +169,13 @@ def _forward(
         logits = head_logits(hidden, head)
         (value, metrics), grad = value_and_grad(logits, per_token_loss, aux, weights, constants)
         active = (weights != 0)[:, None]
-        # Both matmuls read the working precision (bfloat16 on an accelerator) and accumulate in float32.
+        # Both products read the working precision (bfloat16 on an accelerator) and accumulate wide.
         grad = jnp.where(active, grad, 0.0).astype(hidden.dtype)  # [C, V]
-        hidden_grad = head_logits(grad, head.T).astype(hidden.dtype)
-        head_grad = head_grad + head_logits(jnp.where(active, hidden, 0.0).T, grad)
+        hidden_grad = _product("mv,dv->md", grad, head).astype(hidden.dtype)
+        head_grad = head_grad + _product("md,mv->dv", jnp.where(active, hidden, 0.0), grad)
         return (total + value, head_grad), (hidden_grad, metrics)
 
-    carry = jnp.zeros((), dtype), jnp.zeros(head.shape, dtype)
+    carry = _zeros((), hidden), _zeros(head.shape, hidden)
     carry, stacked = jax.lax.scan(step, carry, _split((hidden, aux, weights), count))
     total, head_grad = carry
     hidden_grad, metrics = _join(stacked, hidden.shape[0])
@@ -194,6 +195,34 @@ def _backward(
 
 
 _chunked.defvjp(_forward, _backward)
+
+
+def _vary_alike(tree: Any) -> Any:
+    """Inside shard_map: mark each array as varying over every axis that any of them varies over.
+
+    A replicated head's gradient then stays local while chunks accumulate and is summed over the
+    devices once, by the transpose of this mark.
+    """
+    axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: _vary(x, axes), tree)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - _varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    return _vary(jnp.zeros(shape, loss_dtype(like)), _varying(like))
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    wide = loss_dtype(a)
+    return jnp.einsum(equation, a, b.astype(a.dtype), preferred_element_type=wide)
 
 
 def _split(tree: Any, count: int) -> Any:

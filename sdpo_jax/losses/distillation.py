@@ -1,9 +1,9 @@
 """Self-distillation: the student follows the re-prompted teacher over the student's own tokens.
 
-SDPO, arXiv 2601.20802, equation 1: Σ_t D(π_θ(· | x, y_<t), sg q(· | x, f, y_<t)), both distributions over the
-whole vocabulary and after the same prefix of the student's sample. The prefix is taken as given: the loss is
-differentiated through the next-token distributions alone. SDFT (arXiv 2601.19897) is the same loss with a
-demonstration as context.
+SDPO, arXiv 2601.20802, equation 1: Σ_t D(π_θ(· | x, y_<t), sg q(· | x, f, y_<t)), both
+distributions over the whole vocabulary and after the same prefix of the student's sample. The
+prefix is taken as given: the loss is differentiated through the next-token distributions alone.
+SDFT (arXiv 2601.19897) is the same loss with a demonstration as context.
 
 Divide both logits by the rollout temperature before they come here.
 """
@@ -44,8 +44,8 @@ def truncated_importance_weights(
 ) -> jax.Array:
     """min(exp(log π - log π_old), cap), detached; the log-ratio is limited to ±20.
 
-    Corrects the loss of a token for the policy that drew it. Capped from above only (2 in the SDPO code), and
-    exactly 1 on-policy. Arrays have any equal shape and receive no gradient.
+    Corrects the loss of a token for the policy that drew it. Capped from above only (2 in the SDPO
+    code), and exactly 1 on-policy. Arrays have any equal shape and receive no gradient.
 
     >>> log_probs, old_log_probs = jnp.log(jnp.array([0.5, 0.9])), jnp.log(jnp.array([0.5, 0.1]))
     >>> truncated_importance_weights(log_probs, old_log_probs, cap=2.0).tolist()
@@ -66,15 +66,18 @@ def sdpo_loss(
 ) -> LossOutput:
     """Σ mask · weight · divergence and Σ mask: the SDPO loss from logits.
 
-    `LossOutput.mean()` is the paper's token mean; `sequence_mean(output.per_token, mask)` is the other
-    reduction. Where logits do not fit in memory, `chunked_head` with `sdpo_per_token` is the same loss.
+    `LossOutput.mean()` is the paper's token mean; `sequence_mean(output.per_token, mask)` is the
+    other reduction. Where logits do not fit in memory, `chunked_head` with `sdpo_per_token` is the
+    same loss.
 
     Args:
         student_logits: [B, T, V], unnormalised, at the positions that predict the response tokens.
-        teacher_logits: [B, T, V], of the same tokens after the teacher's prompt; receives no gradient.
+        teacher_logits: [B, T, V], of the same tokens after the teacher's prompt; receives no
+            gradient.
         mask: [B, T], nonzero on response tokens (EOS included) of rows that have a teacher.
         alpha: which divergence, see `full_vocabulary_loss`.
-        weights: [B, T], for instance `truncated_importance_weights`, or a product of such; detached.
+        weights: [B, T], for instance `truncated_importance_weights`, or a product of such;
+            detached.
 
     Returns:
         LossOutput.

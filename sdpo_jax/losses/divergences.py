@@ -4,8 +4,9 @@
 
 * The teacher passes `stop_gradient` here, so that no caller can forget it.
 * float64 stays float64; anything else is computed in float32.
-* Log-probabilities are floored at -1e4. An impossible token (`-inf`, or a mask of -1e9) then contributes
-  a finite amount with a finite gradient; no probability that float64 can tell from zero is touched.
+* Log-probabilities are floored at -1e4. An impossible token (`-inf`, or a mask of -1e9) then
+  contributes a finite amount with a finite gradient; no probability that float64 can tell from zero
+  is touched.
 """
 
 import jax
@@ -57,8 +58,8 @@ def generalized_jsd(
 ) -> jax.Array:
     """(1 - α) KL(S ‖ M) + α KL(T ‖ M) with the mixture M = log[(1 - α) e^S + α e^T].
 
-    The student's gradient also flows through M. The two ends are the KLs by definition and not the limits
-    of the middle, which vanishes there: exactly 0 is KL(teacher ‖ student), exactly 1 is
+    The student's gradient also flows through M. The two ends are the KLs by definition and not the
+    limits of the middle, which vanishes there: exactly 0 is KL(teacher ‖ student), exactly 1 is
     KL(student ‖ teacher). At 0.5 the value is symmetric and at most ln 2.
 
     Args:
@@ -109,8 +110,8 @@ def _log_ratios_to_mixture(
 ) -> tuple[jax.Array, jax.Array]:
     """Return S - M and T - M, exactly 0 where S = T.
 
-    With d = T - S: S - M = -log1p(α expm1(d)) and T - M = -log1p((1 - α) expm1(-d)). Only the one whose
-    exponent is not positive is evaluated, so nothing overflows; the other differs from it by d.
+    With d = T - S: S - M = -log1p(α expm1(d)) and T - M = -log1p((1 - α) expm1(-d)). Only the one
+    whose exponent is not positive is evaluated, so nothing overflows; the other differs by d.
     """
     gap = teacher - student
     below = gap <= 0.0  # the teacher gives this token no more than the student does

@@ -19,8 +19,9 @@ def log_softmax(logits: jax.Array) -> jax.Array:
 def select_targets(log_probs: jax.Array, targets: jax.Array) -> jax.Array:
     """Return `log_probs[..., targets]`; [..., V] and integer [...] to [...].
 
-    A comparison with a counter instead of a gather: it fuses into the softmax, and it stays local where the
-    vocabulary is sharded. A target outside the vocabulary gives 0, so padding may hold any id.
+    A comparison with a counter instead of a gather: it fuses into the softmax, and it stays local
+    where the vocabulary is sharded. A target outside the vocabulary gives 0, so padding may hold
+    any id.
 
     >>> select_targets(jnp.array([[-1.0, -2.0], [-3.0, -4.0]]), jnp.array([1, 0])).tolist()
     [-2.0, -3.0]
@@ -61,7 +62,8 @@ def sft_loss(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> LossOutp
     Returns:
         LossOutput; the baseline of SDFT (arXiv 2601.19897).
 
-    >>> print(f"{sft_loss(jnp.zeros((1, 2, 4)), jnp.array([[2, 9]]), jnp.array([[1, 0]])).mean():.4f}")
+    >>> targets, mask = jnp.array([[2, 9]]), jnp.array([[1, 0]])
+    >>> print(f"{sft_loss(jnp.zeros((1, 2, 4)), targets, mask).mean():.4f}")
     1.3863
     """
     check_same_shape(targets=targets, mask=mask)

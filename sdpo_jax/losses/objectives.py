@@ -1,8 +1,9 @@
 """The objectives as per-token losses for `chunked_head`.
 
-Each factory takes the hyper-parameters and returns `loss(logits[C, V], tokens, constants)`; the arrays that it
-reads are named by a NamedTuple. The student's logits, and the teacher's, are divided by the temperature that
-the rollouts were drawn at, so that log-probabilities are those of the sampler.
+Each factory takes the hyper-parameters and returns `loss(logits[C, V], tokens, constants)`; the
+arrays that it reads are named by a NamedTuple. The student's logits, and the teacher's, are divided
+by the temperature that the rollouts were drawn at, so that log-probabilities are those of the
+sampler.
 """
 
 from typing import NamedTuple
@@ -53,10 +54,12 @@ class SftTokens(NamedTuple):
 
 
 def sdpo_per_token(alpha: float, importance_cap: float) -> PerTokenLoss:
-    """min(π/π_old, cap) · D_α(student, teacher) over the whole vocabulary; arXiv 2601.20802, equation 1.
+    """min(π/π_old, cap) · D_α(student, teacher) over the whole vocabulary.
 
-    Metrics: divergence, student_entropy, teacher_entropy, log_prob and teacher_log_prob of the target, ratio
-    (of new to rollout probability, before the cap).
+    Equation 1 of arXiv 2601.20802 per token, with the importance weight of the SDPO code.
+
+    Metrics: divergence, student_entropy, teacher_entropy, log_prob and teacher_log_prob of the
+    target, ratio (of new to rollout probability, before the cap).
 
     >>> loss = sdpo_per_token(alpha=0.5, importance_cap=2.0)
     >>> tokens = SdpoTokens(jnp.eye(2), jnp.array([0, 1]), jnp.log(jnp.array([0.5, 0.5])))
@@ -89,7 +92,8 @@ def sdpo_per_token(alpha: float, importance_cap: float) -> PerTokenLoss:
 def grpo_per_token(clip_low: float, clip_high: float, dual_clip: float) -> PerTokenLoss:
     """Clipped surrogate of the sampled token, `policy_gradient_loss`.
 
-    Metrics: log_prob of the target, student_entropy, ratio, clipped (1 where the ratio is held back).
+    Metrics: log_prob of the target, student_entropy, ratio, clipped (1 where the ratio is held
+    back).
 
     >>> loss = grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     >>> tokens = GrpoTokens(jnp.array([0]), jnp.log(jnp.array([0.25])), jnp.array([1.0]))

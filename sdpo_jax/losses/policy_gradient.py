@@ -1,8 +1,8 @@
-"""GRPO with the improvements that the SDPO paper grants its baseline (arXiv 2601.20802, section 2.1).
+"""GRPO with the improvements that the SDPO paper (arXiv 2601.20802, 2.1) grants its baseline.
 
-Reward minus group mean without division by the standard deviation, clip-higher (0.2 below, 0.28 above), a
-dual clip for negative advantages, no KL to a reference. The gradient reaches the current log-probabilities
-alone: old ones and advantages pass `stop_gradient`.
+Reward minus group mean without division by the standard deviation, clip-higher (0.2 below, 0.28
+above), a dual clip for negative advantages, no KL to a reference. The gradient reaches the current
+log-probabilities alone: old ones and advantages pass `stop_gradient`.
 """
 
 import jax
@@ -45,7 +45,7 @@ def group_advantages(rewards: jax.Array, group_size: int, *, scale: bool = False
 
 
 def probability_ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
-    """r = exp(log π - log π_old), the exponent limited to ±20. Any equal shapes.
+    """Return r = exp(log π - log π_old), the exponent limited to ±20. Any equal shapes.
 
     >>> probability_ratio(jnp.array([-1.0, 90.0]), jnp.array([-1.0, 0.0])).tolist()
     [1.0, 485165184.0]
@@ -61,8 +61,9 @@ def clip_ratio(
 ) -> jax.Array:
     """Return the ratio as far as the surrogate follows it; it stands still where it pays no more.
 
-    PPO's pessimistic minimum in closed form: min(r, 1 + clip_high) for a positive advantage, and r within
-    [1 - clip_low, dual_clip] for a negative one, whose loss would otherwise grow without bound.
+    PPO's pessimistic minimum in closed form: min(r, 1 + clip_high) for a positive advantage, and r
+    within [1 - clip_low, dual_clip] for a negative one, whose loss would otherwise grow without
+    bound.
 
     >>> ratio, advantages = jnp.array([1.5, 0.5, 0.5, 9.0]), jnp.array([1.0, 1.0, -1.0, -1.0])
     >>> clipped = clip_ratio(ratio, advantages, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
@@ -71,8 +72,8 @@ def clip_ratio(
     """
     if not (0.0 <= clip_low <= 1.0 and clip_high >= 0.0 and dual_clip > 1.0):
         raise ValueError(
-            f"expected 0 <= clip_low <= 1, clip_high >= 0 and dual_clip > 1, got clip_low {clip_low}, "
-            f"clip_high {clip_high}, dual_clip {dual_clip}"
+            "expected 0 <= clip_low <= 1, clip_high >= 0 and dual_clip > 1, got clip_low "
+            f"{clip_low}, clip_high {clip_high}, dual_clip {dual_clip}"
         )
     check_same_shape(ratio=ratio, advantages=advantages)
     above = jnp.minimum(ratio, 1.0 + clip_high)
@@ -91,7 +92,7 @@ def policy_gradient_loss(
 ) -> jax.Array:
     """-A · clip_ratio(r, A) per token: PPO's surrogate with clip-higher and dual clip.
 
-    Equal to max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), limited to -A · dual_clip where A < 0.
+    Equal to max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), at most -A · dual_clip for A < 0.
 
     Args:
         log_probs: [...], of the sampled tokens under the current policy.

@@ -1,15 +1,16 @@
 """(sum, weight), divided once.
 
-A mean of means depends on how a batch was cut; a sum and a weight do not. Every loss returns both, they add
-up over micro-batches, packed rows and hosts, and `divide` is called once at the end.
+A mean of means depends on how a batch was cut; a sum and a weight do not. Every loss returns both,
+they add up over micro-batches, packed rows and hosts, and `divide` is called once at the end.
 
 With m the mask, ℓ the loss per token and |y_i| = Σ_t m_it:
 
     token mean      Σ_it m_it ℓ_it / Σ_it m_it               the paper's equations, and the default
     sequence mean   (1/B) Σ_i (1/|y_i|) Σ_t m_it ℓ_it        what the released SDPO code amounts to
 
-The sequence mean counts all B rows, those without any active token too: the fewer rows have a teacher, the
-smaller the gradient. Rows that only fill up a batch must not be counted; leave them out of the denominator.
+The sequence mean counts all B rows, those without any active token too: the fewer rows have a
+teacher, the smaller the gradient. Rows that only fill up a batch must not be counted; leave them
+out of the denominator.
 """
 
 from typing import NamedTuple

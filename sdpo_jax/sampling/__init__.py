@@ -1,1 +1,1 @@
-"""sampling"""
+"""Sampling: prefill once per prompt, decode all rollouts in one compiled loop."""

@@ -97,11 +97,7 @@ def choose_context(
     Returns:
         [N]; None where there is neither a demonstration nor feedback: no teacher signal.
     """
-    if len(outcomes) != len(responses) or group_size < 1 or len(outcomes) % group_size:
-        raise ValueError(
-            "expected as many outcomes as responses, a multiple of group_size; "
-            f"got {len(outcomes)}, {len(responses)} and group_size={group_size}"
-        )
+    _check_groups(len(outcomes), len(responses), group_size)
     shown = [_shown(response, config) for response in responses]
     contexts: list[TeacherContext | None] = []
     for row, outcome in enumerate(outcomes):
@@ -114,9 +110,8 @@ def choose_context(
             and (text := shown[sibling]) is not None
         ]
         demonstration = _choose_demonstration(candidates, config.demonstration, seed, row)
-        feedback = _text_or_none(outcome.feedback) if config.feedback else None
-        if config.feedback_only_without_demonstration and demonstration is not None:
-            feedback = None
+        wanted = demonstration is None or not config.feedback_only_without_demonstration
+        feedback = _text_or_none(outcome.feedback) if config.feedback and wanted else None
         contexts.append(_context_or_none(demonstration, feedback))
     return contexts
 
@@ -200,6 +195,14 @@ def _compose(messages: Messages, context: TeacherContext) -> Messages:
     if context.feedback is not None:
         content += FEEDBACK_HEADER + context.feedback
     return (*messages[:-1], {**messages[-1], "content": content + CLOSING})
+
+
+def _check_groups(outcomes: int, responses: int, group_size: int) -> None:
+    if outcomes != responses or group_size < 1 or outcomes % group_size:
+        raise ValueError(
+            "expected as many outcomes as responses, a multiple of group_size; "
+            f"got {outcomes}, {responses} and group_size={group_size}"
+        )
 
 
 def _shown(response: str, config: TeacherConfig) -> str | None:

@@ -1,12 +1,13 @@
 """The teacher's weights: the initial ones, a moving average of the student's, or the student's own.
 
-Without regularisation the teacher runs after its own mistakes, and the paper reports divergence; an exponential
-moving average is the default (arXiv 2601.20802, section 2.3 and table 4). It moves once per generation batch,
-not per optimiser update. Averages are float32 whatever the student's dtype: at a rate of 0.05 or less the steps of
-a bfloat16 average round to nothing.
+Without regularisation the teacher runs after its own mistakes, and the paper reports divergence; an
+exponential moving average is the default (arXiv 2601.20802, section 2.3 and table 4). It moves once
+per generation batch, not per optimiser update. Averages are float32 whatever the student's dtype:
+at a rate of 0.05 or less the steps of a bfloat16 average round to nothing.
 """
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +16,14 @@ Params = Any
 """A pytree of arrays."""
 
 
-class TeacherInit(Protocol):
-    """`init(student) -> teacher`, the state to carry along."""
+TeacherInit: TypeAlias = Callable[[Params], Params]
+"""`init(student) -> teacher`, the state to carry along."""
 
-    def __call__(self, student: Params, /) -> Params: ...
+TeacherUpdate: TypeAlias = Callable[[Params, Params], Params]
+"""`update(teacher, student) -> teacher`, once per generation batch."""
 
-
-class TeacherUpdate(Protocol):
-    """`update(teacher, student) -> teacher`, once per generation batch."""
-
-    def __call__(self, teacher: Params, student: Params, /) -> Params: ...
-
-
-class TeacherParams(Protocol):
-    """`params(teacher, student) -> params`, the weights to run the teacher with."""
-
-    def __call__(self, teacher: Params, student: Params, /) -> Params: ...
+TeacherParams: TypeAlias = Callable[[Params, Params], Params]
+"""`params(teacher, student) -> params`, the weights to run the teacher with."""
 
 
 class Teacher(NamedTuple):
@@ -72,8 +65,8 @@ def frozen() -> Teacher:
     """Return the teacher that stays as the student was at the start."""
     return Teacher(
         init=_float32_copy,
-        update=lambda teacher, student, /: teacher,
-        params=lambda teacher, student, /: teacher,
+        update=lambda teacher, student: teacher,
+        params=lambda teacher, student: teacher,
     )
 
 
@@ -83,17 +76,17 @@ def ema(rate: float) -> Teacher:
         raise ValueError(f"rate must lie in [0, 1], got {rate}")
     return Teacher(
         init=_float32_copy,
-        update=lambda teacher, student, /: ema_update(teacher, student, rate),
-        params=lambda teacher, student, /: teacher,
+        update=lambda teacher, student: ema_update(teacher, student, rate),
+        params=lambda teacher, student: teacher,
     )
 
 
 def live() -> Teacher:
     """Return the teacher that is the student; its state is empty and costs no memory."""
     return Teacher(
-        init=lambda student, /: None,
-        update=lambda teacher, student, /: None,
-        params=lambda teacher, student, /: student,
+        init=lambda student: None,
+        update=lambda teacher, student: None,
+        params=lambda teacher, student: student,
     )
 
 
@@ -119,5 +112,5 @@ def trust_region_logits(
 
 
 def _float32_copy(params: Params) -> Params:
-    """Copy for real: the train step donates the student's buffers, and an alias would die with them."""
+    """Copy for real: the train step donates the student's buffers, an alias would die with them."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)

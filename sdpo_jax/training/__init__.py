@@ -1,1 +1,1 @@
-"""training"""
+"""Training: state, the update step, the loop, checkpoints, metrics."""

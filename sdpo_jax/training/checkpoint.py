@@ -17,6 +17,7 @@ and the others follow its verdict. The directory lies on a file system that all 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false
 
+import contextlib
 import json
 import os
 import re
@@ -164,12 +165,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes the last save and releases Orbax's threads."""
-        try:
-            self.finish()
-        finally:
-            if self._manager is not None:
-                self._manager.close()
-                self._manager = None
+        self.finish()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
 
     def restore(self, template: Any) -> Restored | None:
         """The latest step whose files are intact; None if nothing was ever completed.
@@ -255,8 +254,10 @@ class Checkpoints:
 
     def _raise_failed_save(self, error: BaseException) -> None:
         """Says which step is missing; a full or read-only disk is the user's to mend."""
-        step, self._saving = self._saving, None
-        said = str(error)
+        step, manager, said = self._saving, self._manager, str(error)
+        self._saving = self._manager = None
+        with contextlib.suppress(Exception):  # a manager repeats its error for ever
+            manager.close()
         if isinstance(error, OSError) or any(reason in said for reason in _DISK_ERRORS):
             raise UserError(
                 f"{self._directory}: step {step} was not saved ({said.splitlines()[0]}). Earlier "
@@ -333,11 +334,10 @@ def _refuse_other_arrays(saved: dict[str, Any], wanted: dict[str, Any], where: P
         if saved[name] != wanted[name]
     ]
     if differences:
-        shown = sorted(differences)[:20]
-        more = [f"... and {len(differences) - 20} more"] if len(differences) > 20 else []
+        shown = "\n  ".join(sorted(differences)[:20])
         raise UserError(
-            f"checkpoint {where} holds other arrays than this run:\n  "
-            + "\n  ".join(shown + more)
+            f"checkpoint {where} holds other arrays than this run ({len(differences)} differ):\n  "
+            + shown
             + "\nResume with the model and optimiser it was saved with, or use another run_dir."
         )
 

@@ -1,0 +1,108 @@
+"""The mesh, and where every array lies on it.
+
+Axes: `data` (hosts and prompts), `fsdp` (parameters and rows), `tensor` (heads, MLP, vocabulary). One table maps a
+parameter's logical axes to mesh axes; rows of a batch are split over `data` and `fsdp` together.
+
+In a run of several processes every process holds the same host-side data and each device takes its part.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sdpo_jax.config import MeshConfig
+from sdpo_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))
+RULES: Mapping[str, str | None] = {
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+"""Logical axis -> mesh axis."""
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    fixed = config.fsdp * config.tensor
+    data = devices // fixed if config.data == -1 else config.data
+    if data < 1 or data * fixed != devices:
+        raise UserError(
+            f"mesh: data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} does not fill "
+            f"{devices} device(s); expected sizes whose product is {devices} (data = -1 takes what is left)"
+        )
+    shape = (data, config.fsdp, config.tensor)
+    # Auto axes: XLA decides inside a program, we decide at its borders.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_spec(axes: tuple[str | None, ...]) -> P:
+    """Mesh axes of a parameter's logical axes; a mesh axis that comes up twice is an error."""
+    mesh_axes = [None if axis is None else RULES[axis] for axis in axes]
+    used = [axis for axis in mesh_axes if axis is not None]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} map to {mesh_axes}: a mesh axis may be used once")
+    return P(*mesh_axes)
+
+
+def _is_axes(x: object) -> bool:
+    return isinstance(x, tuple) and all(isinstance(a, str | None) for a in x)
+
+
+class Devices:
+    """A mesh with the shardings that the engine uses."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self.rows = NamedSharding(mesh, ROWS)
+        self.micro_batches = NamedSharding(mesh, P(None, *ROWS))
+        self.replicated = NamedSharding(mesh, P())
+        self.row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def parameter_shardings(self, logical_axes: Any, shapes: Any) -> Any:
+        """A `NamedSharding` per parameter.
+
+        Raises:
+          UserError: a dimension does not divide by its mesh axis.
+        """
+
+        def one(path: Any, axes: tuple[str | None, ...], leaf: Any) -> NamedSharding:
+            spec = partition_spec(axes)
+            for size, name, axis in zip(leaf.shape, axes, spec, strict=True):
+                parts = 1 if axis is None else self.mesh.shape[axis]
+                if size % parts:
+                    raise UserError(
+                        f"mesh.{axis} = {parts} does not divide {name} = {size} of parameter "
+                        f"{jax.tree_util.keystr(path)}; expected a divisor of {size}"
+                    )
+            return NamedSharding(self.mesh, spec)
+
+        return jax.tree_util.tree_map_with_path(one, logical_axes, shapes, is_leaf=_is_axes)
+
+    def put_rows(self, array: Any) -> jax.Array:
+        """Host array `[B, ...]` to devices, rows split."""
+        return jax.device_put(array, self.rows)
+
+    def put_micro_batches(self, array: Any) -> jax.Array:
+        """Host array `[A, R, ...]` to devices, rows of each micro-batch split."""
+        return jax.device_put(array, self.micro_batches)
+
+    def fetch(self, tree: Any) -> Any:
+        """Device arrays to host, whole, on every process; one transfer for the tree."""
+        if jax.process_count() == 1:
+            return jax.device_get(tree)
+        return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)

@@ -1,0 +1,166 @@
+"""Held-out accuracy of the student, and of the teacher with its context.
+
+The student answers each prompt `samples_per_prompt` times (avg@k). Where an attempt has a context (a sibling's
+success, feedback), the teacher answers the re-prompt once: teacher accuracy is the share of those answers that
+pass, the measure of the paper's figure 10.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from sdpo_jax.config import Config
+from sdpo_jax.environments.base import Environment, Outcome, Prompt
+from sdpo_jax.model import Params
+from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.teacher.context import TeacherContext, choose_context
+from sdpo_jax.teacher.prompts import TeacherPrompts
+from sdpo_jax.tokens import Tokenizer
+
+EVALUATION_STREAM = 1 << 30
+"""Added to the step, so that evaluation never draws with the keys of training."""
+TEACHER_STREAM = 3 << 29
+
+
+class Graded(NamedTuple):
+    """Responses with what the environment says of them; row `n` belongs to prompt `n // G`."""
+
+    responses: list[str]
+    outcomes: list[Outcome]
+    lengths: list[int]
+    stopped: list[bool]
+
+
+def grade_all(
+    environment: Environment, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> list[Outcome]:
+    """Grades `N` responses of `P` prompts, `G = N / P` of each."""
+    group = len(responses) // len(prompts)
+    return [environment.grade(prompts[i // group], text) for i, text in enumerate(responses)]
+
+
+class Evaluator:
+    """Evaluates on the held-out prompts of an environment."""
+
+    def __init__(
+        self,
+        config: Config,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        environment: Environment,
+        teacher_prompts: TeacherPrompts,
+    ):
+        self._config, self._sampler, self._tokenizer = config, sampler, tokenizer
+        self._environment, self._teacher_prompts = environment, teacher_prompts
+        self._prompts = list(environment.held_out)[: config.evaluation.prompts]
+        self._ids = [tokenizer.render(p.messages) for p in self._prompts]
+
+    def __call__(self, params: Params, teacher_params: Params, step: int) -> dict[str, float]:
+        """Metrics of the student and, where `teacher_params` is given, of the teacher in context."""
+        graded = self.attempts(params, step)
+        metrics = accuracy_metrics(graded, self._prompts)
+        if teacher_params is not None:
+            metrics |= self.teacher_metrics(teacher_params, graded, step)
+        return metrics
+
+    def attempts(
+        self, params: Params, step: int, *, temperature: float | None = None, samples: int | None = None
+    ) -> Graded:
+        """The student's answers to the bare prompts."""
+        settings = self._config.evaluation
+        group = settings.samples_per_prompt if samples is None else samples
+        heat = settings.temperature if temperature is None else temperature
+        return self._sample(params, self._ids, group, heat, EVALUATION_STREAM + step)
+
+    def teacher_metrics(self, params: Params, graded: Graded, step: int) -> dict[str, float]:
+        """Teacher accuracy over the attempts that have a context, overall and by kind of context."""
+        group = len(graded.responses) // len(self._prompts)
+        contexts = choose_context(
+            graded.outcomes, graded.responses, group, self._config.teacher, seed=self._config.seed
+        )
+        rows = [i for i, context in enumerate(contexts) if context is not None]
+        if not rows:
+            return {}
+        prompts = [self._prompts[i // group] for i in rows]
+        shown: list[TeacherContext] = [c for c in contexts if c is not None]
+        ids, _ = self._teacher_prompts([p.messages for p in prompts], shown)
+        answers = self._sample_rows(params, prompts, ids, TEACHER_STREAM + step)
+        passed = [outcome.passed for outcome in answers.outcomes]
+        metrics = {"teacher_accuracy": _mean(passed)}
+        for name, chosen in (
+            ("demonstration", [c.demonstration is not None for c in shown]),
+            ("feedback", [c.demonstration is None for c in shown]),
+        ):
+            of_kind = [p for p, is_kind in zip(passed, chosen, strict=True) if is_kind]
+            if of_kind:
+                metrics[f"teacher_accuracy/{name}"] = _mean(of_kind)
+        return metrics
+
+    def _sample_rows(
+        self, params: Params, prompts: Sequence[Prompt], ids: Sequence[list[int]], step: int
+    ) -> Graded:
+        return self._sample(params, ids, 1, self._config.evaluation.temperature, step, prompts)
+
+    def _sample(
+        self,
+        params: Params,
+        ids: Sequence[list[int]],
+        group: int,
+        temperature: float,
+        step: int,
+        prompts: Sequence[Prompt] | None = None,
+    ) -> Graded:
+        """Decodes in batches of a fixed number of prompts, so that one program serves all."""
+        prompts = self._prompts if prompts is None else prompts
+        size = max(1, self._config.evaluation.batch_prompts * (1 if group > 1 else 2))
+        graded = Graded([], [], [], [])
+        for start in range(0, len(ids), size):
+            batch = [list(x) for x in ids[start : start + size]]
+            rollouts = self._sampler(
+                params,
+                batch,
+                group=group,
+                max_tokens=self._config.rollout.max_response_tokens,
+                temperature=temperature,
+                seed=self._config.seed,
+                step=step,
+                first_prompt=start,
+                prompt_rows=size,
+            )
+            texts = [self._tokenizer.decode(ids) for ids in rollouts.responses()]
+            graded.responses.extend(texts)
+            graded.outcomes.extend(
+                grade_all(self._environment, prompts[start : start + size], texts)
+            )
+            graded.lengths.extend(rollouts.lengths.tolist())
+            graded.stopped.extend(rollouts.stopped.tolist())
+        return graded
+
+
+def accuracy_metrics(graded: Graded, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Accuracy overall and by family, response length and truncation."""
+    group = len(graded.responses) // len(prompts)
+    families: dict[str, list[bool]] = {}
+    for i, outcome in enumerate(graded.outcomes):
+        family = str(prompts[i // group].data.get("family", ""))
+        families.setdefault(family, []).append(outcome.passed)
+    metrics = {
+        "accuracy": _mean([outcome.passed for outcome in graded.outcomes]),
+        "response_tokens": _mean(graded.lengths),
+        "truncated": 1.0 - _mean(graded.stopped),
+    }
+    if len(families) > 1:
+        metrics |= {f"accuracy/{name}": _mean(v) for name, v in sorted(families.items())}
+    return metrics
+
+
+def environment_metrics(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
+    """Means of what the environment reports besides reward."""
+    names = sorted({name for outcome in outcomes for name in outcome.metrics})
+    return {
+        f"environment/{name}": _mean([o.metrics[name] for o in outcomes if name in o.metrics])
+        for name in names
+    }
+
+
+def _mean(values: Sequence[float] | Sequence[bool] | Sequence[int]) -> float:
+    return sum(values) / len(values) if values else 0.0

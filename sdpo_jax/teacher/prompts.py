@@ -1,0 +1,39 @@
+"""Teacher contexts to token ids: re-prompt, fit into the budget, render; each distinct prompt once."""
+
+from collections.abc import Mapping, Sequence
+
+from sdpo_jax.config import TeacherConfig
+from sdpo_jax.teacher.context import TeacherContext, TextCodec, fit_reprompt
+from sdpo_jax.tokens import Tokenizer
+
+
+class TeacherPrompts:
+    """Renders teacher prompts of a run."""
+
+    def __init__(self, config: TeacherConfig, tokenizer: Tokenizer):
+        self._config = config
+        self._tokenizer = tokenizer
+        self._codec = TextCodec(tokenizer.encode, tokenizer.decode, tokenizer.render)
+
+    def __call__(
+        self,
+        questions: Sequence[tuple[Mapping[str, str], ...]],
+        contexts: Sequence[TeacherContext],
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Ids of each row's teacher prompt, and whether anything of its context survived the cut."""
+        known: dict[tuple[str, TeacherContext], tuple[list[int], bool]] = {}
+        rendered: list[tuple[list[int], bool]] = []
+        for messages, context in zip(questions, contexts, strict=True):
+            key = (repr(messages), context)
+            if key not in known:
+                fitted = fit_reprompt(
+                    messages,
+                    context,
+                    self._codec,
+                    max_prompt_tokens=self._config.max_prompt_tokens,
+                    max_feedback_tokens=self._config.max_feedback_tokens,
+                )
+                ids = self._tokenizer.render(fitted.messages)
+                known[key] = (ids, fitted.context is not None)
+            rendered.append(known[key])
+        return [ids for ids, _ in rendered], [shown for _, shown in rendered]

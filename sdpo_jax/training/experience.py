@@ -1,0 +1,100 @@
+"""One generation batch: sample, decode, grade. Nothing here knows the objective."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdpo_jax.config import RolloutConfig
+from sdpo_jax.environments.base import Environment, Outcome, Prompt
+from sdpo_jax.errors import UserError
+from sdpo_jax.evaluation.accuracy import environment_metrics, grade_all
+from sdpo_jax.model import Params
+from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.clock import Clock
+
+
+class Experience(NamedTuple):
+    """`N = P·G` graded rollouts; row `n` belongs to prompt `n // G`. Sampled ids are kept as they are."""
+
+    prompts: list[Prompt]  # [P]
+    group: int
+    prompt_ids: list[list[int]]  # [N]
+    response_ids: list[list[int]]  # [N]
+    log_probs: list[NDArray[np.float32]]  # [N], of the sampling distribution
+    lengths: NDArray[np.int32]  # [N]
+    texts: list[str]  # [N]
+    outcomes: list[Outcome]  # [N]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest response."""
+        return int(self.lengths.max())
+
+
+def collect(
+    config: RolloutConfig,
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    environment: Environment,
+    params: Params,
+    prompts: Sequence[Prompt],
+    *,
+    seed: int,
+    step: int,
+    clock: Clock,
+) -> tuple[Experience, dict[str, float]]:
+    """Samples `G` responses for each prompt and grades them; returns metrics of both, too."""
+    group = config.rollouts_per_prompt
+    with clock.phase("rollout"):
+        ids = [prompt_ids(tokenizer, p, config.max_prompt_tokens) for p in prompts]
+        rollouts = sampler(
+            params,
+            ids,
+            group=group,
+            max_tokens=config.max_response_tokens,
+            temperature=config.temperature,
+            seed=seed,
+            step=step,
+        )
+    with clock.phase("grade"):
+        responses = rollouts.responses()
+        texts = [tokenizer.decode(row) for row in responses]
+        outcomes = grade_all(environment, prompts, texts)
+    experience = Experience(
+        prompts=list(prompts),
+        group=group,
+        prompt_ids=[row for row in ids for _ in range(group)],
+        response_ids=responses,
+        log_probs=[
+            row[:n] for row, n in zip(rollouts.log_probs, rollouts.lengths, strict=True)
+        ],
+        lengths=rollouts.lengths,
+        texts=texts,
+        outcomes=outcomes,
+    )
+    metrics = {
+        "reward": float(np.mean([outcome.reward for outcome in outcomes])),
+        "success": float(np.mean([outcome.passed for outcome in outcomes])),
+        "response_tokens": float(np.mean(rollouts.lengths)),
+        "truncated": float(1.0 - np.mean(rollouts.stopped)),
+        **environment_metrics(outcomes),
+    }
+    return experience, metrics
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int) -> list[int]:
+    """Renders a prompt; a question is never cut silently.
+
+    Raises:
+      UserError: it is longer than `rollout.max_prompt_tokens`.
+    """
+    ids = tokenizer.render(prompt.messages)
+    if len(ids) > max_tokens:
+        raise UserError(
+            f"prompt {prompt.id!r} has {len(ids)} tokens; expected at most "
+            f"rollout.max_prompt_tokens = {max_tokens}. Raise it to at least {len(ids)}."
+        )
+    return ids

@@ -1,0 +1,406 @@
+"""Recipes: what is accepted, what an error says, what survives a round trip."""
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdpo_jax import recipe
+from sdpo_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EnvironmentConfig,
+    EvaluationConfig,
+    GrpoObjective,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SdpoObjective,
+    SftObjective,
+    TeacherConfig,
+    TrainConfig,
+)
+from sdpo_jax.errors import UserError
+
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "x.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        recipe.load_recipe(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_committed_recipe_parses_and_round_trips(path: Path, tmp_path: Path):
+    config = recipe.load_recipe(path)
+    assert recipe.load_recipe(write(tmp_path, recipe.to_toml(config))) == config
+
+
+def test_an_empty_recipe_is_the_default_config(tmp_path: Path):
+    assert recipe.load_recipe(write(tmp_path, "")) == Config()
+    assert recipe.problems(Config()) == []
+
+
+def test_values_land_where_they_are_named(tmp_path: Path):
+    text = """\ufeffseed = 3
+    [objective]
+    name = "grpo"
+    clip_low = 0.1
+    [optimizer]
+    learning_rate = 1
+    [environment]
+    families = ["a", "b"]
+    [teacher]
+    feedback = false
+    """
+    config = recipe.load_recipe(write(tmp_path, text))
+    assert config.seed == 3
+    assert config.objective == GrpoObjective(clip_low=0.1)
+    assert type(config.optimizer.learning_rate) is float
+    assert config.environment.families == ("a", "b")
+    assert config.teacher.feedback is False
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[train]\nstps = 4", "train.stps: unknown key; did you mean train.steps?"),
+        ("[trian]\nsteps = 4", "trian: unknown key; did you mean train?"),
+        ("sede = 4", "sede: unknown key; did you mean seed?"),
+        (
+            "[train]\nlearning_rate = 1.0",
+            "train.learning_rate: unknown key; did you mean optimizer.learning_rate?",
+        ),
+        ("[mesh]\nqqq = 4", "mesh.qqq: unknown key; known here: mesh.data, mesh.fsdp, mesh.tensor"),
+        ("[objective]\nalhpa = 1.0", "objective.alhpa: unknown key; did you mean objective.alpha?"),
+    ],
+)
+def test_unknown_key_names_the_nearest_valid_one(text: str, expected: str, tmp_path: Path):
+    path = write(tmp_path, text)
+    assert complaint(path) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[train]\nsteps = "4"', 'train.steps: "4" (a string), expected an integer'),
+        ("[train]\nsteps = true", "train.steps: true (a boolean), expected an integer"),
+        ("[train]\nsteps = 4.0", "train.steps: 4.0 (a number), expected an integer"),
+        ("[objective]\nalpha = false", "objective.alpha: false (a boolean), expected a number"),
+        ("[teacher]\nfeedback = 1", "teacher.feedback: 1 (an integer), expected a boolean"),
+        ('environment.families = "a"', 'environment.families: "a" (a string), expected a list of '),
+        (
+            "environment.families = [1]",
+            "environment.families: [1] (a list), expected a list of str",
+        ),
+        (
+            '[model]\nremat = "ful"',
+            'model.remat: "ful" (a string), expected one of "none", "full"; ',
+        ),
+        ("train = 4", "train: 4 (an integer), expected a table [train]"),
+        ("[seed]\nx = 1", "seed: a table, expected an integer"),
+        ("seed = 2024-01-01", "seed: 2024-01-01 (a date), expected an integer"),
+    ],
+)
+def test_a_wrong_type_shows_value_type_and_expectation(text: str, expected: str, tmp_path: Path):
+    path = write(tmp_path, text)
+    assert complaint(path).startswith(f"{path}: {expected}")
+
+
+def test_an_unknown_objective_lists_the_choices(tmp_path: Path):
+    path = write(tmp_path, '[objective]\nname = "spdo"\nclip_low = 0.1')
+    expected = 'one of "sdpo", "grpo", "sft"; did you mean "sdpo"?'
+    assert complaint(path) == f'{path}: objective.name: "spdo" (a string), expected {expected}'
+    for value in ("[1]", "{}", "true"):
+        assert "expected one of" in complaint(write(tmp_path, f"[objective]\nname = {value}"))
+
+
+def test_a_setting_of_another_objective_is_said_to_be_one(tmp_path: Path):
+    path = write(tmp_path, '[objective]\nname = "grpo"\nalpha = 0.5')
+    expected = "objective.alpha: a setting of sdpo, but the objective is grpo"
+    assert complaint(path) == f"{path}: {expected}"
+    assert "set objective.name" in complaint(write(tmp_path, "[objective]\ndual_clip = 2.0"))
+
+
+def test_every_problem_is_listed_in_one_error(tmp_path: Path):
+    text = """
+    sede = 1
+    [train]
+    stps = 4
+    steps = "4"
+    mini_batches = 3
+    [objective]
+    clip_low = 0.1
+    alpha = 2
+    [rollout]
+    temperature = 0
+    """
+    message = complaint(write(tmp_path, text), "--mesh.fspd", "2", "--mesh.fsdp=x", "stray")
+    assert message.startswith("10 problems:\n")
+    for key in ("sede", "train.stps", "train.steps", "train.mini_batches", "objective.clip_low"):
+        assert f"x.toml: {key}: " in message
+    for key in ("objective.alpha", "rollout.temperature", "--mesh.fspd", "--mesh.fsdp", "stray"):
+        assert f"{key}: " in message
+
+
+def test_a_problem_is_not_followed_by_its_consequences(tmp_path: Path):
+    path = write(tmp_path, '[rollout]\nprompts_per_step = "6"\n[train]\nmini_batches = 5')
+    assert complaint(path).count("\n") == 0
+
+
+def test_options_replace_the_values_of_the_recipe(tmp_path: Path):
+    path = write(tmp_path, "[train]\nsteps = 4\n[teacher]\nexclude_own_success = false")
+    words = "--train.steps 9 --train.steps 40 --optimizer.learning-rate=1e-3 --objective.alpha 1"
+    words += " --optimizer.warmup_steps 2 --teacher.no-feedback --teacher.exclude-own-success"
+    words += " --environment.families a b --mesh.data -1 --run-dir=--odd --teacher.remove-thinking"
+    config = recipe.load_recipe(path, [*words.split(), "False"])
+    expected = Config(
+        run_dir="--odd",
+        objective=SdpoObjective(alpha=1.0),
+        train=TrainConfig(steps=40),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        environment=EnvironmentConfig(families=("a", "b")),
+        teacher=TeacherConfig(feedback=False, remove_thinking=False),
+    )
+    assert config == expected
+
+
+def test_an_option_may_choose_the_objective_or_empty_a_list(tmp_path: Path):
+    path = write(tmp_path, 'environment.families = ["a"]')
+    for words in (["--environment.families"], ["--environment.families="]):
+        config = recipe.load_recipe(path, ["--objective.name", "grpo", *words])
+        assert config.objective == GrpoObjective()
+        assert config.environment.families == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--train.stps 4", "--train.stps: unknown option; did you mean --train.steps?"),
+        (
+            "--train.learning-rate 4",
+            "--train.learning-rate: unknown option; did you mean --optimizer.learning-rate?",
+        ),
+        ("--train.steps", "--train.steps: no value, expected an integer"),
+        ("--train.steps --seed 1", "--train.steps: no value, expected an integer"),
+        ("--train.steps x", '--train.steps: "x" (a string), expected an integer'),
+        ("--train.steps 0", "--train.steps: 0, expected at least 1"),
+        ("--teacher.feedback=maybe", '--teacher.feedback: "maybe" (a string), expected a boolean'),
+        ("--teacher.no-weights", "--teacher.no-weights: unknown option; did you mean --teacher.w"),
+        ("--objective.clip-low 0.1", "--objective.clip-low: a setting of grpo, but the objective"),
+        ("train.steps=4", "train.steps=4: unexpected argument; --train.steps VALUE"),
+        ("stray", "stray: unexpected argument; options look like --train.steps 40"),
+    ],
+)
+def test_a_wrong_option_is_named_as_it_was_typed(words: str, expected: str, tmp_path: Path):
+    assert complaint(write(tmp_path, ""), *words.split()).startswith(expected)
+
+
+def test_an_option_mends_the_recipe(tmp_path: Path):
+    path = write(tmp_path, "[train]\nsteps = 0")
+    assert recipe.load_recipe(path, ["--train.steps", "1"]).train.steps == 1
+
+
+def test_help_lists_every_option_and_each_is_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = write(tmp_path, "[train]\nsteps = 4321")
+    with pytest.raises(SystemExit) as caught:
+        recipe.load_recipe(path, ["--help", "--mesh.fsdp", "77"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "4321" in text and "77" in text
+    assert "Global gradient norm above which" in text
+    shown = set(re.findall(r"--([a-z][a-z0-9.-]+)", text)) - {"help"}
+    for key in recipe._leaves(Config()):
+        assert key.replace("_", "-") in shown
+    for flag in shown:
+        _, lines = recipe._apply_overrides({}, [f"--{flag}"])
+        assert not any("unknown option" in line for line in lines)
+
+
+def test_a_missing_recipe_lists_those_that_exist(tmp_path: Path):
+    write(tmp_path, "")
+    message = complaint(tmp_path / "y.toml")
+    assert "no such recipe" in message
+    assert str(tmp_path / "x.toml") in message
+    assert "a folder, expected a TOML file" in complaint(tmp_path)
+    assert str(tmp_path / "x.toml") in complaint(tmp_path)
+
+
+def test_a_broken_file_says_where(tmp_path: Path):
+    assert "line 2" in complaint(write(tmp_path, "seed = 1\nsteps = \n"))
+    path = tmp_path / "latin.toml"
+    path.write_bytes("run_dir = 'ä'".encode("latin-1"))
+    assert complaint(path) == f"{path}: not UTF-8 at byte 12; save the file as UTF-8"
+
+
+UNSOUND = [
+    (Config(rollout=RolloutConfig(rollouts_per_prompt=1)), "rollout.rollouts_per_prompt: 1, exp"),
+    (
+        Config(objective=GrpoObjective(), rollout=RolloutConfig(rollouts_per_prompt=1)),
+        "rollout.rollouts_per_prompt: 1, expected at least 2 with grpo",
+    ),
+    (
+        Config(teacher=TeacherConfig(demonstration="none", feedback=False)),
+        'teacher.demonstration: "none", expected "first", "shortest" or "random", or teacher.feed',
+    ),
+    (
+        Config(teacher=TeacherConfig(max_prompt_tokens=64)),
+        "teacher.max_prompt_tokens: 64, expected",
+    ),
+    (Config(teacher=TeacherConfig(ema_rate=1.5)), "teacher.ema_rate: 1.5, expected from 0 to 1"),
+    (Config(objective=SdpoObjective(alpha=-0.1)), "objective.alpha: -0.1, expected from 0 to 1"),
+    (
+        Config(objective=SdpoObjective(importance_cap=0.0)),
+        "objective.importance_cap: 0.0, expected",
+    ),
+    (Config(objective=SdpoObjective(alpha=float("nan"))), "objective.alpha: nan, expected from 0"),
+    (Config(rollout=RolloutConfig(temperature=0.0)), "rollout.temperature: 0.0, expected above 0"),
+    (Config(rollout=RolloutConfig(prompts_per_step=0)), "rollout.prompts_per_step: 0, expected at"),
+    (
+        Config(evaluation=EvaluationConfig(temperature=-1.0)),
+        "evaluation.temperature: -1.0, expected",
+    ),
+    (
+        Config(evaluation=EvaluationConfig(prompts=257)),
+        "evaluation.prompts: 257, expected at most e",
+    ),
+    (
+        Config(environment=EnvironmentConfig(train_prompts=8)),
+        "rollout.prompts_per_step: 16, expecte",
+    ),
+    (
+        Config(train=TrainConfig(mini_batches=3)),
+        "train.mini_batches: 3, expected a divisor of roll",
+    ),
+    (
+        Config(objective=SftObjective(), train=TrainConfig(mini_batches=3)),
+        "train.mini_batches: 3, expected a divisor of data.rows_per_step (64)",
+    ),
+    (
+        Config(optimizer=OptimizerConfig(learning_rate=0.0)),
+        "optimizer.learning_rate: 0.0, expected",
+    ),
+    (
+        Config(optimizer=OptimizerConfig(schedule="cosine", warmup_steps=60)),
+        "optimizer.warmup_steps: 60, expected below the run's 60 updates",
+    ),
+    (Config(mesh=MeshConfig(data=0)), "mesh.data: 0, expected at least 1, or -1"),
+    (Config(mesh=MeshConfig(tensor=-1)), "mesh.tensor: -1, expected at least 1"),
+    (Config(seed=-1), "seed: -1, expected from 0 to 4294967295"),
+]
+
+
+@pytest.mark.parametrize(("config", "expected"), UNSOUND)
+def test_a_value_out_of_range_is_told_with_its_expectation(config: Config, expected: str):
+    (line,) = recipe.problems(config)
+    assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(evaluation=EvaluationConfig(temperature=0.0, every_steps=0)),
+        Config(objective=SdpoObjective(alpha=0.0, importance_cap=float("inf"))),
+        Config(objective=SdpoObjective(alpha=1.0), mesh=MeshConfig(2, 2, 2)),
+        Config(
+            rollout=RolloutConfig(rollouts_per_prompt=1),
+            teacher=TeacherConfig(demonstration="none"),
+        ),
+        Config(
+            objective=SftObjective(),
+            rollout=RolloutConfig(rollouts_per_prompt=1),
+            teacher=TeacherConfig(demonstration="none", feedback=False),
+        ),
+        Config(train=TrainConfig(steps=2), optimizer=OptimizerConfig(warmup_steps=5)),
+    ],
+)
+def test_the_ends_of_the_ranges_are_sound(config: Config):
+    assert recipe.problems(config) == []
+
+
+def test_every_number_has_exactly_one_range():
+    ranged = [key for keys, _, _ in recipe._RANGES for key in keys.split()]
+    numbers = [key for key, kind in recipe._kinds().items() if kind in (int, float)]
+    assert sorted(ranged) == sorted(numbers)
+
+
+ROUND_TRIPS = [
+    Config(),
+    Config(
+        run_dir='C:\\runs\\"ä"\t\x7f\u2028 #',
+        seed=7,
+        objective=GrpoObjective(clip_low=1e-7),
+        environment=EnvironmentConfig(families=("a", 'b"', "")),
+        optimizer=OptimizerConfig(learning_rate=1e22, clip_norm=float("inf")),
+        teacher=TeacherConfig(feedback=False),
+    ),
+    Config(objective=SftObjective(reduction="sequence_mean"), model=ModelConfig(path="")),
+]
+
+
+@pytest.mark.parametrize("config", ROUND_TRIPS)
+def test_resolved_config_round_trips(config: Config, tmp_path: Path):
+    text = recipe.to_toml(config)
+    assert recipe.load_recipe(write(tmp_path, text)) == config
+    assert text.startswith("# Every setting of a run, written by sdpo-jax ")
+    assert recipe.to_toml(recipe.load_recipe(write(tmp_path, text))) == text
+
+
+RESUMABLE = [
+    Config(),
+    Config(run_dir="elsewhere"),
+    Config(train=TrainConfig(steps=600, micro_batch_rows=8, head_chunk_tokens=64)),
+    Config(checkpoint=CheckpointConfig(every_steps=3, keep=9)),
+    Config(mesh=MeshConfig(data=1, fsdp=4)),
+    Config(optimizer=OptimizerConfig(max_skipped_updates=9)),
+    Config(model=ModelConfig(remat="full"), evaluation=EvaluationConfig(batch_prompts=8)),
+]
+NOT_RESUMABLE = [
+    Config(seed=1),
+    Config(objective=GrpoObjective()),
+    Config(objective=SdpoObjective(alpha=1.0)),
+    Config(model=ModelConfig(random_init=True)),
+    Config(evaluation=EvaluationConfig(samples_per_prompt=4)),
+    Config(train=TrainConfig(mini_batches=2)),
+    Config(data=DataConfig(source="x.jsonl")),
+    Config(optimizer=OptimizerConfig(schedule="cosine")),
+    Config(optimizer=OptimizerConfig(schedule="cosine"), train=TrainConfig(steps=61)),
+]
+
+
+@pytest.mark.parametrize("config", RESUMABLE)
+def test_what_a_resumed_run_may_change_leaves_the_fingerprint(config: Config):
+    assert recipe.fingerprint(config) == recipe.fingerprint(Config())
+    assert recipe.differences(Config(), config) == []
+
+
+def test_what_changes_the_result_changes_the_fingerprint():
+    for one, other in itertools.combinations([Config(), *NOT_RESUMABLE], 2):
+        assert recipe.fingerprint(one) != recipe.fingerprint(other)
+        assert recipe.differences(one, other) != []
+
+
+def test_differences_name_both_values():
+    old, new = Config(), replace(Config(seed=2), objective=GrpoObjective())
+    assert recipe.differences(old, new) == [
+        "seed: the run has 0, the recipe has 2",
+        'objective.name: the run has "sdpo", the recipe has "grpo"',
+        "objective.alpha: the run has 0.5, the recipe has nothing",
+        "objective.importance_cap: the run has 2.0, the recipe has nothing",
+        "objective.clip_low: the run has nothing, the recipe has 0.2",
+        "objective.clip_high: the run has nothing, the recipe has 0.28",
+        "objective.dual_clip: the run has nothing, the recipe has 3.0",
+    ]
