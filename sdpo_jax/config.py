@@ -117,7 +117,8 @@ class DataConfig:
     `prompt` and `response` in each row."""
     rows_per_step: int = 64
     max_tokens: int = 256
-    """Prompt and response together; a longer row is reported and skipped or stops the run."""
+    """Prompt and response together, and the width of the rows into which demonstrations are packed; a longer one
+    stops the run with its id."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad row does; skipped rows are counted and named."""
 
@@ -128,6 +129,7 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-4
     warmup_steps: int = 5
+    """Updates over which the rate rises; with `mini_batches` above 1 a step has several."""
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -145,7 +147,7 @@ class TrainConfig:
     steps: int = 60
     mini_batches: int = 1
     """Optimiser updates per generation batch; above 1 the later ones are off-policy."""
-    micro_batch_rows: int = 128
+    micro_batch_rows: int = 32
     """Rows per forward and backward pass; the result does not depend on it."""
     head_chunk_tokens: int = 1024
     """Tokens whose logits exist at a time."""

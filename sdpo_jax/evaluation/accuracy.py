@@ -54,8 +54,15 @@ class Evaluator:
         self._prompts = list(environment.held_out)[: config.evaluation.prompts]
         self._ids = [tokenizer.render(p.messages) for p in self._prompts]
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The held-out prompts that are evaluated."""
+        return self._prompts
+
     def __call__(self, params: Params, teacher_params: Params, step: int) -> dict[str, float]:
         """Metrics of the student and, where `teacher_params` is given, of the teacher in context."""
+        if not self._prompts:  # evaluation.prompts = 0
+            return {}
         graded = self.attempts(params, step)
         metrics = accuracy_metrics(graded, self._prompts)
         if teacher_params is not None:

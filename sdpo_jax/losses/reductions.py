@@ -71,7 +71,7 @@ def token_mean(per_token: jax.Array, mask: jax.Array) -> LossOutput:
     >>> token_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([[1, 1], [1, 0]])).mean()
     Array(3., dtype=float32)
     """
-    return _reduce(per_token, mask, *token_mean_weights(mask))
+    return _reduce(per_token, *token_mean_weights(mask))
 
 
 def sequence_mean(per_token: jax.Array, mask: jax.Array) -> LossOutput:
@@ -80,7 +80,7 @@ def sequence_mean(per_token: jax.Array, mask: jax.Array) -> LossOutput:
     >>> sequence_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([[1, 1], [1, 0]])).mean()
     Array(3.5, dtype=float32)
     """
-    return _reduce(per_token, mask, *sequence_mean_weights(mask))
+    return _reduce(per_token, *sequence_mean_weights(mask))
 
 
 def _as_weights(mask: jax.Array) -> jax.Array:
@@ -88,14 +88,12 @@ def _as_weights(mask: jax.Array) -> jax.Array:
     return mask.astype(loss_dtype(mask))
 
 
-def _reduce(
-    per_token: jax.Array, mask: jax.Array, weights: jax.Array, denominator: jax.Array
-) -> LossOutput:
-    per_token, mask = jnp.asarray(per_token), jnp.asarray(mask)
-    check_same_shape(per_token=per_token, mask=mask)
+def _reduce(per_token: jax.Array, weights: jax.Array, denominator: jax.Array) -> LossOutput:
+    per_token = jnp.asarray(per_token)
+    check_same_shape(per_token=per_token, mask=weights)
     dtype = loss_dtype(per_token)
     # `where`, not a product: a NaN or inf at a masked position must not reach the sum.
-    per_token = jnp.where(mask != 0, per_token.astype(dtype), 0.0)
+    per_token = jnp.where(weights != 0.0, per_token.astype(dtype), 0.0)
     return LossOutput(
         total=jnp.sum(weights.astype(dtype) * per_token),
         weight=denominator.astype(dtype),

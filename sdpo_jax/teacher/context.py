@@ -83,16 +83,15 @@ def choose_context(
 ) -> list[TeacherContext | None]:
     """Chooses what the teacher of each rollout sees.
 
-    A rollout is a success if its reward reaches `config.success_threshold`. Its demonstration comes
-    from the successes of its own prompt, without itself if `config.exclude_own_success`; so a lone
-    success has none, and with the choice `first` all failing siblings share one demonstration.
+    A rollout is a success if its reward reaches the threshold. Demonstrations are successes of the
+    same prompt, without the rollout itself if so configured: a lone success then has none.
 
     Args:
         outcomes: [N], rollout `i` belongs to prompt `i // group_size`.
         responses: [N], decoded without control tokens.
         group_size: rollouts per prompt, `G`.
         config: what may be shown, and which success is taken.
-        seed: for the choice `random`, a pure function of the seed and the row.
+        seed: of the choice `random`, which depends on nothing but seed and row.
 
     Returns:
         [N]; None where there is neither a demonstration nor feedback: no teacher signal.

@@ -22,7 +22,7 @@ class Clock:
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     def read(self) -> dict[str, float]:
-        """`seconds/PHASE` since the last reading."""
-        out = {f"seconds/{name}": value for name, value in self._seconds.items()}
+        """`seconds_PHASE` since the last reading."""
+        out = {f"seconds_{name}": value for name, value in self._seconds.items()}
         self._seconds = {}
         return out

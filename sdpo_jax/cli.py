@@ -1,0 +1,181 @@
+"""The `sdpo` command. Parses, loads, calls `train`; nothing here knows the algorithm.
+
+Exit codes: 0 done (or stopped on request and saved), 1 a bug (traceback), 2 bad input (one message).
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdpo_jax.config import Config
+from sdpo_jax.errors import UserError
+
+USAGE = """usage: sdpo COMMAND ...
+
+  sdpo train RECIPE [--run-dir DIR] [--SECTION.KEY VALUE ...]   train, or go on with a run
+  sdpo eval RUN_DIR [--samples K]                               held-out accuracy of a run, greedy and sampled
+  sdpo convert RUN_DIR OUT                                      weights of a run in Hugging Face layout
+  sdpo train RECIPE --help                                      every setting, with its value in RECIPE
+
+Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir says otherwise.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits with the codes above."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        sys.exit(_dispatch(words))
+    except UserError as error:
+        print(f"sdpo: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if words else 2
+    commands = {"train": _train, "eval": _eval, "convert": _convert}
+    if words[0] not in commands:
+        raise UserError(f"unknown command {words[0]!r}; expected one of {', '.join(commands)}\n\n{USAGE}")
+    commands[words[0]](words[1:])
+    return 0
+
+
+def _train(words: list[str]) -> None:
+    from sdpo_jax.recipe import load_recipe
+
+    if not words or words[0].startswith("-"):
+        raise UserError("sdpo train: expected a recipe first, as in `sdpo train configs/nano.toml`")
+    recipe = Path(words[0])
+    config = load_recipe(recipe, words[1:])
+    if not config.run_dir:
+        config = replace(config, run_dir=str(Path("runs") / recipe.stem))
+    _quiet_libraries()
+    from sdpo_jax.training import run_directory
+    from sdpo_jax.training.console import Console
+    from sdpo_jax.training.loop import show_summary, train
+
+    run_dir = Path(config.run_dir)
+    console = Console(config.objective.name, steps=config.train.steps)
+    summary = run_directory.read_summary(run_dir)
+    if summary is not None:
+        run_directory.claim(run_dir, config)
+    if summary is not None and summary["steps"] >= config.train.steps:
+        console.note(f"complete  {run_dir} holds this run, finished. To train anew: rm -r {run_dir}")
+        show_summary(config, summary, console, run_dir)
+        return
+    parts = load_parts(config)
+    train(config, **parts, console=console)
+
+
+def _eval(words: list[str]) -> None:
+    from sdpo_jax.evaluation.command import evaluate_run
+
+    options = _options(words, {"--samples": 4}, "sdpo eval RUN_DIR [--samples K]", positional=1)
+    _quiet_libraries()
+    run_dir, config = _run_config(words[0])
+    evaluate_run(run_dir, config, load_parts(config), samples=options["--samples"])
+
+
+def _convert(words: list[str]) -> None:
+    _options(words, {}, "sdpo convert RUN_DIR OUT", positional=2)
+    _quiet_libraries()
+    from sdpo_jax.evaluation.command import restore_params
+    from sdpo_models.hugging_face import save_run
+
+    run_dir, config = _run_config(words[0])
+    parts = load_parts(config)
+    step, params = restore_params(run_dir, config, parts)
+    save_run(Path(words[1]), params, source=model_folder(config))
+    print(f"wrote {words[1]}: the student of {run_dir} after step {step}")
+
+
+def _options(
+    words: list[str], defaults: dict[str, int], usage: str, *, positional: int
+) -> dict[str, int]:
+    """Positional words first, then `--name INTEGER` pairs."""
+    values, rest = dict(defaults), words[positional:]
+    if len(words) < positional or any(w.startswith("-") for w in words[:positional]):
+        raise UserError(f"expected `{usage}`")
+    if len(rest) % 2:
+        raise UserError(f"option {rest[-1]!r} has no value; expected `{usage}`")
+    for name, value in zip(rest[::2], rest[1::2], strict=True):
+        if name not in values or not value.isdigit() or int(value) < 1:
+            raise UserError(f"{name} {value}: expected `{usage}` with a positive integer")
+        values[name] = int(value)
+    return values
+
+
+def _run_config(run_dir: str) -> tuple[Path, Config]:
+    from sdpo_jax.recipe import load_recipe
+
+    folder = Path(run_dir)
+    if not (folder / "config.toml").is_file():
+        raise UserError(
+            f"{folder}: expected the folder of a run, with config.toml in it; "
+            "`sdpo train RECIPE` makes one under runs/"
+        )
+    return folder, replace(load_recipe(folder / "config.toml"), run_dir=str(folder))
+
+
+def model_folder(config: Config) -> Path:
+    """The folder that `model.path` names."""
+    from sdpo_models.nano import FOLDER
+
+    folder = FOLDER if config.model.path == "nano" else Path(config.model.path)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.path = {config.model.path!r}: expected 'nano' or a folder with config.json, "
+            f"found no {folder / 'config.json'}"
+        )
+    return folder
+
+
+def load_parts(config: Config) -> dict[str, Any]:
+    """Model, weights, tokenizer, environment and demonstrations of a recipe, by `train`'s argument names."""
+    import jax
+
+    from sdpo_jax.config import SftObjective
+    from sdpo_jax.data.demonstrations import load_demonstrations
+    from sdpo_jax.environments.registry import make_environment
+    from sdpo_models.hugging_face import load_architecture, load_params
+    from sdpo_models.tokenizer import ChatTokenizer
+    from sdpo_models.transformer import build_model
+
+    environment = make_environment(config.environment)
+    is_sft = isinstance(config.objective, SftObjective)
+    demonstrations = load_demonstrations(config.data) if is_sft else ()
+    folder = model_folder(config)
+    architecture = load_architecture(folder)
+    tokenizer = ChatTokenizer.from_pretrained(folder)
+    if tokenizer.vocabulary > architecture.vocabulary:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocabulary} ids and the embedding "
+            f"{architecture.vocabulary}; expected no more ids than rows"
+        )
+    model = build_model(architecture, remat=config.model.remat)
+    if config.model.random_init:
+        params = jax.jit(model.init)(jax.random.key(config.seed))
+    else:
+        params = load_params(folder, architecture)
+    return {
+        "model": model,
+        "params": params,
+        "tokenizer": tokenizer,
+        "environment": environment,
+        "demonstrations": demonstrations,
+    }
+
+
+def _quiet_libraries() -> None:
+    """Keeps third parties' notices out of the run's output; must run before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.WARNING)

@@ -1,0 +1,367 @@
+"""The training loop: prompts, rollouts, feedback, teacher, update; evaluation, metrics, checkpoints.
+
+`train(config, model, params, tokenizer, environment)` is the whole program; the command line is a thin shell over it.
+"""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdpo_jax.config import Config, GrpoObjective, SdpoObjective, SftObjective
+from sdpo_jax.data.jsonl import Demonstration
+from sdpo_jax.data.pipeline import prompt_batches
+from sdpo_jax.devices import Devices, make_mesh
+from sdpo_jax.environments.base import Environment
+from sdpo_jax.errors import UserError
+from sdpo_jax.evaluation.accuracy import Evaluator
+from sdpo_jax.losses.objectives import grpo_per_token, sdpo_per_token, sft_per_token
+from sdpo_jax.model import Model, Params
+from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.teacher.prompts import TeacherPrompts
+from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training import run_directory
+from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.console import Console, batch_arithmetic
+from sdpo_jax.training.metrics import MetricsLog
+from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
+from sdpo_jax.training.sources import DemonstrationSource, RolloutSource, Source
+from sdpo_jax.training.state import (
+    TrainState,
+    create_state,
+    make_optimizer,
+    make_teacher,
+    state_shardings,
+)
+from sdpo_jax.training.step import Metrics, follow, make_train_step, teacher_forward
+
+
+class Trainer:
+    """The compiled programs of a run and what feeds them."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        tokenizer: Tokenizer,
+        environment: Environment,
+        demonstrations: Sequence[Demonstration] = (),
+    ):
+        self.config, self.tokenizer = config, tokenizer
+        self.devices = Devices(make_mesh(config.mesh))
+        self.teacher = make_teacher(config)
+        updates = config.train.steps * config.train.mini_batches
+        self.optimizer = make_optimizer(config.optimizer, updates)
+        self.shardings = state_shardings(model, self.devices, self.optimizer, self.teacher)
+        self.sampler = Sampler(model, self.devices, tokenizer.stop_ids)
+        teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
+        self.evaluator = Evaluator(config, self.sampler, tokenizer, environment, teacher_prompts)
+        self._train_step = jax.jit(
+            make_train_step(
+                model,
+                _per_token_loss(config),
+                self.optimizer,
+                head_chunk_tokens=config.train.head_chunk_tokens,
+            ),
+            donate_argnums=0,
+            out_shardings=(self.shardings, self.devices.replicated),
+        )
+        if self.teacher is not None:
+            self._follow = jax.jit(
+                partial(follow, self.teacher), donate_argnums=0, out_shardings=self.shardings
+            )
+        self.source = self._source(model, environment, demonstrations, teacher_prompts)
+
+    def _source(
+        self,
+        model: Model,
+        environment: Environment,
+        demonstrations: Sequence[Demonstration],
+        teacher_prompts: TeacherPrompts,
+    ) -> Source:
+        config, objective, devices = self.config, self.config.objective, self.devices
+        if isinstance(objective, SftObjective):
+            batches = prompt_batches(
+                demonstrations, batch_size=config.data.rows_per_step, seed=config.seed
+            )
+            return DemonstrationSource(config, objective, batches, self.tokenizer, devices)
+        if isinstance(objective, SdpoObjective):
+            forward = jax.jit(
+                partial(teacher_forward, model),
+                out_shardings=(devices.micro_batches, devices.replicated),
+            )
+            updates = SdpoUpdates(config, objective, devices, teacher_prompts, forward)
+        else:
+            updates = GrpoUpdates(config, objective, devices)
+        prompts = prompt_batches(
+            environment.train, batch_size=config.rollout.prompts_per_step, seed=config.seed
+        )
+        return RolloutSource(
+            config, prompts, environment, self.tokenizer, self.sampler, updates
+        )
+
+    def initial_state(self, params: Params) -> TrainState:
+        """Step 0: the given weights, an empty optimiser, the teacher equal to the student."""
+        return create_state(params, self.optimizer, self.teacher, self.shardings)
+
+    def teacher_params(self, state: TrainState) -> Params:
+        """The weights that the teacher runs with; None without a teacher."""
+        return None if self.teacher is None else self.teacher.params(state.teacher, state.params)
+
+    def step(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """One generation batch: rollouts, feedback, teacher, updates; the teacher follows once."""
+        clock = Clock()
+        updates, row = self.source(state.params, self.teacher_params(state), step, clock)
+        with clock.phase("train"):
+            measured: list[Metrics] = []
+            for update in updates:
+                state, metrics = self._train_step(state, update.batch, update.constants)
+                measured.append(metrics)
+            if self.teacher is not None and measured:
+                any_finite = jnp.any(jnp.stack([m.finite for m in measured]))
+                state = self._follow(state, any_finite)
+            row |= _summarise(self.devices.fetch(measured))
+        return state, row | clock.read()
+
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Held-out accuracy of the student, and of the teacher in context.
+
+        Under `sft` there is no teacher; the model itself, shown a context, stands in for one.
+        """
+        is_sft = isinstance(self.config.objective, SftObjective)
+        teacher = state.params if is_sft else self.teacher_params(state)
+        return self.evaluator(state.params, teacher, step)
+
+
+def _per_token_loss(config: Config) -> Any:
+    objective = config.objective
+    if isinstance(objective, SdpoObjective):
+        return sdpo_per_token(objective.alpha, objective.importance_cap)
+    if isinstance(objective, GrpoObjective):
+        return grpo_per_token(objective.clip_low, objective.clip_high, objective.dual_clip)
+    return sft_per_token()
+
+
+def _summarise(measured: list[Metrics]) -> dict[str, Any]:
+    """Means over active tokens of all updates of a step."""
+    if not measured:  # Nothing in this batch could move the parameters.
+        return {"updates": 0, "skipped": 0}
+    tokens = max(1.0, sum(float(m.tokens) for m in measured))
+    row: dict[str, Any] = {
+        name: sum(float(m.sums[name]) for m in measured) / tokens for name in measured[0].sums
+    }
+    if "correct" in row:
+        row["token_accuracy"] = row.pop("correct")
+    return row | {
+        "loss": sum(float(m.loss) for m in measured) / len(measured),
+        "grad_norm": sum(float(m.grad_norm) for m in measured) / len(measured),
+        "tokens": tokens,
+        "updates": len(measured),
+        "skipped": int(measured[-1].skipped),
+    }
+
+
+def train(
+    config: Config,
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    environment: Environment,
+    *,
+    demonstrations: Sequence[Demonstration] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Runs a recipe to its end in `config.run_dir`, going on where the folder's last checkpoint stands.
+
+    Args:
+      config: the recipe; `run_dir` must be set.
+      model: pure functions, see `sdpo_jax.model`.
+      params: initial weights; not used if a checkpoint is found.
+      tokenizer: see `sdpo_jax.tokens`.
+      environment: prompts and grader.
+      demonstrations: for `sft`.
+      console: where to report; plain lines on standard output by default.
+
+    Returns:
+      The summary: evaluation `before` and `after`, `steps`, `generations`, `seconds`, `complete`.
+
+    Raises:
+      UserError: bad input, a folder with another recipe, or updates that stay non-finite.
+    """
+    run_dir = Path(config.run_dir)
+    console = console or Console(config.objective.name, steps=config.train.steps, live=False)
+    with ExitStack() as stack:
+        stack.enter_context(console)
+        if jax.process_index() == 0:
+            stack.enter_context(run_directory.locked(run_dir))
+            run_directory.claim(run_dir, config)
+        trainer = Trainer(config, model, tokenizer, environment, demonstrations)
+        checkpoints = stack.enter_context(
+            Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep, warn=console.note)
+        )
+        return _run(config, trainer, params, checkpoints, console, run_dir)
+
+
+def _run(
+    config: Config,
+    trainer: Trainer,
+    params: Params,
+    checkpoints: Checkpoints,
+    console: Console,
+    run_dir: Path,
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    console.header(
+        training=f"{config.objective.name} on {config.environment.kind}, model {config.model.path}",
+        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        run_dir=str(run_dir),
+        batch=batch_arithmetic(config),
+    )
+    state = trainer.initial_state(params)
+    restored = checkpoints.restore(state)
+    first, before, spent = 0, None, 0.0
+    if restored is not None:
+        first, state = restored.step, restored.state
+        before, spent = restored.extra["before"], restored.extra["seconds"]
+        trainer.source.set_state(restored.extra["data"])
+        console.note(f"resumed   from step {first}")
+    with _open_log(run_dir, first) as log, _stop_signals() as stop_asked:
+        report = _Reporter(log, console)
+        if before is None:
+            before = trainer.evaluate(state, 0)
+            report.evaluation(0, before)
+        after, step = before, first
+        while step < config.train.steps and not stop_asked():
+            step += 1
+            state, row = trainer.step(state, step)
+            report.step(step, row)
+            _stop_if_not_finite(config, row, step)
+            last = step == config.train.steps
+            every = config.evaluation.every_steps
+            if last or (every and step % every == 0):
+                after = trainer.evaluate(state, step)
+                report.evaluation(step, after)
+            if last or stop_asked() or step % config.checkpoint.every_steps == 0:
+                seconds = spent + time.perf_counter() - began
+                extra = {"data": trainer.source.get_state(), "before": before, "seconds": seconds}
+                checkpoints.save(step, state, extra)
+            checkpoints.poll()
+    checkpoints.finish()
+    if first == config.train.steps:
+        after = trainer.evaluate(state, first)
+    summary = _summary(config, step, before, after, spent + time.perf_counter() - began)
+    _finish(config, summary, console, run_dir)
+    return summary
+
+
+def _summary(
+    config: Config, step: int, before: dict[str, float], after: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    per_step = config.rollout.prompts_per_step * config.rollout.rollouts_per_prompt
+    return {
+        "objective": config.objective.name,
+        "complete": step == config.train.steps,
+        "steps": step,
+        "generations": 0 if isinstance(config.objective, SftObjective) else step * per_step,
+        "seconds": seconds,
+        "before": before,
+        "after": after,
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _finish(config: Config, summary: dict[str, Any], console: Console, run_dir: Path) -> None:
+    if not summary["complete"]:
+        console.note(f"stopped   after step {summary['steps']}; saved. The same command goes on.")
+        return
+    if jax.process_index() == 0:
+        run_directory.write_summary(run_dir, summary)
+    show_summary(config, summary, console, run_dir)
+
+
+def show_summary(config: Config, summary: dict[str, Any], console: Console, run_dir: Path) -> None:
+    """Prints before and after, where the run lies, and what to try next."""
+    console.summary(summary["before"], summary["after"], str(run_dir), next_steps(config, run_dir))
+
+
+def next_steps(config: Config, run_dir: Path) -> list[str]:
+    """Commands that make sense after this run."""
+    steps = [f"sdpo eval {run_dir}", f"tensorboard --logdir {run_dir}/tensorboard"]
+    if config.objective.name == "sdpo":
+        steps.insert(0, "sdpo train configs/nano_grpo.toml   # the baseline on the same budget")
+    return [*steps, f"sdpo convert {run_dir} OUT   # weights in Hugging Face layout"]
+
+
+def _open_log(run_dir: Path, first: int) -> Any:
+    if jax.process_index() == 0:
+        return MetricsLog(run_dir, first)
+    return _NoLog()
+
+
+class _NoLog:
+    """The log of every process but the first."""
+
+    def __enter__(self) -> "_NoLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del error
+
+    def write(self, kind: str, step: int, values: Any) -> None:
+        """Writes nothing."""
+        del kind, step, values
+
+
+class _Reporter:
+    """Rows to the log and to the console."""
+
+    def __init__(self, log: Any, console: Console):
+        self._log, self._console = log, console
+
+    def step(self, step: int, row: dict[str, Any]) -> None:
+        self._log.write("train", step, row)
+        self._console.step({"step": step, **row})
+
+    def evaluation(self, step: int, row: dict[str, Any]) -> None:
+        self._log.write("eval", step, row)
+        self._console.evaluation({"step": step, **row})
+
+
+def _stop_if_not_finite(config: Config, row: dict[str, Any], step: int) -> None:
+    if row["skipped"] >= config.optimizer.max_skipped_updates:
+        raise UserError(
+            f"step {step}: {row['skipped']} updates in a row were not finite and were skipped "
+            f"(optimizer.max_skipped_updates = {config.optimizer.max_skipped_updates}). Lower "
+            f"optimizer.learning_rate = {config.optimizer.learning_rate} and start from the last checkpoint."
+        )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """The first SIGINT or SIGTERM asks for a stop after the step in hand; the second one ends at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # Not the main thread: signals are somebody else's.
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

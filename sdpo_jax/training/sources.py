@@ -1,0 +1,180 @@
+"""Where updates come from: graded rollouts of the current student, or demonstrations."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from sdpo_jax.config import Config, SftObjective
+from sdpo_jax.data.jsonl import Demonstration
+from sdpo_jax.data.packing import pack_rows
+from sdpo_jax.data.pipeline import PromptBatches
+from sdpo_jax.devices import Devices
+from sdpo_jax.environments.base import Environment, Prompt
+from sdpo_jax.errors import UserError
+from sdpo_jax.losses.objectives import SftTokens
+from sdpo_jax.model import Params
+from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.batch import Layout, cut_rows, layout, reduction_weights
+from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.experience import Experience, collect
+from sdpo_jax.training.objectives import Update
+from sdpo_jax.training.step import Batch, Rows
+
+
+class UpdateMaker(Protocol):
+    """`SdpoUpdates` or `GrpoUpdates`."""
+
+    def __call__(
+        self, experience: Experience, teacher_params: Params, *, step: int, clock: Clock
+    ) -> tuple[list[Update], dict[str, float]]: ...
+
+
+class Source(Protocol):
+    """One step's updates with metrics, and a position that a checkpoint can hold."""
+
+    def __call__(
+        self, params: Params, teacher_params: Params, step: int, clock: Clock
+    ) -> tuple[list[Update], dict[str, float]]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+class RolloutSource:
+    """Prompts from the environment, answered by the student, judged by the environment."""
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: PromptBatches[Prompt],
+        environment: Environment,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        updates: UpdateMaker,
+    ):
+        self._config, self._prompts, self._environment = config, prompts, environment
+        self._tokenizer, self._sampler, self._updates = tokenizer, sampler, updates
+
+    def __call__(
+        self, params: Params, teacher_params: Params, step: int, clock: Clock
+    ) -> tuple[list[Update], dict[str, float]]:
+        """Samples, grades, and makes the updates of one generation batch."""
+        experience, metrics = collect(
+            self._config.rollout,
+            self._sampler,
+            self._tokenizer,
+            self._environment,
+            params,
+            next(self._prompts),
+            seed=self._config.seed,
+            step=step,
+            clock=clock,
+        )
+        updates, more = self._updates(experience, teacher_params, step=step, clock=clock)
+        return updates, metrics | more | {"generations": step * len(experience.texts)}
+
+    def get_state(self) -> dict[str, Any]:
+        """Position in the prompts."""
+        return self._prompts.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to a saved position."""
+        self._prompts.set_state(state)
+
+
+class DemonstrationSource:
+    """Demonstrations, packed into rows of `data.max_tokens`; the loss is on the responses."""
+
+    def __init__(
+        self,
+        config: Config,
+        objective: SftObjective,
+        demonstrations: PromptBatches[Demonstration],
+        tokenizer: Tokenizer,
+        devices: Devices,
+    ):
+        self._config, self._objective = config, objective
+        self._demonstrations, self._tokenizer, self._devices = demonstrations, tokenizer, devices
+
+    def __call__(
+        self, params: Params, teacher_params: Params, step: int, clock: Clock
+    ) -> tuple[list[Update], dict[str, float]]:
+        """One update per mini-batch of `data.rows_per_step` demonstrations."""
+        del params, teacher_params, step
+        with clock.phase("data"):
+            rows = next(self._demonstrations)
+            size = len(rows) // self._config.train.mini_batches
+            updates = [self._update(rows[i : i + size]) for i in range(0, len(rows), size)]
+        return updates, {}
+
+    def _update(self, demonstrations: list[Demonstration]) -> Update:
+        stop = self._tokenizer.stop_ids[0]
+        pairs = [
+            (self._tokenizer.render(d.messages), [*self._tokenizer.encode(d.response), stop])
+            for d in demonstrations
+        ]
+        self._check_lengths(demonstrations, pairs)
+        width = self._config.data.max_tokens
+        packed = pack_rows(pairs, row_tokens=width, rows_multiple=1)
+        filled = packed.tokens.shape[0]
+        row, column = np.divmod(packed.response_index, width)
+        per_row = np.bincount(row, minlength=filled)
+        shape = layout(
+            len(pairs),  # Packed or not, so that every step has the same shapes.
+            int(per_row.max()),
+            micro_batch_rows=self._config.train.micro_batch_rows,
+            shards=self._devices.row_shards,
+        )
+        order = np.argsort(packed.response_index, kind="stable")
+        row, column, owner = row[order], column[order], packed.response_owner[order]
+        slot = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+        lengths = np.asarray([len(response) for _, response in pairs], np.int32)
+        per_pair, denominator = reduction_weights(
+            lengths, np.ones(len(pairs), np.bool_), int(lengths.max()), self._objective.reduction
+        )
+        put = self._scatter(row, slot, shape)
+        grid = self._pad(packed, shape)
+        rows = Rows(
+            *(cut_rows(x, shape, self._devices) for x in grid),
+            take=put(column - 1, np.int32),
+            count=np.int32(-(-filled // shape.rows)),  # pyright: ignore[reportArgumentType]
+        )
+        tokens = SftTokens(put(packed.tokens[row, column], np.int32))
+        weights = put(per_pair[owner, 0], np.float32)
+        return Update(Batch(rows, weights, tokens, jnp.float32(denominator)), None)
+
+    def _scatter(self, row: Any, slot: Any, shape: Layout) -> Any:
+        def put(values: Any, dtype: Any) -> Any:
+            out = np.zeros((shape.micro_batches * shape.rows, shape.response_tokens), dtype)
+            out[row, slot] = values
+            return cut_rows(out, shape, self._devices)
+
+        return put
+
+    @staticmethod
+    def _pad(packed: Any, shape: Layout) -> list[Any]:
+        missing = shape.micro_batches * shape.rows - packed.tokens.shape[0]
+        pad = ((0, missing), (0, 0))
+        return [np.pad(x, pad) for x in (packed.tokens, packed.positions, packed.segments)]
+
+    def _check_lengths(self, demonstrations: list[Demonstration], pairs: Any) -> None:
+        limit = self._config.data.max_tokens
+        for demonstration, (prompt, response) in zip(demonstrations, pairs, strict=True):
+            size = len(prompt) + len(response)
+            if size > limit:
+                raise UserError(
+                    f"demonstration {demonstration.id!r} has {size} tokens; expected at most "
+                    f"data.max_tokens = {limit}. Raise it to at least {size} or remove the row."
+                )
+
+    def get_state(self) -> dict[str, Any]:
+        """Position in the demonstrations."""
+        return self._demonstrations.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to a saved position."""
+        self._demonstrations.set_state(state)

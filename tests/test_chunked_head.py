@@ -1,0 +1,414 @@
+"""The chunked head is the plain head: value, gradient, metrics; any chunk, padding, mesh. No [M, V]."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from sdpo_jax.losses.chunked_head import chunked_head, chunked_head_reference
+from sdpo_jax.losses.distillation import sdpo_loss, truncated_importance_weights
+from sdpo_jax.losses.likelihood import log_softmax, select_targets, sft_loss
+from sdpo_jax.losses.objectives import (
+    GrpoConstants,
+    GrpoTokens,
+    SdpoConstants,
+    SdpoTokens,
+    SftTokens,
+    grpo_per_token,
+    sdpo_per_token,
+    sft_per_token,
+)
+from sdpo_jax.losses.policy_gradient import grpo_loss
+from sdpo_jax.losses.reductions import sequence_mean_weights, token_mean_weights
+
+M, D, V = 48, 6, 23
+CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
+OBJECTIVES = {
+    "sdpo_forward": sdpo_per_token(0.0, 2.0),
+    "sdpo_jsd": sdpo_per_token(0.5, 2.0),
+    "sdpo_reverse": sdpo_per_token(1.0, 2.0),
+    "grpo": grpo_per_token(**CLIPS),
+    "sft": sft_per_token(),
+}
+
+
+def problem(name, tokens=M, dtype=np.float32, width=D, vocabulary=V):
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.array(random.normal(size=shape), dtype)
+
+    hidden, head = normal(tokens, width), normal(width, vocabulary)
+    weights = jnp.array(random.integers(0, 3, size=tokens), dtype)
+    targets = jnp.array(random.integers(0, vocabulary, size=tokens))
+    log_probs = select_targets(log_softmax(hidden @ head / 1.3), targets).astype(dtype)
+    old = log_probs + 0.4 * normal(tokens)
+    temperature = jnp.asarray(1.3, jnp.float64 if dtype == np.float64 else jnp.float32)
+    if name.startswith("sdpo"):
+        constants = SdpoConstants(normal(width, vocabulary), temperature)
+        aux = SdpoTokens(normal(tokens, width), targets, old)
+    elif name == "grpo":
+        aux, constants = GrpoTokens(targets, old, normal(tokens)), GrpoConstants(temperature)
+    else:
+        aux, constants = SftTokens(targets), None
+    return hidden, head, aux, weights, constants
+
+
+def run(function, name, hidden, head, aux, weights, constants, *, chunk, scale=0.37):
+    def loss(hidden, head):
+        total, metrics = function(
+            OBJECTIVES[name], hidden, head, aux, weights, chunk=chunk, constants=constants
+        )
+        return scale * total, metrics
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
+
+
+def assert_close(got, want, tolerance):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.shape == w.shape and g.dtype == w.dtype
+        scale = max(1.0, float(jnp.max(jnp.abs(w))))
+        np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("chunk", [1, 7, 16, 48, 1000])
+def test_equals_plain_autodiff_for_any_chunk_size(name, chunk):
+    arrays = problem(name)
+    got = run(chunked_head, name, *arrays, chunk=chunk)
+    assert_close(got, run(chunked_head_reference, name, *arrays, chunk=chunk), 1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equals_plain_autodiff_to_the_last_digits_in_float64(x64, name):
+    arrays = problem(name, dtype=np.float64)
+    got = run(chunked_head, name, *arrays, chunk=7)
+    assert_close(got, run(chunked_head_reference, name, *arrays, chunk=7), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["sdpo_jsd", "sft"])
+def test_gradient_matches_finite_differences(x64, name):
+    hidden, head, aux, weights, constants = problem(name, tokens=5, dtype=np.float64)
+    if name == "sdpo_jsd":  # on the plateau of the detached importance weight
+        aux = aux._replace(old_log_probs=jnp.full(5, -30.0))
+
+    def loss(hidden, head):
+        return chunked_head(
+            OBJECTIVES[name], hidden, head, aux, weights, chunk=2, constants=constants
+        )[0]
+
+    check_grads(loss, (hidden, head), order=1, modes=["rev"], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("tokens, chunk", [(1, 4), (17, 16), (47, 8), (5, 2)])
+def test_a_ragged_last_chunk_changes_nothing(name, tokens, chunk):
+    arrays = problem(name, tokens=tokens)
+    got = run(chunked_head, name, *arrays, chunk=chunk)
+    assert_close(got, run(chunked_head_reference, name, *arrays, chunk=chunk), 1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_value_without_gradient_is_the_same(name):
+    hidden, head, aux, weights, constants = problem(name)
+    (want, metrics), _ = run(
+        chunked_head, name, hidden, head, aux, weights, constants, chunk=7, scale=1.0
+    )
+    got = chunked_head(OBJECTIVES[name], hidden, head, aux, weights, chunk=7, constants=constants)
+    assert_close(got, (want, metrics), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["sdpo_jsd", "grpo", "sft"])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+def test_a_token_of_weight_zero_is_exactly_absent(name, garbage):
+    hidden, head, aux, weights, constants = problem(name)
+    weights = weights.at[3].set(0.0).at[40].set(0.0)
+    rows = jnp.array([3, 40])
+    spoilt = jax.tree.map(
+        lambda x: x.at[rows].set(-1 if x.dtype == jnp.int32 else garbage), (hidden, aux)
+    )
+    (value, _), gradients = run(
+        chunked_head, name, spoilt[0], head, spoilt[1], weights, constants, chunk=16
+    )
+    (want, _), want_gradients = run(
+        chunked_head, name, hidden, head, aux, weights, constants, chunk=16
+    )
+    assert_close((value, gradients), (want, want_gradients), 1e-7)
+    np.testing.assert_array_equal(gradients[0][rows], 0.0)
+
+
+def test_all_weights_zero_is_a_finite_zero():
+    hidden, head, aux, weights, constants = problem("sdpo_jsd")
+    (value, _), gradients = run(
+        chunked_head, "sdpo_jsd", hidden, head, aux, jnp.zeros_like(weights), constants, chunk=16
+    )
+    assert value == 0.0
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_everything_but_hidden_and_head_is_detached(name):
+    hidden, head, aux, weights, constants = problem(name)
+
+    def loss(arrays):
+        hidden, head, aux, weights, constants = arrays
+        total, metrics = chunked_head(
+            OBJECTIVES[name], hidden, head, aux, weights, chunk=16, constants=constants
+        )
+        return 0.0 * total + sum(jnp.sum(x) for x in metrics.values())
+
+    metrics_only = jax.grad(loss, allow_int=True)((hidden, head, aux, weights, constants))
+
+    def total(aux, weights, constants):
+        return chunked_head(
+            OBJECTIVES[name], hidden, head, aux, weights, chunk=16, constants=constants
+        )[0]
+
+    detached = jax.grad(total, argnums=(0, 1, 2), allow_int=True)(aux, weights, constants)
+    for gradient in jax.tree.leaves((metrics_only, detached)):
+        if gradient.dtype != jax.dtypes.float0:
+            np.testing.assert_array_equal(gradient, 0.0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_bfloat16_hidden_and_float32_head(name):
+    hidden, head, aux, weights, constants = problem(name)
+    low = hidden.astype(jnp.bfloat16)
+    (value, metrics), (hidden_grad, head_grad) = run(
+        chunked_head, name, low, head, aux, weights, constants, chunk=16
+    )
+    assert value.dtype == jnp.float32 and hidden_grad.dtype == jnp.bfloat16
+    assert head_grad.dtype == jnp.float32
+    assert all(x.dtype == jnp.float32 for x in metrics.values())
+    rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
+    (want, _), (_, want_head) = run(
+        chunked_head, name, low.astype(jnp.float32), rounded, aux, weights, constants, chunk=16
+    )
+    np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-5)
+    # The logits' gradient is rounded to bfloat16 once, 2^-9, before an exact sum over tokens.
+    np.testing.assert_allclose(head_grad, want_head, rtol=0.01, atol=0.01 * np.abs(want_head).max())
+
+
+def test_head_gradient_accumulates_in_float32():
+    """Many small terms in bfloat16 would stop adding up: 1 + 2^-9 is 1."""
+    tokens = 4096
+
+    def first_logit(logits, aux, constants):
+        return logits[:, 0], {}
+
+    def total(head):
+        hidden = jnp.ones((tokens, 1), jnp.bfloat16)
+        return chunked_head(first_logit, hidden, head, (), jnp.ones(tokens), chunk=1)[0]
+
+    assert jax.grad(total)(jnp.ones((1, 2)))[0, 0] == tokens
+
+
+def test_sdpo_per_token_is_sdpo_loss_with_both_logits_divided_by_the_temperature():
+    hidden, head, aux, _, constants = problem("sdpo_jsd")
+    mask = jnp.array(np.random.default_rng(1).integers(0, 2, size=(4, 12)))
+    weights, denominator = token_mean_weights(mask)
+    total, metrics = chunked_head(
+        OBJECTIVES["sdpo_jsd"],
+        hidden,
+        head,
+        aux,
+        weights.reshape(-1),
+        chunk=16,
+        constants=constants,
+    )
+    student = (hidden @ head / constants.temperature).reshape(4, 12, V)
+    teacher = (aux.teacher_hidden @ constants.teacher_head / constants.temperature).reshape(
+        4, 12, V
+    )
+    targets, old = aux.targets.reshape(4, 12), aux.old_log_probs.reshape(4, 12)
+    log_probs = select_targets(log_softmax(student), targets)
+    importance = truncated_importance_weights(log_probs, old, cap=2.0)
+    want = sdpo_loss(student, teacher, mask, alpha=0.5, weights=importance)
+    np.testing.assert_allclose(total / denominator, want.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["log_prob"], log_probs.reshape(-1), rtol=1e-5, atol=1e-6)
+    unweighted = sdpo_loss(student, teacher, jnp.ones_like(mask), alpha=0.5).per_token
+    np.testing.assert_allclose(metrics["divergence"], unweighted.reshape(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_grpo_per_token_is_grpo_loss():
+    hidden, head, aux, _, constants = problem("grpo")
+    advantages, mask = jnp.array([1.0, -1.0, 0.5, 0.0]), jnp.ones((4, 12))
+    aux = aux._replace(advantages=jnp.repeat(advantages, 12))
+    weights, denominator = token_mean_weights(mask)
+    total, metrics = chunked_head(
+        OBJECTIVES["grpo"], hidden, head, aux, weights.reshape(-1), chunk=16, constants=constants
+    )
+    log_probs = select_targets(log_softmax(hidden @ head / constants.temperature), aux.targets)
+    old = aux.old_log_probs
+    want = grpo_loss(log_probs.reshape(4, 12), old.reshape(4, 12), advantages, mask, **CLIPS)
+    np.testing.assert_allclose(total / denominator, want.mean(), rtol=1e-4, atol=1e-6)
+    ratio, repeated = np.exp(log_probs - old), np.repeat(advantages, 12)
+    clipped = (repeated >= 0) & (ratio > 1.28) | (repeated < 0) & ((ratio < 0.8) | (ratio > 3.0))
+    np.testing.assert_array_equal(metrics["clipped"], clipped)
+
+
+def test_sft_per_token_is_sft_loss_under_either_reduction():
+    hidden, head, aux, _, _ = problem("sft")
+    mask = jnp.array([[1] * 12, [1] * 5 + [0] * 7, [0] * 12, [1] + [0] * 11])
+    logits, targets = (hidden @ head).reshape(4, 12, V), aux.targets.reshape(4, 12)
+    plain = sft_loss(logits, targets, mask)
+    for weights, denominator, want in [
+        (*token_mean_weights(mask), plain.mean()),
+        (
+            *sequence_mean_weights(mask),
+            jnp.sum(
+                jnp.mean(plain.per_token[0])
+                + jnp.mean(plain.per_token[1, :5])
+                + plain.per_token[3, 0]
+            )
+            / 4,
+        ),
+    ]:
+        total, metrics = chunked_head(
+            OBJECTIVES["sft"], hidden, head, aux, weights.reshape(-1), chunk=16
+        )
+        np.testing.assert_allclose(total / denominator, want, rtol=1e-5)
+    np.testing.assert_array_equal(metrics["correct"], np.argmax(hidden @ head, -1) == aux.targets)
+
+
+def test_vmap_and_scan_change_nothing():
+    hidden, head, aux, weights, _ = problem("sft")
+    parts = jax.tree.map(lambda x: x.reshape(4, 12, *x.shape[1:]), (hidden, aux, weights))
+
+    def one(head, part):
+        hidden, aux, weights = part
+        return chunked_head(OBJECTIVES["sft"], hidden, head, aux, weights, chunk=4)[0]
+
+    def by_scan(head):
+        return jax.lax.scan(lambda c, x: (c + one(head, x), None), jnp.zeros(()), parts)[0]
+
+    def by_vmap(head):
+        return jnp.sum(jax.vmap(one, in_axes=(None, 0))(head, parts))
+
+    want = jax.value_and_grad(one)(head, (hidden, aux, weights))
+    assert_close(jax.value_and_grad(by_scan)(head), want, 1e-6)
+    assert_close(jax.value_and_grad(by_vmap)(head), want, 1e-6)
+
+
+SHARDED = {"tokens": 256, "width": 8, "vocabulary": 1024}
+
+
+def mesh():
+    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def put_on_mesh(arrays):
+    """Tokens over `fsdp`, heads over `tensor` by vocabulary."""
+    place = mesh()
+
+    def put(spec, tree):
+        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(place, spec)), tree)
+
+    hidden, head, aux, weights, constants = arrays
+    if isinstance(constants, SdpoConstants):
+        constants = SdpoConstants(
+            put(P(None, "tensor"), constants.teacher_head), put(P(), constants.temperature)
+        )
+    tokens = put(P("fsdp"), (hidden, aux, weights))
+    return tokens[0], put(P(None, "tensor"), head), tokens[1], tokens[2], constants
+
+
+def collectives(text):
+    """(operation, result shapes) of each collective in a compiled program."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return [(m[2], m[1]) for m in re.finditer(rf"= (.*?) ({kinds})(?:-start)?\(", text)]
+
+
+@pytest.mark.parametrize("name", ["sdpo_jsd", "grpo", "sft"])
+def test_sharded_equals_unsharded_and_no_token_and_no_logits_move(name):
+    arrays = problem(name, **SHARDED)
+    compute = jax.jit(partial(run, chunked_head, name, chunk=64))
+    sharded = put_on_mesh(arrays)
+    compiled = compute.lower(*sharded).compile()
+    assert_close(compiled(*sharded), run(chunked_head_reference, name, *arrays, chunk=64), 2e-6)
+    moved = collectives(compiled.as_text())
+    assert moved and {kind for kind, _ in moved} == {"all-reduce"}
+    shapes = " ".join(shape for _, shape in moved)
+    assert "[256,8]" not in shapes and not re.search(
+        r"\[\d+,(512|1024)\]", shapes.replace("[8,512]", "")
+    )
+
+
+def test_under_shard_map_the_head_gradient_crosses_devices_once():
+    name, arrays = "sdpo_jsd", problem("sdpo_jsd", **SHARDED)
+    hidden, head, aux, weights, constants = put_on_mesh(arrays)
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh(),
+        in_specs=(P("fsdp"), P(), P("fsdp"), P("fsdp"), P()),
+        out_specs=(P(), P("fsdp")),
+        axis_names={"fsdp"},
+    )
+    def local(hidden, head, aux, weights, constants):
+        total, metrics = chunked_head(
+            OBJECTIVES[name], hidden, head, aux, weights, chunk=16, constants=constants
+        )
+        return jax.lax.psum(total, "fsdp"), metrics
+
+    def loss(hidden, head):
+        total, metrics = local(hidden, head, aux, weights, constants)
+        return 0.37 * total, metrics
+
+    compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    compiled = compute.lower(hidden, head).compile()
+    got = compiled(hidden, head)
+    assert_close(got, run(chunked_head_reference, name, *arrays, chunk=64), 2e-6)
+    loops = [b for b in re.split(r"\n\n", compiled.as_text()) if "while/body" in b.split("\n")[0]]
+    del loops
+    crossing = [x for x in collectives(compiled.as_text()) if "[8,512]" in x[1]]
+    assert len(crossing) == 1
+
+
+def test_all_logits_never_exist():
+    tokens, chunk, width, vocabulary = 4096, 64, 8, 1024
+    arrays = problem("sdpo_jsd", tokens=tokens, width=width, vocabulary=vocabulary)
+    bytes_of = {}
+    for function in (chunked_head, chunked_head_reference):
+        compute = jax.jit(partial(run, function, "sdpo_jsd", chunk=chunk))
+        compiled = compute.lower(*arrays).compile()
+        bytes_of[function] = compiled.memory_analysis().temp_size_in_bytes
+        exists = re.search(
+            rf"\[({tokens},{vocabulary}|{tokens // chunk},{chunk},{vocabulary})\]",
+            compiled.as_text(),
+        )
+        assert bool(exists) == (function is chunked_head_reference)
+    assert bytes_of[chunked_head] < 4 * tokens * vocabulary / 4 < bytes_of[chunked_head_reference]
+
+
+def test_four_head_matmuls_for_student_and_teacher_and_two_without_gradient():
+    hidden, head, aux, weights, constants = problem("sdpo_jsd")
+    text = str(
+        jax.make_jaxpr(partial(run, chunked_head, "sdpo_jsd", chunk=16))(
+            hidden, head, aux, weights, constants
+        )
+    )
+    assert text.count("dot_general[") == 4
+    value = partial(chunked_head, OBJECTIVES["sdpo_jsd"], chunk=16, constants=constants)
+    compiled = jax.jit(value).lower(hidden, head, aux, weights).compile().as_text()
+    assert f"[{D},{V}]" in compiled and len(re.findall(r" dot\(|custom-call\(", compiled)) <= 2
+
+
+def test_shapes_are_checked():
+    hidden, head, aux, weights, _ = problem("sft")
+    loss = OBJECTIVES["sft"]
+    with pytest.raises(ValueError, match=r"hidden \[48, 6\] and head \[5, 23\]"):
+        chunked_head(loss, hidden, head[:5], aux, weights, chunk=8)
+    with pytest.raises(ValueError, match=r"expected weights \[48\], got \[47\]"):
+        chunked_head(loss, hidden, head, aux, weights[:47], chunk=8)
+    with pytest.raises(ValueError, match=r"aux\.targets must lead with 48 tokens, got \[7\]"):
+        chunked_head(loss, hidden, head, SftTokens(aux.targets[:7]), weights, chunk=8)
+    with pytest.raises(ValueError, match="48 and 0"):
+        chunked_head(loss, hidden, head, aux, weights, chunk=0)
