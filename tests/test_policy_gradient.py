@@ -132,7 +132,7 @@ def test_bad_arguments_name_what_came():
     x = jnp.zeros((2, 3))
     with pytest.raises(ValueError, match=r"rewards \[5\] and group_size 2"):
         group_advantages(jnp.zeros(5), 2)
-    with pytest.raises(ValueError, match=r"advantages must be \[B\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"advantages \[3\], rows \[2\]"):
         grpo_loss(x, x, jnp.zeros(3), x, **CLIPS)
     with pytest.raises(ValueError, match=r"log_probs \[2, 3\], old_log_probs \[2, 2\]"):
         grpo_loss(x, x[:, :2], jnp.zeros(2), x, **CLIPS)

@@ -20,6 +20,13 @@ from sdpo_models.architecture import Architecture, from_hugging_face
 from sdpo_models.transformer import parameter_table
 
 WEIGHTS = "model.safetensors"
+BESIDE_WEIGHTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 TOP = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
@@ -144,7 +151,7 @@ def save_run(folder: Path, params: Params, *, source: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: expected a new or empty folder; nothing was overwritten")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in BESIDE_WEIGHTS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     save_weights(folder, jax.device_get(params))

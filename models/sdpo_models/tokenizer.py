@@ -31,10 +31,11 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         self.stop_ids: tuple[int, ...] = tuple(int(i) for i in stops)
         self.vocabulary = len(tokenizer)
-        self._control = re.compile(
-            "|".join(re.escape(t) for t in sorted(tokenizer.all_special_tokens, key=len, reverse=True))
-            or r"(?!)"
-        )
+        # Not `all_special_tokens` alone: Llama 3 declares its header tokens in tokenizer.json only.
+        control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        control |= set(tokenizer.all_special_tokens)
+        longest_first = sorted(control, key=lambda t: (-len(t), t))
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ChatTokenizer":

@@ -7,7 +7,7 @@ rollout against the shared prompt and its own cache). Layers run under `lax.scan
 not grow with depth.
 
 Dimension key: sdpo_jax/model.py; here also `Q` query heads, `F` MLP width, `R = Q / H`.
-Validated against the PyTorch model of `transformers` (tests/test_transformer.py).
+Validated against a second implementation in float64 numpy (tests/test_transformer.py).
 """
 
 from collections.abc import Callable

@@ -529,10 +529,9 @@ def _prompts(families: Sequence[str], count: int, *, held_out: bool, seed: int) 
     rng = random.Random(f"tool_calls:{side}:{seed}")
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    attempts = 0
+    misses = 0
     while len(prompts) < count:
-        attempts += 1
-        if attempts > 200 * count + 1000:
+        if misses > 2000:  # In a row: the family has hardly anything new to offer.
             raise UserError(
                 f"environment.{side}_prompts: expected at most about {len(prompts)} for families "
                 f"{', '.join(families)}, got {count}; lower it or add families"
@@ -540,7 +539,9 @@ def _prompts(families: Sequence[str], count: int, *, held_out: bool, seed: int) 
         task = draw_task(rng, families[len(prompts) % len(families)])
         text = question(task)
         if is_held_out(task) != held_out or text in seen:
+            misses += 1
             continue
+        misses = 0
         seen.add(text)
         prompts.append(
             Prompt(

@@ -59,13 +59,11 @@ def chunked_head(
     Args:
         per_token_loss: see `PerTokenLoss`; `objectives` has one per objective.
         hidden: [M, D], final hidden states at the positions that predict a token.
-        head: [D, V]; cast to the dtype of `hidden` for the product, its gradient accumulates in
-            float32.
+        head: [D, V]; cast to the dtype of `hidden`; its gradient accumulates in float32.
         aux: pytree of arrays with leading axis M.
         weights: [M], from `token_mean_weights` or `sequence_mean_weights`.
         chunk: how many tokens may have logits at a time; M is cut evenly.
-        constants: pytree that every chunk sees whole, such as the teacher's head or the
-            temperature.
+        constants: pytree that every chunk sees whole, such as the teacher's head.
 
     Returns:
         The weighted sum, a float32 scalar to divide once by the denominator of the weights; and a

@@ -140,21 +140,17 @@ def grpo_loss(
     Returns:
         LossOutput.
 
-    >>> old, mask = jnp.zeros((2, 3)), jnp.ones((2, 3))
-    >>> clips = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
-    >>> grpo_loss(old, old, jnp.array([1.0, 0.0]), mask, **clips).mean()
+    >>> old, clips = jnp.zeros((2, 3)), {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
+    >>> grpo_loss(old, old, jnp.array([1.0, 0.0]), jnp.ones((2, 3)), **clips).mean()
     Array(-0.5, dtype=float32)
     """
     check_same_shape(log_probs=log_probs, mask=mask)
-    if advantages.shape != log_probs.shape[:1]:
-        raise ValueError(
-            f"advantages must be [B], got {list(advantages.shape)} for log_probs "
-            f"{list(log_probs.shape)}"
-        )
+    check_same_shape(advantages=advantages, rows=log_probs[:, 0])
+    advantages = jnp.broadcast_to(advantages[:, None], log_probs.shape)
     per_token = policy_gradient_loss(
         log_probs,
         old_log_probs,
-        jnp.broadcast_to(advantages[:, None], log_probs.shape),
+        advantages,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from sdpo_jax.losses.arrays import check_same_shape, loss_dtype
 
@@ -43,7 +44,7 @@ def divide(total: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.where(empty, 0.0, total / jnp.where(empty, 1.0, weight))
 
 
-def token_mean_weights(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_mean_weights(mask: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Return the weight of each token, [B, T], and the denominator Σ mask of the token mean.
 
     >>> token_mean_weights(jnp.array([[True, True], [False, False]]))[1]
@@ -53,7 +54,7 @@ def token_mean_weights(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights, jnp.sum(weights)
 
 
-def sequence_mean_weights(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sequence_mean_weights(mask: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Return the weights mask / |y_i|, [B, T], and the denominator B of the sequence mean.
 
     >>> weights, rows = sequence_mean_weights(jnp.array([[1, 1], [1, 0], [0, 0]]))
@@ -65,7 +66,7 @@ def sequence_mean_weights(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return divide(weights, lengths), jnp.asarray(weights.shape[0], weights.dtype)
 
 
-def token_mean(per_token: jax.Array, mask: jax.Array) -> LossOutput:
+def token_mean(per_token: ArrayLike, mask: ArrayLike) -> LossOutput:
     """Σ mask · loss over Σ mask; `per_token` and `mask` are [B, T].
 
     >>> token_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([[1, 1], [1, 0]])).mean()
@@ -74,7 +75,7 @@ def token_mean(per_token: jax.Array, mask: jax.Array) -> LossOutput:
     return _reduce(per_token, *token_mean_weights(mask))
 
 
-def sequence_mean(per_token: jax.Array, mask: jax.Array) -> LossOutput:
+def sequence_mean(per_token: ArrayLike, mask: ArrayLike) -> LossOutput:
     """Sum over rows of each row's own token mean, over the number of rows; [B, T] both.
 
     >>> sequence_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([[1, 1], [1, 0]])).mean()
@@ -83,19 +84,19 @@ def sequence_mean(per_token: jax.Array, mask: jax.Array) -> LossOutput:
     return _reduce(per_token, *sequence_mean_weights(mask))
 
 
-def _as_weights(mask: jax.Array) -> jax.Array:
-    mask = jnp.asarray(mask)  # host arrays are welcome
-    return mask.astype(loss_dtype(mask))
+def _as_weights(mask: ArrayLike) -> jax.Array:
+    weights = jnp.asarray(mask)  # host arrays are welcome
+    return weights.astype(loss_dtype(weights))
 
 
-def _reduce(per_token: jax.Array, weights: jax.Array, denominator: jax.Array) -> LossOutput:
-    per_token = jnp.asarray(per_token)
-    check_same_shape(per_token=per_token, mask=weights)
-    dtype = loss_dtype(per_token)
+def _reduce(per_token: ArrayLike, weights: jax.Array, denominator: jax.Array) -> LossOutput:
+    loss = jnp.asarray(per_token)
+    check_same_shape(per_token=loss, mask=weights)
+    dtype = loss_dtype(loss)
     # `where`, not a product: a NaN or inf at a masked position must not reach the sum.
-    per_token = jnp.where(weights != 0.0, per_token.astype(dtype), 0.0)
+    loss = jnp.where(weights != 0.0, loss.astype(dtype), 0.0)
     return LossOutput(
-        total=jnp.sum(weights.astype(dtype) * per_token),
+        total=jnp.sum(weights.astype(dtype) * loss),
         weight=denominator.astype(dtype),
-        per_token=per_token,
+        per_token=loss,
     )

@@ -121,6 +121,6 @@ def _record(
     return Rollouts(
         rollouts.tokens.at[:, t].set(jnp.where(live, tokens, 0)),
         rollouts.log_probs.at[:, t].set(jnp.where(live, log_probs, 0.0)),
-        rollouts.lengths + live,
+        rollouts.lengths + live.astype(jnp.int32),
         rollouts.stopped | jnp.any(tokens[:, None] == stop_ids[None], axis=-1),
     )

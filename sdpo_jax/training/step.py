@@ -133,7 +133,8 @@ def _update(
     """Applies a finite gradient; skips any other and counts it."""
     norm = optax.global_norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(total)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 count
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
 
     def keep(new: Any, old: Any) -> Any:

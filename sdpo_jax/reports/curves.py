@@ -1,0 +1,262 @@
+r"""Learning curves of several runs as one SVG, written by hand: no plotting library, no script.
+
+    python -m sdpo_jax.reports.curves OUT.svg --metric accuracy \
+        SDPO=runs/a/metrics.jsonl,runs/b/metrics.jsonl GRPO=runs/c/metrics.jsonl
+
+Each `NAME=FILES` is one curve: the mean over its files, which are seeds of one recipe, in a band
+from the smallest to the largest. Left to right runs the number of generations, so that objectives
+with other batch sizes compare. A mean is drawn where every seed has a value. Colours follow the
+reader's light or dark mode.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdpo_jax.errors import UserError
+from sdpo_jax.training.metrics import read_metrics
+
+USAGE = "python -m sdpo_jax.reports.curves OUT.svg [--metric accuracy] NAME=FILE[,FILE...] ..."
+WIDTH, HEIGHT = 720, 400
+LEFT, RIGHT, TOP, BOTTOM = 64, 84, 44, 56
+COLOURS = (
+    ("#0b62c4", "#6cb0ff"),
+    ("#c2500a", "#ff9d57"),
+    ("#1f7a45", "#5ccb8c"),
+    ("#8a3ab0", "#d18cf0"),
+)
+"""Of each curve, on light and on dark ground."""
+LABELS = {"accuracy": "held-out accuracy", "teacher_accuracy": "teacher accuracy"}
+
+
+class Point(NamedTuple):
+    """A metric after so many generations: mean, smallest and largest over the seeds."""
+
+    generations: int
+    mean: float
+    low: float
+    high: float
+
+
+class Curve(NamedTuple):
+    """What is drawn under one name."""
+
+    name: str
+    points: list[Point]
+    seeds: int
+
+
+class Axis(NamedTuple):
+    """A range of values with its ticks, laid over a range of pixels."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    start: float
+    stop: float
+
+    def place(self, value: float) -> float:
+        """The pixel of a value."""
+        share = (value - self.low) / (self.high - self.low)
+        return self.start + share * (self.stop - self.start)
+
+
+def evaluations(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """Generations -> value of the metric in the evaluation rows of one run.
+
+    An evaluation after step k stands at the generations of the train row of step k; before
+    training at 0.
+    """
+    generations = {row["step"]: row["generations"] for row in rows if "generations" in row}
+    generations[0] = 0
+    return {
+        generations[row["step"]]: row[metric]
+        for row in rows
+        if row.get("kind") == "eval" and row["step"] in generations and row.get(metric) is not None
+    }
+
+
+def merge(name: str, runs: Sequence[Mapping[int, float]]) -> Curve:
+    """The curve of several seeds, at the generations that all of them have."""
+    shared = set(runs[0]).intersection(*runs[1:])
+    points: list[Point] = []
+    for generations in sorted(shared):
+        values = [run[generations] for run in runs]
+        points.append(Point(generations, sum(values) / len(values), min(values), max(values)))
+    return Curve(name, points, len(runs))
+
+
+def read_curve(name: str, files: Sequence[str], metric: str) -> Curve:
+    """Reads the metrics files of one name.
+
+    Raises:
+      UserError: a file is missing or has no evaluation with the metric, or the files share none.
+    """
+    runs: list[dict[int, float]] = []
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"{name}: no such file {file}; expected the metrics.jsonl of a run")
+        rows = read_metrics(file)
+        runs.append(evaluations(rows, metric))
+        if not runs[-1]:
+            known = {key for row in rows if row.get("kind") == "eval" for key in row}
+            raise UserError(
+                f"{file}: expected evaluations with {metric!r}, found "
+                f"{', '.join(sorted(known)) or 'no evaluation'}"
+            )
+    curve = merge(name, runs)
+    if not curve.points:
+        raise UserError(
+            f"{name}: the files have no evaluation at equal generations; "
+            "expected seeds of one recipe"
+        )
+    return curve
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round values that cover low to high, both ends included."""
+    raw = (high - low) / count or 1.0
+    scale = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * scale for m in (1, 2, 2.5, 5, 10) if m * scale >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def axes_for(curves: Sequence[Curve]) -> tuple[Axis, Axis]:
+    """The axes that hold every curve; the vertical one starts at 0 unless values are negative."""
+    points = [point for curve in curves for point in curve.points]
+    most = max(max(p.generations for p in points), 1)
+    x = nice_ticks(0, most, 6)
+    y = nice_ticks(min(0.0, *(p.low for p in points)), max(p.high for p in points), 5)
+    return (
+        # The last tick may lie beyond the data: horizontally that would be empty space.
+        Axis(0, most, [t for t in x if t <= most], LEFT, WIDTH - RIGHT),
+        Axis(y[0], y[-1], y, HEIGHT - BOTTOM, TOP),
+    )
+
+
+def draw(curves: Sequence[Curve], metric: str) -> str:
+    """The SVG."""
+    if len(curves) > len(COLOURS):
+        raise UserError(f"{len(curves)} curves; expected at most {len(COLOURS)} in one picture")
+    x, y = axes_for(curves)
+    is_share = metric in LABELS and y.high <= 1.0
+    label = LABELS.get(metric, metric.replace("_", " "))
+    title = f"{label} of {', '.join(curve.name for curve in curves)} against generations"
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
+        f"<title>{escape(title)}</title>",
+        _style(len(curves)),
+        f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="8"/>',
+        f'<text class="label" x="{LEFT}" y="26">{escape(label)}</text>',
+        *_grid(x, y, is_share),
+        *(_band(i, curve, x, y) for i, curve in enumerate(curves) if curve.seeds > 1),
+        *(_line(i, curve, x, y) for i, curve in enumerate(curves)),
+        *_names(curves, x, y),
+        "</svg>",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _style(count: int) -> str:
+    def rules(mode: int, ground: str, text: str, soft: str) -> str:
+        own = [
+            f".line{i}{{stroke:{c[mode]}}}.band{i},.name{i}{{fill:{c[mode]}}}"
+            for i, c in enumerate(COLOURS[:count])
+        ]
+        basic = f".ground{{fill:{ground}}}text{{fill:{text}}}.grid{{stroke:{soft}}}"
+        return basic + "".join(own)
+
+    fixed = (
+        "text{font:13px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif}"
+        ".label{font-weight:600}.name{font-weight:600}.grid{stroke-width:1}"
+        ".line{fill:none;stroke-width:2.5;stroke-linejoin:round;stroke-linecap:round}.band{opacity:.18}"
+    )
+    light = rules(0, "#ffffff", "#30363d", "#e3e6ea")
+    dark = rules(1, "#0f1419", "#d6dbe0", "#2b323a")
+    return f"<style>{fixed}{light}@media(prefers-color-scheme:dark){{{dark}}}</style>"
+
+
+def _grid(x: Axis, y: Axis, is_share: bool) -> list[str]:
+    out: list[str] = []
+    for tick in y.ticks:
+        at = f"{y.place(tick):.1f}"
+        text = f"{100 * tick:.0f} %" if is_share else f"{tick:g}"
+        out.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
+        out.append(f'<text x="{LEFT - 10}" y="{at}" dy="4" text-anchor="end">{text}</text>')
+    for tick in x.ticks:
+        at = f"{x.place(tick):.1f}"
+        out.append(
+            f'<text x="{at}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:,.0f}</text>'
+        )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    out.append(f'<text x="{middle:g}" y="{HEIGHT - 12}" text-anchor="middle">generations</text>')
+    return out
+
+
+def _pairs(places: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+
+
+def _line(index: int, curve: Curve, x: Axis, y: Axis) -> str:
+    places = [(x.place(p.generations), y.place(p.mean)) for p in curve.points]
+    return f'<polyline class="line line{index}" points="{_pairs(places)}"/>'
+
+
+def _band(index: int, curve: Curve, x: Axis, y: Axis) -> str:
+    there = [(x.place(p.generations), y.place(p.high)) for p in curve.points]
+    back = [(x.place(p.generations), y.place(p.low)) for p in reversed(curve.points)]
+    return f'<polygon class="band band{index}" points="{_pairs(there + back)}"/>'
+
+
+def _names(curves: Sequence[Curve], x: Axis, y: Axis) -> list[str]:
+    """The legend: each name at the end of its line, moved apart where lines end together."""
+    out: list[str] = []
+    order = sorted(range(len(curves)), key=lambda i: -curves[i].points[-1].mean)
+    lowest = -math.inf
+    for index in order:
+        curve = curves[index]
+        at = max(y.place(curve.points[-1].mean) + 4, lowest + 17)
+        lowest = at
+        left = x.place(curve.points[-1].generations) + 9
+        place = f'x="{left:.1f}" y="{at:.1f}"'
+        out.append(f'<text class="name name{index}" {place}>{escape(curve.name)}</text>')
+    seeds = sorted({curve.seeds for curve in curves})
+    if seeds[-1] > 1:
+        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        text = f"mean of {count} seeds; band: smallest to largest"
+        out.append(f'<text x="{WIDTH - RIGHT}" y="26" text-anchor="end">{text}</text>')
+    return out
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the words of the command line and writes the picture.
+
+    Raises:
+      UserError: words or files that do not fit.
+    """
+    words, metric = list(arguments), "accuracy"
+    if "--metric" in words:
+        at = words.index("--metric")
+        metric = (words[at + 1 : at + 2] or [""])[0]
+        del words[at : at + 2]
+    out, specs = Path(words[0] if words else ""), words[1:]
+    if not metric or out.suffix != ".svg" or not specs or not all("=" in s for s in specs):
+        raise UserError(f"expected `{USAGE}`")
+    curves: list[Curve] = []
+    for spec in specs:
+        name, _, files = spec.partition("=")
+        curves.append(read_curve(name, files.split(","), metric))
+    out.write_text(draw(curves, metric), encoding="utf-8")
+    print(f"wrote {out}: {', '.join(f'{c.name} ({c.seeds} run(s))' for c in curves)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"curves: {error}", file=sys.stderr)
+        sys.exit(2)

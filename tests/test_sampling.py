@@ -1,0 +1,158 @@
+"""Sampling is a pure function of (seed, step, prompt, sibling, position), and decode is the training forward."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sdpo_jax.sampling.generate import draw, rollout_keys
+from sdpo_jax.sampling.sampler import Sampler
+
+STOP = (7, 11, 13, 17, 19)
+ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=64)
+MODEL = tiny.make_model(ARCHITECTURE)
+LIMIT = 12
+RANDOM = np.random.default_rng(0)
+PROMPTS = [tiny.random_ids(RANDOM, n) for n in (5, 3, 9)]
+DEFAULTS = {"group": 4, "max_tokens": LIMIT, "temperature": 1.0, "seed": 3, "step": 5}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.make_params(ARCHITECTURE)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(MODEL, tiny.make_devices(), STOP)
+
+
+@pytest.fixture(scope="module")
+def rollouts(sampler, params):
+    return sampler(params, PROMPTS, **DEFAULTS)
+
+
+def full_forward_log_probs(params, prompt, response, temperature=1.0):
+    """`[T, V]` log-probs at each response position, in float64 numpy."""
+    logits = tiny.reference_logits(ARCHITECTURE, params, [*prompt, *response])
+    return tiny.log_softmax(logits[len(prompt) - 1 : -1] / temperature)
+
+
+def assert_same(a, b):
+    assert a.responses() == b.responses()
+    np.testing.assert_array_equal(a.stopped, b.stopped)
+    np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
+def take(rollouts, rows):
+    return type(rollouts)(*(np.asarray(x)[rows] for x in rollouts))
+
+
+def test_a_draw_does_not_depend_on_what_else_is_in_the_batch(sampler, params, rollouts):
+    alone = sampler(params, PROMPTS[1:2], first_prompt=1, **DEFAULTS)
+    assert_same(alone, take(rollouts, slice(4, 8)))
+
+
+def test_a_draw_does_not_depend_on_padding_or_bucket(sampler, params, rollouts):
+    long = tiny.random_ids(np.random.default_rng(1), 40)  # moves every prompt to the next bucket
+    padded = sampler(params, [*PROMPTS, long], prompt_rows=6, **DEFAULTS)
+    assert len(padded.tokens) == 16
+    assert_same(take(padded, slice(0, 12)), rollouts)
+
+
+def test_fewer_siblings_and_a_lower_limit_give_a_part_of_the_same(sampler, params, rollouts):
+    fewer = sampler(params, PROMPTS, **DEFAULTS | {"group": 2, "max_tokens": 5})
+    responses = rollouts.responses()
+    assert fewer.responses() == [responses[n][:5] for n in (0, 1, 4, 5, 8, 9)]
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"step": 6}, {"first_prompt": 1}])
+def test_another_seed_step_or_prompt_index_draws_other_tokens(sampler, params, rollouts, change):
+    other = sampler(params, PROMPTS, **DEFAULTS | change)
+    same = [a == b for a, b in zip(other.responses(), rollouts.responses(), strict=True)]
+    assert sum(same) <= 1  # a response of one token may come twice
+
+
+def test_siblings_differ_and_the_same_call_draws_the_same(sampler, params, rollouts):
+    responses = [tuple(row) for row in rollouts.responses()]
+    for p in range(3):
+        assert len(set(responses[4 * p : 4 * p + 4])) == 4
+    assert_same(sampler(params, PROMPTS, **DEFAULTS), rollouts)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_a_full_forward(sampler, params, temperature):
+    rollouts = sampler(params, PROMPTS, **DEFAULTS | {"temperature": temperature})
+    for n, response in enumerate(rollouts.responses()):
+        expected = full_forward_log_probs(params, PROMPTS[n // 4], response, temperature)
+        chosen = expected[np.arange(len(response)), response]
+        np.testing.assert_allclose(rollouts.log_probs[n, : len(response)], chosen, atol=1e-4)
+
+
+def test_temperature_zero_is_greedy_with_log_probs_at_temperature_one(sampler, params):
+    rollouts = sampler(params, PROMPTS, **DEFAULTS | {"temperature": 0.0})
+    for n, response in enumerate(rollouts.responses()):
+        expected = full_forward_log_probs(params, PROMPTS[n // 4], response)
+        assert response == expected.argmax(axis=-1).tolist()
+        chosen = expected.max(axis=-1)
+        np.testing.assert_allclose(rollouts.log_probs[n, : len(response)], chosen, atol=1e-4)
+
+
+def test_the_stop_token_belongs_to_the_response_and_nothing_follows_it(rollouts):
+    assert 0 < rollouts.stopped.sum() < len(rollouts.stopped)  # both kinds are here
+    for tokens, log_probs, length, stopped in zip(*rollouts, strict=True):
+        response = tokens[:length]
+        assert not np.isin(response[:-1], STOP).any()
+        assert stopped == np.isin(response[-1], STOP)
+        assert stopped or length == LIMIT
+        assert (tokens[length:] == 0).all() and (log_probs[length:] == 0).all()
+        assert (log_probs[:length] < 0).all()
+
+
+def test_decoding_ends_with_the_last_row_and_padding_rows_do_not_delay_it(params):
+    calls = []
+
+    def counting(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return MODEL.decode(*args)
+
+    every_token = range(MODEL.vocabulary)
+    sampler = Sampler(MODEL._replace(decode=counting), tiny.make_devices(), every_token)
+    rollouts = sampler(params, PROMPTS, prompt_rows=4, **DEFAULTS)
+    jax.effects_barrier()
+    assert rollouts.lengths.tolist() == [1] * 12 and rollouts.stopped.all()
+    assert len(calls) == 1
+
+
+def test_draws_follow_the_softmax():
+    logits = jnp.array([1.0, 0.0, -1.0, 0.5, -3.0])
+    n = 20_000
+    for temperature in (1.0, 0.5):
+        keys = rollout_keys(jnp.uint32(0), jnp.uint32(1), jnp.uint32(0), n // 4, 4)
+        rows = jnp.broadcast_to(logits[None], (n, 5))
+        tokens, log_probs = jax.jit(draw)(keys, rows, jnp.float32(temperature))
+        expected = np.exp(tiny.log_softmax(np.asarray(logits, np.float64) / temperature))
+        counts = np.bincount(tokens, minlength=5)
+        chi_square = np.sum((counts - n * expected) ** 2 / (n * expected))
+        assert chi_square < 18.5, counts  # the 99.9 % point with four degrees of freedom
+        np.testing.assert_allclose(np.exp(log_probs), expected[np.asarray(tokens)], rtol=1e-5)
+
+
+def test_neither_temperature_nor_stop_ids_nor_seed_recompile(sampler, params, rollouts, monkeypatch):
+    del rollouts  # compiled for it
+    before = sampler._run._cache_size()
+    monkeypatch.setattr(sampler, "_stop_ids", np.arange(len(STOP), dtype=np.int32))
+    for change in ({"temperature": 0.0}, {"seed": 9, "step": 1}, {"first_prompt": 8}):
+        sampler(params, PROMPTS, **DEFAULTS | change)
+    sampler(params, [row[:-1] for row in PROMPTS], **DEFAULTS)  # other lengths, the same bucket
+    assert sampler._run._cache_size() == before
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
+def test_sampling_on_eight_devices_equals_one_device_token_for_token(params, rollouts, mesh):
+    devices = tiny.make_devices(*mesh)
+    spread = jax.device_put(params, devices.parameter_shardings(MODEL.logical_axes, params))
+    assert_same(Sampler(MODEL, devices, STOP)(spread, PROMPTS, **DEFAULTS), rollouts)
