@@ -1,4 +1,4 @@
-"""Rows in fixed shapes: student and teacher meet at the same response token, and lengths alone say what is text."""
+"""Ragged rows in fixed shapes: lengths alone say what is text, and every token meets its target."""
 
 import numpy as np
 import pytest
@@ -58,8 +58,9 @@ def test_a_stop_id_equal_to_the_padding_id_changes_nothing(devices):
     zero, other = (make_rows(PROMPTS, r, SHAPE, devices) for r in (RESPONSES, renamed))
     for field in ("positions", "segments", "take", "count"):
         np.testing.assert_array_equal(getattr(zero, field), getattr(other, field))
-    text = np.asarray(other.segments) > 0
-    np.testing.assert_array_equal(np.where(np.asarray(other.tokens) == 60, 0, other.tokens), zero.tokens)
+    restored = np.where(np.asarray(other.tokens) == 60, 0, other.tokens)
+    np.testing.assert_array_equal(restored, zero.tokens)
+    text = np.asarray(zero.segments) > 0
     assert text.sum() == sum(map(len, PROMPTS)) + sum(map(len, RESPONSES))
 
 
@@ -96,8 +97,8 @@ def test_reduction_weights_have_their_closed_forms():
     assert denominator == 3  # all rows
 
 
-def test_without_any_active_row_the_weights_are_zero_and_finite():
+@pytest.mark.parametrize(("reduction", "expected"), [("token_mean", 0), ("sequence_mean", 2)])
+def test_without_any_active_row_the_weights_are_zero_and_finite(reduction, expected):
     lengths, active = np.array([2, 4], np.int32), np.zeros(2, np.bool_)
-    for reduction, expected in (("token_mean", 0), ("sequence_mean", 2)):
-        weights, denominator = reduction_weights(lengths, active, 4, reduction)
-        assert not weights.any() and denominator == expected
+    weights, denominator = reduction_weights(lengths, active, 4, reduction)
+    assert not weights.any() and denominator == expected

@@ -1,4 +1,4 @@
-"""The mesh: sizes that do not fit are refused with both values, and every array lies where the table says."""
+"""What does not fit the mesh is refused with both values; what fits lies where the table says."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Weights in Hugging Face layout: what is written is read back bit for bit, and damage has a name."""
+"""Weights in Hugging Face layout come back bit for bit, and damage is named."""
 
 import json
 
@@ -103,7 +103,9 @@ def test_an_architecture_survives_config_json(family):
     assert config["eos_token_id"] == 7
 
 
-@pytest.mark.parametrize("spelling", [{"rope_theta": 7.0}, {"rope_parameters": {"rope_theta": 7.0}}])
+@pytest.mark.parametrize(
+    "spelling", [{"rope_theta": 7.0}, {"rope_parameters": {"rope_theta": 7.0}}]
+)
 def test_both_spellings_of_the_rotary_base_are_read(spelling):
     config = to_hugging_face(tiny.ARCHITECTURE, end_token=0)
     del config["rope_theta"], config["rope_parameters"]

@@ -1,4 +1,4 @@
-"""Sampling is a pure function of (seed, step, prompt, sibling, position), and decode is the training forward."""
+"""Sampling is a function of (seed, step, prompt, sibling, position) and of the training forward."""
 
 from dataclasses import replace
 
@@ -141,7 +141,9 @@ def test_draws_follow_the_softmax():
         np.testing.assert_allclose(np.exp(log_probs), expected[np.asarray(tokens)], rtol=1e-5)
 
 
-def test_neither_temperature_nor_stop_ids_nor_seed_recompile(sampler, params, rollouts, monkeypatch):
+def test_neither_temperature_nor_stop_ids_nor_seed_recompile(
+    sampler, params, rollouts, monkeypatch
+):
     del rollouts  # compiled for it
     before = sampler._run._cache_size()
     monkeypatch.setattr(sampler, "_stop_ids", np.arange(len(STOP), dtype=np.int32))

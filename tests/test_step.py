@@ -1,8 +1,8 @@
-"""One update: what it may depend on, what it must not, and that it is the gradient it claims to be."""
+"""One update: what it may depend on, what it must not, and that its gradient is the paper's."""
 
 from dataclasses import replace
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from sdpo_jax.config import (
 )
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
+from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.losses.objectives import (
     SdpoConstants,
@@ -34,6 +35,7 @@ from sdpo_jax.losses.objectives import (
 )
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import (
+    Reduction,
     cut_rows,
     layout,
     make_rows,
@@ -44,7 +46,13 @@ from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
 from sdpo_jax.training.sources import DemonstrationSource
-from sdpo_jax.training.state import create_state, make_optimizer, make_teacher, state_shardings
+from sdpo_jax.training.state import (
+    TrainState,
+    create_state,
+    make_optimizer,
+    make_teacher,
+    state_shardings,
+)
 from sdpo_jax.training.step import Batch, follow, make_train_step, teacher_forward
 
 TOKENIZER = tiny.ByteTokenizer()
@@ -66,13 +74,13 @@ class Programs(NamedTuple):
     """A run's programs, compiled as the trainer compiles them, but on any mesh."""
 
     config: Config
-    devices: object
-    optimizer: object
-    teacher: object
-    shardings: object
-    train_step: object
-    forward: object
-    follow: object
+    devices: Devices
+    optimizer: optax.GradientTransformation
+    teacher: Any
+    shardings: TrainState
+    train_step: Any
+    forward: Any
+    follow: Any
 
 
 @cache
@@ -89,15 +97,18 @@ def programs(name, mesh=(1, 1, 1), micro_batch_rows=8, alpha=ALPHA):
     shardings = state_shardings(MODEL, devices, optimizer, teacher)
     per_token = sdpo_per_token(alpha, CAP) if name == "sdpo" else PER_TOKEN[name]
     train_step = make_train_step(MODEL, per_token, optimizer, head_chunk_tokens=48)
+    jit = partial(jax.jit, compiler_options=tiny.QUICK)
+    hidden_and_head = (devices.micro_batches, devices.replicated)
     return Programs(
-        config, devices, optimizer, teacher, shardings,
-        jax.jit(train_step, out_shardings=(shardings, devices.replicated)),
-        jax.jit(
-            partial(teacher_forward, MODEL),
-            out_shardings=(devices.micro_batches, devices.replicated),
-        ),
-        jax.jit(partial(follow, teacher), out_shardings=shardings),
-    )  # fmt: skip
+        config=config,
+        devices=devices,
+        optimizer=optimizer,
+        teacher=teacher,
+        shardings=shardings,
+        train_step=jit(train_step, out_shardings=(shardings, devices.replicated)),
+        forward=jit(partial(teacher_forward, MODEL), out_shardings=hidden_and_head),
+        follow=jit(partial(follow, teacher), out_shardings=shardings) if teacher else None,
+    )
 
 
 @cache
@@ -113,8 +124,10 @@ def teacher_weights():
 
 @cache
 def experience():
-    """Two prompts, four answers each. A teacher signal for rows 1, 2, 3 (sibling 0) and 5 (feedback);
-    an advantage for the rows of the first prompt."""
+    """Two prompts, four answers each.
+
+    Rows 1, 2, 3 (sibling 0) and 5 (feedback) have a teacher signal; prompt 0 has an advantage.
+    """
     random = np.random.default_rng(0)
     lengths = np.array([6, 9, 3, 12, 5, 8, 1, 14], np.int32)
     responses = [
@@ -137,18 +150,22 @@ def experience():
 SIGNAL = [1, 2, 3, 5]
 
 
-def make_update(name, run, *, teacher=None, prompts=None, reduction="token_mean"):
+def sdpo_updates(run, prompts=None, reduction: Reduction = "token_mean"):
+    prompts = prompts or TeacherPrompts(run.config.teacher, TOKENIZER)
+    objective = SdpoObjective(alpha=ALPHA, reduction=reduction)
+    return SdpoUpdates(run.config, objective, run.devices, prompts, run.forward)
+
+
+def make_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = "token_mean"):
     """The one update of the fixed experience (or, for sft, of the fixed demonstrations)."""
-    teacher = teacher_weights() if teacher is None else teacher
     if name == "sft":
         return demonstration_update(run, reduction)
-    objective = replace(run.config.objective, reduction=reduction)
     if name == "sdpo":
-        prompts = prompts or TeacherPrompts(run.config.teacher, TOKENIZER)
-        maker = SdpoUpdates(run.config, objective, run.devices, prompts, run.forward)
-        teacher = jax.device_put(teacher, run.shardings.params)
+        maker = sdpo_updates(run, prompts, reduction)
     else:
-        maker = GrpoUpdates(run.config, objective, run.devices)
+        maker = GrpoUpdates(run.config, GrpoObjective(reduction=reduction), run.devices)
+    teacher = teacher_weights() if teacher is None else teacher
+    teacher = jax.device_put(teacher, run.shardings.params)
     updates, _ = maker(experience(), teacher, step=0, clock=Clock())
     assert len(updates) == 1
     return updates[0]
@@ -193,10 +210,8 @@ def one_device(name):
 
 
 @pytest.mark.parametrize(
-    "rows",
-    [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3,
-     pytest.param(4, marks=pytest.mark.slow)],
-)  # fmt: skip
+    "rows", [3, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 2, 4))]
+)
 def test_the_update_does_not_depend_on_the_micro_batch_size_nor_on_padding_rows(rows):
     run = programs("sdpo", micro_batch_rows=rows)  # 3: nine places for eight rows
     state, metrics = apply(run, make_update("sdpo", run))
@@ -228,10 +243,7 @@ def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name):
 def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction):
     run, data = programs("sdpo"), experience()
     dropped, _ = apply(run, make_update("sdpo", run, reduction=reduction))
-    prompts, metrics = SdpoUpdates(
-        run.config, run.config.objective, run.devices,
-        TeacherPrompts(run.config.teacher, TOKENIZER), run.forward,
-    )._contexts(data, 0)  # fmt: skip
+    prompts, metrics = sdpo_updates(run)._contexts(data, 0)
     assert [i for i, ids in enumerate(prompts) if ids is not None] == SIGNAL
     assert metrics["teacher_signal"] == 0.5
     shape = layout(8, 14, micro_batch_rows=8, shards=1)
@@ -269,15 +281,15 @@ def test_rows_without_an_advantage_are_not_computed_but_counted():
 
 def demonstrations():
     random = np.random.default_rng(1)
-    texts = [bytes(random.integers(97, 123, size=n).tolist()).decode() for n in (3, 30, 9, 17, 1, 12)]
-    return [
-        Demonstration(str(i), ({"role": "user", "content": text[::2]},), text)
-        for i, text in enumerate(texts)
-    ]
+    made = []
+    for i, size in enumerate((3, 30, 9, 17, 1, 12)):
+        text = bytes(random.integers(97, 123, size=size).tolist()).decode()
+        made.append(Demonstration(str(i), ({"role": "user", "content": text[::2]},), text))
+    return made
 
 
 def demonstration_update(run, reduction):
-    objective = replace(run.config.objective, reduction=reduction)
+    objective = SftObjective(reduction=reduction)
     rows = prompt_batches(demonstrations(), batch_size=6, seed=0)
     source = DemonstrationSource(run.config, objective, rows, TOKENIZER, run.devices)
     updates, _ = source(None, None, 0, Clock())
@@ -370,10 +382,11 @@ def test_the_divergence_to_a_fixed_teacher_falls():
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     run = programs("sdpo")
     good, start = make_update("sdpo", run), fresh_state(run)
-    for poison in (np.nan, np.inf):
-        tokens = good.batch.tokens
+    bad, tokens = good, good.batch.tokens
+    for poison in (np.inf, np.nan):
         hidden = tokens.teacher_hidden.at[0, 0, 0, 0].set(poison)
-        bad = good._replace(batch=good.batch._replace(tokens=tokens._replace(teacher_hidden=hidden)))
+        poisoned = tokens._replace(teacher_hidden=hidden)
+        bad = good._replace(batch=good.batch._replace(tokens=poisoned))
         state, metrics = apply(run, bad, start)
         assert not bool(metrics.finite) and int(metrics.skipped) == int(state.skipped) == 1
         assert_equal(state.replace(skipped=start.skipped), start)
@@ -405,10 +418,7 @@ def reference_loss():
     Teacher and importance weights are computed once, at the student's parameters: constants.
     """
     run, data = programs("sdpo"), experience()
-    prompts, _ = SdpoUpdates(
-        run.config, run.config.objective, run.devices,
-        TeacherPrompts(run.config.teacher, TOKENIZER), run.forward,
-    )._contexts(data, 0)  # fmt: skip
+    prompts, _ = sdpo_updates(run)._contexts(data, 0)
 
     def log_probs(params, prompt, response):
         logits = tiny.reference_logits(ARCHITECTURE, params, [*prompt, *response])

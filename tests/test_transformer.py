@@ -1,4 +1,4 @@
-"""One block, three passes: the decoder agrees with its formulas, and decode = prefill = whole forward."""
+"""The decoder agrees with its formulas, and decode = prefill = whole forward."""
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,9 @@ def test_every_parameter_has_one_logical_axis_per_dimension(family):
     for leaf, names in zip(jax.tree.leaves(params), axes, strict=True):
         assert leaf.ndim == len(names) and leaf.dtype == jnp.float32
     assert parameter_count(architecture) == sum(x.size for x in jax.tree.leaves(params))
-    assert model.vocabulary == jax.eval_shape(model.head, params).shape[1] == architecture.vocabulary
+    assert (
+        model.vocabulary == jax.eval_shape(model.head, params).shape[1] == architecture.vocabulary
+    )
 
 
 def test_init_is_a_function_of_the_key_and_starts_near_the_uniform_distribution():
@@ -126,7 +128,9 @@ def test_bfloat16_compute_returns_bfloat16_close_to_float32():
     hidden = whole(model, params, tokens)
     prefix = jax.jit(model.prefill)(params, jnp.asarray(tokens, jnp.int32), jnp.array([9, 4]))
     cache = model.suffix_cache(2, 3)
-    decoded, cache = jax.jit(model.decode)(params, prefix, cache, jnp.array([1, 2]), jnp.array([0, 0]))
+    decoded, cache = jax.jit(model.decode)(
+        params, prefix, cache, jnp.array([1, 2]), jnp.array([0, 0])
+    )
     for array in (hidden, model.head(params), *prefix[:2], prefix.last_hidden, decoded, *cache):
         assert array.dtype == jnp.bfloat16 and np.isfinite(array.astype(jnp.float32)).all()
     exact = whole(tiny.make_model(), params, tokens)

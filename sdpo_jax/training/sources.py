@@ -8,7 +8,7 @@ import numpy as np
 
 from sdpo_jax.config import Config, SftObjective
 from sdpo_jax.data.jsonl import Demonstration
-from sdpo_jax.data.packing import pack_rows
+from sdpo_jax.data.packing import bucket, pack_rows
 from sdpo_jax.data.pipeline import PromptBatches
 from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Environment, Prompt
@@ -17,7 +17,7 @@ from sdpo_jax.losses.objectives import SftTokens
 from sdpo_jax.model import Params
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.batch import Layout, cut_rows, layout, reduction_weights
+from sdpo_jax.training.batch import RESPONSE_MULTIPLE, Layout, cut_rows, layout, reduction_weights
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience, collect
 from sdpo_jax.training.objectives import Update
@@ -125,7 +125,7 @@ class DemonstrationSource:
         per_row = np.bincount(row, minlength=filled)
         shape = layout(
             len(pairs),  # Packed or not, so that every step has the same shapes.
-            int(per_row.max()),
+            bucket(int(per_row.max()), 2 * RESPONSE_MULTIPLE),
             micro_batch_rows=self._config.train.micro_batch_rows,
             shards=self._devices.row_shards,
         )
