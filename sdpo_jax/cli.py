@@ -179,3 +179,7 @@ def _quiet_libraries() -> None:
     import logging
 
     logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """Sampling is a function of (seed, step, prompt, sibling, position) and of the training forward."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,13 @@ MODEL = tiny.make_model(ARCHITECTURE)
 LIMIT = 12
 RANDOM = np.random.default_rng(0)
 PROMPTS = [tiny.random_ids(RANDOM, n) for n in (5, 3, 9)]
-DEFAULTS = {"group": 4, "max_tokens": LIMIT, "temperature": 1.0, "seed": 3, "step": 5}
+DEFAULTS: dict[str, Any] = {
+    "group": 4,
+    "max_tokens": LIMIT,
+    "temperature": 1.0,
+    "seed": 3,
+    "step": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +126,28 @@ def test_decoding_ends_with_the_last_row_and_padding_rows_do_not_delay_it(params
         jax.debug.callback(lambda: calls.append(1))
         return MODEL.decode(*args)
 
-    every_token = range(MODEL.vocabulary)
-    sampler = Sampler(MODEL._replace(decode=counting), tiny.make_devices(), every_token)
-    rollouts = sampler(params, PROMPTS, prompt_rows=4, **DEFAULTS)
+    def greedy(prompt):
+        logits = tiny.reference_logits(ARCHITECTURE, params, prompt)
+        return int(logits[-1].argmax())
+
+    first = [greedy(prompt) for prompt in PROMPTS]
+    assert greedy([0]) not in first  # what fills up would go on
+    sampler = Sampler(MODEL._replace(decode=counting), tiny.make_devices(), first)
+    rollouts = sampler(params, PROMPTS, prompt_rows=4, **DEFAULTS | {"temperature": 0.0})
     jax.effects_barrier()
     assert rollouts.lengths.tolist() == [1] * 12 and rollouts.stopped.all()
     assert len(calls) == 1
+
+
+def test_every_position_draws_anew(params):
+    def same_distribution_again(params, prefix, cache, tokens, step):
+        del params, tokens, step
+        return jnp.repeat(prefix.last_hidden, DEFAULTS["group"], axis=0), cache
+
+    model = MODEL._replace(decode=same_distribution_again)
+    rollouts = Sampler(model, tiny.make_devices(), ())(params, PROMPTS, **DEFAULTS)
+    assert rollouts.lengths.tolist() == [LIMIT] * 12
+    assert all(len(set(row)) > LIMIT // 3 for row in rollouts.responses())
 
 
 def test_draws_follow_the_softmax():

@@ -97,7 +97,7 @@ def programs(name, mesh=(1, 1, 1), micro_batch_rows=8, alpha=ALPHA):
     shardings = state_shardings(MODEL, devices, optimizer, teacher)
     per_token = sdpo_per_token(alpha, CAP) if name == "sdpo" else PER_TOKEN[name]
     train_step = make_train_step(MODEL, per_token, optimizer, head_chunk_tokens=48)
-    jit = partial(jax.jit, compiler_options=tiny.QUICK)
+    jit = tiny.quick_jit
     hidden_and_head = (devices.micro_batches, devices.replicated)
     return Programs(
         config=config,
@@ -193,6 +193,16 @@ def assert_close(a, b, atol, rtol=0.0):
         np.testing.assert_allclose(x, y, atol=atol, rtol=rtol, err_msg=name)
 
 
+def assert_same_step(params, expected):
+    """Within 1e-5, but for entries whose gradient is rounding: Adam divides by it."""
+    limit = jax.tree.map(
+        lambda g: np.where(np.abs(g) > 1e-6, 1e-5, 2 * OPTIMIZER.learning_rate),
+        gradient_of(expected),
+    )
+    error = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b), params, expected.params)
+    assert jax.tree.all(jax.tree.map(lambda e, most: np.all(e <= most), error, limit))
+
+
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -235,7 +245,7 @@ def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name):
     assert not state.params["layers"]["query"].sharding.is_fully_replicated
     assert_close(gradient_of(state), gradient_of(expected_state), atol=1e-6)
     assert_close(state.optimizer, expected_state.optimizer, atol=1e-5)
-    assert_close(state.params, expected_state.params, atol=1e-5)
+    assert_same_step(state.params, expected_state)
     assert_close(metrics, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -353,7 +363,7 @@ def test_no_gradient_reaches_the_teacher():
         hidden, head = teacher_forward(MODEL, params, rows)
         return jnp.sum(hidden) + jnp.sum(head)
 
-    assert_equal(jax.jit(jax.grad(total))(student()), jax.tree.map(np.zeros_like, student()))
+    assert_equal(tiny.quick_jit(jax.grad(total))(student()), jax.tree.map(np.zeros_like, student()))
 
 
 def test_the_teacher_forward_computes_no_more_micro_batches_than_hold_rows():

@@ -11,7 +11,6 @@ from sdpo_jax.environments.tool_calls import (
     ToolCalls,
     complaints,
     draw_task,
-    is_held_out,
     parse_call,
     question,
     write_call,

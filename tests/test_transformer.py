@@ -12,12 +12,15 @@ from sdpo_models.transformer import parameter_count
 FLOAT32 = 1e-5
 
 
-def whole(model, params, tokens, segments=None):
+def whole(model, params, tokens):
     """Hidden states of `[B, S]` tokens at their natural positions."""
+    return tiny.quick_jit(model.hidden)(params, *as_one_segment(tokens))
+
+
+def as_one_segment(tokens):
     tokens = jnp.asarray(tokens, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments, jnp.int32)
-    return jax.jit(model.hidden)(params, tokens, positions, segments)
+    return tokens, positions, jnp.ones_like(tokens)
 
 
 def random_rows(rows, length, seed=1):
@@ -48,12 +51,12 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family):
     expected = np.stack([tiny.reference_logits(architecture, params, row) for row in joined])
     head = model.head(params)
 
-    prefix = jax.jit(model.prefill)(
+    prefix = tiny.quick_jit(model.prefill)(
         params, jnp.asarray(prompts, jnp.int32), jnp.asarray(lengths, jnp.int32)
     )
     last = expected[::group][np.arange(3), lengths - 1]
     np.testing.assert_allclose(prefix.last_hidden @ head, last, atol=FLOAT32)
-    cache, decode = model.suffix_cache(6, max_tokens), jax.jit(model.decode)
+    cache, decode = model.suffix_cache(6, max_tokens), tiny.quick_jit(model.decode)
     # Rows need not march together: half of them start one call later.
     late = np.array([0, 1, 0, 1, 0, 1])
     for call in range(max_tokens + 1):
@@ -70,7 +73,7 @@ def test_packed_segments_equal_each_sequence_alone_and_padding_changes_nothing()
     packed = np.stack([[*first, *second, *filler], [*second, *filler, *filler, *filler, *filler]])
     segments = np.array([[1] * 6 + [2] * 4 + [0] * 2, [1] * 4 + [0] * 8])
     positions = np.array([[*range(6), *range(4), 0, 1], range(12)])
-    hidden = jax.jit(model.hidden)(
+    hidden = tiny.quick_jit(model.hidden)(
         params, *(jnp.asarray(x, jnp.int32) for x in (packed, positions, segments))
     )
     logits = np.asarray(hidden @ model.head(params))
@@ -86,8 +89,9 @@ def test_rematerialisation_changes_neither_value_nor_gradient():
 
     def value_and_grad(remat):
         model = tiny.make_model(remat=remat)
-        loss = lambda p: jnp.sum(jnp.sin(whole(model, p, tokens)))  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss))(params)
+        inputs = as_one_segment(tokens)
+        loss = lambda p: jnp.sum(jnp.sin(model.hidden(p, *inputs)))  # noqa: E731
+        return tiny.quick_jit(jax.value_and_grad(loss))(params)
 
     plain, saved = value_and_grad("none"), value_and_grad("full")
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(saved), strict=True):
@@ -112,7 +116,7 @@ def test_every_parameter_has_one_logical_axis_per_dimension(family):
 
 def test_init_is_a_function_of_the_key_and_starts_near_the_uniform_distribution():
     model = tiny.make_model()
-    init = jax.jit(model.init)
+    init = tiny.quick_jit(model.init)
     a, b, c = (init(jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert not np.array_equal(a["embedding"], c["embedding"])
@@ -126,9 +130,11 @@ def test_bfloat16_compute_returns_bfloat16_close_to_float32():
     params, tokens = tiny.make_params(), random_rows(2, 12)
     model = tiny.make_model(dtype=jnp.bfloat16)
     hidden = whole(model, params, tokens)
-    prefix = jax.jit(model.prefill)(params, jnp.asarray(tokens, jnp.int32), jnp.array([9, 4]))
+    prefix = tiny.quick_jit(model.prefill)(
+        params, jnp.asarray(tokens, jnp.int32), jnp.array([9, 4])
+    )
     cache = model.suffix_cache(2, 3)
-    decoded, cache = jax.jit(model.decode)(
+    decoded, cache = tiny.quick_jit(model.decode)(
         params, prefix, cache, jnp.array([1, 2]), jnp.array([0, 0])
     )
     for array in (hidden, model.head(params), *prefix[:2], prefix.last_hidden, decoded, *cache):

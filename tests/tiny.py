@@ -1,7 +1,7 @@
 """A tiny model, a tokenizer of bytes, and the decoder a second time, in numpy from its formulas."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,14 @@ from sdpo_jax.devices import AXES, Devices
 from sdpo_models.architecture import Architecture
 from sdpo_models.transformer import build_model, parameter_table
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""`jax.jit(..., compiler_options=QUICK)`: compiles in half the time what runs for milliseconds."""
+quick_jit = partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+"""Compiles in half the time what runs for milliseconds."""
 VOCABULARY = 61
 ARCHITECTURE = Architecture(
     family="qwen3",
