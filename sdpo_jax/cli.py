@@ -1,14 +1,16 @@
 """The `sdpo` command. Parses, loads, calls `train`; nothing here knows the algorithm.
 
-Exit codes: 0 done (or stopped on request and saved), 1 a bug (traceback), 2 bad input (one message).
+Exit codes: 0 done (or stopped on request and saved), 1 a bug (traceback), 2 bad input (one
+message).
 """
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sdpo_jax.config import Config
 from sdpo_jax.errors import UserError
@@ -16,9 +18,9 @@ from sdpo_jax.errors import UserError
 USAGE = """usage: sdpo COMMAND ...
 
   sdpo train RECIPE [--run-dir DIR] [--SECTION.KEY VALUE ...]   train, or go on with a run
-  sdpo eval RUN_DIR [--samples K]                               held-out accuracy of a run, greedy and sampled
-  sdpo convert RUN_DIR OUT                                      weights of a run in Hugging Face layout
-  sdpo train RECIPE --help                                      every setting, with its value in RECIPE
+  sdpo train RECIPE --help                                      every setting and its value
+  sdpo eval RUN_DIR [--samples K]                               held-out accuracy of a run
+  sdpo convert RUN_DIR OUT                                      weights, in Hugging Face layout
 
 Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir says otherwise.
 """
@@ -28,10 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with the codes above."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        sys.exit(_dispatch(words))
+        code = _dispatch(words)
     except UserError as error:
         print(f"sdpo: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process; a job of several ends with it, or the others would wait for ever."""
+    if code and "sdpo_jax.training.distributed" in sys.modules:
+        from sdpo_jax.training.distributed import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -40,7 +55,9 @@ def _dispatch(words: list[str]) -> int:
         return 0 if words else 2
     commands = {"train": _train, "eval": _eval, "convert": _convert}
     if words[0] not in commands:
-        raise UserError(f"unknown command {words[0]!r}; expected one of {', '.join(commands)}\n\n{USAGE}")
+        raise UserError(
+            f"unknown command {words[0]!r}; expected one of {', '.join(commands)}\n\n{USAGE}"
+        )
     commands[words[0]](words[1:])
     return 0
 
@@ -57,15 +74,20 @@ def _train(words: list[str]) -> None:
     _quiet_libraries()
     from sdpo_jax.training import run_directory
     from sdpo_jax.training.console import Console
+    from sdpo_jax.training.distributed import initialize_from_environment, is_leader
     from sdpo_jax.training.loop import show_summary, train
 
+    initialize_from_environment()
     run_dir = Path(config.run_dir)
-    console = Console(config.objective.name, steps=config.train.steps)
+    stream = None if is_leader() else open(os.devnull, "w")  # noqa: SIM115, lives as long as we do
+    console = Console(config.objective.name, steps=config.train.steps, stream=stream)
     summary = run_directory.read_summary(run_dir)
     if summary is not None:
         run_directory.claim(run_dir, config)
     if summary is not None and summary["steps"] >= config.train.steps:
-        console.note(f"complete  {run_dir} holds this run, finished. To train anew: rm -r {run_dir}")
+        console.note(
+            f"complete  {run_dir} holds this run, finished. To train anew: rm -r {run_dir}"
+        )
         show_summary(config, summary, console, run_dir)
         return
     parts = load_parts(config)
@@ -136,7 +158,7 @@ def model_folder(config: Config) -> Path:
 
 
 def load_parts(config: Config) -> dict[str, Any]:
-    """Model, weights, tokenizer, environment and demonstrations of a recipe, by `train`'s argument names."""
+    """What a recipe names, loaded; keys are the argument names of `train`."""
     import jax
 
     from sdpo_jax.config import SftObjective

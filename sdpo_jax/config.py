@@ -1,7 +1,7 @@
-"""Every setting of a run, as frozen dataclasses. `sdpo_jax.recipe` reads them from TOML and writes them back.
+"""Every setting of a run, as frozen dataclasses; `sdpo_jax.recipe` reads and writes the TOML.
 
-A name carries its unit (`prompts_per_step`, `max_response_tokens`). The objective is a tagged union: each
-objective has its own settings, and a setting of another objective is an unknown key.
+A name carries its unit (`prompts_per_step`, `max_response_tokens`). The objective is a tagged
+union: each objective has its own settings, and a setting of another objective is an unknown key.
 """
 
 from dataclasses import dataclass, field
@@ -53,11 +53,11 @@ class TeacherConfig:
     """What the teacher sees and how its weights follow the student."""
 
     weights: Literal["ema", "frozen", "live"] = "ema"
-    """`ema`: moves towards the student once a step; `frozen`: the initial model; `live`: the student."""
+    """`ema`: follows the student once a step; `frozen`: the initial model; `live`: the student."""
     ema_rate: float = 0.05
     """Teacher <- (1 - rate) * teacher + rate * student, in float32, once per generation batch."""
     demonstration: Literal["first", "shortest", "random", "none"] = "first"
-    """Which successful sibling is shown: the first in batch order, the shortest, a seeded choice, none."""
+    """Which successful sibling is shown: first in batch order, shortest, a seeded choice, none."""
     exclude_own_success: bool = True
     """Never show a rollout its own success."""
     feedback: bool = True
@@ -69,7 +69,7 @@ class TeacherConfig:
     success_threshold: float = 1.0
     """A rollout whose reward reaches this may serve as a demonstration."""
     max_prompt_tokens: int = 512
-    """Cap of the re-prompt; the demonstration is cut first, then the feedback, then the question's start."""
+    """Cap of the re-prompt; cut are demonstration, then feedback, then the question's start."""
     max_feedback_tokens: int = 256
 
 
@@ -83,12 +83,12 @@ class SdpoObjective:
     importance_cap: float = 2.0
     """Upper bound of the detached ratio of new to rollout probability, per token."""
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Mean over active tokens (the paper), or over all rows of token means (what the released code does)."""
+    """Mean over active tokens (the paper) or over rows of token means (its released code)."""
 
 
 @dataclass(frozen=True)
 class GrpoObjective:
-    """Group-relative policy optimisation, with the improvements that the paper grants its baseline."""
+    """Group-relative policy optimisation, with the paper's improvements to its baseline."""
 
     name: Literal["grpo"] = "grpo"
     clip_low: float = 0.2
@@ -117,8 +117,8 @@ class DataConfig:
     `prompt` and `response` in each row."""
     rows_per_step: int = 64
     max_tokens: int = 256
-    """Prompt and response together, and the width of the rows into which demonstrations are packed; a longer one
-    stops the run with its id."""
+    """Prompt and response together, and the width of the rows into which demonstrations are packed;
+    a longer one stops the run with its id."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad row does; skipped rows are counted and named."""
 

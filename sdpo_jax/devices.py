@@ -1,9 +1,11 @@
 """The mesh, and where every array lies on it.
 
-Axes: `data` (hosts and prompts), `fsdp` (parameters and rows), `tensor` (heads, MLP, vocabulary). One table maps a
-parameter's logical axes to mesh axes; rows of a batch are split over `data` and `fsdp` together.
+Axes: `data` (hosts and prompts), `fsdp` (parameters and rows), `tensor` (heads, MLP, vocabulary).
+One table maps a parameter's logical axes to mesh axes; rows of a batch are split over `data` and
+`fsdp` together.
 
-In a run of several processes every process holds the same host-side data and each device takes its part.
+In a run of several processes every process holds the same host-side data and each device takes its
+part.
 """
 
 from collections.abc import Mapping
@@ -43,7 +45,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if data < 1 or data * fixed != devices:
         raise UserError(
             f"mesh: data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} does not fill "
-            f"{devices} device(s); expected sizes whose product is {devices} (data = -1 takes what is left)"
+            f"{devices} device(s); expected sizes whose product is {devices} "
+            "(data = -1 takes what is left)"
         )
     shape = (data, config.fsdp, config.tensor)
     # Auto axes: XLA decides inside a program, we decide at its borders.
@@ -105,4 +108,6 @@ class Devices:
         """Device arrays to host, whole, on every process; one transfer for the tree."""
         if jax.process_count() == 1:
             return jax.device_get(tree)
-        return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+        return jax.tree.map(
+            lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree
+        )

@@ -1,11 +1,11 @@
 """What the engine asks of a language model: pure functions over a pytree of parameters.
 
-The engine (sampling, teacher, training) knows no model family. It receives a `Model`, a NamedTuple of
-functions; `sdpo_models.transformer.build_model` makes one from a `config.json`.
+The engine (sampling, teacher, training) knows no model family. It receives a `Model`, a NamedTuple
+of functions; `sdpo_models.transformer.build_model` makes one from a `config.json`.
 
-Dimension key, one for the project: `B` rows, `T` completion tokens, `S` full sequence, `M` packed tokens,
-`V` vocabulary, `K` top-k support, `D` width, `L` layers, `P` prompts in a step, `G` rollouts per prompt,
-`N = P·G`, `H` key-value heads, `d` head size.
+Dimension key, one for the project: `B` rows, `T` completion tokens, `S` full sequence, `M` packed
+tokens, `V` vocabulary, `K` top-k support, `D` width, `L` layers, `P` prompts in a step, `G`
+rollouts per prompt, `N = P·G`, `H` key-value heads, `d` head size.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -41,8 +41,8 @@ class InitFn(Protocol):
 class HiddenFn(Protocol):
     """`hidden(params, tokens[B, S], positions[B, S], segments[B, S]) -> [B, S, D]`.
 
-    Final-norm hidden states. A token attends to the tokens of its own segment that are not after it;
-    segment 0 is padding and its rows are undefined but finite.
+    Final-norm hidden states. A token attends to the tokens of its own segment that are not after
+    it; segment 0 is padding and its rows are undefined but finite.
     """
 
     def __call__(
@@ -76,7 +76,13 @@ class DecodeFn(Protocol):
     """
 
     def __call__(
-        self, params: Params, prefix: Prefix, cache: SuffixCache, tokens: jax.Array, step: jax.Array, /
+        self,
+        params: Params,
+        prefix: Prefix,
+        cache: SuffixCache,
+        tokens: jax.Array,
+        step: jax.Array,
+        /,
     ) -> tuple[jax.Array, SuffixCache]: ...
 
 

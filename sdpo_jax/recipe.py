@@ -47,7 +47,11 @@ _CAPS = "objective.importance_cap objective.clip_high optimizer.clip_norm"
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (_COUNTS, lambda v: v >= 1, "at least 1"),
     ("mesh.data", lambda v: v >= 1 or v == -1, "at least 1, or -1 for what is left"),
-    ("optimizer.warmup_steps evaluation.every_steps evaluation.prompts", lambda v: v >= 0, "0 or more"),
+    (
+        "optimizer.warmup_steps evaluation.every_steps evaluation.prompts",
+        lambda v: v >= 0,
+        "0 or more",
+    ),
     ("seed environment.seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
     ("objective.alpha teacher.ema_rate", lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("optimizer.b1 optimizer.b2", lambda v: 0 <= v < 1, "from 0 to below 1"),

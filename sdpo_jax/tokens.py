@@ -1,4 +1,4 @@
-"""What the engine asks of a tokenizer. Text becomes ids once, for prompts; sampled ids are never re-tokenised."""
+"""What the engine asks of a tokenizer. Sampled ids are never tokenised again."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -18,7 +18,7 @@ class Tokenizer(Protocol):
         ...
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A chat to ids, up to and including the assistant's header; contents cannot hold control tokens."""
+        """A chat to ids, with the assistant's header; contents cannot hold control tokens."""
         ...
 
     def encode(self, text: str) -> list[int]:

@@ -35,7 +35,7 @@ def test_rows_by_hand(devices):
     assert flat(rows.take)[:, :4].tolist() == [[2, 3, 0, 0], [0, 1, 2, 0], [4, 0, 0, 0], [0] * 4]
     assert flat(rows.segments).sum(axis=1).tolist() == [5, 4, 6, 0]
     assert (flat(rows.positions) == np.arange(32)).all()
-    assert rows.count == 2
+    assert rows.filled == 2
 
 
 def test_the_token_after_each_taken_column_is_the_response_token(devices):
@@ -56,7 +56,7 @@ def test_the_token_after_each_taken_column_is_the_response_token(devices):
 def test_a_stop_id_equal_to_the_padding_id_changes_nothing(devices):
     renamed = [[i or 60 for i in row] for row in RESPONSES]
     zero, other = (make_rows(PROMPTS, r, SHAPE, devices) for r in (RESPONSES, renamed))
-    for field in ("positions", "segments", "take", "count"):
+    for field in ("positions", "segments", "take", "filled"):
         np.testing.assert_array_equal(getattr(zero, field), getattr(other, field))
     restored = np.where(np.asarray(other.tokens) == 60, 0, other.tokens)
     np.testing.assert_array_equal(restored, zero.tokens)

@@ -71,14 +71,14 @@ def test_a_draw_does_not_depend_on_padding_or_bucket(sampler, params, rollouts):
 
 
 def test_fewer_siblings_and_a_lower_limit_give_a_part_of_the_same(sampler, params, rollouts):
-    fewer = sampler(params, PROMPTS, **DEFAULTS | {"group": 2, "max_tokens": 5})
+    fewer = sampler(params, PROMPTS, **dict(DEFAULTS, group=2, max_tokens=5))
     responses = rollouts.responses()
     assert fewer.responses() == [responses[n][:5] for n in (0, 1, 4, 5, 8, 9)]
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"step": 6}, {"first_prompt": 1}])
 def test_another_seed_step_or_prompt_index_draws_other_tokens(sampler, params, rollouts, change):
-    other = sampler(params, PROMPTS, **DEFAULTS | change)
+    other = sampler(params, PROMPTS, **dict(DEFAULTS, **change))
     same = [a == b for a, b in zip(other.responses(), rollouts.responses(), strict=True)]
     assert sum(same) <= 1  # a response of one token may come twice
 
@@ -92,7 +92,7 @@ def test_siblings_differ_and_the_same_call_draws_the_same(sampler, params, rollo
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_a_full_forward(sampler, params, temperature):
-    rollouts = sampler(params, PROMPTS, **DEFAULTS | {"temperature": temperature})
+    rollouts = sampler(params, PROMPTS, **dict(DEFAULTS, temperature=temperature))
     for n, response in enumerate(rollouts.responses()):
         expected = full_forward_log_probs(params, PROMPTS[n // 4], response, temperature)
         chosen = expected[np.arange(len(response)), response]
@@ -100,7 +100,7 @@ def test_log_probs_are_those_of_a_full_forward(sampler, params, temperature):
 
 
 def test_temperature_zero_is_greedy_with_log_probs_at_temperature_one(sampler, params):
-    rollouts = sampler(params, PROMPTS, **DEFAULTS | {"temperature": 0.0})
+    rollouts = sampler(params, PROMPTS, **dict(DEFAULTS, temperature=0.0))
     for n, response in enumerate(rollouts.responses()):
         expected = full_forward_log_probs(params, PROMPTS[n // 4], response)
         assert response == expected.argmax(axis=-1).tolist()
@@ -133,7 +133,7 @@ def test_decoding_ends_with_the_last_row_and_padding_rows_do_not_delay_it(params
     first = [greedy(prompt) for prompt in PROMPTS]
     assert greedy([0]) not in first  # what fills up would go on
     sampler = Sampler(MODEL._replace(decode=counting), tiny.make_devices(), first)
-    rollouts = sampler(params, PROMPTS, prompt_rows=4, **DEFAULTS | {"temperature": 0.0})
+    rollouts = sampler(params, PROMPTS, prompt_rows=4, **dict(DEFAULTS, temperature=0.0))
     jax.effects_barrier()
     assert rollouts.lengths.tolist() == [1] * 12 and rollouts.stopped.all()
     assert len(calls) == 1
@@ -171,7 +171,7 @@ def test_neither_temperature_nor_stop_ids_nor_seed_recompile(
     before = sampler._run._cache_size()
     monkeypatch.setattr(sampler, "_stop_ids", np.arange(len(STOP), dtype=np.int32))
     for change in ({"temperature": 0.0}, {"seed": 9, "step": 1}, {"first_prompt": 8}):
-        sampler(params, PROMPTS, **DEFAULTS | change)
+        sampler(params, PROMPTS, **dict(DEFAULTS, **change))
     sampler(params, [row[:-1] for row in PROMPTS], **DEFAULTS)  # other lengths, the same bucket
     assert sampler._run._cache_size() == before
 

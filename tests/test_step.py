@@ -280,7 +280,7 @@ def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction
 def test_rows_without_an_advantage_are_not_computed_but_counted():
     run, data = programs("grpo"), experience()
     batch = make_update("grpo", run).batch
-    assert int(batch.rows.count) == 1 and batch.rows.tokens.shape[0] == 1
+    assert int(batch.rows.filled) == 1 and batch.rows.tokens.shape[0] == 1
     computed = int((np.asarray(batch.weights)[0].sum(axis=-1) > 0).sum())
     assert computed == GROUP
     assert float(batch.denominator) == data.lengths.sum()
@@ -371,7 +371,7 @@ def test_the_teacher_forward_computes_no_more_micro_batches_than_hold_rows():
     shape = layout(8, 14, micro_batch_rows=8, shards=1)
     rows = make_rows(data.prompt_ids, data.response_ids, shape, run.devices)
     hidden, _ = run.forward(teacher_weights(), rows)
-    nothing, _ = run.forward(teacher_weights(), rows._replace(count=np.int32(0)))
+    nothing, _ = run.forward(teacher_weights(), rows._replace(filled=np.int32(0)))
     assert np.any(hidden) and not np.any(nothing)
 
 

@@ -61,15 +61,29 @@ MUSIC = Task(
         (ALARM, "ring(day=1)", ["unknown tool: ring"]),
         (ALARM, "send_money(amount=3)", ["wrong tool for this request: send_money"]),
         (LIGHT, 'set_light(room="kitchen", level=0.7, seconds=5)', []),
-        (LIGHT, 'set_light(room="kitchen", level=70, seconds=5)', ["level: expected fraction of 1"]),
-        (LIGHT, 'set_light(room="kitchen", level=0.7)', ["missing argument: seconds, whole seconds"]),
-        (LIGHT, 'set_light(room="kitchen", level=0.7, seconds=5.0)', ["seconds: expected whole seconds"]),
+        (
+            LIGHT,
+            'set_light(room="kitchen", level=70, seconds=5)',
+            ["level: expected fraction of 1"],
+        ),
+        (
+            LIGHT,
+            'set_light(room="kitchen", level=0.7)',
+            ["missing argument: seconds, whole seconds"],
+        ),
+        (
+            LIGHT,
+            'set_light(room="kitchen", level=0.7, seconds=5.0)',
+            ["seconds: expected whole seconds"],
+        ),
         (LIGHT, 'set_light(room="kitchen", level=0.7, seconds=True)', None),
         (MUSIC, 'play_music(genre="jazz", length=1800)', []),
         (MUSIC, 'play_music(genre="jazz", length=1800, volume=4)', ["unexpected argument: volume"]),
     ],
 )
-def test_feedback_names_what_is_wrong(task: Task, response: str, feedback: list[str] | None) -> None:
+def test_feedback_names_what_is_wrong(
+    task: Task, response: str, feedback: list[str] | None
+) -> None:
     found = complaints(task, response, TODAY)
     if feedback is None:
         assert len(found) == 1
@@ -138,13 +152,17 @@ def test_train_held_out_and_pretraining_text_are_disjoint() -> None:
     environment = ToolCalls(train_prompts=2048, held_out_prompts=256)
 
     def values(prompts: list[Prompt]) -> set[str]:
-        return {repr((p.data["task"].family, sorted(p.data["task"].values.items()))) for p in prompts}
+        return {
+            repr((p.data["task"].family, sorted(p.data["task"].values.items()))) for p in prompts
+        }
 
     train, held_out = values(environment.train), values(environment.held_out)
     assert not train & held_out
     assert len({p.messages[0]["content"] for p in environment.train}) == 2048
     corpus = ToolCallCorpus(3000)
-    asked = {corpus[i].messages[0]["content"].split("\nCorrect")[0].split("\n")[1] for i in range(3000)}
+    asked = {
+        corpus[i].messages[0]["content"].split("\nCorrect")[0].split("\n")[1] for i in range(3000)
+    }
     assert not asked & {p.data["task"].request for p in environment.held_out}
 
 
@@ -157,7 +175,9 @@ def test_prompts_are_a_function_of_the_seed() -> None:
 
 
 def test_a_prompt_says_nothing_of_todays_api() -> None:
-    assert question(ALARM) == "tools: send_money, set_alarm, set_light\nwake me on tuesday at 7:30 pm"
+    assert (
+        question(ALARM) == "tools: send_money, set_alarm, set_light\nwake me on tuesday at 7:30 pm"
+    )
 
 
 def test_families_are_chosen_by_name_and_a_wrong_name_lists_the_right_ones() -> None:

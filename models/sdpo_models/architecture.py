@@ -1,4 +1,4 @@
-"""The shape of a decoder-only transformer, read from and written to a Hugging Face `config.json`."""
+"""The shape of a decoder-only transformer, from and to a Hugging Face `config.json`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +43,8 @@ def from_hugging_face(config: Mapping[str, Any], *, where: str = "config.json") 
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(
-            f"{where}: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}"
+            f"{where}: model_type {family!r} is not supported; "
+            f"expected one of {', '.join(FAMILIES)}"
         )
     try:
         heads = int(config["num_attention_heads"])

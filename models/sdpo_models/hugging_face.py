@@ -1,7 +1,7 @@
 """Weights in and out of Hugging Face layout: `config.json` and `model.safetensors`.
 
-A table per family names each parameter's tensors; matrices lie transposed there (`[out, in]`). Tensors are read
-lazily, one at a time, and stacked over layers.
+A table per family names each parameter's tensors; matrices lie transposed there (`[out, in]`).
+Tensors are read lazily, one at a time, and stacked over layers.
 """
 
 import json

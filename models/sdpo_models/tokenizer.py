@@ -1,8 +1,9 @@
 """A tokenizer with a chat template, behind the four calls that the engine makes.
 
-The boundary between prompt and response is ours: a prompt is rendered once, the response is whatever ids were
-sampled, and nothing is ever tokenised again. Text that stands where a message's content stands can never become
-a control token: content that spells one is tokenised apart, with control tokens split into plain text.
+The boundary between prompt and response is ours: a prompt is rendered once, the response is
+whatever ids were sampled, and nothing is ever tokenised again. Text that stands where a message's
+content stands can never become a control token: content that spells one is tokenised apart, with
+control tokens split into plain text.
 """
 
 import json
@@ -23,7 +24,8 @@ class ChatTokenizer:
         """Wraps a `transformers` tokenizer; `stop_ids` default to its end-of-sequence token."""
         if not tokenizer.chat_template:
             raise UserError(
-                f"{where}: the tokenizer has no chat template; add `chat_template` to tokenizer_config.json"
+                f"{where}: the tokenizer has no chat template; "
+                "add `chat_template` to tokenizer_config.json"
             )
         stops = tuple(stop_ids) or (tokenizer.eos_token_id,)
         if None in stops:
@@ -75,17 +77,15 @@ class ChatTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _render_apart(self, messages: Messages) -> list[int]:
-        """Template and contents are tokenised separately, contents with control tokens as plain text."""
+        """Tokenises template and contents apart, contents with control tokens as plain text."""
         marks = [f"\x00{i}\x00" for i in range(len(messages))]
-        marked = [
-            {**m, "content": mark} for m, mark in zip(messages, marks, strict=True)
-        ]
+        marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
         rest, ids = self._apply(marked), list[int]()
         for message, mark in zip(messages, marks, strict=True):
             before, found, rest = rest.partition(mark)
             if not found:
                 raise UserError(
-                    "the chat template drops or rewrites a message whose content spells a control token; "
+                    "the chat template drops or rewrites a message that spells a control token; "
                     f"message: {message['content'][:80]!r}"
                 )
             ids += self._encode_template(before) + self.encode(message["content"])

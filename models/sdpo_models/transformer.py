@@ -1,10 +1,10 @@
 """A decoder-only transformer as pure functions over a pytree with stacked layers.
 
-Pre-norm blocks with grouped-query attention, rotary positions and a gated MLP; optional query-key norm
-(Qwen 3) and projection biases (Qwen 2). One block serves three passes that differ only in how they attend:
-`hidden` (whole sequences, segments), `prefill` (prompts, keys and values kept) and `decode` (one token per
-rollout against the shared prompt and its own cache). Layers run under `lax.scan`, so that compile time does
-not grow with depth.
+Pre-norm blocks with grouped-query attention, rotary positions and a gated MLP; optional query-key
+norm (Qwen 3) and projection biases (Qwen 2). One block serves three passes that differ only in how
+they attend: `hidden` (whole sequences, segments), `prefill` (prompts, keys and values kept) and
+`decode` (one token per rollout against the shared prompt and its own cache). Layers run under
+`lax.scan`, so that compile time does not grow with depth.
 
 Dimension key: sdpo_jax/model.py; here also `Q` query heads, `F` MLP width, `R = Q / H`.
 Validated against a second implementation in float64 numpy (tests/test_transformer.py).
@@ -22,7 +22,7 @@ from sdpo_models.architecture import Architecture
 
 
 class Leaf(NamedTuple):
-    """A parameter's shape, logical axes and the standard deviation of its initial draw (None: ones)."""
+    """A parameter's shape, logical axes, and deviation of its initial draw (None: ones)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -72,7 +72,9 @@ def init(a: Architecture, key: jax.Array) -> Params:
     leaves, tree = jax.tree.flatten(parameter_table(a), is_leaf=_is_leaf)
     keys = jax.random.split(key, len(leaves))
     values = [
-        jnp.ones(leaf.shape) if leaf.scale is None else leaf.scale * jax.random.normal(k, leaf.shape)
+        jnp.ones(leaf.shape)
+        if leaf.scale is None
+        else leaf.scale * jax.random.normal(k, leaf.shape)
         for leaf, k in zip(leaves, keys, strict=True)
     ]
     return jax.tree.unflatten(tree, values)
@@ -91,7 +93,7 @@ def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotates `x: [..., heads, d]` by `positions: [...]`, halves as pairs (Hugging Face's convention)."""
+    """Rotates `x: [..., heads, d]` by `positions: [...]`; halves pair up, as in Hugging Face."""
     d = x.shape[-1]
     # The angle is computed in float32 whatever x is: bfloat16 cannot tell position 257 from 258.
     frequency = theta ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
@@ -109,14 +111,16 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 def block(
     a: Architecture, layer: Params, x: jax.Array, positions: jax.Array, attend: Attend
 ) -> tuple[jax.Array, Any]:
-    """One transformer layer on `x: [..., D]` at `positions: [...]`; returns what `attend` kept, too."""
+    """One layer on `x: [..., D]` at `positions: [...]`; returns what `attend` kept, too."""
     with jax.named_scope("attention"):
         h = rms_norm(x, layer["attention_norm"], a.norm_epsilon)
         q, k, v = (_project(a, layer, h, name) for name in ("query", "key", "value"))
         if a.query_key_norm:
             q = rms_norm(q, layer["query_norm"], a.norm_epsilon)
             k = rms_norm(k, layer["key_norm"], a.norm_epsilon)
-        out, kept = attend(rotary(q, positions, a.rope_theta), rotary(k, positions, a.rope_theta), v)
+        out, kept = attend(
+            rotary(q, positions, a.rope_theta), rotary(k, positions, a.rope_theta), v
+        )
         x = x + out.reshape(*x.shape[:-1], -1) @ layer["output"].astype(x.dtype)
     with jax.named_scope("mlp"):
         h = rms_norm(x, layer["mlp_norm"], a.norm_epsilon)
@@ -132,7 +136,7 @@ def _project(a: Architecture, layer: Params, h: jax.Array, name: str) -> jax.Arr
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention of `q: [B, S, Q, d]` over `k, v: [B, S, H, d]` where `mask: [B, S, S]` allows.
+    """Softmax attention of `q: [B, S, Q, d]` over `k, v: [B, S, H, d]` where `mask[B, S, S]`.
 
     A row that may attend to nothing attends to everything evenly: finite, and never read.
     """
@@ -206,7 +210,10 @@ def prefill(
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     heads_first = partial(jnp.swapaxes, axis1=2, axis2=3)
     return Prefix(
-        heads_first(keys), heads_first(values), lengths, rms_norm(last, params["final_norm"], a.norm_epsilon)
+        heads_first(keys),
+        heads_first(values),
+        lengths,
+        rms_norm(last, params["final_norm"], a.norm_epsilon),
     )
 
 
@@ -217,12 +224,14 @@ def suffix_cache(a: Architecture, settings: Settings, rows: int, max_tokens: int
 
 
 def prefix_and_suffix_attention(
-    q: jax.Array, prefix: tuple[jax.Array, jax.Array, jax.Array], suffix: tuple[jax.Array, jax.Array, jax.Array]
+    q: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array],
+    suffix: tuple[jax.Array, jax.Array, jax.Array],
 ) -> jax.Array:
     """One query per rollout over its prompt and its own tokens.
 
-    `q: [N, Q, d]`; prefix keys and values `[P, H, S, d]` with a mask `[P, S]`, read once for all `G`
-    rollouts of a prompt; suffix keys and values `[N, H, T, d]` with a mask `[N, T]`.
+    `q: [N, Q, d]`; prefix keys and values `[P, H, S, d]` with a mask `[P, S]`, read once for all
+    `G` rollouts of a prompt; suffix keys and values `[N, H, T, d]` with a mask `[N, T]`.
     """
     (pk, pv, p_mask), (sk, sv, s_mask) = prefix, suffix
     n, heads, d = q.shape
@@ -264,7 +273,7 @@ def decode(
         index, layer, pk, pv = xs
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            # A scatter per row, not dynamic_update_slice: XLA:TPU copies the whole cache for the latter.
+            # A scatter per row: XLA:TPU copies the whole cache for dynamic_update_slice.
             new_keys = keys.at[index, rows, :, step].set(k)
             new_values = values.at[index, rows, :, step].set(v)
             suffix = (new_keys[index], new_values[index], s_mask)
@@ -307,5 +316,3 @@ def parameter_count(a: Architecture) -> int:
             size *= n
         total += size
     return total
-
-

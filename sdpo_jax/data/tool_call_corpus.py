@@ -1,16 +1,18 @@
 """The embedded model's pre-training text: tool calls under many APIs, alone and with context.
 
-Each row draws a task and an API and asks for the call that this API accepts. Three kinds of prompt teach three
-things: the bare request (how common each form is), the request with a correct solution (copy it), the request
-with feedback on a wrong attempt (read which form is wanted). Feedback is made by the environment's own grader
-from an attempt under another API, and contexts by the teacher's own re-prompt.
+Each row draws a task and an API and asks for the call that this API accepts. Three kinds of prompt
+teach three things: the bare request (how common each form is), the request with a correct solution
+(copy it), the request with feedback on a wrong attempt (read which form is wanted). Feedback is
+made by the environment's own grader from an attempt under another API, and contexts by the
+teacher's own re-prompt.
 
-What keeps the model honest: with feedback, an argument is attempted wrongly half of the time *whatever* its form,
-so silence about an argument carries no news and the model falls back on how common each form is. No held-out
-task appears.
+What keeps the model honest: with feedback, an argument is attempted wrongly half of the time
+*whatever* its form, so silence about an argument carries no news and the model falls back on how
+common each form is. No held-out task appears.
 """
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sdpo_jax.data.jsonl import Demonstration
@@ -38,7 +40,7 @@ class Attempt(NamedTuple):
     api: Api
 
 
-class ToolCallCorpus:
+class ToolCallCorpus(Sequence[Demonstration]):
     """A random-access sequence of demonstrations; row `i` is a pure function of `(seed, i)`."""
 
     def __init__(self, size: int = 1_000_000, *, seed: int = 0):
@@ -47,7 +49,7 @@ class ToolCallCorpus:
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> Demonstration:
+    def __getitem__(self, index: int) -> Demonstration:  # pyright: ignore[reportIncompatibleMethodOverride]
         rng = random.Random(f"tool_call_corpus:{self._seed}:{index}")
         task = _draw_seen_task(rng)
         messages = ({"role": "user", "content": question(task)},)

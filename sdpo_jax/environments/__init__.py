@@ -1,1 +1,1 @@
-"""environments"""
+"""Environments: prompts, graders that answer in words, the registry."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 class Prompt(NamedTuple):
     """One question.
 
-    `messages` are chat messages (`{"role": ..., "content": ...}`), the last one from the user. `data` is
-    what the environment needs to grade an answer; the model never sees it.
+    `messages` are chat messages (`{"role": ..., "content": ...}`), the last one from the user.
+    `data` is what the environment needs to grade an answer; the model never sees it.
     """
 
     id: str

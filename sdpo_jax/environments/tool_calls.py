@@ -1,17 +1,17 @@
-"""Tool use in small: a request, a few tools, one call as the answer; feedback says what the call got wrong.
+"""Tool use in small: a request, a few tools, one call; feedback says what the call got wrong.
 
-The story is API drift. Every argument can be written in several *forms* (`"19:30"`, `"7:30 pm"`, `"1930"`).
-An `Api` fixes one form for each argument, and the environment's API is fixed (`TODAY`). A model that grew up
-with other APIs knows how to write every form but writes the one that it saw most; the environment's feedback
-names the form that it wants. Nothing of `TODAY` stands in a prompt, so a model can only learn it from feedback
-or from a successful sibling.
+The story is API drift. Every argument can be written in several *forms* (`"19:30"`, `"7:30 pm"`,
+`"1930"`). An `Api` fixes one form for each argument, and the environment's API is fixed (`TODAY`).
+A model that grew up with other APIs knows how to write every form but writes the one that it saw
+most; the environment's feedback names the form that it wants. Nothing of `TODAY` stands in a
+prompt, so a model can only learn it from feedback or from a successful sibling.
 
-Train and held-out tasks are disjoint by construction: a hash of the task's values decides on which side it
-lies (`is_held_out`), for prompts as well as for the embedded model's pre-training text.
+Train and held-out tasks are disjoint by construction: a hash of the task's values decides on which
+side it lies (`is_held_out`), for prompts as well as for the embedded model's pre-training text.
 
-Departures from the paper's ToolAlpaca environment: calls are Python-like expressions read by a real parser, not
-JSON found by a pattern; feedback names the argument and the expected form and never the expected value (the
-reference prints the expected call, which hands the answer to the teacher).
+Departures from the paper's ToolAlpaca environment: calls are Python-like expressions read by a real
+parser, not JSON found by a pattern; feedback names the argument and the expected form and never the
+expected value (the reference prints the expected call, which hands the answer to the teacher).
 """
 
 import ast
@@ -28,17 +28,98 @@ Values = Mapping[str, Any]
 
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 MONTHS = (
-    "january february march april may june july august september october november december"
-).split()
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+)
 CITIES = (
-    "oslo paris rome berlin madrid lisbon vienna prague dublin athens zurich warsaw "
-    "tokyo delhi cairo lima boston denver austin seattle toronto sydney nairobi seoul"
-).split()
-NAMES = "anna ben carla david emma felix greta hugo ida jonas klara leo mia noah olga paul".split()
-COUNTS = "one two three four five six seven eight".split()
+    "oslo",
+    "paris",
+    "rome",
+    "berlin",
+    "madrid",
+    "lisbon",
+    "vienna",
+    "prague",
+    "dublin",
+    "athens",
+    "zurich",
+    "warsaw",
+    "tokyo",
+    "delhi",
+    "cairo",
+    "lima",
+    "boston",
+    "denver",
+    "austin",
+    "seattle",
+    "toronto",
+    "sydney",
+    "nairobi",
+    "seoul",
+)
+NAMES = (
+    "anna",
+    "ben",
+    "carla",
+    "david",
+    "emma",
+    "felix",
+    "greta",
+    "hugo",
+    "ida",
+    "jonas",
+    "klara",
+    "leo",
+    "mia",
+    "noah",
+    "olga",
+    "paul",
+)
+COUNTS = (
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+)
 CURRENCIES = {"euro": "EUR", "dollar": "USD", "pound": "GBP", "franc": "CHF"}
-ROOMS = "kitchen bedroom hallway bathroom office garage balcony cellar".split()
-GENRES = "jazz rock folk soul blues metal opera techno swing reggae disco gospel".split()
+ROOMS = (
+    "kitchen",
+    "bedroom",
+    "hallway",
+    "bathroom",
+    "office",
+    "garage",
+    "balcony",
+    "cellar",
+)
+GENRES = (
+    "jazz",
+    "rock",
+    "folk",
+    "soul",
+    "blues",
+    "metal",
+    "opera",
+    "techno",
+    "swing",
+    "reggae",
+    "disco",
+    "gospel",
+)
 
 
 class Form(NamedTuple):
@@ -48,7 +129,7 @@ class Form(NamedTuple):
     write: Callable[[Any], Literal] | None
     reads: Callable[[Literal], bool]
     share: float
-    """How often the embedded model's pre-training text uses this form; shares of a slot sum to 1."""
+    """How often the pre-training text uses this form; the shares of a slot sum to 1."""
 
 
 class Slot(NamedTuple):
@@ -142,7 +223,11 @@ def _say_time(t: tuple[int, int, str]) -> str:
 
 _ALARM = Family(
     tool="set_alarm",
-    phrases=("wake me on {day} at {time}", "alarm for {time} on {day}", "i get up at {time} on {day}"),
+    phrases=(
+        "wake me on {day} at {time}",
+        "alarm for {time} on {day}",
+        "i get up at {time} on {day}",
+    ),
     draw=lambda rng: {"time": _draw_time(rng), "day": rng.choice(DAYS)},
     say=lambda v: {"time": _say_time(v["time"]), "day": v["day"]},
     slots=(Slot("time", _time_forms(0.7, 0.12, 0.18)), Slot("day", _day_forms(0.7, 0.18, 0.12))),
@@ -179,9 +264,7 @@ _WEATHER = Family(
             "unit",
             {
                 "word": Form("unit as a word", lambda u: u, _is_text(6, 7, 10), 0.6),
-                "letter": Form(
-                    "one capital letter", lambda u: u[0].upper(), _is_text(1), 0.3
-                ),
+                "letter": Form("one capital letter", lambda u: u[0].upper(), _is_text(1), 0.3),
                 "absent": Form("no such argument", None, lambda x: False, 0.1),
             },
         ),
@@ -404,7 +487,7 @@ def draw_task(rng: random.Random, family: str) -> Task:
 
 
 def is_held_out(task: Task) -> bool:
-    """Whether the task's values lie on the held-out side (one in four); phrasing does not matter."""
+    """Whether the task's values lie on the held-out side (one in four), however phrased."""
     key = repr((task.family, sorted(task.values.items())))
     return zlib.crc32(key.encode()) % 4 == 0
 
@@ -440,7 +523,7 @@ _MALFORMED = "malformed call: expected tool(argument=value, ...)"
 
 
 def parse_call(text: str) -> Call | str:
-    """Reads `tool(argument=literal, ...)`; a string instead of a `Call` says why it cannot be read."""
+    """Reads `tool(argument=literal, ...)`; a string instead of a `Call` says why it cannot."""
     if len(text) > MAX_CALL_CHARACTERS:  # The parser's own stack must not be at the model's mercy.
         return _MALFORMED
     try:
@@ -461,7 +544,7 @@ def parse_call(text: str) -> Call | str:
 
 
 def complaints(task: Task, response: str, api: Api) -> list[str]:
-    """Everything that is wrong with a response, in the order of the signature; empty means accepted."""
+    """All that is wrong with a response, in the order of the signature; empty: accepted."""
     call = parse_call(response)
     if isinstance(call, str):
         return [call]

@@ -1,1 +1,1 @@
-"""evaluation"""
+"""Evaluation: held-out accuracy of student and teacher."""

@@ -1,8 +1,8 @@
 """Held-out accuracy of the student, and of the teacher with its context.
 
-The student answers each prompt `samples_per_prompt` times (avg@k). Where an attempt has a context (a sibling's
-success, feedback), the teacher answers the re-prompt once: teacher accuracy is the share of those answers that
-pass, the measure of the paper's figure 10.
+The student answers each prompt `samples_per_prompt` times (avg@k). Where an attempt has a context
+(a sibling's success, feedback), the teacher answers the re-prompt once: teacher accuracy is the
+share of those answers that pass, the measure of the paper's figure 10.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,7 +60,7 @@ class Evaluator:
         return self._prompts
 
     def __call__(self, params: Params, teacher_params: Params, step: int) -> dict[str, float]:
-        """Metrics of the student and, where `teacher_params` is given, of the teacher in context."""
+        """Metrics of the student and, given `teacher_params`, of the teacher in context."""
         if not self._prompts:  # evaluation.prompts = 0
             return {}
         graded = self.attempts(params, step)
@@ -70,7 +70,12 @@ class Evaluator:
         return metrics
 
     def attempts(
-        self, params: Params, step: int, *, temperature: float | None = None, samples: int | None = None
+        self,
+        params: Params,
+        step: int,
+        *,
+        temperature: float | None = None,
+        samples: int | None = None,
     ) -> Graded:
         """The student's answers to the bare prompts."""
         settings = self._config.evaluation
@@ -79,7 +84,7 @@ class Evaluator:
         return self._sample(params, self._ids, group, heat, EVALUATION_STREAM + step)
 
     def teacher_metrics(self, params: Params, graded: Graded, step: int) -> dict[str, float]:
-        """Teacher accuracy over the attempts that have a context, overall and by kind of context."""
+        """Teacher accuracy over the attempts that have a context, overall and by its kind."""
         group = len(graded.responses) // len(self._prompts)
         contexts = choose_context(
             graded.outcomes, graded.responses, group, self._config.teacher, seed=self._config.seed

@@ -57,7 +57,7 @@ def _trainer(config: Config, parts: dict[str, Any]) -> Trainer:
 
 
 def _evaluate(trainer: Trainer, state: Any, samples: int) -> dict[str, float]:
-    """Sampled (avg@k) and greedy accuracy of the student, teacher accuracy over the sampled attempts."""
+    """Sampled (avg@k) and greedy accuracy of the student, and the teacher's in context."""
     evaluator, prompts = trainer.evaluator, trainer.evaluator.prompts
     sampled = evaluator.attempts(state.params, 0, samples=samples)
     greedy = evaluator.attempts(state.params, 0, samples=1, temperature=0.0)

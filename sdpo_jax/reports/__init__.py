@@ -1,1 +1,1 @@
-"""reports"""
+"""Reports: pictures of runs."""

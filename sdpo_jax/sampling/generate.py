@@ -1,7 +1,8 @@
 """The decode loop: one compiled program from prompts to rollouts.
 
-The draw of a token is a pure function of (seed, step, prompt index, sibling index, position): keys are folded,
-never split, so neither batch layout nor a resume changes what is sampled. Temperature and stop ids are traced.
+The draw of a token is a pure function of (seed, step, prompt index, sibling index, position): keys
+are folded, never split, so neither batch layout nor a resume changes what is sampled. Temperature
+and stop ids are traced.
 """
 
 from typing import NamedTuple
@@ -31,7 +32,7 @@ class _Loop(NamedTuple):
 def rollout_keys(
     seed: jax.Array, step: jax.Array, first_prompt: jax.Array, prompts: int, group: int
 ) -> jax.Array:
-    """`[P·G]` keys: `seed`, then `step`, prompt index (from `first_prompt` on) and sibling index folded in."""
+    """`[P·G]` keys: `seed` with step, prompt index (from `first_prompt`), sibling folded in."""
     base = jax.random.fold_in(jax.random.key(seed), step)
     n = jnp.arange(prompts * group, dtype=jnp.uint32)
 
@@ -45,8 +46,8 @@ def rollout_keys(
 def draw(keys: jax.Array, logits: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row; returns ids and log-probs under the sampling distribution.
 
-    Gumbel-max in the form `argmax(logits + temperature · noise)`, so that temperature 0 is greedy decoding;
-    greedy log-probs are those at temperature 1.
+    Gumbel-max in the form `argmax(logits + temperature · noise)`, so that temperature 0 is greedy
+    decoding; greedy log-probs are those at temperature 1.
 
     Args:
       keys: [N].

@@ -1,7 +1,7 @@
 """Prompts in, graded-ready rollouts out: the host's side of sampling.
 
-Shapes come from a small set of buckets, so that few programs are compiled: prompts are padded to a multiple of
-`PROMPT_MULTIPLE` tokens, the number of prompts and the response limit are the caller's.
+Shapes come from a small set of buckets, so that few programs are compiled: prompts are padded to a
+multiple of `PROMPT_MULTIPLE` tokens, the number of prompts and the response limit are the caller's.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ class Sampler:
           seed: of the run.
           step: with `seed` and the prompt's index it determines every draw.
           first_prompt: index of `prompts[0]`, for a set of prompts that is decoded in parts.
-          prompt_rows: the number of prompts is padded to a multiple of this; padding is not decoded.
+          prompt_rows: prompts are padded to a multiple of this; padding is not decoded.
         """
         rows = bucket(prompt_rows, self._devices.row_shards)
         tokens, lengths = pad_rows(prompts, multiple=PROMPT_MULTIPLE, rows_multiple=rows)

@@ -1,4 +1,4 @@
-"""Teacher contexts to token ids: re-prompt, fit into the budget, render; each distinct prompt once."""
+"""Teacher contexts to token ids: re-prompt, fit, render; each distinct prompt once."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,7 @@ class TeacherPrompts:
         questions: Sequence[tuple[Mapping[str, str], ...]],
         contexts: Sequence[TeacherContext],
     ) -> tuple[list[list[int]], list[bool]]:
-        """Ids of each row's teacher prompt, and whether anything of its context survived the cut."""
+        """Ids of each row's teacher prompt, and whether any of its context survived the cut."""
         known: dict[tuple[str, TeacherContext], tuple[list[int], bool]] = {}
         rendered: list[tuple[list[int], bool]] = []
         for messages, context in zip(questions, contexts, strict=True):

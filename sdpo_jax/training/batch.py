@@ -1,7 +1,7 @@
 """From ragged rollouts to the fixed shapes of the compiled step. Host-side numpy.
 
-A row is a prompt followed by a response. The teacher's rows are the same responses after other prompts, in the same
-order, so that student and teacher meet at `[a, r, t]`.
+A row is a prompt followed by a response. The teacher's rows are the same responses after other
+prompts, in the same order, so that student and teacher meet at `[a, r, t]`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Reduction = Literal["token_mean", "sequence_mean"]
 
 
 class Layout(NamedTuple):
-    """How `capacity` rows are cut: `micro_batches` of `rows` each, responses padded to `response_tokens`."""
+    """`micro_batches` of `rows` each, responses padded to `response_tokens`."""
 
     micro_batches: int
     rows: int
@@ -40,7 +40,8 @@ def reduction_weights(
 ) -> tuple[NDArray[np.float32], float]:
     """Weight of each token `[N, T]` and the denominator, over all rows of an update.
 
-    Inactive rows (no teacher signal) have weight 0; `sequence_mean` still counts them in the denominator.
+    Inactive rows (no teacher signal) have weight 0; `sequence_mean` still counts them in the
+    denominator.
     """
     mask = (np.arange(max_tokens)[None] < lengths[:, None]) & active[:, None]
     reduce = token_mean_weights if reduction == "token_mean" else sequence_mean_weights
@@ -54,7 +55,7 @@ def make_rows(
     shape: Layout,
     devices: Devices,
 ) -> Rows:
-    """Places prompt and response of each row into micro-batches; rows beyond the data are padding."""
+    """Places prompt and response of each row into micro-batches, padded to the capacity."""
     longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=1)
     capacity, width = shape.micro_batches * shape.rows, bucket(longest, SEQUENCE_MULTIPLE)
     if len(prompts) > capacity:
@@ -69,7 +70,7 @@ def make_rows(
         take[i, : len(response)] = np.arange(len(prompt) - 1, end - 1)
     positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
     cut = [cut_rows(x, shape, devices) for x in (tokens, positions, segments, take)]
-    return Rows(*cut, count=np.int32(-(-len(prompts) // shape.rows)))  # pyright: ignore[reportArgumentType]
+    return Rows(*cut, filled=np.int32(-(-len(prompts) // shape.rows)))  # pyright: ignore[reportArgumentType]
 
 
 def make_tokens(per_row: Sequence[Any], shape: Layout, dtype: Any, devices: Devices) -> Any:
@@ -82,4 +83,6 @@ def make_tokens(per_row: Sequence[Any], shape: Layout, dtype: Any, devices: Devi
 
 def cut_rows(array: Any, shape: Layout, devices: Devices) -> Any:
     """`[A·R, ...] -> [A, R, ...]` on the devices, each micro-batch's rows split over the shards."""
-    return devices.put_micro_batches(array.reshape(shape.micro_batches, shape.rows, *array.shape[1:]))
+    return devices.put_micro_batches(
+        array.reshape(shape.micro_batches, shape.rows, *array.shape[1:])
+    )

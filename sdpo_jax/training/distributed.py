@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sdpo_jax.errors import UserError
 
@@ -76,6 +78,18 @@ def initialize_from_environment() -> None:
             f"within five minutes, each with the same {COORDINATOR} and its own {PROCESS_ID}; "
             f"for a run of one process unset {COORDINATOR}."
         ) from error
+
+
+def is_leader() -> bool:
+    """Whether this process prints and writes the run's files."""
+    return jax.process_index() == 0
+
+
+def any_process(asked: bool) -> bool:
+    """Whether any process was asked; all get one answer, so that none waits alone."""
+    if jax.process_count() == 1:
+        return asked
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(asked))))
 
 
 def leave(code: int) -> NoReturn:

@@ -17,7 +17,7 @@ from sdpo_jax.training.clock import Clock
 
 
 class Experience(NamedTuple):
-    """`N = P·G` graded rollouts; row `n` belongs to prompt `n // G`. Sampled ids are kept as they are."""
+    """`N = P·G` graded rollouts; row `n` belongs to prompt `n // G`. Ids are as sampled."""
 
     prompts: list[Prompt]  # [P]
     group: int
@@ -68,9 +68,7 @@ def collect(
         group=group,
         prompt_ids=[row for row in ids for _ in range(group)],
         response_ids=responses,
-        log_probs=[
-            row[:n] for row, n in zip(rollouts.log_probs, rollouts.lengths, strict=True)
-        ],
+        log_probs=[row[:n] for row, n in zip(rollouts.log_probs, rollouts.lengths, strict=True)],
         lengths=rollouts.lengths,
         texts=texts,
         outcomes=outcomes,

@@ -1,13 +1,15 @@
-"""The training loop: prompts, rollouts, feedback, teacher, update; evaluation, metrics, checkpoints.
+"""The training loop: rollouts, feedback, teacher, update; evaluation, metrics, checkpoints.
 
-`train(config, model, params, tokenizer, environment)` is the whole program; the command line is a thin shell over it.
+`train(config, model, params, tokenizer, environment)` is the whole program; the command line is a
+thin shell over it.
 """
 
+import contextlib
 import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from sdpo_jax.training import run_directory
 from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.console import Console, batch_arithmetic
+from sdpo_jax.training.distributed import any_process
 from sdpo_jax.training.metrics import MetricsLog
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
 from sdpo_jax.training.sources import DemonstrationSource, RolloutSource, Source
@@ -104,9 +107,7 @@ class Trainer:
         prompts = prompt_batches(
             environment.train, batch_size=config.rollout.prompts_per_step, seed=config.seed
         )
-        return RolloutSource(
-            config, prompts, environment, self.tokenizer, self.sampler, updates
-        )
+        return RolloutSource(config, prompts, environment, self.tokenizer, self.sampler, updates)
 
     def initial_state(self, params: Params) -> TrainState:
         """Step 0: the given weights, an empty optimiser, the teacher equal to the student."""
@@ -179,7 +180,7 @@ def train(
     demonstrations: Sequence[Demonstration] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Runs a recipe to its end in `config.run_dir`, going on where the folder's last checkpoint stands.
+    """Runs a recipe in `config.run_dir`, from the folder's last checkpoint if there is one.
 
     Args:
       config: the recipe; `run_dir` must be set.
@@ -238,8 +239,8 @@ def _run(
         if before is None:
             before = trainer.evaluate(state, 0)
             report.evaluation(0, before)
-        after, step = before, first
-        while step < config.train.steps and not stop_asked():
+        after, step, stopping = before, first, False
+        while step < config.train.steps and not stopping:
             step += 1
             state, row = trainer.step(state, step)
             report.step(step, row)
@@ -249,7 +250,8 @@ def _run(
             if last or (every and step % every == 0):
                 after = trainer.evaluate(state, step)
                 report.evaluation(step, after)
-            if last or stop_asked() or step % config.checkpoint.every_steps == 0:
+            stopping = any_process(stop_asked())
+            if last or stopping or step % config.checkpoint.every_steps == 0:
                 seconds = spent + time.perf_counter() - began
                 extra = {"data": trainer.source.get_state(), "before": before, "seconds": seconds}
                 checkpoints.save(step, state, extra)
@@ -340,13 +342,13 @@ def _stop_if_not_finite(config: Config, row: dict[str, Any], step: int) -> None:
         raise UserError(
             f"step {step}: {row['skipped']} updates in a row were not finite and were skipped "
             f"(optimizer.max_skipped_updates = {config.optimizer.max_skipped_updates}). Lower "
-            f"optimizer.learning_rate = {config.optimizer.learning_rate} and start from the last checkpoint."
+            f"optimizer.learning_rate = {config.optimizer.learning_rate}; checkpoints are kept."
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """The first SIGINT or SIGTERM asks for a stop after the step in hand; the second one ends at once."""
+    """The first SIGINT or SIGTERM asks for a stop after the step; the second ends at once."""
     asked: list[int] = []
 
     def handle(number: int, frame: object) -> None:

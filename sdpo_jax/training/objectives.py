@@ -1,7 +1,8 @@
 """From graded rollouts to what an update learns from: one function per objective.
 
-Each drops the rows that cannot move the parameters before any compute, and divides by a denominator that still knows
-them. A generation batch is cut into `mini_batches` by prompts; each makes one update.
+Each drops the rows that cannot move the parameters before any compute, and divides by a denominator
+that still knows them. A generation batch is cut into `mini_batches` by prompts; each makes one
+update.
 """
 
 from collections.abc import Callable
@@ -50,18 +51,25 @@ class Part(NamedTuple):
 
 
 def cut_into_parts(
-    config: Config, experience: Experience, active: NDArray[np.bool_], worth: NDArray[np.bool_],
-    reduction: Reduction, devices: Devices,
+    config: Config,
+    experience: Experience,
+    active: NDArray[np.bool_],
+    worth: NDArray[np.bool_],
+    reduction: Reduction,
+    devices: Devices,
 ) -> list[Part]:
-    """Mini-batches without the rows that are not `worth` computing; an empty mini-batch makes no update.
+    """Mini-batches of the rows that are `worth` computing; an empty one makes no update.
 
-    `active` rows count in the reduction; a row that is active but not worth computing has zero gradient.
+    `active` rows count in the reduction; a row that is active but not worth computing has zero
+    gradient.
     """
     total, parts = len(experience.texts), []
     size = total // config.train.mini_batches
     shape = layout(
-        size, experience.longest,
-        micro_batch_rows=config.train.micro_batch_rows, shards=devices.row_shards,
+        size,
+        experience.longest,
+        micro_batch_rows=config.train.micro_batch_rows,
+        shards=devices.row_shards,
     )
     for start in range(0, total, size):
         block = slice(start, start + size)
@@ -104,7 +112,7 @@ class SdpoUpdates:
             parts = cut_into_parts(
                 self._config, experience, active, active, self._objective.reduction, self._devices
             )
-            # Every part's teacher pass runs before the first update: the teacher may be the student.
+            # All teacher passes run before the first update: the teacher may be the student.
             updates = [self._update(experience, part, prompts, teacher_params) for part in parts]
             jax.block_until_ready(updates)
         return updates, metrics

@@ -1,10 +1,10 @@
 """A run's folder: one run, one recipe, one process group at a time.
 
-    config.toml      the resolved recipe
-    metrics.jsonl    one JSON object per step and per evaluation
-    summary.json     before, after, totals; its presence means that the run is complete
-    tensorboard/     the same metrics as curves
-    checkpoints/     Orbax
+config.toml      the resolved recipe
+metrics.jsonl    one JSON object per step and per evaluation
+summary.json     before, after, totals; its presence means that the run is complete
+tensorboard/     the same metrics as curves
+checkpoints/     Orbax
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def claim(run_dir: Path, config: Config) -> None:
             listed = "\n  ".join(found)
             raise UserError(
                 f"{run_dir} holds a run of another recipe:\n  {listed}\n"
-                f"Nothing was changed. Choose another folder with --run-dir DIR, or delete {run_dir}."
+                f"Nothing was changed. Choose another folder (--run-dir DIR) or delete {run_dir}."
             )
     elif run_dir.exists() and any(p.name != LOCK for p in run_dir.iterdir()):
         raise UserError(
@@ -61,7 +61,8 @@ def locked(run_dir: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
-                f"{run_dir} is in use by {holder}. Wait for it, or choose another folder with --run-dir DIR."
+                f"{run_dir} is in use by {holder}. "
+                "Wait for it, or choose another folder with --run-dir DIR."
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()}")

@@ -29,7 +29,9 @@ class UpdateMaker(Protocol):
 
     def __call__(
         self, experience: Experience, teacher_params: Params, *, step: int, clock: Clock
-    ) -> tuple[list[Update], dict[str, float]]: ...
+    ) -> tuple[list[Update], dict[str, float]]:
+        """The updates of a generation batch, with metrics."""
+        ...
 
 
 class Source(Protocol):
@@ -37,11 +39,17 @@ class Source(Protocol):
 
     def __call__(
         self, params: Params, teacher_params: Params, step: int, clock: Clock
-    ) -> tuple[list[Update], dict[str, float]]: ...
+    ) -> tuple[list[Update], dict[str, float]]:
+        """The updates of a step, with metrics."""
+        ...
 
-    def get_state(self) -> dict[str, Any]: ...
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-serialisable."""
+        ...
 
-    def set_state(self, state: Mapping[str, Any]) -> None: ...
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to a saved position."""
+        ...
 
 
 class RolloutSource:
@@ -141,7 +149,7 @@ class DemonstrationSource:
         rows = Rows(
             *(cut_rows(x, shape, self._devices) for x in grid),
             take=put(column - 1, np.int32),
-            count=np.int32(-(-filled // shape.rows)),  # pyright: ignore[reportArgumentType]
+            filled=np.int32(-(-filled // shape.rows)),  # pyright: ignore[reportArgumentType]
         )
         tokens = SftTokens(put(packed.tokens[row, column], np.int32))
         weights = put(per_pair[owner, 0], np.float32)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from sdpo_jax.config import Config, OptimizerConfig, SdpoObjective
 from sdpo_jax.devices import Devices
@@ -13,24 +13,23 @@ from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import Teacher, ema, frozen, live
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint must hold of the arrays."""
 
     params: Params  # float32 master weights
     optimizer: Any  # optax state, float32
     teacher: Params  # float32 copy for `ema` and `frozen`; None for `live` and without a teacher
-    skipped: jax.Array  # [] int32, consecutive updates that were not finite
+    skipped: Any  # [] int32, consecutive updates that were not finite
 
 
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
     """AdamW behind a global-norm clip, with linear warm-up and a constant or cosine rate.
 
-    The schedule counts optimiser updates. The first update already moves: its rate is 1 / warm-up of the
-    full one, not zero.
+    The schedule counts optimiser updates. The first update already moves: its rate is 1 / warm-up
+    of the full one, not zero.
     """
 
-    def rate(count: jax.Array | int) -> jax.Array:
+    def rate(count: Any) -> jax.Array:
         done = jnp.asarray(count, jnp.float32)
         warm = jnp.minimum(1.0, (done + 1) / max(1, config.warmup_steps))
         if config.schedule == "constant":

@@ -1,15 +1,17 @@
 """One update, compiled: the algorithm on arrays.
 
-    teacher_forward   h_t = final hidden states of the teacher at the student's own tokens, after the re-prompt
+    teacher_forward   h_t = the teacher's hidden states at the student's tokens, after the re-prompt
     train_step        student forward, chunked head (divergence and gradient), one AdamW update
     follow            the teacher moves towards the student, once per generation batch
 
-Rows come in micro-batches `[A, R, ...]` of which the first `count` hold rows; `count` is traced, so one program
-serves every number of rows and pays only for those that are there. Loss and metrics are sums with weights, divided
-once: the result does not depend on how rows were cut into micro-batches, nor on the mesh.
+Rows come in micro-batches `[A, R, ...]` of which the first `filled` hold rows; `filled` is traced,
+so one program serves every number of rows and pays only for those that are there. Loss and metrics
+are sums with weights, divided once: the result does not depend on how rows were cut into
+micro-batches, nor on the mesh.
 
-Departures from the paper: none in the objective. The old log-probs are the sampler's own; the sampler and the trainer
-run the same model code on the same weights, so the paper's correction between two engines has nothing to correct.
+Departures from the paper: none in the objective. The old log-probs are the sampler's own; the
+sampler and the trainer run the same model code on the same weights, so the paper's correction
+between two engines has nothing to correct.
 """
 
 from collections.abc import Callable
@@ -33,7 +35,7 @@ class Rows(NamedTuple):
     positions: jax.Array  # [A, R, S] int32
     segments: jax.Array  # [A, R, S] int32, 0 is padding
     take: jax.Array  # [A, R, T] int32, column whose hidden state predicts response token t
-    count: jax.Array  # [] int32, micro-batches that hold rows
+    filled: jax.Array  # [] int32, micro-batches that hold rows
 
 
 class Batch(NamedTuple):
@@ -66,8 +68,8 @@ def _at_responses(model: Model, params: Params, rows: Rows, index: jax.Array) ->
 def teacher_forward(model: Model, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array]:
     """The teacher's hidden states at the student's tokens `[A, R, T, D]`, and its head `[D, V]`.
 
-    Forward only, no logits: they are made a chunk at a time inside the loss. Run once per generation batch, however
-    many updates follow.
+    Forward only, no logits: they are made a chunk at a time inside the loss. Run once per
+    generation batch, however many updates follow.
     """
     params = jax.lax.stop_gradient(params)
     shape = jax.eval_shape(partial(_at_responses, model), params, rows, jnp.zeros((), jnp.int32))
@@ -76,7 +78,7 @@ def teacher_forward(model: Model, params: Params, rows: Rows) -> tuple[jax.Array
     def one(index: jax.Array, out: jax.Array) -> jax.Array:
         return out.at[index].set(_at_responses(model, params, rows, index))
 
-    return jax.lax.fori_loop(0, rows.count, one, out), model.head(params)
+    return jax.lax.fori_loop(0, rows.filled, one, out), model.head(params)
 
 
 def make_train_step(
@@ -86,7 +88,7 @@ def make_train_step(
     *,
     head_chunk_tokens: int,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
-    """`train_step(state, batch, constants) -> (state, metrics)`; `constants` are the per-token loss's."""
+    """Returns `train_step(state, batch, constants) -> (state, metrics)`, see `chunked_head`."""
 
     def loss_of(params: Params, batch: Batch, constants: Any, index: jax.Array) -> Any:
         hidden = _at_responses(model, params, batch.rows, index)
@@ -105,9 +107,7 @@ def make_train_step(
         sums = {k: jnp.sum(jnp.where(active, v, 0.0)) for k, v in metrics.items()}
         return total, (sums, jnp.sum(active.astype(jnp.float32)))
 
-    def train_step(
-        state: TrainState, batch: Batch, constants: Any
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, constants: Any) -> tuple[TrainState, Metrics]:
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         first = jnp.zeros((), jnp.int32)
         shapes = jax.eval_shape(gradient_of, state.params, batch, constants, first)
@@ -117,7 +117,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, sums, gradient_of(state.params, batch, constants, index))
 
         (total, (sums, tokens)), gradient = jax.lax.fori_loop(
-            0, batch.rows.count, accumulate, zeros
+            0, batch.rows.filled, accumulate, zeros
         )
         denominator = jnp.maximum(batch.denominator, 1.0)
         gradient = jax.tree.map(lambda g: g / denominator, gradient)

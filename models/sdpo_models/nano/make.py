@@ -1,9 +1,9 @@
-"""Makes config and tokenizer of the embedded model; the weights come from `configs/nano_pretrain.toml`.
+"""Makes config and tokenizer of the embedded model; weights come from configs/nano_pretrain.toml.
 
     python -m sdpo_models.nano.make [FOLDER]
 
-The tokenizer is a byte-level BPE of 512 entries trained on the pre-training text, digits apart so that numbers
-are spelled. Deterministic: the same corpus rows give the same merges.
+The tokenizer is a byte-level BPE of 512 entries trained on the pre-training text, digits apart so
+that numbers are spelled. Deterministic: the same corpus rows give the same merges.
 """
 
 import json
@@ -49,7 +49,7 @@ def corpus_text(rows: int) -> Iterator[str]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Trains the BPE and writes tokenizer.json, tokenizer_config.json and generation_config.json."""
+    """Trains the BPE and writes tokenizer.json and the two JSON files that go with it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -85,7 +85,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def main() -> None:
-    """Writes config and tokenizer into the folder named on the command line (default: the package's)."""
+    """Writes into the folder named on the command line, by default the package's own."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
