@@ -41,8 +41,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     devices = jax.device_count()
     fixed = config.fsdp * config.tensor
-    data = devices // fixed if config.data == -1 else config.data
-    if data < 1 or data * fixed != devices:
+    data = devices // max(1, fixed) if config.data == -1 else config.data
+    if fixed < 1 or data < 1 or data * fixed != devices:
         raise UserError(
             f"mesh: data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} does not fill "
             f"{devices} device(s); expected sizes whose product is {devices} "

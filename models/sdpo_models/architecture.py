@@ -46,6 +46,7 @@ def from_hugging_face(config: Mapping[str, Any], *, where: str = "config.json") 
             f"{where}: model_type {family!r} is not supported; "
             f"expected one of {', '.join(FAMILIES)}"
         )
+    _refuse_other_options(config, family, where)
     try:
         heads = int(config["num_attention_heads"])
         width = int(config["hidden_size"])
@@ -65,6 +66,20 @@ def from_hugging_face(config: Mapping[str, Any], *, where: str = "config.json") 
         )
     except KeyError as error:
         raise UserError(f"{where}: key {error} is missing; it is needed for {family}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: a size is not a number ({error})") from error
+
+
+def _refuse_other_options(config: Mapping[str, Any], family: str, where: str) -> None:
+    """An option that is read by others and not by us would load well and compute wrong logits."""
+    implemented: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False}
+    if family != "qwen2":  # Qwen 2 has its biases whatever the key says.
+        implemented["attention_bias"] = FAMILIES[family]["attention_bias"]
+    for key, value in implemented.items():
+        if config.get(key, value) != value:
+            raise UserError(
+                f"{where}: {key} = {config[key]!r} is not supported for {family}; expected {value!r}"
+            )
 
 
 def _rope_theta(config: Mapping[str, Any], where: str) -> float:

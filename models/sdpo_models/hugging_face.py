@@ -62,6 +62,8 @@ def load_architecture(folder: Path) -> Architecture:
         config = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return from_hugging_face(config, where=str(path))
 
 

@@ -93,6 +93,7 @@ LABELS: dict[str, tuple[str, Callable[[float], str]]] = {
     "teacher_accuracy": ("teacher accuracy", percent),
     "token_accuracy": ("token accuracy", percent),
     "response_tokens": ("response tokens", "{:.1f}".format),
+    "truncated": ("cut off at the limit", percent),
     "seconds": ("time", duration),
 }
 """How evaluations and the summary spell a metric; others show their key."""
@@ -172,7 +173,9 @@ class Console:
         """One evaluation after `step` steps; in the table it joins the row of its step."""
         if self._table is not None and self._table.join(row):
             return
-        values = [f"{_label(key)} {_spell(key, row[key])}" for key in row if key != "step"]
+        # Parts of a metric (`accuracy/FAMILY`) are for the log and the summary, not for a line.
+        keys = [key for key in row if key != "step" and "/" not in key]
+        values = [f"{_label(key)} {_spell(key, row[key])}" for key in keys]
         self.note("  ".join([self._place(row), "evaluation", *values]))
 
     def note(self, text: str) -> None:
@@ -186,6 +189,9 @@ class Console:
         """The evaluation before and after training, side by side, and what to do with the run."""
         self.close()
         keys = [key for key in dict.fromkeys([*before, *after]) if key != "step"]
+        # Parts stand below their metric, whatever order they came in.
+        first = {key.partition("/")[0]: i for i, key in reversed(list(enumerate(keys)))}
+        keys.sort(key=lambda key: first[key.partition("/")[0]])
         lines = [("", "before", "after")]
         lines += [
             (_label(key), _spell(key, before.get(key)), _spell(key, after.get(key))) for key in keys
@@ -271,11 +277,16 @@ def _show(column: Column, row: Row) -> str:
 
 
 def _label(key: str) -> str:
-    return LABELS[key][0] if key in LABELS else key.replace("_", " ")
+    """`accuracy/alarm` reads `  alarm`, below the metric that it is a part of."""
+    whole, _, part = key.partition("/")
+    if part:
+        return f"  {part.replace('_', ' ')}"
+    return LABELS[whole][0] if whole in LABELS else whole.replace("_", " ")
 
 
 def _spell(key: str, value: Any) -> str:
-    return _format(value, LABELS[key][1] if key in LABELS else number)
+    whole = key.partition("/")[0]
+    return _format(value, LABELS[whole][1] if whole in LABELS else number)
 
 
 def _format(value: Any, show: Callable[[float], str]) -> str:

@@ -202,6 +202,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(console)
         if jax.process_index() == 0:
+            run_directory.check(run_dir, config)  # before a lock is left in a stranger's folder
             stack.enter_context(run_directory.locked(run_dir))
             run_directory.claim(run_dir, config)
         trainer = Trainer(config, model, tokenizer, environment, demonstrations)

@@ -28,6 +28,17 @@ def claim(run_dir: Path, config: Config) -> None:
     Raises:
       UserError: the folder holds another recipe, or files that no run has written.
     """
+    check(run_dir, config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir / CONFIG, to_toml(config))
+
+
+def check(run_dir: Path, config: Config) -> None:
+    """Refuses a folder that is not this run's; changes nothing, and leaves no lock in it.
+
+    Raises:
+      UserError: the folder holds another recipe, or files that no run has written.
+    """
     path = run_dir / CONFIG
     if path.exists():
         found = differences(load_recipe(path), config)
@@ -42,8 +53,6 @@ def claim(run_dir: Path, config: Config) -> None:
             f"{run_dir}: expected an empty folder or a run with {CONFIG}, found other files. "
             "Nothing was changed. Choose another folder with --run-dir DIR."
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _write(path, to_toml(config))
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ def _update(
     optimizer: optax.GradientTransformation, state: TrainState, gradient: Params, total: jax.Array
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """Applies a finite gradient; skips any other and counts it."""
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(total)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 count
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)

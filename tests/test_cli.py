@@ -1,0 +1,453 @@
+"""The command: what it promises about runs that stop, about folders, and about bad input.
+
+One short run of the embedded model is shared by the whole file; every process takes its compiled
+programs from one cache.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from sdpo_jax.cli import main
+from sdpo_jax.recipe import _kinds
+from sdpo_jax.training import run_directory
+from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "configs" / "nano.toml"
+STEPS = 6
+# Few and short, but every kind of signal: successes, feedback, answers without either.
+SMALL = """--rollout.prompts-per-step 4 --rollout.rollouts-per-prompt 4 --rollout.max-prompt-tokens 64
+    --rollout.max-response-tokens 24 --environment.train-prompts 48
+    --environment.held-out-prompts 8 --teacher.max-prompt-tokens 128 --optimizer.warmup-steps 1
+    --optimizer.learning-rate 3e-3 --train.micro-batch-rows 8 --evaluation.prompts 8
+    --evaluation.batch-prompts 8 --evaluation.samples-per-prompt 2 --evaluation.every-steps 3
+    --checkpoint.every-steps 2""".split()
+
+
+def train_words(run_dir, *more):
+    return ["train", str(RECIPE), "--run-dir", str(run_dir), "--train.steps", str(STEPS)] + [
+        *SMALL,
+        *more,
+    ]
+
+
+class Commands:
+    """Starts `sdpo` in processes of one device that share a compilation cache."""
+
+    def __init__(self, cache):
+        self._environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+            "--xla_llvm_disable_expensive_passes=true",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "models")]),
+        }
+
+    def start(self, *words):
+        return subprocess.Popen(
+            [sys.executable, "-m", "sdpo_jax.cli", *words],
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *words, code=0):
+        process = self.start(*words)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == code, out + err
+        return out, err
+
+    def train_until(self, run_dir, step, number, wait=0.0):
+        """Sends a signal `wait` seconds after the row of `step` appears; returns code and text."""
+        process = self.start(*train_words(run_dir))
+        while f'"kind": "train", "step": {step},' not in text_of(run_dir / METRICS_FILE):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        time.sleep(wait)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+
+
+def text_of(path):
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def sdpo(tmp_path_factory):
+    return Commands(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def finished(sdpo, tmp_path_factory):
+    """A run that nothing interrupted: its folder and what it printed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    out, err = sdpo.run(*train_words(run_dir))
+    assert not err
+    return run_dir, out
+
+
+def rows_of(run_dir):
+    """Every row without its times."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith("seconds")}
+        for row in read_metrics(run_dir / METRICS_FILE)
+    ]
+
+
+def final_state(run_dir):
+    """Parameters, optimiser and teacher after the last step, as they lie on disk."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for a sharding; this is one device's
+        return ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(STEPS) / "state")
+
+
+def assert_same_run(run_dir, other):
+    assert rows_of(run_dir) == rows_of(other)
+    ours, theirs = (jax.tree.leaves_with_path(final_state(folder)) for folder in (run_dir, other))
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+    ours, theirs = (run_directory.read_summary(folder) for folder in (run_dir, other))
+    assert ours is not None and theirs is not None
+    for key in ("objective", "complete", "steps", "generations", "before", "after"):
+        assert ours[key] == theirs[key], key
+
+
+def bytes_of(folder, *, without=()):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in without
+    }
+
+
+# A run that stops and goes on
+
+
+def test_a_run_reports_every_step_once_and_its_result(finished):
+    run_dir, out = finished
+    rows = read_metrics(run_dir / METRICS_FILE)
+    order = [(row["kind"], row["step"]) for row in rows]
+    trained = [("train", step) for step in range(1, STEPS + 1)]
+    expected = [("eval", 0), *trained[:3], ("eval", 3), *trained[3:], ("eval", 6)]
+    assert order == expected
+    train = [row for row in rows if row["kind"] == "train"]
+    keys = """reward success response_tokens truncated teacher_signal shown/demonstration
+        shown/feedback generations divergence loss grad_norm tokens updates skipped
+        seconds_rollout seconds_grade seconds_teacher seconds_train"""
+    for row in train:
+        assert not set(keys.split()) - set(row)
+    assert [row["generations"] for row in train] == [16 * step for step in range(1, STEPS + 1)]
+    # The run is worth comparing: it had both kinds of context, and it moved.
+    assert any(row["shown/demonstration"] > 0 for row in train)
+    assert any(row["shown/feedback"] > 0 for row in train)
+    assert all(row["grad_norm"] > 0 for row in train if row["updates"])
+    summary = run_directory.read_summary(run_dir)
+    assert summary is not None
+    assert summary["complete"] and summary["steps"] == STEPS and summary["generations"] == 96
+    assert summary["seconds"] > 0
+    at = {row["step"]: row for row in rows if row["kind"] == "eval"}
+    for name, step in (("before", 0), ("after", STEPS)):
+        assert {"kind": "eval", "step": step, **summary[name]} == at[step]
+    assert f"sdpo eval {run_dir}" in out and f"step {STEPS}/{STEPS}" in out
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])
+def test_killed_at_a_random_step_and_restarted_a_run_repeats_the_uninterrupted_one(
+    seed, sdpo, finished, tmp_path
+):
+    chance = random.Random(seed)
+    run_dir, step = tmp_path / "run", chance.randint(1, STEPS - 2)
+    code, _, err = sdpo.train_until(run_dir, step, signal.SIGKILL, wait=chance.uniform(0, 0.15))
+    assert code == -signal.SIGKILL, err
+    assert not (run_dir / run_directory.SUMMARY).exists()
+    sdpo.run(*train_words(run_dir))
+    assert_same_run(run_dir, finished[0])
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_asked_to_stop_a_run_finishes_its_step_saves_and_goes_on_exactly(
+    number, sdpo, finished, tmp_path
+):
+    run_dir = tmp_path / "run"
+    code, out, err = sdpo.train_until(run_dir, 3, number)  # between two regular checkpoints
+    assert code == 0 and not err
+    stopped = re.search(r"stopped +after step (\d+); saved. The same command goes on", out)
+    assert stopped is not None, out
+    step = int(stopped[1])
+    assert rows_of(run_dir)[-1]["step"] == step < STEPS
+    assert not (run_dir / run_directory.SUMMARY).exists()
+    out, _ = sdpo.run(*train_words(run_dir))
+    assert f"resumed   from step {step}" in out
+    assert_same_run(run_dir, finished[0])
+
+
+def test_a_finished_run_started_again_prints_its_result_and_changes_nothing(
+    finished, capsys, monkeypatch
+):
+    run_dir, first_out = finished
+    before = bytes_of(run_dir)
+    changed = (run_dir / METRICS_FILE).stat().st_mtime_ns
+    # Nothing is loaded, so nothing can be compiled or trained.
+    monkeypatch.setattr("sdpo_jax.cli.load_parts", lambda config: pytest.fail("loaded a model"))
+    with pytest.raises(SystemExit) as exit_:
+        main(train_words(run_dir))
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "holds this run, finished" in out and f"rm -r {run_dir}" in out
+    table = first_out[first_out.index("before") :]
+    assert out.endswith(table)
+    assert bytes_of(run_dir) == before
+    assert (run_dir / METRICS_FILE).stat().st_mtime_ns == changed
+
+
+# Commands on a run
+
+
+def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished):
+    run_dir, _ = finished
+    kept = bytes_of(run_dir)
+    out, _ = sdpo.run("eval", str(run_dir), "--samples", "2")
+    rows = json.loads((run_dir / "eval.json").read_text())
+    assert list(rows) == ["start", f"step {STEPS}"]
+    for row in rows.values():
+        for name in ("accuracy", "accuracy_greedy", "teacher_accuracy", "response_tokens"):
+            assert 0 <= row[name]
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+    for name, value in lines.items():
+        shown = [f"{row[name]:.3f}" if name in row else "-" for row in rows.values()]
+        assert value.split() == shown
+    assert {path: data for path, data in bytes_of(run_dir, without=["eval.json"]).items()} == kept
+
+
+def test_convert_writes_a_folder_that_loads_and_never_overwrites_one(
+    sdpo, finished, tmp_path, capsys
+):
+    from transformers import AutoTokenizer
+
+    from sdpo_models.hugging_face import load_architecture, load_params
+
+    run_dir, _ = finished
+    folder = tmp_path / "weights"
+    out, _ = sdpo.run("convert", str(run_dir), str(folder))
+    assert str(folder) in out and f"step {STEPS}" in out
+    params = load_params(folder, load_architecture(folder))
+    trained = jax.tree.map(np.asarray, final_state(run_dir)["params"])
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8)  # bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode("set_alarm")) == "set_alarm"
+    kept = bytes_of(folder)
+    assert "new or empty folder" in refused(capsys, "convert", str(run_dir), str(folder))
+    assert bytes_of(folder) == kept
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", str(RECIPE), "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    of_sdpo = [key for key in _kinds() if key.split(".")[-1] not in ("clip_low", "clip_high", "dual_clip")]
+    for key in of_sdpo:
+        assert f"--{key.replace('_', '-')}" in out or key == "objective.name", key
+
+
+def test_without_a_command_the_usage_is_printed(capsys):
+    for words, code in (([], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as exit_:
+            main(words)
+        assert exit_.value.code == code
+        assert "sdpo train RECIPE" in capsys.readouterr().out
+
+
+# Folders that are taken
+
+
+def refused(capsys, *words):
+    """The one message of a command that ends with code 2 and without a traceback."""
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2, out + err
+    assert "Traceback" not in out + err
+    assert err.startswith("sdpo: ") and err.count("sdpo: ") == 1
+    return err
+
+
+def test_a_folder_with_another_recipe_is_refused_with_every_difference(finished, capsys):
+    run_dir, _ = finished
+    kept = bytes_of(run_dir)
+    more = ["--seed", "7", "--teacher.ema-rate", "0.5", "--checkpoint.keep", "9"]
+    for words in (train_words(run_dir, *more), train_words(run_dir, *more, "--train.steps", "40")):
+        message = refused(capsys, *words)
+        assert "seed: the run has 0, the recipe has 7" in message
+        assert "teacher.ema_rate: the run has 0.05, the recipe has 0.5" in message
+        assert "checkpoint.keep" not in message and "train.steps" not in message
+        assert str(run_dir) in message and "--run-dir DIR" in message
+        assert bytes_of(run_dir) == kept
+
+
+def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("ten years")
+    message = refused(capsys, *train_words(tmp_path))
+    assert str(tmp_path) in message and "--run-dir DIR" in message
+    assert bytes_of(tmp_path) == {Path("thesis.tex"): b"ten years"}
+
+
+def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path, capsys):
+    with run_directory.locked(tmp_path):
+        message = refused(capsys, *train_words(tmp_path))
+    assert f"{tmp_path} is in use by process {os.getpid()}" in message
+    assert "--run-dir DIR" in message
+
+
+# Bad input: the place, the value, what was expected, what to do
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[rollout]\ntemprature = 1.0", ["rollout.temprature", "did you mean rollout.temperature"]),
+        ("train.steps = 'ten'", ["train.steps", '"ten"', "expected an integer"]),
+        ("train.steps = 0", ["train.steps", "0, expected at least 1"]),
+        ("[train\nsteps = 3", ["not valid TOML", "line 1"]),
+        ("objective.name = 'ppo'", ["objective.name", '"ppo"', '"sdpo"']),
+        ("environment.families = ['alarms']", ["environment.families", "'alarms'", "alarm"]),
+    ],
+)
+def test_a_bad_recipe_is_one_message(text, parts, tmp_path, capsys):
+    recipe = write(tmp_path / "recipe.toml", text)
+    message = refused(capsys, "train", recipe, "--run-dir", str(tmp_path / "run"))
+    for part in parts:
+        assert part in message
+    if "families" not in text:
+        assert recipe in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["trian", "x.toml"], ["unknown command 'trian'", "train, eval, convert"]),
+        (["train"], ["expected a recipe"]),
+        (["train", "--train.steps", "3"], ["expected a recipe"]),
+        (["train", "configs/nanoo.toml"], ["nanoo.toml: no such recipe", "nano.toml"]),
+        (["train", str(RECIPE), "--train.stpes", "3"], ["--train.stpes", "--train.steps"]),
+        (["train", str(RECIPE), "--train.steps", "3.5"], ["--train.steps", "expected an integer"]),
+        (["train", str(RECIPE), "--model.path", "weights"], ["model.path", "'weights'", "config.json"]),
+        (["eval"], ["sdpo eval RUN_DIR"]),
+        (["eval", "configs"], ["configs", "the folder of a run", "sdpo train RECIPE"]),
+        (["eval", "configs", "--samples"], ["--samples", "no value"]),
+        (["eval", "configs", "--samples", "0"], ["--samples 0", "positive integer"]),
+        (["convert", "configs"], ["sdpo convert RUN_DIR OUT"]),
+    ],
+)  # fmt: skip
+def test_a_bad_command_line_is_one_message(words, parts, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    message = refused(capsys, *words)
+    for part in parts:
+        assert part in message
+
+
+NO_EVALUATION = ["--evaluation.prompts", "0"]
+
+
+def test_a_prompt_that_is_too_long_is_named(tmp_path, capsys):
+    more = [*NO_EVALUATION, "--rollout.max-prompt-tokens", "4"]
+    message = refused(capsys, *train_words(tmp_path, *more))
+    assert re.search(r"prompt '\w+-train-\d+' has \d+ tokens", message)
+    assert "rollout.max_prompt_tokens = 4. Raise it to at least" in message
+
+
+def test_a_mesh_that_does_not_fit_is_named(tmp_path, capsys):
+    message = refused(capsys, *train_words(tmp_path, "--mesh.data", "3"))
+    assert "data 3 x fsdp 1 x tensor 1 does not fill 8 device(s)" in message
+
+
+def sft_words(tmp_path, lines, *more):
+    data = write(tmp_path / "rows.jsonl", "\n".join(lines) + "\n")
+    recipe = write(tmp_path / "sft.toml", 'objective.name = "sft"')
+    words = ["train", recipe, "--run-dir", str(tmp_path / "run"), "--data.source", data]
+    return [*words, *NO_EVALUATION, *more]
+
+
+GOOD_ROW = json.dumps({"id": "wake", "prompt": "wake me at seven", "response": "set_alarm(7)"})
+
+
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, capsys):
+    words = sft_words(tmp_path, [GOOD_ROW, '{"prompt": "and then?", "answer": "nothing"}', "{"])
+    message = refused(capsys, *words)
+    assert "rows.jsonl:2: " in message and "rows.jsonl:3: invalid JSON" in message
+    assert '"response" is missing' in message and "data.on_error" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_file_is_named(tmp_path, capsys):
+    words = sft_words(tmp_path, [GOOD_ROW], "--data.source", str(tmp_path / "no.jsonl"))
+    assert "no.jsonl: no such file" in refused(capsys, *words)
+
+
+def test_a_demonstration_that_is_too_long_is_named(tmp_path, capsys):
+    words = sft_words(tmp_path, [GOOD_ROW], "--data.max-tokens", "6", "--data.rows-per-step", "1")
+    message = refused(capsys, *words)
+    assert re.search(r"demonstration 'wake' has \d+ tokens", message)
+    assert "data.max_tokens = 6. Raise it" in message
+
+
+def test_as_a_process_a_user_error_is_code_2_on_standard_error_and_a_bug_is_code_1(sdpo, tmp_path):
+    out, err = sdpo.run("train", str(tmp_path / "none.toml"), code=2)
+    assert not out and err.startswith("sdpo: ") and "Traceback" not in err
+
+
+def test_a_bug_shows_its_traceback_and_is_code_1(capsys, monkeypatch):
+    monkeypatch.setattr("sdpo_jax.cli._dispatch", lambda words: [][0])
+    with pytest.raises(SystemExit) as exit_:
+        main(["train"])
+    assert exit_.value.code == 1
+    assert "IndexError" in capsys.readouterr().err
+
+
+def test_demonstrations_from_a_file_train_end_to_end(sdpo, tmp_path):
+    rows = [
+        json.dumps({"prompt": f"wake me at {n}", "response": f"set_alarm({n})"}) for n in range(8)
+    ]
+    more = "--data.rows-per-step 4 --data.max-tokens 64 --train.steps 3 --train.micro-batch-rows 4"
+    sdpo.run(*sft_words(tmp_path, rows, *more.split()))
+    run_dir = tmp_path / "run"
+    rows = read_metrics(run_dir / METRICS_FILE)
+    assert [(row["kind"], row["step"]) for row in rows if row["kind"] == "train"] == [
+        ("train", 1),
+        ("train", 2),
+        ("train", 3),
+    ]
+    for row in rows:
+        if row["kind"] == "train":
+            assert row["loss"] > 0 and 0 <= row["token_accuracy"] <= 1 and row["updates"] == 1
+            assert row["seconds_data"] >= 0
+    summary = run_directory.read_summary(run_dir)
+    assert summary is not None and summary["complete"] and summary["generations"] == 0
+    assert summary["before"] == summary["after"] == {}
