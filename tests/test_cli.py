@@ -169,7 +169,9 @@ def test_a_run_reports_every_step_once_and_its_result(finished):
     assert f"sdpo eval {run_dir}" in out and f"step {STEPS}/{STEPS}" in out
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))]
+)
 def test_killed_at_a_random_step_and_restarted_a_run_repeats_the_uninterrupted_one(
     seed, sdpo, finished, tmp_path
 ):
@@ -266,7 +268,9 @@ def test_help_lists_every_setting(capsys):
         main(["train", str(RECIPE), "--help"])
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    of_sdpo = [key for key in _kinds() if key.split(".")[-1] not in ("clip_low", "clip_high", "dual_clip")]
+    of_sdpo = [
+        key for key in _kinds() if key.split(".")[-1] not in ("clip_low", "clip_high", "dual_clip")
+    ]
     for key in of_sdpo:
         assert f"--{key.replace('_', '-')}" in out or key == "objective.name", key
 
@@ -418,7 +422,7 @@ def test_a_demonstration_that_is_too_long_is_named(tmp_path, capsys):
     assert "data.max_tokens = 6. Raise it" in message
 
 
-def test_as_a_process_a_user_error_is_code_2_on_standard_error_and_a_bug_is_code_1(sdpo, tmp_path):
+def test_as_a_process_too_bad_input_is_code_2_and_nothing_on_standard_output(sdpo, tmp_path):
     out, err = sdpo.run("train", str(tmp_path / "none.toml"), code=2)
     assert not out and err.startswith("sdpo: ") and "Traceback" not in err
 

@@ -22,8 +22,9 @@ class Prompt(NamedTuple):
 class Outcome(NamedTuple):
     """What the environment says about one response.
 
-    `reward` is what policy gradients see; `passed` decides whether the response may serve as a
-    demonstration; `feedback` says in words what went wrong and is blank if nothing did.
+    `reward` is what policy gradients see, and decides against `teacher.success_threshold` whether
+    the response may serve as a demonstration; `passed` is what accuracy counts; `feedback` says in
+    words what went wrong and is blank if nothing did.
     """
 
     reward: float

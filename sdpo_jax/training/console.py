@@ -82,7 +82,6 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("loss", "loss", "{:.4f}".format),
         Column("token_accuracy", "token accuracy", percent),
         Column("accuracy", "held-out accuracy", percent, evaluated=True),
-        Column("tokens_per_second", "tokens/s", number),
         Column("seconds_train", "train time", duration),
     ),
 }
