@@ -71,37 +71,38 @@ def main() -> None:
     """Runs what is missing, prints the table, draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--rates", type=float, nargs="+", default=[None])
+    parser.add_argument("--rates", type=float, nargs="+", help="default: the recipe's")
     parser.add_argument("--only", choices=list(RECIPES), help="one objective")
     parser.add_argument("--runs", type=Path, default=Path("runs/nano_curves"))
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="options of sdpo train")
+    parser.add_argument(
+        "--extra", nargs=argparse.REMAINDER, default=[], help="options of sdpo train"
+    )
     options = parser.parse_args()
+    rates: list[float | None] = options.rates or [None]
     names = [options.only] if options.only else list(RECIPES)
 
     def folder(name: str, rate: float | None, seed: int) -> Path:
         return options.runs / f"{name.lower()}_{rate or 'recipe'}_{seed}"
 
-    jobs = list(itertools.product(names, options.rates, options.seeds))
+    jobs = list(itertools.product(names, rates, options.seeds))
     with ThreadPoolExecutor(options.jobs) as pool:
         list(
             pool.map(
-                lambda job: train(
-                    RECIPES[job[0]], folder(*job), job[2], job[1], options.extra
-                ),
+                lambda job: train(RECIPES[job[0]], folder(*job), job[2], job[1], options.extra),
                 jobs,
             )
         )
     print("objective, rate | start | final | best | mean over evaluations | generations to 50 % ")
     print("  | response tokens | seconds a step (median)")
-    for name, rate in itertools.product(names, options.rates):
+    for name, rate in itertools.product(names, rates):
         show(name, rate, [measure(folder(name, rate, seed)) for seed in options.seeds])
     if options.svg:
-        words = [
-            f"{name}=" + ",".join(str(folder(name, rate, s) / "metrics.jsonl") for s in options.seeds)
-            for name, rate in itertools.product(names, options.rates[:1])
-        ]
+        words: list[str] = []
+        for name in names:
+            folders = [folder(name, rates[0], seed) for seed in options.seeds]
+            words.append(f"{name}=" + ",".join(str(f / "metrics.jsonl") for f in folders))
         curves.main([str(options.svg), "--metric", "accuracy", *words])
 
 

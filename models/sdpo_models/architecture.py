@@ -78,7 +78,8 @@ def _refuse_other_options(config: Mapping[str, Any], family: str, where: str) ->
     for key, value in implemented.items():
         if config.get(key, value) != value:
             raise UserError(
-                f"{where}: {key} = {config[key]!r} is not supported for {family}; expected {value!r}"
+                f"{where}: {key} = {config[key]!r} is not supported for {family}; "
+                f"expected {value!r}"
             )
 
 

@@ -141,6 +141,7 @@ def save_weights(folder: Path, params: Params, *, dtype: Any = jnp.bfloat16) -> 
     tensors = {k: v.astype(jnp.dtype(dtype)) for k, v in to_tensors(params).items()}
     partial = folder / f"{WEIGHTS}.partial"
     save_file(tensors, str(partial), metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors writes for its owner alone
     partial.replace(folder / WEIGHTS)
 
 
