@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ from sdpo_jax.training.checkpoint import MANIFEST, Checkpoints
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_state(seed=0):
+def make_state(seed=0) -> Any:
     key = jax.random.key(seed)
-    params = {
+    params: dict[str, Any] = {
         "w": jax.random.normal(key, (64, 32), jnp.bfloat16),
         "layers": [jax.random.normal(key, (3, 5)), jnp.arange(7, dtype=jnp.int32) + seed],
         "scalar": jnp.asarray(seed, jnp.uint32),

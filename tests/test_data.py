@@ -4,6 +4,7 @@ import json
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def flatten(batches: list[list]) -> list:
 
 
 def test_both_forms_of_prompt_are_read_and_noise_is_tolerated(tmp_path: Path):
-    chat = {
+    chat: dict[str, Any] = {
         "id": 7,
         "prompt": [
             {"role": "system", "content": "Be\u2028brief."},

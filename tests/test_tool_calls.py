@@ -4,9 +4,8 @@ import pytest
 
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.environments.base import Prompt
+from sdpo_jax.environments.tool_apis import FAMILIES, TODAY
 from sdpo_jax.environments.tool_calls import (
-    FAMILIES,
-    TODAY,
     Task,
     ToolCalls,
     complaints,

@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sdpo_jax.data.jsonl import Demonstration
+from sdpo_jax.environments.tool_apis import FAMILIES, Api, Form
 from sdpo_jax.environments.tool_calls import (
-    FAMILIES,
-    Api,
-    Form,
     Task,
     complaints,
     draw_task,
