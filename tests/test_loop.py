@@ -5,6 +5,8 @@ one cache for the compiled programs: each call of `train` makes its programs ane
 """
 
 import io
+import os
+import signal
 import zlib
 from dataclasses import replace
 from functools import cache, partial
@@ -103,17 +105,19 @@ class Crash(Exception):
 
 
 class QuietConsole(Console):
-    """Keeps what it prints; crashes once the row of a step is written, if asked to."""
+    """Keeps what it prints; once the row of a step is written, crashes or calls `then`."""
 
-    def __init__(self, config, crash_after=None):
+    def __init__(self, config, crash_after=None, then=None):
         self.text = io.StringIO()
         super().__init__(config.objective.name, steps=config.train.steps, stream=self.text)
-        self._crash_after = crash_after
+        self._crash_after, self._then = crash_after, then
 
     def step(self, row):
         super().step(row)
         if row["step"] == self._crash_after:
-            raise Crash
+            if self._then is None:
+                raise Crash
+            self._then()
 
 
 def make_config(run_dir, name="sdpo", **sections):
@@ -123,9 +127,9 @@ def make_config(run_dir, name="sdpo", **sections):
     return config
 
 
-def run(config, *, params=None, crash_after=None):
+def run(config, *, params=None, crash_after=None, then=None):
     """Trains; the summary, and what was printed."""
-    console = QuietConsole(config, crash_after)
+    console = QuietConsole(config, crash_after, then)
     params = start_params() if params is None else params
     summary = loop.train(
         config, MODEL, params, TOKENIZER, Toy(), demonstrations=DEMONSTRATIONS, console=console
@@ -190,7 +194,9 @@ def assert_same_result(config, summary, expected):
 # Resuming
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", ["sdpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "sft"))]
+)
 def test_stopped_after_every_step_in_turn_a_run_repeats_the_whole_one(name, whole, tmp_path):
     config = make_config(tmp_path / "run", name)
     for step in range(1, STEPS):
@@ -203,18 +209,8 @@ def test_stopped_after_every_step_in_turn_a_run_repeats_the_whole_one(name, whol
     assert_same_result(config, summary, whole(name))
 
 
-@pytest.mark.parametrize(
-    ("name", "every"),
-    [
-        ("sdpo", 2),
-        *(
-            pytest.param(name, every, marks=pytest.mark.slow)
-            for name in OBJECTIVES
-            for every in (1, 2)
-            if (name, every) != ("sdpo", 2)
-        ),
-    ],
-)
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_checkpoint_older_than_the_crash_repeats_the_steps_between(name, every, whole, tmp_path):
     config = make_config(tmp_path / "run", name, checkpoint={"every_steps": every})
     with pytest.raises(Crash):
@@ -223,6 +219,21 @@ def test_a_checkpoint_older_than_the_crash_repeats_the_steps_between(name, every
     assert saved_steps(config)[-1] == (STEPS - 1) // every * every
     summary, _ = run(config)
     assert_same_result(config, summary, whole(name))
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_asked_to_stop_a_run_saves_its_step_and_goes_on_exactly(number, whole, tmp_path):
+    config = make_config(tmp_path / "run", checkpoint={"every_steps": 99})
+    before = signal.getsignal(number)
+    summary, text = run(config, crash_after=2, then=partial(os.kill, os.getpid(), number))
+    assert signal.getsignal(number) == before
+    assert not summary["complete"] and summary["steps"] == 2 == saved_steps(config)[-1]
+    assert "stopped   after step 2; saved. The same command goes on." in text
+    assert not (Path(config.run_dir) / "summary.json").exists()
+    summary, _ = run(config)
+    assert_same_result(config, summary, whole("sdpo"))
 
 
 def test_a_run_with_more_steps_goes_on_from_the_shorter_one(whole, tmp_path):
@@ -311,14 +322,15 @@ def test_an_average_that_never_moves_is_the_initial_model(tmp_path):
 
 
 def test_a_live_teacher_is_an_average_that_arrives_at_once_and_costs_no_copy(tmp_path):
-    live = make_config(tmp_path / "live", teacher={"weights": "live"}, train={"steps": 2})
+    short = {"train": {"steps": 2}, "evaluation": {"prompts": 0}}
+    live = make_config(tmp_path / "live", teacher={"weights": "live"}, **short)
     run(live)
     state = restore(live).state
     assert state.teacher is None
-    at_once = make_config(tmp_path / "ema", teacher={"ema_rate": 1.0}, train={"steps": 2})
+    at_once = make_config(tmp_path / "ema", teacher={"ema_rate": 1.0}, **short)
     run(at_once)
-    assert_equal(restore(at_once).state.params, state.params)
-    assert_equal(restore(at_once).state.teacher, state.params)
+    copied = restore(at_once).state
+    assert_equal((copied.params, copied.teacher), (state.params, state.params))
     assert rows_of(live) == rows_of(at_once)
 
 
@@ -377,10 +389,10 @@ def test_updates_that_stay_non_finite_stop_the_run_and_leave_a_good_checkpoint(
     good = make_config(tmp_path / "good", train={"steps": 2}, evaluation={"prompts": 0})
     monkeypatch.undo()
     run(good)
-    kept = restore(config)
+    kept, expected = restore(config), restore(good)
     assert kept.step == 3 == saved_steps(config)[-1] and int(kept.state.skipped) == 1
-    assert_equal(kept.state.params, restore(good).state.params)
-    assert_equal(kept.state.teacher, restore(good).state.teacher)
+    assert_equal(kept.state.params, expected.state.params)
+    assert_equal(kept.state.teacher, expected.state.teacher)
 
 
 def test_weights_that_are_not_numbers_stop_the_run(tmp_path):

@@ -1,0 +1,206 @@
+"""Held-out accuracy: the arithmetic of its averages, and draws that nothing else uses.
+
+The sampler is a script here: it writes down what it is asked and answers from a table.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
+from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.evaluation.accuracy import (
+    EVALUATION_STREAM,
+    TEACHER_STREAM,
+    Evaluator,
+    Graded,
+    accuracy_metrics,
+    environment_metrics,
+    grade_all,
+)
+from sdpo_jax.sampling.generate import rollout_keys
+from sdpo_jax.sampling.sampler import HostRollouts, Sampler
+from sdpo_jax.teacher.prompts import TeacherPrompts
+
+TOKENIZER = tiny.ByteTokenizer()
+STUDENT, TEACHER = "student", "teacher"
+PROMPTS = tuple(
+    Prompt(f"p{i}", ({"role": "user", "content": f"{i}?"},), {"family": family})
+    for i, family in enumerate(("alarm", "alarm", "money", "money", "money"))
+)
+
+
+class Quiz:
+    """`y` passes, `n` hears why not, `-` hears nothing."""
+
+    train = held_out = PROMPTS
+
+    def grade(self, prompt, response):
+        del prompt
+        passed = response == "y"
+        return Outcome(float(passed), passed, "wanted y" if response == "n" else "", {})
+
+
+class Script:
+    """A sampler: answers of the student by prompt index, one fixed answer of the teacher."""
+
+    def __init__(self, answers, teacher="y"):
+        self.answers, self.teacher = answers, teacher
+        self.calls = []
+
+    def __call__(self, params, prompts, *, group, first_prompt, **settings):
+        self.calls.append({"params": params, "prompts": prompts, "group": group, **settings})
+        if params == STUDENT:
+            first = first_prompt
+            texts = [text for i in range(first, first + len(prompts)) for text in self.answers[i]]
+        else:
+            # Shown a success of a sibling the teacher answers from the script, else with "n".
+            shown = [TOKENIZER.decode(ids) for ids in prompts]
+            texts = [self.teacher if "Correct solution" in text else "n" for text in shown]
+        rows = [[*TOKENIZER.encode(text), TOKENIZER.END] for text in texts]
+        width = max(map(len, rows))
+        return HostRollouts(
+            tokens=np.array([row + [0] * (width - len(row)) for row in rows], np.int32),
+            log_probs=np.zeros((len(rows), width), np.float32),
+            lengths=np.array([len(row) for row in rows], np.int32),
+            stopped=np.array([text != "-" for text in texts]),
+        )
+
+
+def make_config(**evaluation):
+    settings = {"prompts": 5, "samples_per_prompt": 2, "batch_prompts": 2}
+    return Config(
+        seed=3,
+        rollout=RolloutConfig(max_response_tokens=6),
+        teacher=TeacherConfig(max_prompt_tokens=512),
+        evaluation=EvaluationConfig(**settings | evaluation),
+    )
+
+
+def make_evaluator(script, **evaluation):
+    config = make_config(**evaluation)
+    prompts = TeacherPrompts(config.teacher, TOKENIZER)
+    return Evaluator(config, script, TOKENIZER, Quiz(), prompts)
+
+
+ANSWERS = [["y", "y"], ["y", "n"], ["n", "-"], ["-", "-"], ["n", "y"]]
+
+
+def test_accuracy_is_the_mean_over_all_samples_of_all_prompts():
+    metrics = make_evaluator(Script(ANSWERS))(STUDENT, None, 0)
+    assert metrics == pytest.approx(
+        {
+            "accuracy": 4 / 10,
+            "accuracy/alarm": 3 / 4,
+            "accuracy/money": 1 / 6,
+            "response_tokens": 2.0,  # a letter and the stop token
+            "truncated": 3 / 10,
+        }
+    )
+
+
+def test_teacher_accuracy_counts_only_attempts_that_have_a_context():
+    script = Script(ANSWERS)
+    metrics = make_evaluator(script)(STUDENT, TEACHER, 0)
+    # A sibling's success: both of prompt 0, the "n" of 1, the "n" of 4. Feedback: the "n" of 2.
+    # Nothing: "-" of 2 and 3, and the successes of 1 and 4, whose siblings failed.
+    assert metrics["teacher_accuracy/demonstration"] == 1.0
+    assert metrics["teacher_accuracy/feedback"] == 0.0
+    assert metrics["teacher_accuracy"] == 4 / 5
+    asked = [call for call in script.calls if call["params"] == TEACHER]
+    assert sum(len(call["prompts"]) for call in asked) == 5
+    assert all(call["group"] == 1 for call in asked)
+
+
+def test_without_a_context_there_is_no_teacher_accuracy():
+    metrics = make_evaluator(Script([["-", "-"]] * 5))(STUDENT, TEACHER, 0)
+    assert not [name for name in metrics if name.startswith("teacher")]
+    assert metrics["accuracy"] == 0.0
+
+
+def test_one_family_alone_is_not_listed_beside_the_whole():
+    graded = Graded(["y"], grade_all(Quiz(), PROMPTS[:1], ["y"]), [2], [True])
+    assert set(accuracy_metrics(graded, PROMPTS[:1])) == {
+        "accuracy",
+        "response_tokens",
+        "truncated",
+    }
+
+
+def test_without_prompts_nothing_is_sampled():
+    script = Script(ANSWERS)
+    assert make_evaluator(script, prompts=0)(STUDENT, TEACHER, 0) == {}
+    assert not script.calls
+
+
+def test_only_so_many_prompts_are_evaluated_and_the_last_batch_may_be_short():
+    script = Script(ANSWERS)
+    evaluator = make_evaluator(script, prompts=3)
+    evaluator(STUDENT, None, 0)
+    assert evaluator.prompts == list(PROMPTS[:3])
+    assert [len(call["prompts"]) for call in script.calls] == [2, 1]
+    assert {call["prompt_rows"] for call in script.calls} == {2}  # one program serves both
+
+
+def test_answers_are_graded_with_the_prompt_that_they_answer():
+    class Echo(Quiz):
+        def grade(self, prompt, response):
+            return Outcome(1.0, True, f"{prompt.id} {response}", {})
+
+    outcomes = grade_all(Echo(), PROMPTS[:2], ["a", "b", "c", "d"])
+    assert [outcome.feedback for outcome in outcomes] == ["p0 a", "p0 b", "p1 c", "p1 d"]
+
+
+def test_a_metric_that_only_some_outcomes_have_is_a_mean_over_those():
+    outcomes = [Outcome(0.0, False, "", m) for m in ({"a": 1.0}, {"a": 0.0, "b": 3.0}, {})]
+    assert environment_metrics(outcomes) == {"environment/a": 0.5, "environment/b": 3.0}
+
+
+# Draws
+
+
+def keys_of(step, prompts=8, group=4):
+    seed, step, first = (jnp.asarray(x, jnp.uint32) for x in (3, step, 0))
+    keys = rollout_keys(seed, step, first, prompts, group)
+    return {tuple(row) for row in np.asarray(jax.random.key_data(keys)).tolist()}
+
+
+def test_evaluation_never_draws_with_the_keys_of_training_nor_the_teacher_with_the_students():
+    script = Script(ANSWERS)
+    evaluator = make_evaluator(script)
+    steps = [0, 1, 10]
+    for step in steps:
+        evaluator(STUDENT, TEACHER, step)
+    streams = {
+        name: sorted({call["step"] for call in script.calls if call["params"] == name})
+        for name in (STUDENT, TEACHER)
+    }
+    assert streams[STUDENT] == [EVALUATION_STREAM + step for step in steps]
+    assert streams[TEACHER] == [TEACHER_STREAM + step for step in steps]
+    training = list(range(20))
+    every = [keys_of(step) for step in (*training, *streams[STUDENT], *streams[TEACHER])]
+    assert len(set().union(*every)) == len(every) * 8 * 4
+    assert {call["seed"] for call in script.calls} == {3}
+
+
+def real_sampler():
+    architecture = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
+    sampler = Sampler(tiny.make_model(architecture), tiny.make_devices(), TOKENIZER.stop_ids)
+    return sampler, tiny.make_params(architecture, scale=0.5)
+
+
+def test_evaluation_does_not_depend_on_how_many_prompts_are_decoded_at_a_time(monkeypatch):
+    monkeypatch.setattr(jax, "jit", tiny.quick_jit)
+    sampler, params = real_sampler()
+    answers = {}
+    for size in (2, 5):
+        evaluator = make_evaluator(sampler, batch_prompts=size, temperature=0.8)
+        graded = evaluator.attempts(params, 7)
+        assert len(graded.responses) == 10
+        answers[size] = graded
+    assert answers[2] == answers[5]
+    assert len(set(answers[2].responses)) > 5  # it was really drawn
