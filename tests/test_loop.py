@@ -35,6 +35,7 @@ from sdpo_jax.config import (
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
+from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.training import loop
 from sdpo_jax.training.console import Console
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
@@ -91,6 +92,9 @@ def quick_programs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)
+        # A sampler keeps nothing but its programs, so that all runs may share one.
+        sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
+        patch.setattr(loop, "Sampler", lambda *_: sampler)
         for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
@@ -194,9 +198,8 @@ def assert_same_result(config, summary, expected):
 # Resuming
 
 
-@pytest.mark.parametrize(
-    "name", ["sdpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "sft"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_stopped_after_every_step_in_turn_a_run_repeats_the_whole_one(name, whole, tmp_path):
     config = make_config(tmp_path / "run", name)
     for step in range(1, STEPS):
@@ -322,12 +325,12 @@ def test_an_average_that_never_moves_is_the_initial_model(tmp_path):
 
 
 def test_a_live_teacher_is_an_average_that_arrives_at_once_and_costs_no_copy(tmp_path):
-    short = {"train": {"steps": 2}, "evaluation": {"prompts": 0}}
-    live = make_config(tmp_path / "live", teacher={"weights": "live"}, **short)
+    short = partial(make_config, train={"steps": 2}, evaluation={"prompts": 0})
+    live = short(tmp_path / "live", teacher={"weights": "live"})
     run(live)
     state = restore(live).state
     assert state.teacher is None
-    at_once = make_config(tmp_path / "ema", teacher={"ema_rate": 1.0}, **short)
+    at_once = short(tmp_path / "ema", teacher={"ema_rate": 1.0})
     run(at_once)
     copied = restore(at_once).state
     assert_equal((copied.params, copied.teacher), (state.params, state.params))

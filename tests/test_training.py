@@ -1,0 +1,177 @@
+"""A step of training: what moves the parameters, and what must leave everything as it is.
+
+Steps of a `Trainer` on a tiny model, whose environment is a function that a test chooses. How runs
+stop, resume and report is in `test_loop.py`.
+"""
+
+import io
+from dataclasses import replace
+from functools import cache
+from typing import Literal
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sdpo_jax.config import (
+    Config,
+    GrpoObjective,
+    OptimizerConfig,
+    RolloutConfig,
+    SdpoObjective,
+    TeacherConfig,
+    TrainConfig,
+)
+from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.training import loop
+from sdpo_jax.training.console import Console
+
+TOKENIZER = tiny.ByteTokenizer()
+ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
+MODEL = tiny.make_model(ARCHITECTURE)
+PROMPTS, GROUP = 2, 4
+OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
+
+
+class Judge:
+    """Two questions; `verdict(prompt id, number of the answer) -> (reward, feedback)`."""
+
+    train = tuple(
+        Prompt(name, ({"role": "user", "content": f"{name}?"},), {}) for name in ("p", "q")
+    )
+    held_out = ()
+
+    def __init__(self, verdict):
+        self.verdict, self.graded = verdict, 0
+
+    def grade(self, prompt, response):
+        del response
+        reward, feedback = self.verdict(prompt.id, self.graded % GROUP)
+        self.graded += 1
+        return Outcome(reward, reward == 1.0, feedback, {})
+
+
+def mixed(name, number):
+    """One success in each group of answers, told apart from the others in words."""
+    del name
+    return (1.0, "") if number == 0 else (0.0, f"answer {number} is wrong")
+
+
+def silent(reward):
+    return lambda name, number: (reward, "")
+
+
+def only_first_question(name, number):
+    return mixed(name, number) if name == "p" else (0.0, "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_programs():
+    """One device and cheap compilation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda config: tiny.make_devices().mesh)
+        patch.setattr(jax, "jit", tiny.quick_jit)
+        yield
+
+
+@cache
+def trainer_of(name, weights: Literal["ema", "frozen"] = "ema", mini_batches=1):
+    """A trainer with its environment."""
+    config = Config(
+        objective=OBJECTIVES[name],
+        rollout=RolloutConfig(
+            prompts_per_step=PROMPTS,
+            rollouts_per_prompt=GROUP,
+            max_prompt_tokens=32,
+            max_response_tokens=6,
+        ),
+        teacher=TeacherConfig(weights=weights, max_prompt_tokens=160, max_feedback_tokens=32),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
+        train=TrainConfig(mini_batches=mini_batches, micro_batch_rows=8, head_chunk_tokens=48),
+    )
+    judge = Judge(mixed)
+    return loop.Trainer(config, MODEL, TOKENIZER, judge), judge
+
+
+def start(trainer):
+    return trainer.initial_state(tiny.make_params(ARCHITECTURE, scale=0.5))
+
+
+def step(name, state, number, verdict, **settings):
+    trainer, judge = trainer_of(name, **settings)
+    judge.verdict = verdict
+    return trainer.step(state, number)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differ(a, b):
+    return any(np.any(x != y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict", "signal"),
+    [
+        ("sdpo", silent(0.0), "teacher_signal"),
+        ("grpo", silent(0.0), "advantage_signal"),
+        ("grpo", silent(0.7), "advantage_signal"),
+        ("grpo", silent(1.0), "advantage_signal"),
+    ],
+    ids=["sdpo-all-fail", "grpo-all-fail", "grpo-all-partial", "grpo-all-pass"],
+)
+def test_a_batch_without_any_signal_changes_no_bit_of_the_state(name, verdict, signal):
+    # After an update that moved: moments and teacher are not those of the start any more.
+    state, row = step(name, start(trainer_of(name)[0]), 1, mixed)
+    assert row["updates"] == 1 and row[signal] > 0 and row["grad_norm"] > 0
+    before = jax.device_get(state)
+    state, row = step(name, state, 2, verdict)
+    assert row["updates"] == 0 and row[signal] == 0
+    assert_equal(jax.device_get(state), before)
+    # Such a row has no loss; it is shown all the same.
+    shown = io.StringIO()
+    Console(name, steps=3, stream=shown).step({"step": 2, **row})
+    assert "step 2/3" in shown.getvalue()
+    state, row = step(name, state, 3, mixed)
+    assert row["updates"] == 1 and differ(state.params, before.params)
+
+
+def test_one_success_without_siblings_of_its_kind_teaches_all_but_itself():
+    _, row = step("sdpo", start(trainer_of("sdpo")[0]), 1, mixed)
+    assert row["shown/demonstration"] == row["teacher_signal"] == (GROUP - 1) / GROUP
+    assert row["shown/feedback"] == 0 and row["success"] == 1 / GROUP
+
+
+@pytest.mark.parametrize(
+    ("verdict", "updates"), [(mixed, 2), (only_first_question, 1), (silent(0.0), 0)]
+)
+def test_an_empty_mini_batch_makes_no_update_and_the_teacher_follows_at_most_once(
+    verdict, updates, monkeypatch
+):
+    trainer, _ = trainer_of("sdpo", mini_batches=2)
+    follow, calls = trainer._follow, []
+    monkeypatch.setattr(trainer, "_follow", lambda *args: calls.append(1) or follow(*args))
+    state, row = step("sdpo", start(trainer), 1, verdict, mini_batches=2)
+    assert row["updates"] == updates and len(calls) == min(updates, 1)
+    counts = {int(x) for x in jax.tree.leaves(state.optimizer) if x.dtype == np.int32}
+    assert counts == {updates}
+
+
+def test_the_divergence_to_a_frozen_teacher_that_was_told_falls():
+    trainer, _ = trainer_of("sdpo", weights="frozen")
+    state, divergences = start(trainer), []
+
+    def told(name, number):
+        del number
+        return 0.0, f"the answer to {name} is {name * 12}"
+
+    for number in range(1, 31):
+        state, row = step("sdpo", state, number, told, weights="frozen")
+        assert row["teacher_signal"] == 1.0
+        divergences.append(row["divergence"])
+    # Each step samples anew: means over ten steps.
+    thirds = np.mean(np.reshape(divergences, (3, 10)), axis=1)
+    assert thirds[2] < thirds[1] < thirds[0] and thirds[2] < 0.7 * thirds[0]
