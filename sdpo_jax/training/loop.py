@@ -230,7 +230,9 @@ def _run(
     state = trainer.initial_state(params)
     restored = checkpoints.restore(state)
     first, before, spent = 0, None, 0.0
-    if restored is not None:
+    if restored is None:
+        _refuse_weights_that_are_not_finite(state.params, config.model.path)
+    else:
         first, state = restored.step, restored.state
         before, spent = restored.extra["before"], restored.extra["seconds"]
         trainer.source.set_state(restored.extra["data"])
@@ -263,6 +265,17 @@ def _run(
     summary = _summary(config, step, before, after, spent + time.perf_counter() - began)
     _finish(config, summary, console, run_dir)
     return summary
+
+
+def _refuse_weights_that_are_not_finite(params: Params, path: str) -> None:
+    """A model of NaN may stop at its first token for ever: no signal, no update, nothing to skip."""
+    finite = jax.jit(partial(jax.tree.map, lambda x: jnp.all(jnp.isfinite(x))))(params)
+    bad = [jax.tree_util.keystr(key) for key, ok in jax.tree.leaves_with_path(finite) if not ok]
+    if bad:
+        raise UserError(
+            f"model.path = {path!r}: weights hold values that are not finite, in {', '.join(bad[:5])}"
+            f"{', ...' if len(bad) > 5 else ''}; expected numbers. Convert or download them again."
+        )
 
 
 def _summary(
