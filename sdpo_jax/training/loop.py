@@ -268,13 +268,14 @@ def _run(
 
 
 def _refuse_weights_that_are_not_finite(params: Params, path: str) -> None:
-    """A model of NaN may stop at its first token for ever: no signal, no update, nothing to skip."""
+    """A model of NaN may stop at its first token for ever: no signal, no update, no skip."""
     finite = jax.jit(partial(jax.tree.map, lambda x: jnp.all(jnp.isfinite(x))))(params)
     bad = [jax.tree_util.keystr(key) for key, ok in jax.tree.leaves_with_path(finite) if not ok]
     if bad:
         raise UserError(
-            f"model.path = {path!r}: weights hold values that are not finite, in {', '.join(bad[:5])}"
-            f"{', ...' if len(bad) > 5 else ''}; expected numbers. Convert or download them again."
+            f"model.path = {path!r}: weights hold values that are not finite, in "
+            f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}. "
+            "Expected numbers: convert or copy them again."
         )
 
 
