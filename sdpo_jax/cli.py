@@ -1,7 +1,7 @@
 """The `sdpo` command. Parses, loads, calls `train`; nothing here knows the algorithm.
 
 Exit codes: 0 done (or stopped on request and saved), 1 a bug (traceback), 2 bad input (one
-message).
+message), 130 interrupted at once.
 """
 
 import os
@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"sdpo: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("sdpo: interrupted; the last checkpoint is kept", file=sys.stderr)
+        code = 130
     except Exception:
         traceback.print_exc()
         code = 1

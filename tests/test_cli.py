@@ -384,6 +384,22 @@ def test_a_prompt_that_is_too_long_is_named(tmp_path, capsys):
     assert "rollout.max_prompt_tokens = 4. Raise it to at least" in message
 
 
+def test_a_held_out_prompt_that_is_too_long_is_named_before_anything_is_compiled(tmp_path, capsys):
+    message = refused(capsys, *train_words(tmp_path, "--rollout.max-prompt-tokens", "4"))
+    assert re.search(r"prompt '\w+-held_out-\d+' has \d+ tokens", message)
+
+
+def test_interrupted_before_it_listens_for_signals_it_ends_without_a_traceback(capsys, monkeypatch):
+    def interrupt(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdpo_jax.cli._dispatch", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(RECIPE)])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "sdpo: interrupted; the last checkpoint is kept\n"
+
+
 def test_a_mesh_that_does_not_fit_is_named(tmp_path, capsys):
     message = refused(capsys, *train_words(tmp_path, "--mesh.data", "3"))
     assert "data 3 x fsdp 1 x tensor 1 does not fill 8 device(s)" in message

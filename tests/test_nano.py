@@ -100,3 +100,11 @@ def test_every_row_of_its_corpus_fits_the_pretraining_recipe() -> None:
     for i in range(2000):
         row = corpus[i]
         assert len(tokenizer.render(row.messages)) + len(tokenizer.encode(row.response)) < limit
+
+
+@pytest.mark.parametrize("recipe", ["nano", "nano_grpo"])
+def test_every_prompt_fits_the_recipe(recipe: str, parts: dict[str, Any]) -> None:
+    limit = load_recipe(f"configs/{recipe}.toml").rollout.max_prompt_tokens
+    environment, tokenizer = parts["environment"], parts["tokenizer"]
+    prompts = [*environment.train, *environment.held_out]
+    assert max(len(tokenizer.render(prompt.messages)) for prompt in prompts) <= limit

@@ -121,3 +121,10 @@ def test_a_summary_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="killed here"):
         run_directory.write_summary(tmp_path, {"steps": 4})
     assert run_directory.read_summary(tmp_path) == first
+
+
+def test_a_run_that_goes_on_is_not_complete(tmp_path):
+    run_directory.write_summary(tmp_path, {"complete": True})
+    run_directory.reopen(tmp_path)
+    assert run_directory.read_summary(tmp_path) is None
+    run_directory.reopen(tmp_path)  # and once more does no harm

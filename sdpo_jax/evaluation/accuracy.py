@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
 from sdpo_jax.model import Params
+from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.teacher.context import TeacherContext, choose_context
 from sdpo_jax.teacher.prompts import TeacherPrompts
@@ -52,7 +53,8 @@ class Evaluator:
         self._config, self._sampler, self._tokenizer = config, sampler, tokenizer
         self._environment, self._teacher_prompts = environment, teacher_prompts
         self._prompts = list(environment.held_out)[: config.evaluation.prompts]
-        self._ids = [tokenizer.render(p.messages) for p in self._prompts]
+        limit = config.rollout.max_prompt_tokens
+        self._ids = [prompt_ids(tokenizer, p, limit) for p in self._prompts]
 
     @property
     def prompts(self) -> list[Prompt]:

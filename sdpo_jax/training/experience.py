@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from sdpo_jax.config import RolloutConfig
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
-from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import environment_metrics, grade_all
 from sdpo_jax.model import Params
+from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.clock import Clock
@@ -81,18 +81,3 @@ def collect(
         **environment_metrics(outcomes),
     }
     return experience, metrics
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int) -> list[int]:
-    """Renders a prompt; a question is never cut silently.
-
-    Raises:
-      UserError: it is longer than `rollout.max_prompt_tokens`.
-    """
-    ids = tokenizer.render(prompt.messages)
-    if len(ids) > max_tokens:
-        raise UserError(
-            f"prompt {prompt.id!r} has {len(ids)} tokens; expected at most "
-            f"rollout.max_prompt_tokens = {max_tokens}. Raise it to at least {len(ids)}."
-        )
-    return ids

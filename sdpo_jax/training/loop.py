@@ -205,6 +205,7 @@ def train(
             run_directory.check(run_dir, config)  # before a lock is left in a stranger's folder
             stack.enter_context(run_directory.locked(run_dir))
             run_directory.claim(run_dir, config)
+            run_directory.reopen(run_dir)
         trainer = Trainer(config, model, tokenizer, environment, demonstrations)
         checkpoints = stack.enter_context(
             Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep, warn=console.note)

@@ -85,6 +85,11 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def reopen(run_dir: Path) -> None:
+    """Takes back that the run is complete, for one that is given more steps."""
+    (run_dir / SUMMARY).unlink(missing_ok=True)
+
+
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Marks the run complete."""
     _write(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")

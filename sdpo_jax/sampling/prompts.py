@@ -1,0 +1,20 @@
+"""Questions to token ids, whole or not at all."""
+
+from sdpo_jax.environments.base import Prompt
+from sdpo_jax.errors import UserError
+from sdpo_jax.tokens import Tokenizer
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int) -> list[int]:
+    """Renders a prompt; a question is never cut silently.
+
+    Raises:
+      UserError: it is longer than `rollout.max_prompt_tokens`.
+    """
+    ids = tokenizer.render(prompt.messages)
+    if len(ids) > max_tokens:
+        raise UserError(
+            f"prompt {prompt.id!r} has {len(ids)} tokens; expected at most "
+            f"rollout.max_prompt_tokens = {max_tokens}. Raise it to at least {len(ids)}."
+        )
+    return ids
