@@ -28,6 +28,7 @@ from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "nano.toml"
 STEPS = 6
+ELSEWHERE = ["--run-dir", "runs/none"]  # a reader of the README has a runs/nano
 # Few and short, but with every kind of signal. Evaluation has the shapes of training: one program.
 SETTINGS = """--rollout.prompts-per-step 4 --rollout.rollouts-per-prompt 4
     --rollout.max-prompt-tokens 64 --rollout.max-response-tokens 24
@@ -359,7 +360,7 @@ def test_a_bad_recipe_is_one_message(text, parts, tmp_path, capsys):
         (["train", "configs/nanoo.toml"], ["nanoo.toml: no such recipe", "nano.toml"]),
         (["train", str(RECIPE), "--train.stpes", "3"], ["--train.stpes", "--train.steps"]),
         (["train", str(RECIPE), "--train.steps", "3.5"], ["--train.steps", "expected an integer"]),
-        (["train", str(RECIPE), "--model.path", "w"], ["model.path", "'w'", "config.json"]),
+        (["train", str(RECIPE), *ELSEWHERE, "--model.path", "w"], ["model.path = 'w'", "config.json"]),
         (["eval"], ["sdpo eval RUN_DIR"]),
         (["eval", "configs"], ["configs", "the folder of a run", "sdpo train RECIPE"]),
         (["eval", "configs", "--samples"], ["--samples", "no value"]),

@@ -12,7 +12,6 @@ from sdpo_jax.teacher.context import (
     TeacherContext,
     TextCodec,
     choose_context,
-    deduplicate,
     fit_reprompt,
     remove_thinking,
     reprompt,
@@ -261,15 +260,3 @@ def test_cuts_keep_whole_characters_when_tokens_are_bytes():
     budget = len((SYSTEM["content"] + "€€" + CLOSING).encode()) + 1
     fitted = fit(TeacherContext("d", None), budget, question="€€€", codec=codec)
     assert fitted == ((SYSTEM, {"role": "user", "content": "€€" + CLOSING}), None)
-
-
-# Unique prompts.
-
-
-def test_deduplicate_gives_each_row_its_prompt():
-    prompts = [[1, 2], [3], [1, 2], [1, 2, 3], [3]]
-    unique, owner = deduplicate(prompts)
-    assert unique == [[1, 2], [3], [1, 2, 3]]
-    assert [unique[i] for i in owner] == prompts
-    messages = [(SYSTEM, USER), (USER,), (SYSTEM, dict(USER))]
-    assert deduplicate(messages) == ([(SYSTEM, USER), (USER,)], [0, 1, 0])

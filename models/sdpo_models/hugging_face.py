@@ -6,7 +6,6 @@ Tensors are read lazily, one at a time, and stacked over layers.
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +157,3 @@ def save_run(folder: Path, params: Params, *, source: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     save_weights(folder, jax.device_get(params))
-
-
-def describe(params: Mapping[str, Any]) -> str:
-    """Number of parameters, for people."""
-    return f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.2f} M parameters"

@@ -304,15 +304,3 @@ def build_model(
         decode=partial(decode, a, settings),
         vocabulary=a.vocabulary,
     )
-
-
-def parameter_count(a: Architecture) -> int:
-    """Number of parameters."""
-    shapes = jax.tree.leaves(parameter_table(a), is_leaf=_is_leaf)
-    total = 0
-    for leaf in shapes:
-        size = 1
-        for n in leaf.shape:
-            size *= n
-        total += size
-    return total

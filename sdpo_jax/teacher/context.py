@@ -162,28 +162,6 @@ def fit_reprompt(
     return fitted
 
 
-def deduplicate(
-    prompts: Sequence[Sequence[int] | Messages],
-) -> tuple[list[Sequence[int] | Messages], list[int]]:
-    """Distinct prompts in order of first appearance, and each row's index into them.
-
-    Siblings share teacher prompts, so that the teacher reads `U <= N` of them. Takes token ids or
-    messages.
-    """
-    index_of: dict[tuple[object, ...], int] = {}
-    unique: list[Sequence[int] | Messages] = []
-    owner: list[int] = []
-    for prompt in prompts:
-        key = tuple(
-            tuple(sorted(part.items())) if isinstance(part, Mapping) else part for part in prompt
-        )
-        if key not in index_of:
-            index_of[key] = len(unique)
-            unique.append(prompt)
-        owner.append(index_of[key])
-    return unique, owner
-
-
 def _compose(messages: Messages, context: TeacherContext) -> Messages:
     """Joins the parts; plain concatenation, so that braces and percent signs mean nothing."""
     if not messages or messages[-1]["role"] != "user":

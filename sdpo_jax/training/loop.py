@@ -222,8 +222,11 @@ def _run(
     run_dir: Path,
 ) -> dict[str, Any]:
     began = time.perf_counter()
+    is_sft = isinstance(config.objective, SftObjective)
+    task = config.data.source if is_sft else config.environment.kind
     console.header(
-        training=f"{config.objective.name} on {config.environment.kind}, model {config.model.path}",
+        training=f"{config.objective.name} on {task}, model {config.model.path} "
+        f"with {sum(x.size for x in jax.tree.leaves(params)) / 1e6:.2f} M parameters",
         devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         run_dir=str(run_dir),
         batch=batch_arithmetic(config),

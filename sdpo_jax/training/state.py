@@ -65,13 +65,8 @@ def state_shardings(
         params,
         transform_non_params=lambda _: devices.replicated,
     )
-    keeps_weights = teacher is not None and teacher.init(shapes_as_zeros(shapes)) is not None
+    keeps_weights = teacher is not None and jax.eval_shape(teacher.init, shapes) is not None
     return TrainState(params, moments, params if keeps_weights else None, devices.replicated)
-
-
-def shapes_as_zeros(shapes: Any) -> Any:
-    """Cheap stand-ins, to ask a teacher whether it keeps weights."""
-    return jax.tree.map(lambda _: jnp.zeros(()), shapes)
 
 
 def create_state(
