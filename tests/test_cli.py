@@ -360,7 +360,7 @@ def test_a_bad_recipe_is_one_message(text, parts, tmp_path, capsys):
         (["train", "configs/nanoo.toml"], ["nanoo.toml: no such recipe", "nano.toml"]),
         (["train", str(RECIPE), "--train.stpes", "3"], ["--train.stpes", "--train.steps"]),
         (["train", str(RECIPE), "--train.steps", "3.5"], ["--train.steps", "expected an integer"]),
-        (["train", str(RECIPE), *ELSEWHERE, "--model.path", "w"], ["model.path = 'w'", "config.json"]),
+        (["train", str(RECIPE), *ELSEWHERE, "--model.path", "w"], ["model.path = 'w'"]),
         (["eval"], ["sdpo eval RUN_DIR"]),
         (["eval", "configs"], ["configs", "the folder of a run", "sdpo train RECIPE"]),
         (["eval", "configs", "--samples"], ["--samples", "no value"]),
