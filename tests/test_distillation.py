@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdpo_jax.losses.distillation import (
-    full_vocabulary_loss,
-    sdpo_loss,
-    truncated_importance_weights,
-)
+from sdpo_jax.losses.distillation import full_vocabulary_loss, sdpo_loss
 from sdpo_jax.losses.reductions import sequence_mean
+from sdpo_jax.losses.weights import truncated_importance_weights
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
 

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import sdpo_jax
@@ -42,6 +43,6 @@ def test_version_is_that_of_the_package():
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_examples_in_docstrings_run(name):
-    result = doctest.testmod(importlib.import_module(name))
+    result = doctest.testmod(importlib.import_module(name), extraglobs={"jnp": jnp})
     assert result.failed == 0
     assert result.attempted > 0

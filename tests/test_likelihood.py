@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from sdpo_jax.losses.likelihood import cross_entropy, select_targets, sft_loss
+from sdpo_jax.losses.likelihood import cross_entropy, sft_loss
+from sdpo_jax.losses.vocabulary import select_targets
 
 
 def numpy_cross_entropy(logits, targets):

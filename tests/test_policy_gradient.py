@@ -7,12 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo_jax.losses.policy_gradient import (
-    group_advantages,
-    grpo_loss,
-    policy_gradient_loss,
-    probability_ratio,
-)
+from sdpo_jax.losses.policy_gradient import group_advantages, grpo_loss, policy_gradient_loss
+from sdpo_jax.losses.weights import probability_ratio
 
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
 
@@ -132,7 +128,7 @@ def test_bad_arguments_name_what_came():
     x = jnp.zeros((2, 3))
     with pytest.raises(ValueError, match=r"rewards \[5\] and group_size 2"):
         group_advantages(jnp.zeros(5), 2)
-    with pytest.raises(ValueError, match=r"advantages \[3\], rows \[2\]"):
+    with pytest.raises(ValueError, match=r"\[B, T\] = \[2, 3\], got \[3\]"):
         grpo_loss(x, x, jnp.zeros(3), x, **CLIPS)
     with pytest.raises(ValueError, match=r"log_probs \[2, 3\], old_log_probs \[2, 2\]"):
         grpo_loss(x, x[:, :2], jnp.zeros(2), x, **CLIPS)

@@ -25,6 +25,7 @@ from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.losses.distillation import full_vocabulary_loss
 from sdpo_jax.losses.objectives import (
     SdpoConstants,
     SdpoTokens,
@@ -60,9 +61,15 @@ ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 TEMPERATURE, ALPHA, CAP = 0.8, 0.5, 2.0
 OBJECTIVES = {"sdpo": SdpoObjective(alpha=ALPHA), "grpo": GrpoObjective(), "sft": SftObjective()}
+
+
+def sdpo(alpha):
+    return sdpo_per_token(partial(full_vocabulary_loss, alpha=alpha), importance_cap=CAP)
+
+
 PER_TOKEN = {
-    "sdpo": sdpo_per_token(ALPHA, CAP),
-    "grpo": grpo_per_token(0.2, 0.28, 3.0),
+    "sdpo": sdpo(ALPHA),
+    "grpo": grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0),
     "sft": sft_per_token(),
 }
 PROMPTS, GROUP = 2, 4
@@ -95,7 +102,7 @@ def programs(name, mesh=(1, 1, 1), micro_batch_rows=8, alpha=ALPHA):
     devices, teacher = tiny.make_devices(*mesh), make_teacher(config)
     optimizer = make_optimizer(config.optimizer, 100)
     shardings = state_shardings(MODEL, devices, optimizer, teacher)
-    per_token = sdpo_per_token(alpha, CAP) if name == "sdpo" else PER_TOKEN[name]
+    per_token = sdpo(alpha) if name == "sdpo" else PER_TOKEN[name]
     train_step = make_train_step(MODEL, per_token, optimizer, head_chunk_tokens=48)
     jit = tiny.quick_jit
     hidden_and_head = (devices.micro_batches, devices.replicated)

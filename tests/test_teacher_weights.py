@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdpo_jax.teacher.weights import ema, ema_update, frozen, live, trust_region_logits
+from sdpo_jax.losses.vocabulary import trust_region_logits
+from sdpo_jax.teacher.weights import ema, ema_update, frozen, live
 
 
 def params(seed, dtype=jnp.float32):

@@ -3,14 +3,20 @@
 Forward and gradient of a chunk are computed together, while its logits are there. What is kept is
 the gradient of the hidden states `[M, D]` and one accumulated gradient of the head `[D, V]`; the
 backward pass multiplies both by the incoming scalar. Student and teacher then cost four head
-matmuls, where recomputation costs six.
+matmuls, where recomputation (`checkpointed_head`) costs six.
 
 Chunks are strided: chunk i of n holds tokens i, i + n, i + 2n, ... A token axis that is sharded
 over a mesh stays sharded inside each chunk, so no token moves, as long as the shards divide the
 chunk.
 
+A sharded vocabulary needs nothing under `jit`. Inside a `shard_map` over its axis (and over the
+token axes), with the `check_vma` that is on by default, the per-token loss reduces over the axis
+that it was given as `vocabulary_axis`; the head's gradient stays local to its shard, that of the
+hidden states is summed over the axis once, after the last chunk.
+
 The gradient is exact for any per-token loss and any scale of the result. Reverse mode only: forward
-mode (`jvp`) and second derivatives are not defined.
+mode (`jvp`) and second derivatives are not defined. Validated against `checkpointed_head`, plain
+autodiff over all logits and finite differences (tests/test_chunked_head.py).
 """
 
 from collections.abc import Callable
@@ -61,42 +67,66 @@ def chunked_head(
         hidden: [M, D], final hidden states at the positions that predict a token.
         head: [D, V]; cast to the dtype of `hidden`; its gradient accumulates in float32.
         aux: pytree of arrays with leading axis M.
-        weights: [M], from `token_mean_weights` or `sequence_mean_weights`.
+        weights: [M], from `token_mean_weights` or another reduction.
         chunk: how many tokens may have logits at a time; M is cut evenly.
         constants: pytree that every chunk sees whole, such as the teacher's head.
 
     Returns:
-        The weighted sum, a float32 scalar to divide once by the denominator of the weights; and a
-        dict of detached [M] float32 arrays, those of weight 0 included.
+        The weighted sum, a float32 scalar to divide once by the denominator of the weights; and
+        detached metrics of [M] each, `loss` (unweighted) and those of `per_token_loss`.
 
-    >>> def square_error(logits, aux, constants):
-    ...     return jnp.sum((logits - aux) ** 2, axis=-1), {"first": logits[:, 0]}
+    Source: equation 1 of arXiv 2601.20802, summed without its logits.
+
+    >>> def square(logits, aux, constants):
+    ...     return jnp.sum((logits - aux) ** 2, axis=-1), {}
     >>> hidden, head, aux = jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.zeros((3, 4))
-    >>> total, metrics = chunked_head(square_error, hidden, head, aux, jnp.ones(3), chunk=2)
-    >>> float(total), metrics["first"].tolist()
-    (48.0, [2.0, 2.0, 2.0])
+    >>> print(chunked_head(square, hidden, head, aux, jnp.ones(3), chunk=2)[0])
+    48.0
     """
     _check(hidden, head, aux, weights, chunk)
-    count = -(-hidden.shape[0] // chunk)
     aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
-    arrays = _vary_alike((hidden, head, aux, weights, constants))
-    return _chunked(per_token_loss, count, *arrays)
+    hidden, head = _vary_alike((hidden, head), (aux, weights))
+    count = -(-hidden.shape[0] // chunk)
+    return _chunked(per_token_loss, count, hidden, head, aux, weights, constants)
 
 
-def chunked_head_reference(
+def checkpointed_head(
     per_token_loss: PerTokenLoss,
     hidden: jax.Array,
     head: jax.Array,
     aux: Any,
-    weights: jax.Array,
     *,
     chunk: int,
     constants: Any = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Return what `chunked_head` returns, by plain autodiff over all logits at once. For tests."""
-    _check(hidden, head, aux, weights, chunk)
-    aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
-    return _weighted_loss(head_logits(hidden, head), per_token_loss, aux, weights, constants)
+    """The loss of each token, [M], recomputing a chunk's logits in the backward pass.
+
+    Six head matmuls where `chunked_head` has four, plain autodiff otherwise: differentiable in
+    whatever the loss is, token by token. For losses that are no sum over tokens, such as a ratio
+    of whole rollouts (GSPO), and as the reference of `chunked_head`. Arguments as there.
+
+    Returns:
+        Unweighted losses [M], and metrics of [M] each.
+
+    Source: the checkpointed scan of arXiv 1604.06174, over tokens.
+
+    >>> def first(logits, aux, constants):
+    ...     return logits[:, 0], {}
+    >>> checkpointed_head(first, jnp.ones((3, 2)), jnp.ones((2, 4)), None, chunk=2)[0].tolist()
+    [2.0, 2.0, 2.0]
+    """
+    _check(hidden, head, aux, jnp.zeros(hidden.shape[:1]), chunk)
+    # Wide outside the scan, so that the chunks' gradients of the head add up in float32.
+    wide = head.astype(loss_dtype(head))
+
+    @jax.checkpoint
+    def step(wide: jax.Array, tokens: Any, constants: Any) -> tuple[jax.Array, Metrics]:
+        hidden, aux = tokens
+        return per_token_loss(head_logits(hidden, wide.astype(head.dtype)), aux, constants)
+
+    chunks = _split((hidden, aux), -(-hidden.shape[0] // chunk))
+    _, out = jax.lax.scan(lambda _, tokens: (None, step(wide, tokens, constants)), None, chunks)
+    return _join(out, hidden.shape[0])
 
 
 def _check(hidden: jax.Array, head: jax.Array, aux: Any, weights: jax.Array, chunk: int) -> None:
@@ -122,8 +152,8 @@ def _weighted_loss(
     loss, metrics = per_token_loss(logits, aux, constants)
     # `where`, not a product alone: 0 · NaN is NaN.
     total = jnp.sum(jnp.where(weights != 0, weights.astype(loss.dtype) * loss, 0.0))
-    metrics = {k: jax.lax.stop_gradient(v).astype(logits.dtype) for k, v in metrics.items()}
-    return total, metrics
+    metrics = {"loss": loss, **metrics}
+    return total, {k: jax.lax.stop_gradient(v).astype(logits.dtype) for k, v in metrics.items()}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -138,15 +168,13 @@ def _chunked(
 ) -> tuple[jax.Array, Metrics]:
     """Value only, for whoever does not differentiate."""
 
-    def step(total: jax.Array, tokens: Any) -> tuple[jax.Array, Metrics]:
+    def step(_: None, tokens: Any) -> tuple[None, Any]:
         hidden, aux, weights = tokens
         logits = head_logits(hidden, head)
-        value, metrics = _weighted_loss(logits, per_token_loss, aux, weights, constants)
-        return total + value, metrics
+        return None, _weighted_loss(logits, per_token_loss, aux, weights, constants)
 
-    total = _zeros((), hidden)
-    total, metrics = jax.lax.scan(step, total, _split((hidden, aux, weights), count))
-    return total, _join(metrics, hidden.shape[0])
+    _, (totals, metrics) = jax.lax.scan(step, None, _split((hidden, aux, weights), count))
+    return jnp.sum(totals), _join(metrics, hidden.shape[0])
 
 
 def _forward(
@@ -161,8 +189,7 @@ def _forward(
     """Value, and the gradients by hidden and head: each chunk's while its logits exist."""
     value_and_grad = jax.value_and_grad(_weighted_loss, has_aux=True)
 
-    def step(carry: Any, tokens: Any) -> tuple[Any, Any]:
-        total, head_grad = carry
+    def step(head_grad: jax.Array, tokens: Any) -> tuple[jax.Array, Any]:
         hidden, aux, weights = tokens
         logits = head_logits(hidden, head)
         (value, metrics), grad = value_and_grad(logits, per_token_loss, aux, weights, constants)
@@ -171,13 +198,14 @@ def _forward(
         grad = jnp.where(active, grad, 0.0).astype(hidden.dtype)  # [C, V]
         hidden_grad = _product("mv,dv->md", grad, head).astype(hidden.dtype)
         head_grad = head_grad + _product("md,mv->dv", jnp.where(active, hidden, 0.0), grad)
-        return (total + value, head_grad), (hidden_grad, metrics)
+        # The value leaves as an output: whether it differs between devices is the loss's affair.
+        return head_grad, (value, hidden_grad, metrics)
 
-    carry = _zeros((), hidden), _zeros(head.shape, hidden)
-    carry, stacked = jax.lax.scan(step, carry, _split((hidden, aux, weights), count))
-    total, head_grad = carry
-    hidden_grad, metrics = _join(stacked, hidden.shape[0])
-    return (total, metrics), (hidden_grad, head_grad.astype(head.dtype))
+    zeros = _vary(jnp.zeros(head.shape, loss_dtype(hidden)), _varying(hidden))
+    head_grad, out = jax.lax.scan(step, zeros, _split((hidden, aux, weights), count))
+    totals, hidden_grad, metrics = out
+    hidden_grad, metrics = _join((hidden_grad, metrics), hidden.shape[0])
+    return (jnp.sum(totals), metrics), (hidden_grad, head_grad.astype(head.dtype))
 
 
 def _backward(
@@ -195,13 +223,14 @@ def _backward(
 _chunked.defvjp(_forward, _backward)
 
 
-def _vary_alike(tree: Any) -> Any:
+def _vary_alike(tree: Any, others: Any) -> Any:
     """Inside shard_map: mark each array as varying over every axis that any of them varies over.
 
     A replicated head's gradient then stays local while chunks accumulate and is summed over the
-    devices once, by the transpose of this mark.
+    devices once, by the transpose of this mark. So is that of hidden states that are the same on
+    all shards of the vocabulary. `others` count for the axes and keep their own marks.
     """
-    axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(tree)))
+    axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves((tree, others))))
     return jax.tree.map(lambda x: _vary(x, axes), tree)
 
 
@@ -212,10 +241,6 @@ def _varying(x: jax.Array) -> frozenset[str]:
 def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     missing = tuple(sorted(axes - _varying(x)))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    return _vary(jnp.zeros(shape, loss_dtype(like)), _varying(like))
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

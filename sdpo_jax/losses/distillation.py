@@ -1,59 +1,164 @@
 """Self-distillation: the student follows the re-prompted teacher over the student's own tokens.
 
 SDPO, arXiv 2601.20802, equation 1: Σ_t D(π_θ(· | x, y_<t), sg q(· | x, f, y_<t)), both
-distributions over the whole vocabulary and after the same prefix of the student's sample. The
-prefix is taken as given: the loss is differentiated through the next-token distributions alone.
-SDFT (arXiv 2601.19897) is the same loss with a demonstration as context.
+distributions after the same prefix of the student's sample. The prefix is taken as given: the loss
+is differentiated through the next-token distributions alone. SDFT (arXiv 2601.19897) is the same
+loss with a demonstration as context.
 
-Divide both logits by the rollout temperature before they come here.
+One function per estimator, each with values per token:
+
+    full_vocabulary_loss   the divergence itself; the default
+    top_k_loss             on the student's k likeliest tokens; `support_loss` on any support
+    sampled_token_loss     on the sampled token alone; its gradient is that of the reverse KL
+
+Divide both logits by the rollout temperature before they come here (`shape_logits`).
 """
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Callable
 
-from sdpo_jax.losses.arrays import check_same_shape
-from sdpo_jax.losses.divergences import generalized_jsd
-from sdpo_jax.losses.likelihood import log_softmax
-from sdpo_jax.losses.policy_gradient import probability_ratio
-from sdpo_jax.losses.reductions import LossOutput, token_mean
+import jax
+
+from sdpo_jax.losses.arrays import check_rank, check_same_shape, check_vocabulary, where_active
+from sdpo_jax.losses.credit import distillation_advantages, score_function_loss
+from sdpo_jax.losses.divergences import divergence_terms, generalized_jsd
+from sdpo_jax.losses.reductions import LossOutput, token_mean, weighted
+from sdpo_jax.losses.support import support_log_probs
+from sdpo_jax.losses.vocabulary import log_softmax, top_k_indices, vocabulary_sum
 
 
 def full_vocabulary_loss(
-    student_logits: jax.Array, teacher_logits: jax.Array, *, alpha: float
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    alpha: float,
+    transform_terms: Callable[[jax.Array], jax.Array] | None = None,
+    vocabulary_axis: str | None = None,
 ) -> jax.Array:
-    """Divergence of the next-token distributions, per token.
+    """Σ_v of `divergence_terms` over the whole vocabulary: D_α(π, sg q) per token.
 
     Args:
         student_logits: [..., V], unnormalised.
         teacher_logits: [..., V], unnormalised; receives no gradient.
         alpha: 0: KL(teacher ‖ student); 1: KL(student ‖ teacher); between: `generalized_jsd`.
+        transform_terms: changes the summands [..., V] before the sum, as `clip_entries` does.
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
 
     Returns:
         [...].
+
+    Source: equation 1 of arXiv 2601.20802.
 
     >>> same = jnp.array([[1.0, 2.0, 3.0]])
     >>> full_vocabulary_loss(same, same + 5.0, alpha=0.5).tolist()
     [0.0]
     """
-    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    return generalized_jsd(log_softmax(student_logits), log_softmax(teacher_logits), alpha=alpha)
+    check_vocabulary(student_logits=student_logits, teacher_logits=teacher_logits)
+    student, teacher = (
+        log_softmax(x, vocabulary_axis=vocabulary_axis) for x in (student_logits, teacher_logits)
+    )
+    terms = divergence_terms(student, teacher, alpha=alpha)
+    terms = terms if transform_terms is None else transform_terms(terms)
+    return vocabulary_sum(terms, vocabulary_axis)
 
 
-def truncated_importance_weights(
-    log_probs: jax.Array, old_log_probs: jax.Array, *, cap: float
+def top_k_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    alpha: float,
+    k: int,
+    add_tail: bool,
+    vocabulary_axis: str | None = None,
 ) -> jax.Array:
-    """min(exp(log π - log π_old), cap), detached; the log-ratio is limited to ±20.
+    """D_α on the student's k likeliest tokens and, with `add_tail`, one bucket for the rest.
 
-    Corrects the loss of a token for the policy that drew it. Capped from above only (2 in the SDPO
-    code), and exactly 1 on-policy. Arrays have any equal shape and receive no gradient.
+    Args:
+        student_logits: [..., V], unnormalised.
+        teacher_logits: [..., V], unnormalised; receives no gradient.
+        alpha: which divergence, see `full_vocabulary_loss`.
+        k: in [1, V]; 100 or 20 in the paper.
+        add_tail: keep the remaining mass as a bucket (a lower bound of the full divergence), or
+            renormalise without it.
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
 
-    >>> log_probs, old_log_probs = jnp.log(jnp.array([0.5, 0.9])), jnp.log(jnp.array([0.5, 0.1]))
-    >>> truncated_importance_weights(log_probs, old_log_probs, cap=2.0).tolist()
-    [1.0, 2.0]
+    Returns:
+        [...].
+
+    Source: `distillation_topk` of the SDPO code (arXiv 2601.20802); see `top_k_log_probs`.
+
+    >>> student, teacher = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+    >>> print(f"{top_k_loss(student, teacher, alpha=1.0, k=1, add_tail=True)[0]:.4f}")
+    0.5108
     """
-    if not cap > 0.0:
-        raise ValueError(f"cap must be positive, got {cap}")
-    return jax.lax.stop_gradient(jnp.minimum(probability_ratio(log_probs, old_log_probs), cap))
+    check_vocabulary(student_logits=student_logits, teacher_logits=teacher_logits)
+    indices = top_k_indices(student_logits, k=k, vocabulary_axis=vocabulary_axis)
+    return support_loss(
+        student_logits,
+        teacher_logits,
+        indices,
+        alpha=alpha,
+        add_tail=add_tail,
+        vocabulary_axis=vocabulary_axis,
+    )
+
+
+def support_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    indices: jax.Array,
+    *,
+    alpha: float,
+    add_tail: bool,
+    vocabulary_axis: str | None = None,
+) -> jax.Array:
+    """D_α on a given support, such as the teacher's: `top_k_indices(teacher_logits, k=20)`.
+
+    Args:
+        student_logits: [..., V], unnormalised.
+        teacher_logits: [..., V], unnormalised; receives no gradient.
+        indices: [..., K] integer, distinct along the last axis.
+        alpha: which divergence, see `full_vocabulary_loss`.
+        add_tail: keep the remaining mass as a bucket, or renormalise without it.
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+
+    Returns:
+        [...].
+
+    Source: on the teacher's support, OPSD (arXiv 2601.18734).
+
+    >>> student, teacher = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[2.0, 1.0, 0.0]])
+    >>> indices = top_k_indices(teacher, k=2)
+    >>> print(f"{support_loss(student, teacher, indices, alpha=0.0, add_tail=False)[0]:.4f}")
+    0.4621
+    """
+    check_vocabulary(student_logits=student_logits, teacher_logits=teacher_logits)
+    student, teacher = (
+        support_log_probs(x, indices, add_tail=add_tail, vocabulary_axis=vocabulary_axis)
+        for x in (student_logits, teacher_logits)
+    )
+    return generalized_jsd(student, teacher, alpha=alpha)
+
+
+def sampled_token_loss(log_probs: jax.Array, teacher_log_probs: jax.Array) -> jax.Array:
+    """sg[log π(y_t) - log q(y_t)] · log π(y_t): the reverse KL by its score function.
+
+    The value is no divergence and may be negative; the gradient, averaged over y_t ~ π, is that of
+    `reverse_kl`. No other divergence has this form.
+
+    Args:
+        log_probs: [...], of the sampled tokens under the student.
+        teacher_log_probs: [...], under the teacher; receives no gradient.
+
+    Returns:
+        [...].
+
+    Source: the SDPO code with `full_logit_distillation: False`; equation 2 of arXiv 2601.20802.
+
+    >>> sampled_token_loss(jnp.array([-1.0]), jnp.array([-3.0])).tolist()
+    [-2.0]
+    """
+    advantages = distillation_advantages(log_probs, teacher_log_probs)
+    return score_function_loss(log_probs, advantages)
 
 
 def sdpo_loss(
@@ -64,30 +169,30 @@ def sdpo_loss(
     alpha: float,
     weights: jax.Array | None = None,
 ) -> LossOutput:
-    """Σ mask · weight · divergence and Σ mask: the SDPO loss from logits.
+    """Σ mask · weight · D_α and Σ mask: the SDPO loss from logits, over the whole vocabulary.
 
     `LossOutput.mean()` is the paper's token mean; `sequence_mean(output.per_token, mask)` is the
-    other reduction. Where logits do not fit in memory, `chunked_head` with `sdpo_per_token` is the
-    same loss.
+    other reduction. `sdpo_from_hidden` is the same loss where logits do not fit in memory.
 
     Args:
         student_logits: [B, T, V], unnormalised, at the positions that predict the response tokens.
-        teacher_logits: [B, T, V], of the same tokens after the teacher's prompt; receives no
-            gradient.
+        teacher_logits: [B, T, V], of the same tokens after the teacher's prompt; no gradient.
         mask: [B, T], nonzero on response tokens (EOS included) of rows that have a teacher.
         alpha: which divergence, see `full_vocabulary_loss`.
-        weights: [B, T], for instance `truncated_importance_weights`, or a product of such;
-            detached.
+        weights: [B, T], for instance `truncated_importance_weights`; detached.
 
     Returns:
         LossOutput.
+
+    Source: equation 1 of arXiv 2601.20802.
 
     >>> student, teacher = jnp.array([[[0.0, 0.0]]]), jnp.log(jnp.array([[[0.9, 0.1]]]))
     >>> print(f"{sdpo_loss(student, teacher, jnp.ones((1, 1)), alpha=1.0).mean():.4f}")
     0.5108
     """
-    per_token = full_vocabulary_loss(student_logits, teacher_logits, alpha=alpha)
-    if weights is not None:
-        check_same_shape(weights=weights, per_token=per_token)
-        per_token = per_token * jax.lax.stop_gradient(weights).astype(per_token.dtype)
-    return token_mean(per_token, mask)
+    check_vocabulary(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_rank(3, student_logits=student_logits)
+    check_same_shape(mask=mask, tokens=student_logits[..., 0])
+    student, teacher = (where_active(mask, x) for x in (student_logits, teacher_logits))
+    per_token = full_vocabulary_loss(student, teacher, alpha=alpha)
+    return token_mean(weighted(per_token, weights, mask), mask)

@@ -7,54 +7,76 @@
 * Log-probabilities are floored at -1e4. An impossible token (`-inf`, or a mask of -1e9) then
   contributes a finite amount with a finite gradient; no probability that float64 can tell from zero
   is touched.
+* `vocabulary_axis` names the mesh axis of an enclosing `shard_map` that cuts the vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.arrays import check_same_shape, loss_dtype
+from sdpo_jax.losses.arrays import check_vocabulary, loss_dtype
+from sdpo_jax.losses.vocabulary import vocabulary_sum
 
 FLOOR = -1e4
 
 
-def forward_kl(student_log_probs: jax.Array, teacher_log_probs: jax.Array) -> jax.Array:
+def forward_kl(
+    student_log_probs: jax.Array,
+    teacher_log_probs: jax.Array,
+    *,
+    vocabulary_axis: str | None = None,
+) -> jax.Array:
     """KL(teacher ‖ student) = Σ_v e^T (T - S).
 
     Args:
         student_log_probs: [..., V].
         teacher_log_probs: [..., V]; receives no gradient.
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
 
     Returns:
-        [...]. The `alpha = 0` of the SDPO code (arXiv 2601.20802).
+        [...].
+
+    Source: the `alpha = 0` of the SDPO code (arXiv 2601.20802).
 
     >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
     >>> print(f"{forward_kl(student, teacher):.4f}")
     0.3681
     """
-    student, teacher = _prepare(student_log_probs, teacher_log_probs)
-    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    terms = divergence_terms(student_log_probs, teacher_log_probs, alpha=0.0)
+    return vocabulary_sum(terms, vocabulary_axis)
 
 
-def reverse_kl(student_log_probs: jax.Array, teacher_log_probs: jax.Array) -> jax.Array:
-    """KL(student ‖ teacher) = Σ_v e^S (S - T), the divergence of equation 1 of arXiv 2601.20802.
+def reverse_kl(
+    student_log_probs: jax.Array,
+    teacher_log_probs: jax.Array,
+    *,
+    vocabulary_axis: str | None = None,
+) -> jax.Array:
+    """KL(student ‖ teacher) = Σ_v e^S (S - T).
 
     Args:
         student_log_probs: [..., V].
         teacher_log_probs: [..., V]; receives no gradient.
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
 
     Returns:
-        [...]. The `alpha = 1` of the SDPO code.
+        [...].
+
+    Source: equation 1 of arXiv 2601.20802; the `alpha = 1` of its code.
 
     >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
     >>> print(f"{reverse_kl(student, teacher):.4f}")
     0.5108
     """
-    student, teacher = _prepare(student_log_probs, teacher_log_probs)
-    return jnp.sum(jnp.exp(student) * (student - teacher), axis=-1)
+    terms = divergence_terms(student_log_probs, teacher_log_probs, alpha=1.0)
+    return vocabulary_sum(terms, vocabulary_axis)
 
 
 def generalized_jsd(
-    student_log_probs: jax.Array, teacher_log_probs: jax.Array, *, alpha: float
+    student_log_probs: jax.Array,
+    teacher_log_probs: jax.Array,
+    *,
+    alpha: float,
+    vocabulary_axis: str | None = None,
 ) -> jax.Array:
     """(1 - α) KL(S ‖ M) + α KL(T ‖ M) with the mixture M = log[(1 - α) e^S + α e^T].
 
@@ -65,44 +87,98 @@ def generalized_jsd(
     Args:
         student_log_probs: [..., V].
         teacher_log_probs: [..., V]; receives no gradient.
-        alpha: a Python float in [0, 1], the convention of the SDPO code.
+        alpha: a Python float in [0, 1].
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
 
     Returns:
         [...].
+
+    Source: section 3 of arXiv 2601.20802 and the convention of its code.
 
     >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
     >>> print(f"{generalized_jsd(student, teacher, alpha=0.5):.4f}")
     0.1017
     """
+    terms = divergence_terms(student_log_probs, teacher_log_probs, alpha=alpha)
+    return vocabulary_sum(terms, vocabulary_axis)
+
+
+def divergence_terms(
+    student_log_probs: jax.Array, teacher_log_probs: jax.Array, *, alpha: float
+) -> jax.Array:
+    """The summands of `generalized_jsd` per vocabulary entry, `[..., V] -> [..., V]`.
+
+    α = 0: e^T (T - S). α = 1: e^S (S - T). Between: (1 - α) e^S (S - M) + α e^T (T - M).
+
+    Source: as `generalized_jsd`; single terms are what OPSD (arXiv 2601.18734) clips.
+
+    >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> [f"{x:.4f}" for x in divergence_terms(student, teacher, alpha=1.0)]
+    ['-0.2939', '0.8047']
+    """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    if alpha == 0.0:
-        return forward_kl(student_log_probs, teacher_log_probs)
-    if alpha == 1.0:
-        return reverse_kl(student_log_probs, teacher_log_probs)
     student, teacher = _prepare(student_log_probs, teacher_log_probs)
+    if alpha == 0.0:
+        return jnp.exp(teacher) * (teacher - student)
+    if alpha == 1.0:
+        return jnp.exp(student) * (student - teacher)
     student_ratio, teacher_ratio = _log_ratios_to_mixture(student, teacher, alpha)
-    return jnp.sum(
-        (1.0 - alpha) * jnp.exp(student) * student_ratio + alpha * jnp.exp(teacher) * teacher_ratio,
-        axis=-1,
-    )
+    return (1.0 - alpha) * jnp.exp(student) * student_ratio + alpha * jnp.exp(
+        teacher
+    ) * teacher_ratio
 
 
-def entropy(log_probs: jax.Array) -> jax.Array:
+def clip_entries(terms: jax.Array, bound: float) -> jax.Array:
+    """min(term, bound) per vocabulary entry: no single token can dominate a divergence.
+
+    The clipped sum is no divergence any more and can be negative. For the `transform_terms` of
+    `full_vocabulary_loss`.
+
+    Args:
+        terms: [..., V], from `divergence_terms`.
+        bound: positive; 0.05 in OPSD.
+
+    Returns:
+        [..., V].
+
+    Source: OPSD, arXiv 2601.18734.
+
+    >>> print(clip_entries(jnp.array([-0.2, 0.01, 0.8]), 0.05))
+    [-0.2   0.01  0.05]
+    """
+    if not bound > 0.0:
+        raise ValueError(f"bound must be positive, got {bound}")
+    return jnp.minimum(terms, bound)
+
+
+def entropy(log_probs: jax.Array, *, vocabulary_axis: str | None = None) -> jax.Array:
     """-Σ_v p log p, with 0 log 0 = 0. `[..., V] -> [...]`.
+
+    Source: Shannon; in nats.
 
     >>> print(f"{entropy(jnp.log(jnp.array([0.5, 0.5, 0.0]))):.4f}")
     0.6931
     """
-    log_probs = jnp.maximum(log_probs.astype(loss_dtype(log_probs)), FLOOR)
-    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    check_vocabulary(log_probs=log_probs)
+    log_probs = floored(log_probs.astype(loss_dtype(log_probs)))
+    return -vocabulary_sum(jnp.exp(log_probs) * log_probs, vocabulary_axis)
+
+
+def floored(log_probs: jax.Array) -> jax.Array:
+    """Log-probabilities of at least -1e4, where a probability is 0 in every precision.
+
+    >>> floored(jnp.array([-jnp.inf, -3.0])).tolist()
+    [-10000.0, -3.0]
+    """
+    return jnp.maximum(log_probs, FLOOR)
 
 
 def _prepare(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
-    check_same_shape(student_log_probs=student, teacher_log_probs=teacher)
+    check_vocabulary(student_log_probs=student, teacher_log_probs=teacher)
     dtype = loss_dtype(student, teacher)
     teacher = jax.lax.stop_gradient(teacher)
-    return jnp.maximum(student.astype(dtype), FLOOR), jnp.maximum(teacher.astype(dtype), FLOOR)
+    return floored(student.astype(dtype)), floored(teacher.astype(dtype))
 
 
 def _log_ratios_to_mixture(

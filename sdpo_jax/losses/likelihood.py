@@ -1,70 +1,80 @@
-"""Likelihood of given tokens: SFT, and the log-probabilities that the other losses need."""
+"""Likelihood of given tokens: SFT, the baseline of SDFT (arXiv 2601.19897).
+
+SDFT itself is `sdpo_loss` with a demonstration in the teacher's context and `skip_first_tokens`.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.arrays import check_same_shape, loss_dtype
-from sdpo_jax.losses.reductions import LossOutput, token_mean
+from sdpo_jax.losses.arrays import check_rank, check_same_shape, check_vocabulary, where_active
+from sdpo_jax.losses.divergences import floored
+from sdpo_jax.losses.reductions import LossOutput, token_mean, weighted
+from sdpo_jax.losses.vocabulary import log_softmax, select_targets, vocabulary_sum
 
 
-def log_softmax(logits: jax.Array) -> jax.Array:
-    """Log-probabilities over the last axis, in float32 (float64 stays). `[..., V] -> [..., V]`.
-
-    >>> log_softmax(jnp.zeros(2, jnp.bfloat16)).dtype
-    dtype('float32')
-    """
-    return jax.nn.log_softmax(logits.astype(loss_dtype(logits)), axis=-1)
-
-
-def select_targets(log_probs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return `log_probs[..., targets]`; [..., V] and integer [...] to [...].
-
-    A comparison with a counter instead of a gather: it fuses into the softmax, and it stays local
-    where the vocabulary is sharded. A target outside the vocabulary gives 0, so padding may hold
-    any id.
-
-    >>> select_targets(jnp.array([[-1.0, -2.0], [-3.0, -4.0]]), jnp.array([1, 0])).tolist()
-    [-2.0, -3.0]
-    """
-    if log_probs.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"targets must have the shape of log_probs without its last axis, got targets "
-            f"{list(targets.shape)} and log_probs {list(log_probs.shape)}"
-        )
-    counter = jax.lax.broadcasted_iota(targets.dtype, log_probs.shape, log_probs.ndim - 1)
-    return jnp.sum(jnp.where(counter == targets[..., None], log_probs, 0.0), axis=-1)
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target], in float32.
+def cross_entropy(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    vocabulary_axis: str | None = None,
+) -> jax.Array:
+    """-(1 - ε) log p(y) - (ε / V) Σ_v log p(v), with log p = log softmax(logits), in float32.
 
     Args:
         logits: [..., V], unnormalised.
         targets: [...], integer.
+        label_smoothing: ε in [0, 1).
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
 
     Returns:
         [...].
 
+    Source: maximum likelihood; smoothing as in section 7 of arXiv 1512.00567.
+
     >>> print(f"{cross_entropy(jnp.zeros(4), jnp.array(2)):.4f}")
     1.3863
     """
-    return -select_targets(log_softmax(logits), targets)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    log_probs = floored(log_softmax(logits, vocabulary_axis=vocabulary_axis))
+    loss = -select_targets(log_probs, targets, vocabulary_axis=vocabulary_axis)
+    if label_smoothing == 0.0:
+        return loss
+    size = vocabulary_sum(jnp.ones((logits.shape[-1],), log_probs.dtype), vocabulary_axis)
+    uniform = -vocabulary_sum(log_probs, vocabulary_axis) / size
+    return (1.0 - label_smoothing) * loss + label_smoothing * uniform
 
 
-def sft_loss(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> LossOutput:
-    """Negative log-likelihood of demonstrations, Σ mask · cross-entropy and Σ mask.
+def sft_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    weights: jax.Array | None = None,
+) -> LossOutput:
+    """Σ mask · weight · cross-entropy and Σ mask: the likelihood of demonstrations.
 
     Args:
         logits: [B, T, V], unnormalised.
         targets: [B, T], integer; anything where masked.
         mask: [B, T], nonzero where a token counts.
+        label_smoothing: in [0, 1), off by default.
+        weights: [B] per sequence or [B, T] per token; detached.
 
     Returns:
-        LossOutput; the baseline of SDFT (arXiv 2601.19897).
+        LossOutput.
+
+    Source: the SFT baseline of SDFT, arXiv 2601.19897.
 
     >>> targets, mask = jnp.array([[2, 9]]), jnp.array([[1, 0]])
     >>> print(f"{sft_loss(jnp.zeros((1, 2, 4)), targets, mask).mean():.4f}")
     1.3863
     """
-    check_same_shape(targets=targets, mask=mask)
-    return token_mean(cross_entropy(logits, targets), mask)
+    check_vocabulary(logits=logits)
+    check_rank(3, logits=logits)
+    check_same_shape(targets=targets, mask=mask, tokens=logits[..., 0])
+    logits = where_active(mask, logits)
+    loss = cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    return token_mean(weighted(loss, weights, mask), mask)

@@ -1,21 +1,38 @@
 """The objectives as per-token losses for `chunked_head`.
 
 Each factory takes the hyper-parameters and returns `loss(logits[C, V], tokens, constants)`; the
-arrays that it reads are named by a NamedTuple. The student's logits, and the teacher's, are divided
-by the temperature that the rollouts were drawn at, so that log-probabilities are those of the
-sampler.
+arrays that it reads are named by a NamedTuple, of which None may be left out. The student's logits,
+and the teacher's, are capped where the model caps them and divided by the temperature that the
+rollouts were drawn at, so that log-probabilities are those of the sampler.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
+from sdpo_jax.losses.by_products import ByProducts, by_products
 from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, head_logits
-from sdpo_jax.losses.distillation import truncated_importance_weights
-from sdpo_jax.losses.divergences import entropy, generalized_jsd
-from sdpo_jax.losses.likelihood import log_softmax, select_targets
-from sdpo_jax.losses.policy_gradient import clip_ratio, policy_gradient_loss, probability_ratio
+from sdpo_jax.losses.distillation import sampled_token_loss
+from sdpo_jax.losses.divergences import entropy
+from sdpo_jax.losses.likelihood import cross_entropy
+from sdpo_jax.losses.policy_gradient import clip_ratio, policy_gradient_loss, reference_kl
+from sdpo_jax.losses.vocabulary import (
+    log_softmax,
+    select_targets,
+    shape_logits,
+    trust_region_logits,
+    vocabulary_max,
+)
+from sdpo_jax.losses.weights import probability_ratio, truncated_importance_weights
+
+Divergence: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(student_logits[C, V], teacher_logits[C, V]) -> [C]`: `full_vocabulary_loss` or `top_k_loss`
+with their hyper-parameters bound by `functools.partial`."""
+
+Weigh: TypeAlias = Callable[[ByProducts], jax.Array]
+"""`(by_products of [C] each) -> weights[C]`, detached. Weights that need a mean over the batch are
+divided by it afterwards: the metric `weight` has their sum, and the loss is linear in them."""
 
 
 class SdpoTokens(NamedTuple):
@@ -23,7 +40,8 @@ class SdpoTokens(NamedTuple):
 
     teacher_hidden: jax.Array  # [M, D], the teacher's final hidden states at the same tokens
     targets: jax.Array  # [M] integer, the sampled tokens
-    old_log_probs: jax.Array  # [M], of the sampled tokens when they were drawn
+    old_log_probs: jax.Array | None = None  # [M], when they were drawn; None: on-policy
+    live_hidden: jax.Array | None = None  # [M, D], the student's own after the teacher's prompt
 
 
 class SdpoConstants(NamedTuple):
@@ -31,6 +49,8 @@ class SdpoConstants(NamedTuple):
 
     teacher_head: jax.Array  # [D, V]
     temperature: jax.Array  # [] float32
+    live_head: jax.Array | None = None  # [D, V], with `live_hidden`: a trust-region teacher
+    coefficient: jax.Array | None = None  # [] float32, of the trust region
 
 
 class GrpoTokens(NamedTuple):
@@ -39,6 +59,7 @@ class GrpoTokens(NamedTuple):
     targets: jax.Array  # [M] integer
     old_log_probs: jax.Array  # [M]
     advantages: jax.Array  # [M], the rollout's advantage at each of its tokens
+    reference_log_probs: jax.Array | None = None  # [M], for a KL to a reference
 
 
 class GrpoConstants(NamedTuple):
@@ -53,47 +74,105 @@ class SftTokens(NamedTuple):
     targets: jax.Array  # [M] integer
 
 
-def sdpo_per_token(alpha: float, importance_cap: float) -> PerTokenLoss:
-    """min(π/π_old, cap) · D_α(student, teacher) over the whole vocabulary.
+class MixedTokens(NamedTuple):
+    """What a sum of two objectives knows of each token."""
 
-    Equation 1 of arXiv 2601.20802 per token, with the importance weight of the SDPO code.
+    first: Any  # tokens of the first objective
+    second: Any
+    first_weights: jax.Array  # [M]: 1 - λ, a route, a gate, a schedule
+    second_weights: jax.Array  # [M]
 
-    Metrics: divergence, student_entropy, teacher_entropy, log_prob and teacher_log_prob of the
-    target, ratio (of new to rollout probability, before the cap).
 
-    >>> loss = sdpo_per_token(alpha=0.5, importance_cap=2.0)
-    >>> tokens = SdpoTokens(jnp.eye(2), jnp.array([0, 1]), jnp.log(jnp.array([0.5, 0.5])))
+class MixedConstants(NamedTuple):
+    """What a sum of two objectives knows besides."""
+
+    first: Any
+    second: Any
+
+
+def sdpo_per_token(
+    divergence: Divergence,
+    *,
+    importance_cap: float | None = None,
+    weigh: Weigh | None = None,
+    soft_cap: float | None = None,
+    vocabulary_axis: str | None = None,
+) -> PerTokenLoss:
+    """min(π/π_old, cap) · weigh(by-products) · divergence(student, teacher).
+
+    Args:
+        divergence: bind the same `vocabulary_axis` in it.
+        importance_cap: 2 in the paper; needs `old_log_probs`. None: no importance weight.
+        weigh: weights from what the pass sees, such as `disagreement_weights` of `jsd`.
+        soft_cap: of the model's logits.
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+
+    Returns:
+        PerTokenLoss of SdpoTokens and SdpoConstants. Metrics: divergence, those of `ByProducts`,
+        and where they apply ratio (new to rollout probability, before the cap) and weight.
+
+    Source: equation 1 of arXiv 2601.20802, with the importance weight of its code.
+
+    >>> from functools import partial
+    >>> from sdpo_jax.losses.distillation import full_vocabulary_loss
+    >>> loss = sdpo_per_token(partial(full_vocabulary_loss, alpha=0.5))
+    >>> tokens = SdpoTokens(jnp.eye(2), jnp.array([0, 1]))
     >>> value, metrics = loss(jnp.zeros((2, 2)), tokens, SdpoConstants(jnp.eye(2), jnp.array(1.0)))
-    >>> metrics["ratio"].tolist()
-    [1.0, 1.0]
+    >>> print(f"{value[0]:.4f} {metrics['teacher_entropy'][0]:.4f}")
+    0.0285 0.5822
     """
 
-    def loss(
-        logits: jax.Array, tokens: SdpoTokens, constants: SdpoConstants
-    ) -> tuple[jax.Array, Metrics]:
-        teacher_logits = head_logits(tokens.teacher_hidden, constants.teacher_head)
-        student = _tempered_log_probs(logits, constants.temperature)
-        teacher = _tempered_log_probs(teacher_logits, constants.temperature)
-        divergence = generalized_jsd(student, teacher, alpha=alpha)
-        log_prob = select_targets(student, tokens.targets)
-        weights = truncated_importance_weights(log_prob, tokens.old_log_probs, cap=importance_cap)
-        return weights * divergence, {
-            "divergence": divergence,
-            "student_entropy": entropy(student),
-            "teacher_entropy": entropy(teacher),
-            "log_prob": log_prob,
-            "teacher_log_prob": select_targets(teacher, tokens.targets),
-            "ratio": probability_ratio(log_prob, tokens.old_log_probs),
-        }
+    def estimate(student: jax.Array, teacher: jax.Array, targets: jax.Array) -> jax.Array:
+        del targets
+        return divergence(student, teacher)
 
-    return loss
+    return _distillation(estimate, importance_cap, weigh, soft_cap, vocabulary_axis)
 
 
-def grpo_per_token(clip_low: float, clip_high: float, dual_clip: float) -> PerTokenLoss:
-    """Clipped surrogate of the sampled token, `policy_gradient_loss`.
+def sampled_token_per_token(
+    *,
+    importance_cap: float | None = None,
+    weigh: Weigh | None = None,
+    soft_cap: float | None = None,
+    vocabulary_axis: str | None = None,
+) -> PerTokenLoss:
+    """`sdpo_per_token` with `sampled_token_loss` in place of a divergence; `divergence` is it.
 
-    Metrics: log_prob of the target, student_entropy, ratio, clipped (1 where the ratio is held
-    back).
+    Source: the SDPO code with `full_logit_distillation: False` (arXiv 2601.20802, equation 2).
+
+    >>> tokens, loss = SdpoTokens(jnp.eye(2), jnp.array([0, 1])), sampled_token_per_token()
+    >>> value, _ = loss(jnp.zeros((2, 2)), tokens, SdpoConstants(jnp.eye(2), jnp.array(1.0)))
+    >>> print(f"{value[0]:.4f}")
+    0.2633
+    """
+
+    def estimate(student: jax.Array, teacher: jax.Array, targets: jax.Array) -> jax.Array:
+        axis = vocabulary_axis
+        log_prob, teacher_log_prob = (
+            select_targets(log_softmax(x, vocabulary_axis=axis), targets, vocabulary_axis=axis)
+            for x in (student, teacher)
+        )
+        return sampled_token_loss(log_prob, teacher_log_prob)
+
+    return _distillation(estimate, importance_cap, weigh, soft_cap, vocabulary_axis)
+
+
+def grpo_per_token(
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coefficient: float = 0.0,
+    soft_cap: float | None = None,
+    vocabulary_axis: str | None = None,
+) -> PerTokenLoss:
+    """`policy_gradient_loss` of the sampled token, + β · `reference_kl` where β > 0.
+
+    Returns:
+        PerTokenLoss of GrpoTokens and GrpoConstants. Metrics: log_prob of the target,
+        student_entropy, ratio, clipped (1 where the ratio is held back), and reference_kl.
+
+    Source: section 2.1 of arXiv 2601.20802.
 
     >>> loss = grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     >>> tokens = GrpoTokens(jnp.array([0]), jnp.log(jnp.array([0.25])), jnp.array([1.0]))
@@ -106,40 +185,136 @@ def grpo_per_token(clip_low: float, clip_high: float, dual_clip: float) -> PerTo
         logits: jax.Array, tokens: GrpoTokens, constants: GrpoConstants
     ) -> tuple[jax.Array, Metrics]:
         clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-        student = _tempered_log_probs(logits, constants.temperature)
-        log_prob = select_targets(student, tokens.targets)
+        logits = shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
+        student = log_softmax(logits, vocabulary_axis=vocabulary_axis)
+        log_prob = select_targets(student, tokens.targets, vocabulary_axis=vocabulary_axis)
         ratio = probability_ratio(log_prob, tokens.old_log_probs)
         value = policy_gradient_loss(log_prob, tokens.old_log_probs, tokens.advantages, **clips)
-        return value, {
+        metrics = {
             "log_prob": log_prob,
-            "student_entropy": entropy(student),
+            "student_entropy": entropy(student, vocabulary_axis=vocabulary_axis),
             "ratio": ratio,
             "clipped": clip_ratio(ratio, tokens.advantages, **clips) != ratio,
         }
+        if tokens.reference_log_probs is not None:
+            metrics["reference_kl"] = reference_kl(log_prob, tokens.reference_log_probs)
+            value = value + kl_coefficient * metrics["reference_kl"]
+        return value, metrics
 
     return loss
 
 
-def sft_per_token() -> PerTokenLoss:
-    """Cross-entropy of the target, at temperature 1. Metrics: log_prob, student_entropy, correct.
+def sft_per_token(
+    *,
+    label_smoothing: float = 0.0,
+    soft_cap: float | None = None,
+    vocabulary_axis: str | None = None,
+) -> PerTokenLoss:
+    """`cross_entropy` of the target, at temperature 1.
+
+    Returns:
+        PerTokenLoss of SftTokens. Metrics: log_prob, student_entropy, correct (1 where no token is
+        likelier than the target).
+
+    Source: the SFT baseline of SDFT, arXiv 2601.19897.
 
     >>> value, metrics = sft_per_token()(jnp.zeros((1, 4)), SftTokens(jnp.array([0])), None)
     >>> print(f"{value[0]:.4f}", metrics["correct"].tolist())
     1.3863 [True]
     """
+    axis = vocabulary_axis
 
     def loss(logits: jax.Array, tokens: SftTokens, constants: None) -> tuple[jax.Array, Metrics]:
         del constants
-        student = log_softmax(logits)
-        log_prob = select_targets(student, tokens.targets)
-        return -log_prob, {
+        logits = shape_logits(logits, soft_cap=soft_cap)
+        value = cross_entropy(
+            logits, tokens.targets, label_smoothing=label_smoothing, vocabulary_axis=axis
+        )
+        student = log_softmax(logits, vocabulary_axis=axis)
+        log_prob = select_targets(student, tokens.targets, vocabulary_axis=axis)
+        return value, {
             "log_prob": log_prob,
-            "student_entropy": entropy(student),
-            "correct": jnp.argmax(logits, axis=-1) == tokens.targets,
+            "student_entropy": entropy(student, vocabulary_axis=axis),
+            "correct": log_prob >= vocabulary_max(student, axis),
         }
 
     return loss
 
 
-def _tempered_log_probs(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    return log_softmax(logits / jnp.asarray(temperature, logits.dtype))
+def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
+    """w_1 · first + w_2 · second, with weights per token: a mix, a route, a gate or a schedule.
+
+    SDPO with 1 - λ and GRPO with λ is the paper's mix of advantages; 0/1 weights from
+    `outcome_routing` distil failures and reinforce successes.
+
+    Returns:
+        PerTokenLoss of MixedTokens and MixedConstants. Metrics: those of both (the first's where
+        they share a name), first_loss and second_loss.
+
+    Source: equation 3 of arXiv 2601.20802; SRPO, arXiv 2604.02288; SDPG, arXiv 2606.04036.
+
+    >>> tokens = SftTokens(jnp.array([0]))
+    >>> both = MixedTokens(tokens, tokens, jnp.array([0.5]), jnp.array([2.0]))
+    >>> loss = mixed_per_token(sft_per_token(), sft_per_token())
+    >>> print(f"{loss(jnp.zeros((1, 2)), both, MixedConstants(None, None))[0][0]:.4f}")
+    1.7329
+    """
+
+    def loss(
+        logits: jax.Array, tokens: MixedTokens, constants: MixedConstants
+    ) -> tuple[jax.Array, Metrics]:
+        one, metrics = first(logits, tokens.first, constants.first)
+        two, more = second(logits, tokens.second, constants.second)
+        weights = (w.astype(one.dtype) for w in (tokens.first_weights, tokens.second_weights))
+        total = sum(w * x for w, x in zip(weights, (one, two), strict=True))
+        return total, {**more, **metrics, "first_loss": one, "second_loss": two}
+
+    return loss
+
+
+def _distillation(
+    estimate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    importance_cap: float | None,
+    weigh: Weigh | None,
+    soft_cap: float | None,
+    vocabulary_axis: str | None,
+) -> PerTokenLoss:
+    def loss(
+        logits: jax.Array, tokens: SdpoTokens, constants: SdpoConstants
+    ) -> tuple[jax.Array, Metrics]:
+        student = shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
+        teacher = jax.lax.stop_gradient(_teacher_logits(tokens, constants, soft_cap))
+        value = estimate(student, teacher, tokens.targets)
+        products = by_products(
+            log_softmax(student, vocabulary_axis=vocabulary_axis),
+            log_softmax(teacher, vocabulary_axis=vocabulary_axis),
+            tokens.targets,
+            vocabulary_axis=vocabulary_axis,
+        )
+        metrics = {"divergence": value, **products._asdict()}
+        if tokens.old_log_probs is not None and importance_cap is not None:
+            pair = products.log_prob, tokens.old_log_probs
+            metrics["ratio"] = probability_ratio(*pair)
+            value = value * truncated_importance_weights(*pair, cap=importance_cap)
+        if weigh is not None:
+            metrics["weight"] = jax.lax.stop_gradient(weigh(products))
+            value = value * metrics["weight"]
+        return value, metrics
+
+    return loss
+
+
+def _teacher_logits(
+    tokens: SdpoTokens, constants: SdpoConstants, soft_cap: float | None
+) -> jax.Array:
+    def shaped(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        logits = head_logits(hidden, head)
+        return shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
+
+    logits = shaped(tokens.teacher_hidden, constants.teacher_head)
+    if tokens.live_hidden is None:
+        return logits
+    if constants.live_head is None or constants.coefficient is None:
+        raise ValueError("live_hidden needs live_head and coefficient, got None")
+    live = shaped(tokens.live_hidden, constants.live_head)
+    return trust_region_logits(logits, live, constants.coefficient)

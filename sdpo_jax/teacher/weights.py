@@ -12,6 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax.losses.arrays import loss_dtype
+from sdpo_jax.losses.vocabulary import trust_region_logits
+
 Params = Any
 """A pytree of arrays."""
 
@@ -25,6 +28,10 @@ TeacherUpdate: TypeAlias = Callable[[Params, Params], Params]
 TeacherParams: TypeAlias = Callable[[Params, Params], Params]
 """`params(teacher, student) -> params`, the weights to run the teacher with."""
 
+TeacherLogits: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""`logits(teacher_logits, student_logits) -> [..., V]`, both after the teacher's prompt; None: the
+teacher's own."""
+
 
 class Teacher(NamedTuple):
     """How the teacher's weights follow the student, as pure functions."""
@@ -32,6 +39,7 @@ class Teacher(NamedTuple):
     init: TeacherInit
     update: TeacherUpdate
     params: TeacherParams
+    logits: TeacherLogits | None = None
 
 
 def ema_update(teacher: Params, student: Params, rate: float | jax.Array) -> Params:
@@ -43,12 +51,13 @@ def ema_update(teacher: Params, student: Params, rate: float | jax.Array) -> Par
         rate: τ, may be traced.
 
     Returns:
-        A float32 pytree.
+        A pytree of float32, float64 where either has it.
+
+    Source: section 2.3 of arXiv 2601.20802; τ is 0.05 in section 3, 0.01 in sections 4 and 5.
 
     >>> ema_update({"w": jnp.array(0.0)}, {"w": jnp.array(2.0, jnp.bfloat16)}, 0.25)
     {'w': Array(0.5, dtype=float32)}
     """
-    tau = jnp.asarray(rate, jnp.float32)
 
     def blend(teacher: jax.Array, student: jax.Array) -> jax.Array:
         if teacher.shape != student.shape:
@@ -56,7 +65,9 @@ def ema_update(teacher: Params, student: Params, rate: float | jax.Array) -> Par
                 f"teacher and student differ in shape: {list(teacher.shape)} and "
                 f"{list(student.shape)}"
             )
-        return (1.0 - tau) * teacher.astype(jnp.float32) + tau * student.astype(jnp.float32)
+        dtype = loss_dtype(teacher, student)
+        tau = jnp.asarray(rate).astype(dtype)
+        return (1.0 - tau) * teacher.astype(dtype) + tau * student.astype(dtype)
 
     return jax.tree.map(blend, teacher, student)
 
@@ -90,25 +101,17 @@ def live() -> Teacher:
     )
 
 
-def trust_region_logits(
-    reference_logits: jax.Array, live_logits: jax.Array, coefficient: float | jax.Array
-) -> jax.Array:
-    """(1 - c) · reference + c · live, in float32: the logits of q ∝ q_ref^(1-c) · q_live^c.
+def trust_region(coefficient: float) -> Teacher:
+    """Return the teacher that mixes the initial model's logits with the student's.
 
-    Both models read the teacher's prompt (arXiv 2601.20802, equation 10).
-
-    Args:
-        reference_logits: [..., V], unnormalised, of the frozen initial model.
-        live_logits: [..., V], unnormalised, of the current student.
-        coefficient: c, may be traced; 0 is the reference, 1 the student.
-
-    Returns:
-        [..., V], unnormalised.
-
-    >>> trust_region_logits(jnp.array([0.0, 4.0]), jnp.array([4.0, 0.0]), 0.25).tolist()
-    [1.0, 3.0]
+    Both read the teacher's prompt: two forward passes, and `trust_region_logits` of the results.
+    The paper takes a coefficient of 0.01 (arXiv 2601.20802, equation 10).
     """
-    return ema_update(reference_logits, live_logits, coefficient)
+    if not 0.0 <= coefficient <= 1.0:
+        raise ValueError(f"coefficient must lie in [0, 1], got {coefficient}")
+    return frozen()._replace(
+        logits=lambda reference, live: trust_region_logits(reference, live, coefficient)
+    )
 
 
 def _float32_copy(params: Params) -> Params:

@@ -24,6 +24,7 @@ from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import Evaluator
+from sdpo_jax.losses.distillation import full_vocabulary_loss
 from sdpo_jax.losses.objectives import grpo_per_token, sdpo_per_token, sft_per_token
 from sdpo_jax.model import Model, Params
 from sdpo_jax.sampling.sampler import Sampler
@@ -145,9 +146,14 @@ class Trainer:
 def _per_token_loss(config: Config) -> Any:
     objective = config.objective
     if isinstance(objective, SdpoObjective):
-        return sdpo_per_token(objective.alpha, objective.importance_cap)
+        divergence = partial(full_vocabulary_loss, alpha=objective.alpha)
+        return sdpo_per_token(divergence, importance_cap=objective.importance_cap)
     if isinstance(objective, GrpoObjective):
-        return grpo_per_token(objective.clip_low, objective.clip_high, objective.dual_clip)
+        return grpo_per_token(
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            dual_clip=objective.dual_clip,
+        )
     return sft_per_token()
 
 

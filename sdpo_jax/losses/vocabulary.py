@@ -1,0 +1,200 @@
+"""Logits and log-probabilities over the vocabulary, whole or cut over a mesh axis.
+
+Under `jit` a sharded vocabulary needs nothing: the compiler adds the collectives. Inside a
+`shard_map` that cuts the vocabulary, pass the name of its mesh axis as `vocabulary_axis`; each
+device then holds `[..., V / n]` consecutive entries and these functions reduce over the devices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sdpo_jax.losses.arrays import check_floating, check_integer, check_vocabulary, loss_dtype
+
+
+def vocabulary_sum(x: jax.Array, vocabulary_axis: str | None = None) -> jax.Array:
+    """Σ_v x, `[..., V] -> [...]`.
+
+    >>> vocabulary_sum(jnp.array([[1.0, 2.0]])).tolist()
+    [3.0]
+    """
+    total = jnp.sum(x, axis=-1)
+    return total if vocabulary_axis is None else jax.lax.psum(total, vocabulary_axis)
+
+
+def vocabulary_max(x: jax.Array, vocabulary_axis: str | None = None) -> jax.Array:
+    """max_v x, detached, `[..., V] -> [...]`.
+
+    >>> vocabulary_max(jnp.array([[1.0, 2.0]])).tolist()
+    [2.0]
+    """
+    largest = jnp.max(jax.lax.stop_gradient(x), axis=-1)
+    return largest if vocabulary_axis is None else jax.lax.pmax(largest, vocabulary_axis)
+
+
+def log_normalizer(logits: jax.Array, *, vocabulary_axis: str | None = None) -> jax.Array:
+    """Log Σ_v exp(logits), in float32 (float64 stays). `[..., V] -> [...]`.
+
+    >>> print(f"{log_normalizer(jnp.zeros(4)):.4f}")
+    1.3863
+    """
+    check_vocabulary(logits=logits)
+    logits = logits.astype(loss_dtype(logits))
+    largest = vocabulary_max(logits, vocabulary_axis)
+    total = vocabulary_sum(jnp.exp(logits - largest[..., None]), vocabulary_axis)
+    return jnp.log(total) + largest
+
+
+def log_softmax(logits: jax.Array, *, vocabulary_axis: str | None = None) -> jax.Array:
+    """Log-probabilities over the last axis, in float32 (float64 stays). `[..., V] -> [..., V]`.
+
+    >>> log_softmax(jnp.zeros(2, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
+    check_vocabulary(logits=logits)
+    logits = logits.astype(loss_dtype(logits))
+    shifted = logits - vocabulary_max(logits, vocabulary_axis)[..., None]
+    total = vocabulary_sum(jnp.exp(shifted), vocabulary_axis)
+    return shifted - jnp.log(total)[..., None]
+
+
+def shape_logits(
+    logits: jax.Array, *, temperature: float | jax.Array = 1.0, soft_cap: float | None = None
+) -> jax.Array:
+    """C · tanh(logits / c) where the model caps its logits, then divided by the temperature.
+
+    Args:
+        logits: [..., V], the head's products.
+        temperature: that of the sampler, so that log-probabilities are those of the sampler.
+        soft_cap: c, as in Gemma 2; None: no cap.
+
+    Returns:
+        [..., V] in float32 or wider.
+
+    >>> print(f"{shape_logits(jnp.array([100.0]), temperature=2.0, soft_cap=30.0)[0]:.2f}")
+    14.96
+    """
+    check_floating(logits=logits)
+    logits = logits.astype(loss_dtype(logits))
+    if soft_cap is not None:
+        if not soft_cap > 0.0:
+            raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    return logits / jnp.asarray(temperature, logits.dtype)
+
+
+def trust_region_logits(
+    reference_logits: jax.Array, live_logits: jax.Array, coefficient: float | jax.Array
+) -> jax.Array:
+    """(1 - c) · reference + c · live: the logits of q ∝ q_ref^(1-c) · q_live^c.
+
+    The teacher held near the initial model; both read the teacher's prompt. With c = -a and a
+    wrong sibling's context in place of the live model it is the contrastive target
+    q_c^(1+a) · q_w^(-a) (RLCSD, arXiv 2606.11709).
+
+    Args:
+        reference_logits: [..., V], unnormalised, of the frozen initial model.
+        live_logits: [..., V], unnormalised, of the current student.
+        coefficient: c, may be traced; 0 is the reference, 1 the student.
+
+    Returns:
+        [..., V] in float32 or wider, unnormalised.
+
+    Source: equation 10 of arXiv 2601.20802; 0.01 in the paper.
+
+    >>> trust_region_logits(jnp.array([0.0, 4.0]), jnp.array([4.0, 0.0]), 0.25).tolist()
+    [1.0, 3.0]
+    """
+    check_vocabulary(reference_logits=reference_logits, live_logits=live_logits)
+    dtype = loss_dtype(reference_logits, live_logits)
+    c = jnp.asarray(coefficient, dtype)
+    # Whatever a factor of 0 meets stays out, -inf too: c = 0 and c = 1 are exact.
+    reference = jnp.where(c == 1.0, 0.0, (1.0 - c) * reference_logits.astype(dtype))
+    return reference + jnp.where(c == 0.0, 0.0, c * live_logits.astype(dtype))
+
+
+def select_targets(
+    log_probs: jax.Array, targets: jax.Array, *, vocabulary_axis: str | None = None
+) -> jax.Array:
+    """Return `log_probs[..., targets]`; [..., V] and integer [...] to [...].
+
+    A comparison with a counter instead of a gather: it fuses into the softmax, and it stays local
+    where the vocabulary is sharded. A target outside the vocabulary gives 0, so padding may hold
+    any id.
+
+    >>> select_targets(jnp.array([[-1.0, -2.0], [-3.0, -4.0]]), jnp.array([1, 0])).tolist()
+    [-2.0, -3.0]
+    """
+    check_integer(targets=targets)
+    if log_probs.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets must have the shape of log_probs without its last axis, got targets "
+            f"{list(targets.shape)} and log_probs {list(log_probs.shape)}"
+        )
+    counter = jax.lax.broadcasted_iota(targets.dtype, log_probs.shape, log_probs.ndim - 1)
+    counter = counter + _offset(log_probs, vocabulary_axis).astype(targets.dtype)
+    zero = jnp.zeros((), log_probs.dtype)
+    return vocabulary_sum(
+        jnp.where(counter == targets[..., None], log_probs, zero), vocabulary_axis
+    )
+
+
+def top_k_indices(logits: jax.Array, *, k: int, vocabulary_axis: str | None = None) -> jax.Array:
+    """Ids of the k largest entries, largest first; of equal ones the smaller id. int32 [..., k].
+
+    Compared in the dtype that they come in: bfloat16 has many ties, and all of them go by id.
+
+    >>> top_k_indices(jnp.array([1.0, 3.0, 3.0, 2.0]), k=2).tolist()
+    [1, 2]
+    """
+    check_vocabulary(logits=logits)
+    shards = 1 if vocabulary_axis is None else jax.lax.axis_size(vocabulary_axis)
+    size = logits.shape[-1]
+    if not 1 <= k <= size * shards:
+        raise ValueError(f"k must lie in [1, {size * shards}] (the vocabulary), got {k}")
+    values, ids = jax.lax.top_k(jax.lax.stop_gradient(logits), min(k, size))
+    if vocabulary_axis is None:
+        return ids
+    ids = ids + _offset(logits, vocabulary_axis)
+    values, ids = (_gather(x, vocabulary_axis) for x in (values, ids))
+    # Shards lie in the order of their ids, so ties still go to the smaller id.
+    best = jax.lax.top_k(values, k)[1]
+    return jnp.take_along_axis(ids, best, axis=-1)
+
+
+def take_entries(
+    x: jax.Array, indices: jax.Array, *, vocabulary_axis: str | None = None
+) -> jax.Array:
+    """Return `x[..., indices]`, [..., V] and integer [..., K] to [..., K].
+
+    >>> take_entries(jnp.array([[5.0, 6.0, 7.0]]), jnp.array([[2, 0]])).tolist()
+    [[7.0, 5.0]]
+    """
+    check_integer(indices=indices)
+    if x.ndim != indices.ndim or x.shape[:-1] != indices.shape[:-1]:
+        raise ValueError(
+            f"indices must have the shape of the logits but for the last axis, got indices "
+            f"{list(indices.shape)} and logits {list(x.shape)}"
+        )
+    if vocabulary_axis is None:
+        return jnp.take_along_axis(x, indices, axis=-1)
+    local = indices - _offset(x, vocabulary_axis).astype(indices.dtype)
+    mine = (local >= 0) & (local < x.shape[-1])
+    found = jnp.take_along_axis(x, jnp.clip(local, 0, x.shape[-1] - 1), axis=-1)
+    return jax.lax.psum(jnp.where(mine, found, jnp.zeros((), x.dtype)), vocabulary_axis)
+
+
+def _offset(x: jax.Array, vocabulary_axis: str | None) -> jax.Array:
+    """The id of this device's first entry."""
+    if vocabulary_axis is None:
+        return jnp.zeros((), jnp.int32)
+    return jax.lax.axis_index(vocabulary_axis) * x.shape[-1]
+
+
+def _gather(x: jax.Array, vocabulary_axis: str) -> jax.Array:
+    """`[..., K] -> [..., n · K]`, the same on every device, and known to be so."""
+    shards = jax.lax.axis_size(vocabulary_axis)
+    own = jnp.arange(shards) == jax.lax.axis_index(vocabulary_axis)
+    own = own.reshape((1,) * (x.ndim - 1) + (shards, 1))
+    # A sum over devices, not `all_gather`, whose result counts as different on each device.
+    spread = jax.lax.psum(jnp.where(own, x[..., None, :], jnp.zeros((), x.dtype)), vocabulary_axis)
+    return spread.reshape(*x.shape[:-1], -1)
