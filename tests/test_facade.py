@@ -1,8 +1,11 @@
 """`import sdpo_jax` is light, complete, and its examples run."""
 
+import ast
 import doctest
 import importlib
+import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -39,6 +42,23 @@ def test_every_public_name_exists_is_documented_and_listed_once():
 def test_version_is_that_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert sdpo_jax.__version__ == project["version"]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in sdpo_jax.__all__ if inspect.isfunction(vars(sdpo_jax)[n])]
+)
+def test_every_public_function_gives_an_example_and_its_source(name):
+    text = inspect.getdoc(vars(sdpo_jax)[name]) or ""
+    assert ">>>" in text, "an example"
+    assert re.search(r"Source: |arXiv \d{4}\.\d{5}", text), "where it comes from"
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_no_function_is_longer_than_forty_lines(name):
+    tree = ast.parse(Path(importlib.import_module(name).__file__ or "").read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    lengths = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions}
+    assert {n: length for n, length in lengths.items() if length > 40} == {}
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

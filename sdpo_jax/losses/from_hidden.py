@@ -94,28 +94,25 @@ def grpo_from_hidden(
     temperature: float | jax.Array = 1.0,
     reduction: ReductionWeights = token_mean_weights,
 ) -> tuple[LossOutput, Metrics]:
-    """Σ mask · weight · surrogate of the sampled tokens: `grpo_loss` a chunk of tokens at a time.
+    """Σ mask · weight · surrogate: `grpo_loss` chunk by chunk (arXiv 2601.20802, section 2.1).
 
     Args:
-        hidden: [B, T, D]; with `head`, [D, V], what receives gradient.
+        hidden: [B, T, D]; with `head` what receives gradient.
         head: [D, V].
         targets: [B, T] integer, the sampled tokens.
         old_log_probs: [B, T].
         advantages: [B] or [B, T].
         mask: [B, T], nonzero on response tokens.
-        clip_low: see `policy_gradient_loss`.
-        clip_high: the same.
-        dual_clip: the same.
-        chunk: see `sdpo_from_hidden`.
+        clip_low: as the next two, see `policy_gradient_loss`.
+        clip_high: above.
+        dual_clip: above.
+        chunk: as the rest, see `sdpo_from_hidden`.
         weights: [B, T] or [B], detached.
         temperature: of the sampler.
-        reduction: see `sdpo_from_hidden`.
+        reduction: of the mask.
 
-    Source: section 2.1 of arXiv 2601.20802.
-
-    >>> x, y, one = jnp.ones((1, 2, 3)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2))
-    >>> clips = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "chunk": 1}
-    >>> loss, _ = grpo_from_hidden(x, jnp.eye(3, 4), y, -one, jnp.ones(1), one, **clips)
+    >>> x, rest = jnp.ones((1, 2)), {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3, "chunk": 1}
+    >>> loss, _ = grpo_from_hidden(x[..., None], x[:, :1], x.astype(int), -x, x[0, :1], x, **rest)
     """
     loss = grpo_per_token(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     tokens = GrpoTokens(targets, old_log_probs, spread(advantages, mask))

@@ -169,33 +169,27 @@ def grpo_per_token(
     """`policy_gradient_loss` of the sampled token, + β · `reference_kl` where β > 0.
 
     Returns:
-        PerTokenLoss of GrpoTokens and GrpoConstants. Metrics: log_prob of the target,
-        student_entropy, ratio, clipped (1 where the ratio is held back), and reference_kl.
+        PerTokenLoss of GrpoTokens and GrpoConstants. Metrics: log_prob, student_entropy, ratio,
+        clipped (1 where the ratio is held back), and reference_kl if there is a reference.
 
     Source: section 2.1 of arXiv 2601.20802.
 
     >>> loss = grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     >>> tokens = GrpoTokens(jnp.array([0]), jnp.log(jnp.array([0.25])), jnp.array([1.0]))
-    >>> value, metrics = loss(jnp.zeros((1, 2)), tokens, GrpoConstants(jnp.array(1.0)))
-    >>> print(f"{value[0]:.2f}", metrics["clipped"].tolist())
-    -1.28 [True]
+    >>> print(f"{loss(jnp.zeros((1, 2)), tokens, GrpoConstants(jnp.array(1.0)))[0][0]:.2f}")
+    -1.28
     """
+    clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
 
     def loss(
         logits: jax.Array, tokens: GrpoTokens, constants: GrpoConstants
     ) -> tuple[jax.Array, Metrics]:
-        clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
         logits = shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
-        student = log_softmax(logits, vocabulary_axis=vocabulary_axis)
-        log_prob = select_targets(student, tokens.targets, vocabulary_axis=vocabulary_axis)
-        ratio = probability_ratio(log_prob, tokens.old_log_probs)
-        value = policy_gradient_loss(log_prob, tokens.old_log_probs, tokens.advantages, **clips)
-        metrics = {
-            "log_prob": log_prob,
-            "student_entropy": entropy(student, vocabulary_axis=vocabulary_axis),
-            "ratio": ratio,
-            "clipped": clip_ratio(ratio, tokens.advantages, **clips) != ratio,
-        }
+        metrics = _sampled(logits, tokens.targets, vocabulary_axis)
+        log_prob, old, advantages = metrics["log_prob"], tokens.old_log_probs, tokens.advantages
+        value = policy_gradient_loss(log_prob, old, advantages, **clips)
+        metrics["ratio"] = probability_ratio(log_prob, old)
+        metrics["clipped"] = clip_ratio(metrics["ratio"], advantages, **clips) != metrics["ratio"]
         if tokens.reference_log_probs is not None:
             metrics["reference_kl"] = reference_kl(log_prob, tokens.reference_log_probs)
             value = value + kl_coefficient * metrics["reference_kl"]
@@ -230,13 +224,10 @@ def sft_per_token(
         value = cross_entropy(
             logits, tokens.targets, label_smoothing=label_smoothing, vocabulary_axis=axis
         )
-        student = log_softmax(logits, vocabulary_axis=axis)
-        log_prob = select_targets(student, tokens.targets, vocabulary_axis=axis)
-        return value, {
-            "log_prob": log_prob,
-            "student_entropy": entropy(student, vocabulary_axis=axis),
-            "correct": log_prob >= vocabulary_max(student, axis),
-        }
+        metrics = _sampled(logits, tokens.targets, axis)
+        best = vocabulary_max(log_softmax(logits, vocabulary_axis=axis), axis)
+        metrics["correct"] = metrics["log_prob"] >= best
+        return value, metrics
 
     return loss
 
@@ -270,6 +261,14 @@ def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
         return total, {**more, **metrics, "first_loss": one, "second_loss": two}
 
     return loss
+
+
+def _sampled(logits: jax.Array, targets: jax.Array, vocabulary_axis: str | None) -> Metrics:
+    log_probs = log_softmax(logits, vocabulary_axis=vocabulary_axis)
+    return {
+        "log_prob": select_targets(log_probs, targets, vocabulary_axis=vocabulary_axis),
+        "student_entropy": entropy(log_probs, vocabulary_axis=vocabulary_axis),
+    }
 
 
 def _distillation(

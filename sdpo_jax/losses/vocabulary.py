@@ -45,7 +45,9 @@ def log_normalizer(logits: jax.Array, *, vocabulary_axis: str | None = None) -> 
 
 
 def log_softmax(logits: jax.Array, *, vocabulary_axis: str | None = None) -> jax.Array:
-    """Log-probabilities over the last axis, in float32 (float64 stays). `[..., V] -> [..., V]`.
+    """Return z - log Σ_v e^z over the last axis, in float32 or wider; [..., V] to [..., V].
+
+    Source: section 1 of arXiv 2601.20802: policies are softmaxes of logits.
 
     >>> log_softmax(jnp.zeros(2, jnp.bfloat16)).dtype
     dtype('float32')
@@ -69,6 +71,8 @@ def shape_logits(
 
     Returns:
         [..., V] in float32 or wider.
+
+    Source: the SDPO code (arXiv 2601.20802) for the temperature; arXiv 2408.00118 for the cap.
 
     >>> print(f"{shape_logits(jnp.array([100.0]), temperature=2.0, soft_cap=30.0)[0]:.2f}")
     14.96
@@ -121,6 +125,8 @@ def select_targets(
     where the vocabulary is sharded. A target outside the vocabulary gives 0, so padding may hold
     any id.
 
+    Source: log π_θ(y_t | x, y_<t) of arXiv 2601.20802, equation 2.
+
     >>> select_targets(jnp.array([[-1.0, -2.0], [-3.0, -4.0]]), jnp.array([1, 0])).tolist()
     [-2.0, -3.0]
     """
@@ -142,6 +148,8 @@ def top_k_indices(logits: jax.Array, *, k: int, vocabulary_axis: str | None = No
     """Ids of the k largest entries, largest first; of equal ones the smaller id. int32 [..., k].
 
     Compared in the dtype that they come in: bfloat16 has many ties, and all of them go by id.
+
+    Source: `distillation_topk` of the SDPO code (arXiv 2601.20802).
 
     >>> top_k_indices(jnp.array([1.0, 3.0, 3.0, 2.0]), k=2).tolist()
     [1, 2]

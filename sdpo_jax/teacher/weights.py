@@ -73,7 +73,15 @@ def ema_update(teacher: Params, student: Params, rate: float | jax.Array) -> Par
 
 
 def frozen() -> Teacher:
-    """Return the teacher that stays as the student was at the start."""
+    """Return the teacher that stays as the student was at the start: θ' = θ_0.
+
+    Source: table 4 of arXiv 2601.20802.
+
+    >>> teacher = frozen()
+    >>> state = teacher.init({"w": jnp.array(1.0)})
+    >>> print(teacher.params(teacher.update(state, {"w": jnp.array(9.0)}), None)["w"])
+    1.0
+    """
     return Teacher(
         init=_float32_copy,
         update=lambda teacher, student: teacher,
@@ -82,7 +90,14 @@ def frozen() -> Teacher:
 
 
 def ema(rate: float) -> Teacher:
-    """Return the teacher that moves by `rate` towards the student; 0.05 and 0.01 in the paper."""
+    """Return the teacher that moves by `rate` towards the student: `ema_update`.
+
+    Source: section 2.3 of arXiv 2601.20802; 0.05 in its section 3, 0.01 in sections 4 and 5.
+
+    >>> teacher = ema(0.5)
+    >>> print(teacher.update(teacher.init(jnp.array(1.0)), jnp.array(9.0)))
+    5.0
+    """
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"rate must lie in [0, 1], got {rate}")
     return Teacher(
@@ -93,7 +108,14 @@ def ema(rate: float) -> Teacher:
 
 
 def live() -> Teacher:
-    """Return the teacher that is the student; its state is empty and costs no memory."""
+    """Return the teacher that is the student, θ' = θ; its state is empty and costs no memory.
+
+    Source: table 4 of arXiv 2601.20802, where it diverges.
+
+    >>> teacher = live()
+    >>> print(teacher.params(teacher.init(jnp.array(1.0)), jnp.array(9.0)))
+    9.0
+    """
     return Teacher(
         init=lambda student: None,
         update=lambda teacher, student: None,
@@ -105,7 +127,12 @@ def trust_region(coefficient: float) -> Teacher:
     """Return the teacher that mixes the initial model's logits with the student's.
 
     Both read the teacher's prompt: two forward passes, and `trust_region_logits` of the results.
-    The paper takes a coefficient of 0.01 (arXiv 2601.20802, equation 10).
+
+    Source: equation 10 of arXiv 2601.20802, with a coefficient of 0.01.
+
+    >>> teacher = trust_region(0.25)
+    >>> teacher.logits(jnp.array([0.0, 4.0]), jnp.array([4.0, 0.0])).tolist()
+    [1.0, 3.0]
     """
     if not 0.0 <= coefficient <= 1.0:
         raise ValueError(f"coefficient must lie in [0, 1], got {coefficient}")
