@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.arrays import check_rank, check_same_shape, where_active
+from sdpo_jax.losses.arrays import check_rank, check_same_shape, loss_dtype, where_active
 from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, chunked_head
 from sdpo_jax.losses.credit import spread
 from sdpo_jax.losses.distillation import full_vocabulary_loss
@@ -167,7 +167,7 @@ def _reduced(
 ) -> tuple[LossOutput, Metrics]:
     check_rank(3, hidden=hidden)
     _check_tokens(tokens, mask, hidden)
-    scale, denominator = reduction(mask)
+    scale, denominator = reduction(mask.astype(loss_dtype(hidden)))
     scale = weighted(scale, weights, mask)
     flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
     aux, scale = flat((tokens, scale))

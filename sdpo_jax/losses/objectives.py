@@ -40,7 +40,7 @@ class SdpoTokens(NamedTuple):
 
     teacher_hidden: jax.Array  # [M, D], the teacher's final hidden states at the same tokens
     targets: jax.Array  # [M] integer, the sampled tokens
-    old_log_probs: jax.Array | None = None  # [M], when they were drawn; None: on-policy
+    old_log_probs: jax.Array | None = None  # [M], when they were drawn; for importance_cap
     live_hidden: jax.Array | None = None  # [M, D], the student's own after the teacher's prompt
 
 
@@ -291,7 +291,9 @@ def _distillation(
             vocabulary_axis=vocabulary_axis,
         )
         metrics = {"divergence": value, **products._asdict()}
-        if tokens.old_log_probs is not None and importance_cap is not None:
+        if importance_cap is not None:
+            if tokens.old_log_probs is None:
+                raise ValueError(f"importance_cap {importance_cap} needs old_log_probs, got None")
             pair = products.log_prob, tokens.old_log_probs
             metrics["ratio"] = probability_ratio(*pair)
             value = value * truncated_importance_weights(*pair, cap=importance_cap)

@@ -18,6 +18,7 @@ A mask may hold fractions: it weighs tokens in numerator and denominator alike.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -104,7 +105,7 @@ def token_mean(per_token: ArrayLike, mask: ArrayLike) -> LossOutput:
     >>> token_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([[1, 1], [1, 0]])).mean()
     Array(3., dtype=float32)
     """
-    return _reduce(per_token, *token_mean_weights(mask))
+    return _reduce(per_token, mask, token_mean_weights)
 
 
 def sequence_mean(per_token: ArrayLike, mask: ArrayLike) -> LossOutput:
@@ -115,7 +116,7 @@ def sequence_mean(per_token: ArrayLike, mask: ArrayLike) -> LossOutput:
     >>> sequence_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([[1, 1], [1, 0]])).mean()
     Array(3.5, dtype=float32)
     """
-    return _reduce(per_token, *sequence_mean_weights(mask))
+    return _reduce(per_token, mask, sequence_mean_weights)
 
 
 def fixed_length_mean(per_token: ArrayLike, mask: ArrayLike, *, length: int) -> LossOutput:
@@ -127,7 +128,7 @@ def fixed_length_mean(per_token: ArrayLike, mask: ArrayLike, *, length: int) -> 
     >>> fixed_length_mean(loss, mask, length=2).mean()
     Array(2.25, dtype=float32)
     """
-    return _reduce(per_token, *fixed_length_mean_weights(mask, length=length))
+    return _reduce(per_token, mask, partial(fixed_length_mean_weights, length=length))
 
 
 def weighted(per_token: jax.Array, weights: jax.Array | None, mask: jax.Array) -> jax.Array:
@@ -152,14 +153,16 @@ def _as_weights(mask: ArrayLike) -> jax.Array:
     return weights.astype(loss_dtype(weights))
 
 
-def _reduce(per_token: ArrayLike, weights: jax.Array, denominator: jax.Array) -> LossOutput:
-    loss = jnp.asarray(per_token)
-    check_same_shape(per_token=loss, mask=weights)
+def _reduce(per_token: ArrayLike, mask: ArrayLike, weigh: ReductionWeights) -> LossOutput:
+    loss, mask = jnp.asarray(per_token), jnp.asarray(mask)
+    check_same_shape(per_token=loss, mask=mask)
     dtype = loss_dtype(loss)
+    # In the precision of the loss: a third of an integer mask has float32 digits alone otherwise.
+    weights, denominator = weigh(mask.astype(dtype))
     # `where`, not a product: a NaN or inf at a masked position must not reach the sum.
     loss = jnp.where(weights != 0.0, loss.astype(dtype), 0.0)
     return LossOutput(
-        total=jnp.sum(weights.astype(dtype) * loss),
-        weight=denominator.astype(dtype),
+        total=jnp.sum(weights * loss),
+        weight=denominator,
         per_token=loss,
     )

@@ -1,0 +1,65 @@
+"""Tables of the documentation name what exists."""
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import sdpo_jax
+from sdpo_jax.config import Config, GrpoObjective, SdpoObjective
+
+ROOT = Path(__file__).parent.parent
+SECTIONS = {
+    "rollout": Config().rollout,
+    "teacher": Config().teacher,
+    "train": Config().train,
+    "model": Config().model,
+}
+KEYS = {f"{name}.{f.name}" for name, part in SECTIONS.items() for f in fields(part)}
+KEYS |= {f"objective.{f.name}" for kind in (SdpoObjective, GrpoObjective) for f in fields(kind)}
+PARAMETERS = {
+    parameter
+    for name in sdpo_jax.__all__
+    if inspect.isfunction(vars(sdpo_jax)[name])
+    for parameter in inspect.signature(vars(sdpo_jax)[name]).parameters
+}
+
+
+def rows(name):
+    """The cells of every row of every table in a page."""
+    for line in (ROOT / "docs" / name).read_text().splitlines():
+        cells = [c.strip() for c in line.strip("|").split(" | ")]
+        if line.startswith("|") and not set(line) <= set("|- "):
+            yield cells
+
+
+def names(cell):
+    """Leading identifiers of whatever stands in backticks."""
+    return [m.group(0) for t in re.findall(r"`([^`]+)`", cell) if (m := re.match(r"[\w.]+", t))]
+
+
+@pytest.mark.parametrize(
+    "cells", [r for r in rows("migration.md") if len(r) == 3 and r[2] != "here"]
+)
+def test_the_migration_table_names_settings_and_functions_that_exist(cells):
+    for name in names(cells[2]):
+        known = name in KEYS or name.split(".")[0] in sdpo_jax.__all__ or name in PARAMETERS
+        values = {"shortest", "random", "math.inf"}
+        assert known or name in values or name.startswith("losses"), name
+
+
+def test_every_public_loss_is_in_the_table_of_equations():
+    text = (ROOT / "docs" / "equations.md").read_text()
+    public = [n for n in sdpo_jax.__all__ if inspect.isfunction(vars(sdpo_jax)[n])]
+    assert [n for n in public if f"`{n}`" not in text and f".{n}`" not in text] == []
+
+
+def test_the_table_of_equations_names_functions_and_tests_that_exist():
+    defined = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        defined |= {path.stem, *re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    for cells in rows("equations.md"):
+        for name in names(cells[-1]):
+            assert name in defined or not name.startswith("test_"), name
