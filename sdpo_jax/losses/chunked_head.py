@@ -5,9 +5,11 @@ the gradient of the hidden states `[M, D]` and one accumulated gradient of the h
 backward pass multiplies both by the incoming scalar. Student and teacher then cost four head
 matmuls, where recomputation (`checkpointed_head`) costs six.
 
-Chunks are strided: chunk i of n holds tokens i, i + n, i + 2n, ... A token axis that is sharded
-over a mesh stays sharded inside each chunk, so no token moves, as long as the shards divide the
-chunk.
+Chunks are strided: of the tokens in blocks of b, chunk i of n holds the blocks i, i + n, i + 2n, ...
+A token axis that is sharded over a mesh stays sharded inside each chunk, so no token moves, as long
+as the shards divide the blocks of a chunk. b is 8, a row of tiles in a TPU's memory, where that
+divides the chunk: chunks are then read where they lie, and no array of [M, D] is copied. A chunk's
+hidden states are overwritten with their gradient, in place where the caller is done with them.
 
 A sharded vocabulary needs nothing under `jit`. Inside a `shard_map` over its axis (and over the
 token axes), with the `check_vma` that is on by default, the per-token loss reduces over the axis
@@ -19,6 +21,7 @@ mode (`jvp`) and second derivatives are not defined. Validated against `checkpoi
 autodiff over all logits and finite differences (tests/test_chunked_head.py).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -26,7 +29,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.arrays import loss_dtype
+from sdpo_jax.losses.arrays import check_floating, loss_dtype
+
+BLOCK = 8
 
 Metrics: TypeAlias = dict[str, jax.Array]
 
@@ -121,10 +126,12 @@ def checkpointed_head(
 
     @jax.checkpoint
     def step(wide: jax.Array, tokens: Any, constants: Any) -> tuple[jax.Array, Metrics]:
-        hidden, aux = tokens
+        hidden, aux = _merge(tokens)
         return per_token_loss(head_logits(hidden, wide.astype(head.dtype)), aux, constants)
 
-    chunks = _split((hidden, aux), -(-hidden.shape[0] // chunk))
+    # A copy, unlike `_pick`, whose gradient would be an array of [M, D] for each chunk.
+    tokens = _cut((hidden, aux), -(-hidden.shape[0] // chunk))
+    chunks = jax.tree.map(lambda x: x.swapaxes(0, 1), tokens)
     _, out = jax.lax.scan(lambda _, tokens: (None, step(wide, tokens, constants)), None, chunks)
     return _join(out, hidden.shape[0])
 
@@ -135,6 +142,7 @@ def _check(hidden: jax.Array, head: jax.Array, aux: Any, weights: jax.Array, chu
             f"expected hidden [M, D] and head [D, V], got hidden {list(hidden.shape)} and head "
             f"{list(head.shape)}"
         )
+    check_floating(hidden=hidden, head=head)
     tokens = hidden.shape[0]
     if chunk < 1 or tokens < 1:
         raise ValueError(f"expected at least one token and chunk >= 1, got {tokens} and {chunk}")
@@ -168,12 +176,14 @@ def _chunked(
 ) -> tuple[jax.Array, Metrics]:
     """Value only, for whoever does not differentiate."""
 
-    def step(_: None, tokens: Any) -> tuple[None, Any]:
-        hidden, aux, weights = tokens
+    tokens = _cut((hidden, aux, weights), count)
+
+    def step(_: None, index: jax.Array) -> tuple[None, Any]:
+        hidden, aux, weights = _pick(tokens, index)
         logits = head_logits(hidden, head)
         return None, _weighted_loss(logits, per_token_loss, aux, weights, constants)
 
-    _, (totals, metrics) = jax.lax.scan(step, None, _split((hidden, aux, weights), count))
+    _, (totals, metrics) = jax.lax.scan(step, None, jnp.arange(count))
     return jnp.sum(totals), _join(metrics, hidden.shape[0])
 
 
@@ -188,23 +198,26 @@ def _forward(
 ) -> tuple[tuple[jax.Array, Metrics], tuple[jax.Array, jax.Array]]:
     """Value, and the gradients by hidden and head: each chunk's while its logits exist."""
     value_and_grad = jax.value_and_grad(_weighted_loss, has_aux=True)
+    tokens = _cut((aux, weights), count)
 
-    def step(head_grad: jax.Array, tokens: Any) -> tuple[jax.Array, Any]:
-        hidden, aux, weights = tokens
+    def step(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[Any, Any]:
+        rows, head_grad = carry  # rows: hidden states of the chunks to come, gradients of the others
+        hidden, (aux, weights) = _pick(rows, index), _pick(tokens, index)
         logits = head_logits(hidden, head)
         (value, metrics), grad = value_and_grad(logits, per_token_loss, aux, weights, constants)
         active = (weights != 0)[:, None]
         # Both products read the working precision (bfloat16 on an accelerator) and accumulate wide.
         grad = jnp.where(active, grad, 0.0).astype(hidden.dtype)  # [C, V]
-        hidden_grad = _product("mv,dv->md", grad, head).astype(hidden.dtype)
+        rows = _put(rows, _product("mv,dv->md", grad, head).astype(hidden.dtype), index)
         head_grad = head_grad + _product("md,mv->dv", jnp.where(active, hidden, 0.0), grad)
         # The value leaves as an output: whether it differs between devices is the loss's affair.
-        return head_grad, (value, hidden_grad, metrics)
+        return (rows, head_grad), (value, metrics)
 
     zeros = _vary(jnp.zeros(head.shape, loss_dtype(hidden)), _varying(hidden))
-    head_grad, out = jax.lax.scan(step, zeros, _split((hidden, aux, weights), count))
-    totals, hidden_grad, metrics = out
-    hidden_grad, metrics = _join((hidden_grad, metrics), hidden.shape[0])
+    carry, out = jax.lax.scan(step, (_cut(hidden, count), zeros), jnp.arange(count))
+    (rows, head_grad), (totals, metrics) = carry, out
+    hidden_grad = rows.reshape(-1, *hidden.shape[1:])[: hidden.shape[0]]
+    metrics = _join(metrics, hidden.shape[0])
     return (jnp.sum(totals), metrics), (hidden_grad, head_grad.astype(head.dtype))
 
 
@@ -248,24 +261,43 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b.astype(a.dtype), preferred_element_type=wide)
 
 
-def _split(tree: Any, count: int) -> Any:
-    """Cut the leading axis M of each leaf into `count` strided chunks, [count, C, ...].
+def _cut(tree: Any, count: int) -> Any:
+    """View the leading axis M of each leaf as `count` strided chunks, [C / b, count, b, ...].
 
     Fewer than `count` rows of zeros fill up the last places; their weight is 0.
     """
 
-    def split(x: jax.Array) -> jax.Array:
+    def cut(x: jax.Array) -> jax.Array:
         missing = -x.shape[0] % count
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
-        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+        block = math.gcd(x.shape[0] // count, BLOCK)
+        return x.reshape(-1, count, block, *x.shape[1:])
 
-    return jax.tree.map(split, tree)
+    return jax.tree.map(cut, tree)
+
+
+def _pick(tree: Any, index: jax.Array) -> Any:
+    """Chunk `index` of what `_cut` returned, [C, ...]."""
+    return _merge(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 1, False), tree))
+
+
+def _put(rows: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
+    """Overwrite chunk `index` of what `_cut` returned with [C, ...]."""
+    chunk = chunk.reshape(rows.shape[0], 1, *rows.shape[2:])
+    return jax.lax.dynamic_update_index_in_dim(rows, chunk, index, 1)
+
+
+def _merge(tree: Any) -> Any:
+    """Turn [C / b, b, ...] into [C, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def _join(tree: Any, tokens: int) -> Any:
-    """Undo `_split`."""
+    """Put stacked chunks [count, C, ...] back into the order of the tokens, [M, ...]."""
 
     def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:tokens]
+        block = math.gcd(x.shape[1], BLOCK)
+        x = x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(-1, *x.shape[3:])[:tokens]
 
     return jax.tree.map(join, tree)

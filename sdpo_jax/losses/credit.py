@@ -150,6 +150,7 @@ def mix_advantages(
     """
     if not 0.0 <= coefficient <= 1.0:
         raise ValueError(f"coefficient must lie in [0, 1], got {coefficient}")
+    check_rank(2, distillation_advantages=distillation_advantages)
     rewards = spread(reward_advantages, distillation_advantages)
     dtype = loss_dtype(rewards, distillation_advantages)
     rewards, distillation = (x.astype(dtype) for x in (rewards, distillation_advantages))
@@ -186,6 +187,8 @@ def modulate_advantages(
     """
     if not (0.0 <= strength <= 1.0 and 0.0 <= bound <= 1.0):
         raise ValueError(f"strength and bound must lie in [0, 1], got {strength} and {bound}")
+    check_rank(2, log_probs=log_probs)
+    check_same_shape(log_probs=log_probs, teacher_log_probs=teacher_log_probs)
     gap = distillation_advantages(log_probs, teacher_log_probs, clip=20.0)
     rewards = jax.lax.stop_gradient(spread(advantages, gap)).astype(gap.dtype)
     weight = jnp.clip(jnp.exp(jnp.sign(rewards) * gap), 1.0 - bound, 1.0 + bound)

@@ -157,6 +157,7 @@ def sampled_token_loss(log_probs: jax.Array, teacher_log_probs: jax.Array) -> ja
     >>> sampled_token_loss(jnp.array([-1.0]), jnp.array([-3.0])).tolist()
     [-2.0]
     """
+    check_same_shape(log_probs=log_probs, teacher_log_probs=teacher_log_probs)
     advantages = distillation_advantages(log_probs, teacher_log_probs)
     return score_function_loss(log_probs, advantages)
 

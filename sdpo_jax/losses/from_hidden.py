@@ -72,6 +72,7 @@ def sdpo_from_hidden(
     >>> h, head, y = jnp.ones((1, 2, 3)), jnp.eye(3, 4), jnp.zeros((1, 2), jnp.int32)
     >>> loss, _ = sdpo_from_hidden(h, head, h, head, y, jnp.ones((1, 2)), alpha=0.5, chunk=1)
     """
+    check_same_shape(head=head, teacher_head=teacher_head)
     loss = sdpo_per_token(partial(full_vocabulary_loss, alpha=alpha))
     tokens = SdpoTokens(teacher_hidden, targets)
     constants = SdpoConstants(teacher_head, jnp.asarray(temperature))
@@ -115,6 +116,7 @@ def grpo_from_hidden(
     >>> loss, _ = grpo_from_hidden(x[..., None], x[:, :1], x.astype(int), -x, x[0, :1], x, **rest)
     """
     loss = grpo_per_token(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    check_rank(2, mask=mask)
     tokens = GrpoTokens(targets, old_log_probs, spread(advantages, mask))
     constants = GrpoConstants(jnp.asarray(temperature))
     return _reduced(loss, hidden, head, tokens, constants, mask, weights, reduction, chunk)

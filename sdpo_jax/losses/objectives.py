@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from sdpo_jax.losses.arrays import check_same_shape
 from sdpo_jax.losses.by_products import ByProducts, by_products
 from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, head_logits
 from sdpo_jax.losses.distillation import sampled_token_loss
@@ -190,7 +191,12 @@ def grpo_per_token(
         value = policy_gradient_loss(log_prob, old, advantages, **clips)
         metrics["ratio"] = probability_ratio(log_prob, old)
         metrics["clipped"] = clip_ratio(metrics["ratio"], advantages, **clips) != metrics["ratio"]
-        if tokens.reference_log_probs is not None:
+        if tokens.reference_log_probs is None:
+            if kl_coefficient != 0.0:
+                raise ValueError(
+                    f"kl_coefficient {kl_coefficient} needs reference_log_probs, got None"
+                )
+        else:
             metrics["reference_kl"] = reference_kl(log_prob, tokens.reference_log_probs)
             value = value + kl_coefficient * metrics["reference_kl"]
         return value, metrics
@@ -256,7 +262,9 @@ def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
     ) -> tuple[jax.Array, Metrics]:
         one, metrics = first(logits, tokens.first, constants.first)
         two, more = second(logits, tokens.second, constants.second)
-        weights = (w.astype(one.dtype) for w in (tokens.first_weights, tokens.second_weights))
+        first_weights, second_weights = tokens.first_weights, tokens.second_weights
+        check_same_shape(first_weights=first_weights, second_weights=second_weights, tokens=one)
+        weights = (w.astype(one.dtype) for w in (first_weights, second_weights))
         total = sum(w * x for w, x in zip(weights, (one, two), strict=True))
         return total, {**more, **metrics, "first_loss": one, "second_loss": two}
 

@@ -20,7 +20,13 @@ Without a dual clip, pass `dual_clip=math.inf`.
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.arrays import check_floating, check_rank, check_same_shape, where_active
+from sdpo_jax.losses.arrays import (
+    check_floating,
+    check_rank,
+    check_same_shape,
+    loss_dtype,
+    where_active,
+)
 from sdpo_jax.losses.credit import spread
 from sdpo_jax.losses.reductions import LossOutput, divide, token_mean, weighted
 from sdpo_jax.losses.weights import grouped, log_ratio, probability_ratio
@@ -126,8 +132,11 @@ def sequence_log_probs(log_probs: jax.Array, mask: jax.Array) -> jax.Array:
     """
     check_same_shape(log_probs=log_probs, mask=mask)
     check_rank(2, mask=mask)
-    total = jnp.sum(where_active(mask, log_probs) * mask.astype(log_probs.dtype), axis=1)
-    return divide(total, jnp.sum(mask.astype(log_probs.dtype), axis=1))
+    check_floating(log_probs=log_probs)
+    dtype = loss_dtype(log_probs)
+    weights = mask.astype(dtype)
+    total = jnp.sum(where_active(mask, log_probs).astype(dtype) * weights, axis=1)
+    return divide(total, jnp.sum(weights, axis=1))
 
 
 def reference_kl(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
@@ -145,6 +154,7 @@ def reference_kl(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Ar
     >>> reference_kl(jnp.array([-1.0]), jnp.array([-1.0])).tolist()
     [0.0]
     """
+    check_same_shape(log_probs=log_probs, reference_log_probs=reference_log_probs)
     gap = -log_ratio(log_probs, reference_log_probs)
     return jnp.expm1(gap) - gap
 
@@ -182,6 +192,7 @@ def grpo_loss(
     Array(-0.5, dtype=float32)
     """
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, mask=mask)
+    check_rank(2, log_probs=log_probs)
     new, old = (where_active(mask, x) for x in (log_probs, old_log_probs))
     advantages = where_active(mask, spread(advantages, log_probs))
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}

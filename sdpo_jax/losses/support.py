@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.arrays import check_vocabulary
+from sdpo_jax.losses.arrays import check_vocabulary, loss_dtype
 from sdpo_jax.losses.divergences import floored
 from sdpo_jax.losses.vocabulary import log_normalizer, take_entries, top_k_indices
 
@@ -93,9 +93,11 @@ def support_log_probs(
     >>> [f"{p:.2f}" for p in jnp.exp(log_probs)]
     ['0.40', '0.60']
     """
+    # Wide before the paths part: their gradients cancel, and would be rounded one by one.
+    logits = logits.astype(loss_dtype(logits))
     normalizer = log_normalizer(logits, vocabulary_axis=vocabulary_axis)
     entries = take_entries(logits, indices, vocabulary_axis=vocabulary_axis)
-    log_probs = floored(entries.astype(normalizer.dtype) - normalizer[..., None])
+    log_probs = floored(entries - normalizer[..., None])
     mass = jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
     if not add_tail:
         return floored(log_probs - mass)

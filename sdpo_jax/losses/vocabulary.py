@@ -113,7 +113,9 @@ def trust_region_logits(
     c = jnp.asarray(coefficient, dtype)
     # Whatever a factor of 0 meets stays out, -inf too: c = 0 and c = 1 are exact.
     reference = jnp.where(c == 1.0, 0.0, (1.0 - c) * reference_logits.astype(dtype))
-    return reference + jnp.where(c == 0.0, 0.0, c * live_logits.astype(dtype))
+    mixed = reference + jnp.where(c == 0.0, 0.0, c * live_logits.astype(dtype))
+    # Impossible stays impossible: a negative factor would meet inf - inf.
+    return jnp.where(jnp.isneginf(reference_logits) & (c != 1.0), -jnp.inf, mixed)
 
 
 def select_targets(
@@ -136,8 +138,9 @@ def select_targets(
             f"targets must have the shape of log_probs without its last axis, got targets "
             f"{list(targets.shape)} and log_probs {list(log_probs.shape)}"
         )
-    counter = jax.lax.broadcasted_iota(targets.dtype, log_probs.shape, log_probs.ndim - 1)
-    counter = counter + _offset(log_probs, vocabulary_axis).astype(targets.dtype)
+    targets = targets.astype(jnp.int32)  # uint8 would count to 255 and start again
+    counter = jax.lax.broadcasted_iota(jnp.int32, log_probs.shape, log_probs.ndim - 1)
+    counter = counter + _offset(log_probs, vocabulary_axis)
     zero = jnp.zeros((), log_probs.dtype)
     return vocabulary_sum(
         jnp.where(counter == targets[..., None], log_probs, zero), vocabulary_axis
@@ -159,7 +162,10 @@ def top_k_indices(logits: jax.Array, *, k: int, vocabulary_axis: str | None = No
     size = logits.shape[-1]
     if not 1 <= k <= size * shards:
         raise ValueError(f"k must lie in [1, {size * shards}] (the vocabulary), got {k}")
-    values, ids = jax.lax.top_k(jax.lax.stop_gradient(logits), min(k, size))
+    logits = jax.lax.stop_gradient(logits)
+    # -0.0 and 0.0 are equal, which `top_k` does not know.
+    logits = jnp.where(logits == 0, jnp.zeros((), logits.dtype), logits)
+    values, ids = jax.lax.top_k(logits, min(k, size))
     if vocabulary_axis is None:
         return ids
     ids = ids + _offset(logits, vocabulary_axis)
@@ -185,7 +191,7 @@ def take_entries(
         )
     if vocabulary_axis is None:
         return jnp.take_along_axis(x, indices, axis=-1)
-    local = indices - _offset(x, vocabulary_axis).astype(indices.dtype)
+    local = indices.astype(jnp.int32) - _offset(x, vocabulary_axis)
     mine = (local >= 0) & (local < x.shape[-1])
     found = jnp.take_along_axis(x, jnp.clip(local, 0, x.shape[-1] - 1), axis=-1)
     return jax.lax.psum(jnp.where(mine, found, jnp.zeros((), x.dtype)), vocabulary_axis)
@@ -201,7 +207,7 @@ def _offset(x: jax.Array, vocabulary_axis: str | None) -> jax.Array:
 def _gather(x: jax.Array, vocabulary_axis: str) -> jax.Array:
     """`[..., K] -> [..., n · K]`, the same on every device, and known to be so."""
     shards = jax.lax.axis_size(vocabulary_axis)
-    own = jnp.arange(shards) == jax.lax.axis_index(vocabulary_axis)
+    own = jnp.arange(shards, dtype=jnp.int32) == jax.lax.axis_index(vocabulary_axis)
     own = own.reshape((1,) * (x.ndim - 1) + (shards, 1))
     # A sum over devices, not `all_gather`, whose result counts as different on each device.
     spread = jax.lax.psum(jnp.where(own, x[..., None, :], jnp.zeros((), x.dtype)), vocabulary_axis)

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.arrays import check_floating, check_rank, check_same_shape, loss_dtype
+from sdpo_jax.losses.arrays import (
+    check_floating,
+    check_integer,
+    check_rank,
+    check_same_shape,
+    loss_dtype,
+)
+from sdpo_jax.losses.divergences import floored
 from sdpo_jax.losses.reductions import divide
 
 MAX_LOG_RATIO = 20.0
@@ -28,7 +35,9 @@ def log_ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs)
     check_floating(log_probs=log_probs, old_log_probs=old_log_probs)
     dtype = loss_dtype(log_probs, old_log_probs)
-    gap = log_probs.astype(dtype) - jax.lax.stop_gradient(old_log_probs).astype(dtype)
+    # Floored: a token that neither can draw has the ratio 1, not inf - inf.
+    new, old = (floored(x.astype(dtype)) for x in (log_probs, old_log_probs))
+    gap = new - jax.lax.stop_gradient(old)
     return jnp.clip(gap, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -93,7 +102,9 @@ def teacher_entropy_weights(
     entropies = jax.lax.stop_gradient(teacher_entropy)
     entropies = entropies.astype(loss_dtype(entropies))
     mask = mask.astype(entropies.dtype)
-    weights = jnp.where(mask != 0.0, mask * jnp.exp(-beta * entropies), 0.0)
+    # A common factor divides out; without it all weights underflow where every entropy is high.
+    lowest = jnp.min(jnp.where(mask != 0.0, entropies, jnp.inf))
+    weights = jnp.where(mask != 0.0, mask * jnp.exp(-beta * (entropies - lowest)), 0.0)
     return divide(weights * jnp.sum(mask), jnp.sum(weights))
 
 
@@ -118,7 +129,8 @@ def disagreement_weights(jsd: jax.Array, *, beta: float, max_reduction: float) -
     _check_at_least_zero(beta=beta)
     if not 0.0 <= max_reduction <= 1.0:
         raise ValueError(f"max_reduction must lie in [0, 1], got {max_reduction}")
-    gate = jax.nn.sigmoid(beta * jax.lax.stop_gradient(jsd)) - 0.5
+    check_floating(jsd=jsd)
+    gate = jax.nn.sigmoid(beta * jax.lax.stop_gradient(jsd).astype(loss_dtype(jsd))) - 0.5
     return 1.0 - 2.0 * max_reduction * gate
 
 
@@ -188,6 +200,7 @@ def positive_only(advantages: jax.Array) -> jax.Array:
     >>> positive_only(jnp.array([0.5, 0.0, -0.5])).tolist()
     [1.0, 0.0, 0.0]
     """
+    check_floating(advantages=advantages)
     return (advantages > 0.0).astype(loss_dtype(advantages))
 
 
@@ -219,8 +232,11 @@ def span_mask(starts: jax.Array, ends: jax.Array, length: int) -> jax.Array:
     >>> span_mask(jnp.array([[1, 0]]), jnp.array([[3, 0]]), 4).tolist()
     [[0.0, 1.0, 1.0, 0.0]]
     """
+    if length < 0:
+        raise ValueError(f"length must be at least 0, got {length}")
     check_same_shape(starts=starts, ends=ends)
     check_rank(2, starts=starts)
+    check_integer(starts=starts, ends=ends)
     position = jnp.arange(length, dtype=starts.dtype)[None, None]
     inside = (position >= starts[..., None]) & (position < ends[..., None])
     return jnp.any(inside, axis=1).astype(jnp.float32)
