@@ -15,28 +15,14 @@ answers for the real chip, cycles are its own estimates without the collectives.
 tokens × width × vocabulary product, counted in the optimised program.
 """
 
-import argparse
-import json
-import math
-import os
-import re
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from sdpo_jax.losses.chunked_head import chunked_head, checkpointed_head, head_logits
-from sdpo_jax.losses.distillation import full_vocabulary_loss
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
+from sdpo_jax.losses.chunked_head import head_logits
+from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
 
 # A chunk reads and writes the head's accumulated gradient once, 2 · D · V numbers, and its logits
 # about ten times, so smaller chunks than D / 5 are bound by the accumulator. On the CPU 2 · D is

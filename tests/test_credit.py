@@ -117,7 +117,7 @@ def test_the_mix_is_grpo_at_one_and_sdpo_at_zero():
         return jax.grad(lambda x: grpo_loss(x, new, advantages, mask, **CLIPS).mean())(new)
 
     grpo = jax.grad(lambda x: grpo_loss(x, new, rewards, mask, **CLIPS).mean())(new)
-    sdpo = jax.grad(lambda x: jnp.sum(mask * sampled_token_loss(x, teacher)) / 6)(new)
+    sdpo = jax.grad(lambda x: jnp.sum(jnp.float64(mask) * sampled_token_loss(x, teacher)) / 6)(new)
     np.testing.assert_allclose(mixed(1.0), grpo, atol=EXACT)
     np.testing.assert_allclose(mixed(0.0), sdpo, atol=EXACT)
     np.testing.assert_allclose(mixed(0.9), 0.9 * grpo + 0.1 * sdpo, atol=EXACT)
@@ -252,7 +252,7 @@ def test_cispo_weighs_the_score_by_a_capped_ratio():
 
     def loss(x):
         weights = truncated_importance_weights(x, jnp.array(old), cap=1.28)
-        return jnp.sum(jnp.array(MASK) * score_function_loss(x, rows * weights)) / 6
+        return jnp.sum(jnp.array(MASK, float) * score_function_loss(x, rows * weights)) / 6
 
     def expected(x):
         return -np.sum(MASK * reference.importance(x, old, 1.28) * want * x) / 6

@@ -1,4 +1,4 @@
-"""Weights and masks against numpy: their formulas, their means, what they do where nothing is left."""
+"""Weights and masks against numpy: formulas, means, and what they do where nothing is left."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_entropy_weights_are_the_formula_of_mean_one_over_the_mask(dtype):
     got = teacher_entropy_weights(entropies, jnp.array(MASK, dtype), beta=1.5)
     raw = np.where(MASK, np.exp(-1.5 * entropies), 0.0)
     np.testing.assert_allclose(got, raw * MASK.sum() / raw.sum(), rtol=FLOAT32)
-    np.testing.assert_allclose(np.sum(got) / MASK.sum(), 1.0, rtol=FLOAT32)
+    np.testing.assert_allclose(np.sum(np.asarray(got)) / MASK.sum(), 1.0, rtol=FLOAT32)
     even = teacher_entropy_weights(entropies, jnp.array(MASK, dtype), beta=0.0)
     np.testing.assert_array_equal(even, MASK)
 
@@ -145,7 +145,7 @@ def test_a_fraction_in_a_mask_is_an_active_token():
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(-2, 9), st.integers(-2, 9)), min_size=2, max_size=2))
 def test_a_span_mask_is_the_union_of_its_spans(spans):
-    starts, ends = jnp.array([spans]).swapaxes(0, 2)[..., 0].T[None].swapaxes(0, 1)
+    starts, ends = (jnp.array([x]) for x in zip(*spans, strict=True))
     got = span_mask(starts, ends, 7)
     want = [float(any(start <= i < end for start, end in spans)) for i in range(7)]
     np.testing.assert_array_equal(got, [want])

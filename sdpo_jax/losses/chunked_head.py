@@ -5,9 +5,9 @@ the gradient of the hidden states `[M, D]` and one accumulated gradient of the h
 backward pass multiplies both by the incoming scalar. Student and teacher then cost four head
 matmuls, where recomputation (`checkpointed_head`) costs six.
 
-Chunks are strided: of the tokens in blocks of b, chunk i of n holds the blocks i, i + n, i + 2n, ...
-A token axis that is sharded over a mesh stays sharded inside each chunk, so no token moves, as long
-as the shards divide the blocks of a chunk. b is 8, a row of tiles in a TPU's memory, where that
+Chunks are strided: of the tokens in blocks of b, chunk i of n holds the blocks i, i + n, i + 2n and
+so on. A token axis that is sharded over a mesh stays sharded inside each chunk, so no token moves,
+as long as the shards divide the blocks of a chunk. b is 8, a row of tiles in a TPU's memory, where that
 divides the chunk: chunks are then read where they lie, and no array of [M, D] is copied. A chunk's
 hidden states are overwritten with their gradient, in place where the caller is done with them.
 
@@ -77,8 +77,8 @@ def chunked_head(
         constants: pytree that every chunk sees whole, such as the teacher's head.
 
     Returns:
-        The weighted sum, a float32 scalar to divide once by the denominator of the weights; and
-        detached metrics of [M] each, `loss` (unweighted) and those of `per_token_loss`.
+        The weighted sum, a float32 scalar to divide by the denominator of the weights; and detached
+        metrics of [M] each, `loss` (unweighted) and those of `per_token_loss`.
 
     Source: equation 1 of arXiv 2601.20802, summed without its logits.
 
@@ -91,8 +91,7 @@ def chunked_head(
     _check(hidden, head, aux, weights, chunk)
     aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
     hidden, head = _vary_alike((hidden, head), (aux, weights))
-    count = -(-hidden.shape[0] // chunk)
-    return _chunked(per_token_loss, count, hidden, head, aux, weights, constants)
+    return _chunked(per_token_loss, -(-len(hidden) // chunk), hidden, head, aux, weights, constants)
 
 
 def checkpointed_head(
@@ -175,7 +174,6 @@ def _chunked(
     constants: Any,
 ) -> tuple[jax.Array, Metrics]:
     """Value only, for whoever does not differentiate."""
-
     tokens = _cut((hidden, aux, weights), count)
 
     def step(_: None, index: jax.Array) -> tuple[None, Any]:
@@ -201,7 +199,9 @@ def _forward(
     tokens = _cut((aux, weights), count)
 
     def step(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[Any, Any]:
-        rows, head_grad = carry  # rows: hidden states of the chunks to come, gradients of the others
+        rows, head_grad = (
+            carry  # rows: hidden states of the chunks to come, gradients of the others
+        )
         hidden, (aux, weights) = _pick(rows, index), _pick(tokens, index)
         logits = head_logits(hidden, head)
         (value, metrics), grad = value_and_grad(logits, per_token_loss, aux, weights, constants)

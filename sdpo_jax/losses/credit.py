@@ -201,7 +201,7 @@ def spread(advantages: jax.Array, like: jax.Array) -> jax.Array:
     >>> spread(jnp.array([1.0, 2.0]), jnp.zeros((2, 2))).tolist()
     [[1.0, 1.0], [2.0, 2.0]]
     """
-    check_rank(2, tokens=like)
+    check_rank(2, mask=like)
     if advantages.shape not in {like.shape, like.shape[:1]}:
         raise ValueError(
             f"advantages must be [B] or [B, T] with [B, T] = {list(like.shape)}, got "

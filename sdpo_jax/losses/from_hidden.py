@@ -116,7 +116,6 @@ def grpo_from_hidden(
     >>> loss, _ = grpo_from_hidden(x[..., None], x[:, :1], x.astype(int), -x, x[0, :1], x, **rest)
     """
     loss = grpo_per_token(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    check_rank(2, mask=mask)
     tokens = GrpoTokens(targets, old_log_probs, spread(advantages, mask))
     constants = GrpoConstants(jnp.asarray(temperature))
     return _reduced(loss, hidden, head, tokens, constants, mask, weights, reduction, chunk)

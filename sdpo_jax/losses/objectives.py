@@ -171,9 +171,7 @@ def grpo_per_token(
 
     Returns:
         PerTokenLoss of GrpoTokens and GrpoConstants. Metrics: log_prob, student_entropy, ratio,
-        clipped (1 where the ratio is held back), and reference_kl if there is a reference.
-
-    Source: section 2.1 of arXiv 2601.20802.
+        clipped (1 where held back), reference_kl if there is one. Source: 2.1 of arXiv 2601.20802.
 
     >>> loss = grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     >>> tokens = GrpoTokens(jnp.array([0]), jnp.log(jnp.array([0.25])), jnp.array([1.0]))
@@ -191,14 +189,11 @@ def grpo_per_token(
         value = policy_gradient_loss(log_prob, old, advantages, **clips)
         metrics["ratio"] = probability_ratio(log_prob, old)
         metrics["clipped"] = clip_ratio(metrics["ratio"], advantages, **clips) != metrics["ratio"]
-        if tokens.reference_log_probs is None:
-            if kl_coefficient != 0.0:
-                raise ValueError(
-                    f"kl_coefficient {kl_coefficient} needs reference_log_probs, got None"
-                )
-        else:
+        if tokens.reference_log_probs is not None:
             metrics["reference_kl"] = reference_kl(log_prob, tokens.reference_log_probs)
             value = value + kl_coefficient * metrics["reference_kl"]
+        elif kl_coefficient != 0.0:
+            raise ValueError(f"kl_coefficient {kl_coefficient} needs reference_log_probs, got None")
         return value, metrics
 
     return loss
