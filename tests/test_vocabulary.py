@@ -1,0 +1,153 @@
+"""Functions over the vocabulary, whole and cut over a mesh axis."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from sdpo_jax.losses.chunked_head import chunked_head
+from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
+from sdpo_jax.losses.objectives import (
+    GrpoConstants,
+    GrpoTokens,
+    SdpoConstants,
+    SdpoTokens,
+    SftTokens,
+    grpo_per_token,
+    sampled_token_per_token,
+    sdpo_per_token,
+    sft_per_token,
+)
+from sdpo_jax.losses.vocabulary import (
+    log_normalizer,
+    log_softmax,
+    select_targets,
+    take_entries,
+    top_k_indices,
+    trust_region_logits,
+)
+
+M, D, V = 16, 5, 24
+AXIS = "tensor"
+CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
+
+
+def mesh():
+    return jax.make_mesh((2, 4), ("data", AXIS), axis_types=(AxisType.Auto,) * 2)
+
+
+def cut(function, *arrays, specs, out):
+    """The function on the mesh; what leaves it is known to be equal on all shards of V."""
+    return jax.jit(jax.shard_map(function, mesh=mesh(), in_specs=specs, out_specs=out))(*arrays)
+
+
+def logits_with_ties():
+    """Equal entries within a shard of six and across shards."""
+    z = np.random.default_rng(0).integers(0, 4, size=(M, V)).astype(np.float32)
+    z[0] = 1.0
+    return jnp.array(z)
+
+
+@pytest.mark.parametrize("k", [1, 5, 7, 24])
+def test_ties_go_to_the_smaller_id_also_across_shards(k):
+    z = logits_with_ties()
+    want = np.argsort(-np.asarray(z), axis=-1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(top_k_indices(z, k=k), want)
+    got = cut(partial(top_k_indices, k=k, vocabulary_axis=AXIS), z, specs=(P(None, AXIS),), out=P())
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_cut_vocabulary_gives_the_same_values():
+    z, ids = logits_with_ties() * 0.7, jnp.arange(M) % V
+    several = jnp.stack([ids, (ids + 9) % V], axis=1)
+
+    def both(z, ids, several, vocabulary_axis=None):
+        log_probs = log_softmax(z, vocabulary_axis=vocabulary_axis)
+        return (
+            log_probs,
+            log_normalizer(z, vocabulary_axis=vocabulary_axis),
+            select_targets(log_probs, ids, vocabulary_axis=vocabulary_axis),
+            take_entries(z, several, vocabulary_axis=vocabulary_axis),
+        )
+
+    specs = (P(None, AXIS), P(), P())
+    out = (P(None, AXIS), P(), P(), P())
+    got = cut(partial(both, vocabulary_axis=AXIS), z, ids, several, specs=specs, out=out)
+    for g, w in zip(got, both(z, ids, several), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got[0], jax.nn.log_softmax(z), rtol=1e-6, atol=1e-6)
+
+
+def objectives(axis):
+    full = partial(full_vocabulary_loss, alpha=0.5, vocabulary_axis=axis)
+    few = partial(top_k_loss, alpha=1.0, k=7, add_tail=True, vocabulary_axis=axis)
+    return {
+        "sdpo": sdpo_per_token(full, importance_cap=2.0, vocabulary_axis=axis),
+        "top_k": sdpo_per_token(few, importance_cap=2.0, vocabulary_axis=axis),
+        "sampled": sampled_token_per_token(importance_cap=2.0, vocabulary_axis=axis),
+        "grpo": grpo_per_token(**CLIPS, vocabulary_axis=axis),
+        "sft": sft_per_token(label_smoothing=0.1, vocabulary_axis=axis),
+    }
+
+
+def problem(name, dtype):
+    random = np.random.default_rng(1)
+    hidden, teacher = (jnp.array(random.normal(size=(M, D)), dtype) for _ in range(2))
+    head, teacher_head = (jnp.array(random.normal(size=(D, V)), dtype) for _ in range(2))
+    targets = jnp.array(random.integers(0, V, size=M), jnp.int32)
+    old, advantages = (jnp.array(random.normal(size=M) - c, dtype) for c in (3.0, 0.0))
+    temperature = jnp.asarray(1.3, dtype)
+    aux, constants, axes = SftTokens(targets), None, None
+    if name == "grpo":
+        aux, constants = GrpoTokens(targets, old, advantages), GrpoConstants(temperature)
+        axes = GrpoConstants(P())
+    elif name != "sft":
+        aux = SdpoTokens(teacher, targets, old)
+        constants = SdpoConstants(teacher_head, temperature)
+        axes = SdpoConstants(P(None, AXIS), P())
+    return hidden, head, aux, jnp.array(random.integers(0, 3, size=M), dtype), constants, axes
+
+
+def check(name, dtype, tolerance):
+    hidden, head, aux, weights, constants, axes = problem(name, dtype)
+
+    def loss(axis, chunk, hidden, head, aux, weights, constants):
+        return chunked_head(
+            objectives(axis)[name], hidden, head, aux, weights, chunk=chunk, constants=constants
+        )
+
+    def sharded(hidden, head, aux, weights, constants):
+        total, metrics = loss(AXIS, 4, hidden, head, aux, weights, constants)
+        return jax.lax.psum(total, "data"), metrics
+
+    specs = (P("data"), P(None, AXIS), P("data"), P("data"), axes)
+    on_mesh = jax.shard_map(sharded, mesh=mesh(), in_specs=specs, out_specs=(P(), P("data")))
+
+    def run(function):
+        gradient = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
+        return jax.jit(gradient)(hidden, head, aux, weights, constants)
+
+    for g, w in zip(
+        jax.tree.leaves(run(on_mesh)), jax.tree.leaves(run(partial(loss, None, 5))), strict=True
+    ):
+        scale = max(1.0, float(jnp.max(jnp.abs(w))))
+        np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", objectives(None))
+def test_the_head_cut_over_the_vocabulary_and_rows_is_the_whole_head(name):
+    check(name, jnp.float32, 3e-6)
+
+
+def test_the_head_cut_over_the_vocabulary_is_exact_in_float64(x64):
+    check("top_k", jnp.float64, 1e-12)
+
+
+def test_the_ends_of_the_trust_region_hold_for_impossible_tokens():
+    reference, live = jnp.array([0.0, -jnp.inf]), jnp.array([-jnp.inf, 1.0])
+    np.testing.assert_array_equal(trust_region_logits(reference, live, 0.0), reference)
+    np.testing.assert_array_equal(trust_region_logits(reference, live, 1.0), live)
