@@ -1,174 +1,392 @@
-"""Bad arguments raise while tracing, and the message names the argument and both values."""
+"""Bad arguments raise while tracing, name the argument and say what came and what is allowed."""
 
+import inspect
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-import sdpo_jax as s
+import sdpo_jax
+from sdpo_jax import (
+    GrpoConstants,
+    GrpoTokens,
+    MixedConstants,
+    MixedTokens,
+    SdpoConstants,
+    SdpoTokens,
+    SftTokens,
+)
 
-BT, BTV, V = jnp.zeros((2, 3)), jnp.zeros((2, 3, 5)), jnp.zeros(5)
-IDS, INTS = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3, 5), jnp.int32)
-HIDDEN, HEAD = jnp.zeros((2, 3, 4)), jnp.zeros((4, 5))
+NAN = math.nan
+f = partial(jnp.full, fill_value=0.5)
+i = partial(jnp.zeros, dtype=jnp.int32)
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
-TOKENS = jnp.zeros((6, 4)), HEAD
+ADVICE = {"strength": 0.5, "bound": 0.2}
+HEADS = {"chunk": 2}
 
 
-def first(logits, aux, constants):
-    del aux, constants
-    return logits[:, 0], {}
+def head(function, hidden, weights_head, aux, *weights, **arguments):
+    """A head with `sft_per_token`; `chunked_head` takes weights besides."""
+    return function(sdpo_jax.sft_per_token(), hidden, weights_head, aux, *weights, **arguments)
 
 
-# What is called, and what the message says: both values, or the range and the value.
-CASES = {
-    "kl shapes": (s.forward_kl, (V, V[:4]), {}, r"student_log_probs \[5\], teacher_log_probs \[4\]"),
-    "kl dtype": (s.reverse_kl, (INTS, BTV), {}, "student_log_probs int32"),
-    "kl rank": (s.forward_kl, (jnp.array(0.0),) * 2, {}, r"\[\.\.\., V\].*student_log_probs \[\]"),
-    "alpha": (s.generalized_jsd, (V, V), {"alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
-    "alpha nan": (s.full_vocabulary_loss, (V, V), {"alpha": float("nan")}, "alpha .* got nan"),
-    "alpha sdpo": (s.sdpo_loss, (BTV, BTV, BT), {"alpha": -0.1}, "alpha .* got -0.1"),
-    "mask": (s.sdpo_loss, (BTV, BTV, BT[:1]), {"alpha": 0.5}, r"mask \[1, 3\], tokens \[2, 3\]"),
-    "logits rank": (s.sdpo_loss, (BT, BT, BT), {"alpha": 0.5}, r"student_logits \[2, 3\]"),
-    "teacher": (s.sdpo_loss, (BTV, BTV[:1], BT), {"alpha": 0.5}, r"teacher_logits \[1, 3, 5\]"),
-    "weights": (
-        s.sdpo_loss, (BTV, BTV, BT), {"alpha": 0.5, "weights": BT[:, :2]},
-        r"weights \[2, 2\].*\[2, 3\]",
-    ),
-    "k zero": (
-        s.top_k_loss, (V, V), {"alpha": 0.5, "k": 0, "add_tail": True}, r"k must lie in \[1, 5\]"
-    ),
-    "k large": (
-        s.top_k_log_probs, (V, V), {"k": 6, "add_tail": True}, r"\[1, 5\] \(the vocabulary\), got 6"
-    ),
-    "indices": (s.support_log_probs, (BTV, IDS), {"add_tail": True}, r"indices \[2, 3\].*\[2, 3, 5\]"),
-    "indices dtype": (s.support_log_probs, (BTV, BTV), {"add_tail": True}, "indices float32"),
-    "sampled": (s.sampled_token_loss, (BT, BT[:1]), {}, r"\[2, 3\], teacher_log_probs \[1, 3\]"),
-    "cap": (s.truncated_importance_weights, (BT, BT), {"cap": -2.0}, "cap must be positive, got -2"),
-    "ratio": (
-        s.truncated_importance_weights, (BT, V), {"cap": 2.0}, r"\[2, 3\], old_log_probs \[5\]"
-    ),
-    "clip": (s.distillation_advantages, (BT, BT), {"clip": 0.0}, "clip must be positive, got 0"),
-    "bound": (s.clip_entries, (V, -1.0), {}, "bound must be positive, got -1"),
-    "candidates": (s.candidate_loss, (V, V[:4]), {}, r"student_log_probs \[5\], advantages \[4\]"),
-    "score": (s.score_function_loss, (BT, V), {}, r"log_probs \[2, 3\], advantages \[5\]"),
-    "sequence": (s.sequence_advantages, (BT, BT[:1]), {}, r"advantages \[2, 3\], mask \[1, 3\]"),
-    "mix": (s.mix_advantages, (BT, BT), {"coefficient": 2.0}, r"coefficient .*\[0, 1\], got 2"),
-    "mix shape": (s.mix_advantages, (V, BT), {"coefficient": 0.5}, r"\[2, 3\], got \[5\]"),
-    "modulate": (
-        s.modulate_advantages, (BT, BT, BT), {"strength": 1.5, "bound": 0.2}, r"\[0, 1\], got 1.5"
-    ),
-    "beta": (
-        s.teacher_entropy_weights, (BT, BT), {"beta": -1.0}, "beta must be at least 0, got -1"
-    ),
-    "reduction": (
-        s.disagreement_weights, (BT,), {"beta": 1.0, "max_reduction": 2.0},
-        r"max_reduction .*\[0, 1\], got 2",
-    ),
-    "floor": (s.pass_rate_weights, (V[:4], 2), {"floor": -0.1}, "floor must be at least 0, got -0.1"),
-    "group": (s.pass_rate_weights, (V, 2), {}, r"passed \[5\] and group_size 2"),
-    "advantages": (s.group_advantages, (V, 2), {}, r"rewards \[5\] and group_size 2"),
-    "routes": (s.outcome_routing, (V, V[:4]), {}, r"passed \[5\], has_teacher \[4\]"),
-    "skip": (s.skip_first_tokens, (BT, -1), {}, "count must be at least 0, got -1"),
-    "skip rank": (s.skip_first_tokens, (V, 1), {}, r"expected 2 axes, got mask \[5\]"),
-    "spans": (s.span_mask, (IDS, IDS[:1], 4), {}, r"starts \[2, 3\], ends \[1, 3\]"),
-    "dual clip": (
-        s.policy_gradient_loss, (BT, BT, BT), {**CLIPS, "dual_clip": 0.5}, "dual_clip 0.5"
-    ),
-    "clip low": (s.grpo_loss, (BT, BT, BT, BT), {**CLIPS, "clip_low": 1.5}, "clip_low 1.5"),
-    "grpo": (s.grpo_loss, (BT, BT, V, BT), CLIPS, r"\[2, 3\], got \[5\]"),
-    "grpo mask": (s.grpo_loss, (BT, BT, BT, BT[:1]), CLIPS, r"log_probs \[2, 3\].*mask \[1, 3\]"),
-    "rollouts": (s.sequence_log_probs, (BT, BT[:1]), {}, r"log_probs \[2, 3\], mask \[1, 3\]"),
-    "reference": (s.reference_kl, (BT, V), {}, r"log_probs \[2, 3\].*\[5\]"),
-    "smoothing": (
-        s.cross_entropy, (BTV, IDS), {"label_smoothing": 1.0}, r"label_smoothing .*\[0, 1\), got 1"
-    ),
-    "targets": (s.cross_entropy, (BTV, V), {}, "targets float32"),
-    "targets shape": (s.cross_entropy, (BTV, IDS[:1]), {}, r"targets \[1, 3\].*\[2, 3, 5\]"),
-    "sft": (s.sft_loss, (BTV, IDS, BT[:1]), {}, r"targets \[2, 3\], mask \[1, 3\]"),
-    "length": (s.fixed_length_mean, (BT, BT), {"length": 0}, "length must be at least 1, got 0"),
-    "reduce": (s.token_mean, (BT, BT[:1]), {}, r"per_token \[2, 3\], mask \[1, 3\]"),
-    "reduce rank": (s.sequence_mean, (V, V), {}, r"expected 2 axes, got mask \[5\]"),
-    "soft cap": (s.shape_logits, (V,), {"soft_cap": 0.0}, "soft_cap must be positive, got 0"),
-    "trust region": (
-        s.trust_region_logits, (V, V[:4], 0.5), {}, r"reference_logits \[5\], live_logits \[4\]"
-    ),
-    "chunk": (
-        s.chunked_head, (first, *TOKENS, None, jnp.ones(6)), {"chunk": 0}, "chunk >= 1, got 6 and 0"
-    ),
-    "head": (
-        s.chunked_head, (first, TOKENS[0], HEAD.T, None, jnp.ones(6)), {"chunk": 2},
-        r"hidden \[6, 4\] and head \[5, 4\]",
-    ),
-    "head weights": (
-        s.chunked_head, (first, *TOKENS, None, jnp.ones(5)), {"chunk": 2},
-        r"expected weights \[6\], got \[5\]",
-    ),
-    "aux": (
-        s.checkpointed_head, (first, *TOKENS, {"y": jnp.ones(5)}), {"chunk": 2},
-        r"aux\['y'\] must lead with 6 tokens, got \[5\]",
-    ),
-    "hidden": (
-        s.sft_from_hidden, (HIDDEN[0], HEAD, IDS, BT), {"chunk": 2},
-        r"expected 3 axes, got hidden \[3, 4\]",
-    ),
-    "hidden mask": (
-        s.sft_from_hidden, (HIDDEN, HEAD, IDS, BT[:1]), {"chunk": 2}, r"mask \[1, 3\]"
-    ),
-    "teacher hidden": (
-        s.sdpo_from_hidden, (HIDDEN, HEAD, HIDDEN[:1], HEAD, IDS, BT), {"alpha": 0.5, "chunk": 2},
-        r"teacher_hidden \[1, 3, 4\]",
-    ),
-    "products": (s.by_products, (BTV, BTV, IDS[:1]), {}, r"targets \[1, 3\].*\[2, 3, 5\]"),
-    "ema": (s.ema_update, (BT, V, 0.5), {}, r"\[2, 3\].*\[5\]"),
-    "ema rate": (s.ema, (1.5,), {}, r"rate must lie in \[0, 1\], got 1.5"),
-    "region": (s.trust_region, (-0.5,), {}, r"coefficient must lie in \[0, 1\], got -0.5"),
-}  # fmt: skip
+def one_token(factory, logits=(2, 3), **tokens):
+    """A distillation of two tokens from hidden states of width 4."""
+    given = {"teacher_hidden": f((2, 4)), "targets": i((2,)), **tokens}
+    return factory(f(logits), SdpoTokens(**given), SdpoConstants(f((4, 3)), jnp.float32(1.0)))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_message_names_the_argument_and_both_values(name):
-    function, arguments, options, message = CASES[name]
-    with pytest.raises((ValueError, TypeError), match=message):
-        function(*arguments, **options)
+def grpo(logits=(2, 3), old=(2,), advantages=(2,), **arguments):
+    loss = sdpo_jax.grpo_per_token(**{**CLIPS, **arguments})
+    tokens = GrpoTokens(i((2,)), f(old), f(advantages))
+    return loss(f(logits), tokens, GrpoConstants(jnp.float32(1.0)))
 
 
-@pytest.mark.parametrize("name", ["kl shapes", "k large", "mask", "grpo", "targets", "head"])
-def test_it_is_raised_while_tracing(name):
-    function, arguments, options, message = CASES[name]
-    arrays = [x for x in arguments if isinstance(x, jax.Array)]
-    others = [x for x in arguments if not isinstance(x, jax.Array)]
-    bound = partial(partial(function, *others), **options)
-    with pytest.raises((ValueError, TypeError), match=message):
-        if name == "head":
-            jax.eval_shape(lambda h, w, m: bound(h, w, None, m), *arrays)
-        else:
-            jax.eval_shape(bound, *arrays)
+def mixed(first, second):
+    tokens = MixedTokens(SftTokens(i((2,))), SftTokens(i((2,))), f(first), f(second))
+    loss = sdpo_jax.mixed_per_token(sdpo_jax.sft_per_token(), sdpo_jax.sft_per_token())
+    return loss(f((2, 3)), tokens, MixedConstants(None, None))
+
+
+def sdpo_hidden(**arguments):
+    given = {
+        "hidden": f((1, 2, 4)),
+        "head": f((4, 3)),
+        "teacher_hidden": f((1, 2, 4)),
+        "teacher_head": f((4, 3)),
+        "targets": i((1, 2)),
+        "mask": i((1, 2)),
+        "alpha": 0.5,
+        "chunk": 1,
+    }
+    return sdpo_jax.sdpo_from_hidden(**{**given, **arguments})
+
+
+def grpo_hidden(**arguments):
+    given = {
+        "hidden": f((1, 2, 4)),
+        "head": f((4, 3)),
+        "targets": i((1, 2)),
+        "old_log_probs": f((1, 2)),
+        "advantages": f((1,)),
+        "mask": i((1, 2)),
+        "chunk": 1,
+        **CLIPS,
+    }
+    return sdpo_jax.grpo_from_hidden(**{**given, **arguments})
+
+
+def sft_hidden(**arguments):
+    given = {
+        "hidden": f((1, 2, 4)),
+        "head": f((4, 3)),
+        "targets": i((1, 2)),
+        "mask": i((1, 2)),
+        "chunk": 1,
+    }
+    return sdpo_jax.sft_from_hidden(**{**given, **arguments})
+
+
+def pairs(name, call, first="student_log_probs", second="teacher_log_probs"):
+    """What every function of two distributions refuses."""
+    return [
+        (name, lambda: call(f((2, 3)), f((2, 4))), f"{first} [2, 3], {second} [2, 4]"),
+        (name, lambda: call(i((2, 3)), f((2, 3))), f"floating dtype, got {first} int32"),
+        (name, lambda: call(f(()), f(())), f"[..., V] with V >= 1, got {first} []"),
+        (name, lambda: call(f((2, 0)), f((2, 0))), f"[..., V] with V >= 1, got {first} [2, 0]"),
+    ]
+
+
+def alphas(name, call):
+    return [
+        (name, partial(call, alpha=alpha), f"alpha must lie in [0, 1], got {alpha}")
+        for alpha in (-0.1, 1.1, NAN)
+    ]
+
+
+def ks(name, call):
+    return [
+        (name, partial(call, k=k), f"k must lie in [1, 3] (the vocabulary), got {k}")
+        for k in (-1, 0, 4)
+    ]
+
+
+def clips(name, call):
+    return [
+        (name, partial(call, **{**CLIPS, argument: value}), f"{argument} {value}")
+        for argument, value in [
+            ("clip_low", -0.1),
+            ("clip_low", 1.5),
+            ("clip_high", -0.1),
+            ("clip_high", NAN),
+            ("dual_clip", 1.0),
+            ("dual_clip", 0.5),
+        ]
+    ]
+
+
+def chunks(name, call):
+    return [(name, partial(call, chunk=n), f"chunk >= 1, got 2 and {n}") for n in (0, -1)]
+
+
+def smoothings(name, call):
+    return [
+        (name, partial(call, label_smoothing=x), f"label_smoothing must lie in [0, 1), got {x}")
+        for x in (-0.1, 1.0, NAN)
+    ]
+
+
+def two(name, call):
+    """What every function of two equal shapes refuses."""
+    argument, other = tuple(inspect.signature(vars(sdpo_jax)[name]).parameters)[:2]
+    return [(name, lambda: call(f((2, 3)), f((2, 4))), f"{argument} [2, 3], {other} [2, 4]")]
+
+
+S = sdpo_jax
+LOGITS = "student_logits", "teacher_logits"
+JSD = partial(S.full_vocabulary_loss, alpha=0.5)
+TOP = {"alpha": 0.5, "add_tail": True}
+
+CASES = [
+    # Divergences and supports
+    *pairs("forward_kl", S.forward_kl),
+    *pairs("reverse_kl", S.reverse_kl),
+    *pairs("generalized_jsd", partial(S.generalized_jsd, alpha=0.5)),
+    *alphas("generalized_jsd", lambda **x: S.generalized_jsd(f((3,)), f((3,)), **x)),
+    *pairs("divergence_terms", partial(S.divergence_terms, alpha=1.0)),
+    *alphas("divergence_terms", lambda **x: S.divergence_terms(f((3,)), f((3,)), **x)),
+    *pairs("full_vocabulary_loss", JSD, *LOGITS),
+    *alphas("full_vocabulary_loss", lambda **x: S.full_vocabulary_loss(f((3,)), f((3,)), **x)),
+    *pairs("top_k_loss", partial(S.top_k_loss, k=1, **TOP), *LOGITS),
+    *ks("top_k_loss", lambda **x: S.top_k_loss(f((2, 3)), f((2, 3)), **x, **TOP)),
+    *alphas("top_k_loss", lambda **x: S.top_k_loss(f((3,)), f((3,)), k=1, add_tail=True, **x)),
+    *pairs("top_k_log_probs", partial(S.top_k_log_probs, k=1, add_tail=True), *LOGITS),
+    *ks("top_k_log_probs", lambda **x: S.top_k_log_probs(f((3,)), f((3,)), add_tail=True, **x)),
+    *ks("top_k_indices", lambda **x: S.top_k_indices(f((3,)), **x)),
+    ("top_k_indices", lambda: S.top_k_indices(i((3,)), k=1), "floating dtype, got logits int32"),
+    ("support_loss", lambda: S.support_loss(f((2, 3)), f((2, 4)), i((2, 1)), **TOP), "[2, 4]"),
+    ("support_loss", lambda: S.support_loss(f((2, 3)), f((2, 3)), f((2, 1)), **TOP),
+     "integer dtype, got indices float32"),
+    ("support_loss", lambda: S.support_loss(f((2, 3)), f((2, 3)), i((1,)), **TOP),
+     "got indices [1] and logits [2, 3]"),
+    ("support_log_probs", lambda: S.support_log_probs(f((2, 3)), i((3, 1)), add_tail=True),
+     "got indices [3, 1] and logits [2, 3]"),
+    ("support_log_probs", lambda: S.support_log_probs(i((2, 3)), i((2, 1)), add_tail=True),
+     "floating dtype, got logits int32"),
+    ("clip_entries", lambda: S.clip_entries(f((3,)), 0.0), "bound must be positive, got 0.0"),
+    ("clip_entries", lambda: S.clip_entries(f((3,)), NAN), "bound must be positive, got nan"),
+    ("entropy", lambda: S.entropy(i((3,))), "floating dtype, got log_probs int32"),
+    ("entropy", lambda: S.entropy(f(())), "[..., V] with V >= 1, got log_probs []"),
+    ("by_products", lambda: S.by_products(f((2, 3)), f((2, 4)), i((2,))), "[2, 3], teacher_log"),
+    ("by_products", lambda: S.by_products(f((2, 3)), f((2, 3)), i((3,))), "got targets [3]"),
+    # Vocabulary
+    ("log_softmax", lambda: S.log_softmax(i((3,))), "floating dtype, got logits int32"),
+    ("log_softmax", lambda: S.log_softmax(f(())), "[..., V] with V >= 1, got logits []"),
+    ("select_targets", lambda: S.select_targets(f((2, 3)), f((2,))), "got targets float32"),
+    ("select_targets", lambda: S.select_targets(f((2, 3)), i((3,))),
+     "got targets [3] and log_probs [2, 3]"),
+    ("shape_logits", lambda: S.shape_logits(i((3,))), "floating dtype, got logits int32"),
+    ("shape_logits", lambda: S.shape_logits(f((3,)), soft_cap=0.0), "soft_cap must be positive"),
+    ("shape_logits", lambda: S.shape_logits(f((3,)), soft_cap=-2.0), "positive, got -2.0"),
+    *pairs("trust_region_logits", lambda x, y: S.trust_region_logits(x, y, 0.5),
+           "reference_logits", "live_logits"),
+    # Credit
+    *two("candidate_loss", S.candidate_loss),
+    ("candidate_loss", lambda: S.candidate_loss(f((3,)), i((3,))), "got advantages int32"),
+    *two("distillation_advantages", S.distillation_advantages),
+    ("distillation_advantages", lambda: S.distillation_advantages(f((3,)), f((3,)), clip=0.0),
+     "clip must be positive, got 0.0"),
+    *two("score_function_loss", S.score_function_loss),
+    ("score_function_loss", lambda: S.score_function_loss(i((3,)), f((3,))), "log_probs int32"),
+    *two("sampled_token_loss", S.sampled_token_loss),
+    *two("sequence_advantages", S.sequence_advantages),
+    ("sequence_advantages", lambda: S.sequence_advantages(f((3,)), f((3,))), "2 axes, got mask"),
+    ("mix_advantages", lambda: S.mix_advantages(f((2,)), f((2, 3)), coefficient=1.5),
+     "coefficient must lie in [0, 1], got 1.5"),
+    ("mix_advantages", lambda: S.mix_advantages(f((3,)), f((2, 3)), coefficient=0.5),
+     "[B, T] = [2, 3], got [3]"),
+    ("mix_advantages", lambda: S.mix_advantages(f((3,)), f((3,)), coefficient=0.5),
+     "2 axes, got distillation_advantages [3]"),
+    ("modulate_advantages",
+     lambda: S.modulate_advantages(f((2,)), f((2, 3)), f((2, 4)), **ADVICE),
+     "log_probs [2, 3], teacher_log_probs [2, 4]"),
+    ("modulate_advantages",
+     lambda: S.modulate_advantages(f((3,)), f((2, 3)), f((2, 3)), **ADVICE), "got [3]"),
+    ("modulate_advantages", lambda: S.modulate_advantages(f((3,)), f((3,)), f((3,)), **ADVICE),
+     "2 axes, got log_probs [3]"),
+    ("modulate_advantages",
+     lambda: S.modulate_advantages(f((2,)), f((2, 3)), f((2, 3)), strength=2.0, bound=0.2),
+     "strength and bound must lie in [0, 1], got 2.0 and 0.2"),
+    ("modulate_advantages",
+     lambda: S.modulate_advantages(f((2,)), f((2, 3)), f((2, 3)), strength=0.5, bound=-1.0),
+     "strength and bound must lie in [0, 1], got 0.5 and -1.0"),
+    # Policy gradient
+    *[("group_advantages", partial(S.group_advantages, f((4,)), n), f"[4] and group_size {n}")
+      for n in (-1, 0, 3)],
+    ("group_advantages", lambda: S.group_advantages(f((2, 2)), 2), "rewards [2, 2]"),
+    *two("policy_gradient_loss", lambda x, y: S.policy_gradient_loss(x, y, x, **CLIPS)),
+    ("policy_gradient_loss", lambda: S.policy_gradient_loss(f((3,)), f((3,)), f((2,)), **CLIPS),
+     "ratio [3], advantages [2]"),
+    ("policy_gradient_loss", lambda: S.policy_gradient_loss(i((3,)), f((3,)), f((3,)), **CLIPS),
+     "got log_probs int32"),
+    *clips("policy_gradient_loss",
+           lambda **x: S.policy_gradient_loss(f((3,)), f((3,)), f((3,)), **x)),
+    *two("reference_kl", S.reference_kl),
+    *two("sequence_log_probs", S.sequence_log_probs),
+    ("sequence_log_probs", lambda: S.sequence_log_probs(f((3,)), f((3,))), "2 axes, got mask [3]"),
+    ("sequence_log_probs", lambda: S.sequence_log_probs(i((1, 3)), f((1, 3))), "log_probs int32"),
+    *two("grpo_loss", lambda x, y: S.grpo_loss(x, y, f((2,)), x, **CLIPS)),
+    ("grpo_loss", lambda: S.grpo_loss(f((2, 3)), f((2, 3)), f((3,)), i((2, 3)), **CLIPS),
+     "[B, T] = [2, 3], got [3]"),
+    ("grpo_loss", lambda: S.grpo_loss(f((3,)), f((3,)), f((3,)), i((3,)), **CLIPS),
+     "2 axes, got log_probs [3]"),
+    ("grpo_loss", lambda: S.grpo_loss(
+        f((2, 3)), f((2, 3)), f((2,)), i((2, 3)), weights=f((3,)), **CLIPS), "weights [3]"),
+    *clips("grpo_loss", lambda **x: S.grpo_loss(f((1, 3)), f((1, 3)), f((1,)), i((1, 3)), **x)),
+    # Likelihood and SDPO from logits
+    ("cross_entropy", lambda: S.cross_entropy(f((2, 3)), i((3,))), "got targets [3] and"),
+    ("cross_entropy", lambda: S.cross_entropy(f((2, 3)), f((2,))), "got targets float32"),
+    ("cross_entropy", lambda: S.cross_entropy(i((2, 3)), i((2,))), "got logits int32"),
+    *smoothings("cross_entropy", lambda **x: S.cross_entropy(f((3,)), i(()), **x)),
+    ("sft_loss", lambda: S.sft_loss(f((2, 3)), i((2,)), i((2,))), "3 axes, got logits [2, 3]"),
+    ("sft_loss", lambda: S.sft_loss(f((1, 2, 3)), i((1, 3)), i((1, 2))),
+     "targets [1, 3], mask [1, 2]"),
+    *smoothings("sft_loss", lambda **x: S.sft_loss(f((1, 1, 3)), i((1, 1)), i((1, 1)), **x)),
+    ("sdpo_loss", lambda: S.sdpo_loss(f((2, 3)), f((2, 3)), i((2,)), alpha=0.5),
+     "3 axes, got student_logits [2, 3]"),
+    ("sdpo_loss", lambda: S.sdpo_loss(f((1, 2, 3)), f((1, 2, 3)), i((2, 2)), alpha=0.5),
+     "mask [2, 2], tokens [1, 2]"),
+    *alphas("sdpo_loss", lambda **x: S.sdpo_loss(f((1, 2, 3)), f((1, 2, 3)), i((1, 2)), **x)),
+    # Reductions
+    *two("token_mean", S.token_mean),
+    *two("sequence_mean", S.sequence_mean),
+    *two("fixed_length_mean", partial(S.fixed_length_mean, length=3)),
+    ("token_mean_weights", lambda: S.token_mean_weights(f((3,))), "2 axes, got mask [3]"),
+    ("sequence_mean_weights", lambda: S.sequence_mean_weights(f((3,))), "2 axes, got mask [3]"),
+    ("fixed_length_mean_weights", lambda: S.fixed_length_mean_weights(f((3,)), length=3),
+     "2 axes, got mask [3]"),
+    *[(name, partial(call, length=n), f"length must be at least 1, got {n}")
+      for n in (0, -2)
+      for name, call in [
+          ("fixed_length_mean", lambda **x: S.fixed_length_mean(f((1, 3)), f((1, 3)), **x)),
+          ("fixed_length_mean_weights", lambda **x: S.fixed_length_mean_weights(f((1, 3)), **x)),
+      ]],
+    # Weights
+    *two("truncated_importance_weights", partial(S.truncated_importance_weights, cap=2.0)),
+    *[("truncated_importance_weights",
+       lambda cap=cap: S.truncated_importance_weights(f((3,)), f((3,)), cap=cap),
+       f"cap must be positive, got {cap}") for cap in (0.0, -1.0, NAN)],
+    *two("teacher_entropy_weights", partial(S.teacher_entropy_weights, beta=1.0)),
+    ("teacher_entropy_weights",
+     lambda: S.teacher_entropy_weights(f((1, 3)), f((1, 3)), beta=-1.0),
+     "beta must be at least 0, got -1.0"),
+    ("disagreement_weights", lambda: S.disagreement_weights(f(3), beta=NAN, max_reduction=0.5),
+     "beta must be at least 0, got nan"),
+    ("disagreement_weights", lambda: S.disagreement_weights(f(3), beta=1.0, max_reduction=1.5),
+     "max_reduction must lie in [0, 1], got 1.5"),
+    ("disagreement_weights", lambda: S.disagreement_weights(i(3), beta=1.0, max_reduction=0.5),
+     "floating dtype, got jsd int32"),
+    ("pass_rate_weights", lambda: S.pass_rate_weights(f((4,)), 3), "passed [4] and group_size 3"),
+    ("pass_rate_weights", lambda: S.pass_rate_weights(f((4,)), 2, floor=-0.1),
+     "floor must be at least 0, got -0.1"),
+    *two("outcome_routing", S.outcome_routing),
+    ("positive_only", lambda: S.positive_only(i((3,))), "floating dtype, got advantages int32"),
+    ("skip_first_tokens", lambda: S.skip_first_tokens(f((1, 3)), -1), "count must be at least 0"),
+    ("skip_first_tokens", lambda: S.skip_first_tokens(f((3,)), 1), "2 axes, got mask [3]"),
+    ("span_mask", lambda: S.span_mask(i((1, 1)), i((1, 1)), -1), "length must be at least 0"),
+    ("span_mask", lambda: S.span_mask(f((1, 1)), i((1, 1)), 3), "integer dtype, got starts"),
+    ("span_mask", lambda: S.span_mask(i((1, 1)), i((1, 2)), 3), "starts [1, 1], ends [1, 2]"),
+    ("span_mask", lambda: S.span_mask(i((1,)), i((1,)), 3), "2 axes, got starts [1]"),
+    # Heads, and objectives as they take them
+    *[case for name, weights in [("chunked_head", [(2,)]), ("checkpointed_head", [])]
+      for call in [lambda *x, name=name, weights=weights, **y: head(
+          vars(S)[name], *x, *map(f, weights), **{**HEADS, **y})]
+      for case in [
+          (name, partial(call, f((2, 4)), f((5, 3)), SftTokens(i((2,)))),
+           "got hidden [2, 4] and head [5, 3]"),
+          (name, partial(call, f((1, 2, 4)), f((4, 3)), SftTokens(i((2,)))), "hidden [1, 2, 4]"),
+          (name, partial(call, i((2, 4)), f((4, 3)), SftTokens(i((2,)))), "got hidden int32"),
+          (name, partial(call, f((2, 4)), f((4, 3)), SftTokens(i((3,)))),
+           "aux.targets must lead with 2 tokens, got [3]"),
+          (name, partial(call, f((0, 4)), f((4, 3)), SftTokens(i((0,)))), "at least one token"),
+          *chunks(name, partial(call, f((2, 4)), f((4, 3)), SftTokens(i((2,))))),
+      ]],
+    ("chunked_head",
+     lambda: head(S.chunked_head, f((2, 4)), f((4, 3)), SftTokens(i((2,))), f((3,)), chunk=1),
+     "expected weights [2], got [3]"),
+    ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD), logits=(2, 5)),
+     "student_logits [2, 5], teacher_logits [2, 3]"),
+    ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD), targets=i((3,))), "targets [3]"),
+    ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD, soft_cap=0.0)), "soft_cap"),
+    ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD, importance_cap=2.0)),
+     "importance_cap 2.0 needs old_log_probs, got None"),
+    ("sdpo_per_token",
+     lambda: one_token(S.sdpo_per_token(JSD, importance_cap=0.0), old_log_probs=f((2,))),
+     "cap must be positive, got 0.0"),
+    ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD), live_hidden=f((2, 4))),
+     "live_hidden needs live_head and coefficient, got None"),
+    ("sampled_token_per_token",
+     lambda: one_token(S.sampled_token_per_token(importance_cap=2.0)),
+     "importance_cap 2.0 needs old_log_probs, got None"),
+    ("sampled_token_per_token", lambda: one_token(S.sampled_token_per_token(), targets=f((2,))),
+     "got targets float32"),
+    *clips("grpo_per_token", grpo),
+    ("grpo_per_token", lambda: grpo(old=(3,)), "log_probs [2], old_log_probs [3]"),
+    ("grpo_per_token", lambda: grpo(advantages=(3,)), "advantages [3]"),
+    ("grpo_per_token", lambda: grpo(kl_coefficient=0.1),
+     "kl_coefficient 0.1 needs reference_log_probs, got None"),
+    *smoothings("sft_per_token",
+                lambda **x: S.sft_per_token(**x)(f((2, 3)), SftTokens(i((2,))), None)),
+    ("mixed_per_token", lambda: mixed((1,), (2,)), "first_weights [1], second_weights [2]"),
+    ("mixed_per_token", lambda: mixed((1,), (1,)), "second_weights [1], tokens [2]"),
+    # From hidden states
+    *alphas("sdpo_from_hidden", sdpo_hidden),
+    *chunks("sdpo_from_hidden", sdpo_hidden),
+    ("sdpo_from_hidden", lambda: sdpo_hidden(hidden=f((2, 4))), "3 axes, got hidden [2, 4]"),
+    ("sdpo_from_hidden", lambda: sdpo_hidden(mask=i((1, 3))), "mask [1, 3], tokens [1, 2]"),
+    ("sdpo_from_hidden", lambda: sdpo_hidden(targets=i((1, 3))), "targets [1, 3], mask [1, 2]"),
+    ("sdpo_from_hidden", lambda: sdpo_hidden(targets=f((1, 2))), "got targets float32"),
+    ("sdpo_from_hidden", lambda: sdpo_hidden(weights=f((3,))), "weights [3]"),
+    ("sdpo_from_hidden", lambda: sdpo_hidden(head=f((5, 3)), teacher_head=f((5, 3))),
+     "got hidden [2, 4] and head [5, 3]"),
+    ("sdpo_from_hidden", lambda: sdpo_hidden(teacher_head=f((4, 5))),
+     "head [4, 3], teacher_head [4, 5]"),
+    ("sdpo_from_hidden", lambda: sdpo_hidden(teacher_hidden=f((1, 3, 4))),
+     "teacher_hidden [1, 3, 4], hidden [1, 2, 4]"),
+    *clips("grpo_from_hidden", grpo_hidden),
+    *chunks("grpo_from_hidden", grpo_hidden),
+    ("grpo_from_hidden", lambda: grpo_hidden(mask=i((2,))), "2 axes, got mask [2]"),
+    ("grpo_from_hidden", lambda: grpo_hidden(advantages=f((3,))), "[B, T] = [1, 2], got [3]"),
+    ("grpo_from_hidden", lambda: grpo_hidden(old_log_probs=f((1, 3))), "old_log_probs [1, 3]"),
+    *smoothings("sft_from_hidden", sft_hidden),
+    *chunks("sft_from_hidden", sft_hidden),
+    ("sft_from_hidden", lambda: sft_hidden(hidden=i((1, 2, 4))), "got hidden int32"),
+    # Teachers
+    *[(name, partial(vars(S)[name], x), f"{argument} must lie in [0, 1], got {x}")
+      for name, argument in [("ema", "rate"), ("trust_region", "coefficient")]
+      for x in (-0.1, 1.5, NAN)],
+    ("ema_update", lambda: S.ema_update({"w": f((3,))}, {"w": f((1,))}, 0.1), "[3] and [1]"),
+]  # fmt: skip
+UNCHECKED = {
+    "divide": "broadcasts by intention: weights over the length of their row",
+    "frozen": "takes no argument",
+    "live": "takes no argument",
+}
 
 
 @pytest.mark.parametrize(
-    ("loss", "tokens", "message"),
-    [
-        (
-            s.sdpo_per_token(partial(s.full_vocabulary_loss, alpha=0.5), importance_cap=2.0),
-            s.SdpoTokens(jnp.zeros((6, 4)), jnp.zeros(6, jnp.int32)),
-            "importance_cap 2.0 needs old_log_probs",
-        ),
-        (
-            s.sdpo_per_token(partial(s.full_vocabulary_loss, alpha=0.5)),
-            s.SdpoTokens(jnp.zeros((6, 4)), jnp.zeros(6, jnp.int32), live_hidden=jnp.zeros((6, 4))),
-            "live_hidden needs live_head and coefficient",
-        ),
-        (
-            s.grpo_per_token(**CLIPS, kl_coefficient=0.1),
-            s.GrpoTokens(jnp.zeros(6, jnp.int32), jnp.zeros(6), jnp.zeros(6)),
-            "kl_coefficient 0.1 needs reference_log_probs",
-        ),
-    ],
+    "name, call, message", CASES, ids=[f"{name}: {message}" for name, _, message in CASES]
 )
-def test_a_setting_without_its_array_is_an_error(loss, tokens, message):
-    constants = s.SdpoConstants(HEAD, jnp.array(1.0))
-    if isinstance(tokens, s.GrpoTokens):
-        constants = s.GrpoConstants(jnp.array(1.0))
-    with pytest.raises(ValueError, match=message):
-        s.chunked_head(loss, *TOKENS, tokens, jnp.ones(6), chunk=2, constants=constants)
+def test_bad_input_raises_while_tracing_and_is_named(name, call, message):
+    """`eval_shape` only traces: no array has a value."""
+    for trace in (jax.eval_shape, lambda call: call()):
+        with pytest.raises((ValueError, TypeError)) as error:
+            trace(call)
+        assert message in str(error.value), name
+
+
+def test_every_public_function_is_in_the_table():
+    functions = {name for name in sdpo_jax.__all__ if inspect.isfunction(vars(sdpo_jax)[name])}
+    assert functions == {name for name, _, _ in CASES} | set(UNCHECKED)

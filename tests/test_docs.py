@@ -17,8 +17,9 @@ SECTIONS = {
     "train": Config().train,
     "model": Config().model,
 }
-KEYS = {f"{name}.{f.name}" for name, part in SECTIONS.items() for f in fields(part)}
-KEYS |= {f"objective.{f.name}" for kind in (SdpoObjective, GrpoObjective) for f in fields(kind)}
+KEYS = {f"{name}.{f.name}" for name, part in SECTIONS.items() for f in fields(part)} | {
+    f"objective.{f.name}" for kind in (SdpoObjective, GrpoObjective) for f in fields(kind)
+}
 PARAMETERS = {
     parameter
     for name in sdpo_jax.__all__

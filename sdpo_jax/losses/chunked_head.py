@@ -7,9 +7,10 @@ matmuls, where recomputation (`checkpointed_head`) costs six.
 
 Chunks are strided: of the tokens in blocks of b, chunk i of n holds the blocks i, i + n, i + 2n and
 so on. A token axis that is sharded over a mesh stays sharded inside each chunk, so no token moves,
-as long as the shards divide the blocks of a chunk. b is 8, a row of tiles in a TPU's memory, where that
-divides the chunk: chunks are then read where they lie, and no array of [M, D] is copied. A chunk's
-hidden states are overwritten with their gradient, in place where the caller is done with them.
+as long as the shards divide the blocks of a chunk. b is 8, a row of tiles in a TPU's memory, where
+that divides the chunk: chunks are then read where they lie, and no array of [M, D] is copied. A
+chunk's hidden states are overwritten with their gradient, in place where the caller is done with
+them.
 
 A sharded vocabulary needs nothing under `jit`. Inside a `shard_map` over its axis (and over the
 token axes), with the `check_vma` that is on by default, the per-token loss reduces over the axis

@@ -259,8 +259,7 @@ def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
         two, more = second(logits, tokens.second, constants.second)
         first_weights, second_weights = tokens.first_weights, tokens.second_weights
         check_same_shape(first_weights=first_weights, second_weights=second_weights, tokens=one)
-        weights = (w.astype(one.dtype) for w in (first_weights, second_weights))
-        total = sum(w * x for w, x in zip(weights, (one, two), strict=True))
+        total = first_weights.astype(one.dtype) * one + second_weights.astype(one.dtype) * two
         return total, {**more, **metrics, "first_loss": one, "second_loss": two}
 
     return loss
