@@ -93,6 +93,7 @@ def support_log_probs(
     >>> [f"{p:.2f}" for p in jnp.exp(log_probs)]
     ['0.40', '0.60']
     """
+    check_vocabulary(logits=logits)
     # Wide before the paths part: their gradients cancel, and would be rounded one by one.
     logits = logits.astype(loss_dtype(logits))
     normalizer = log_normalizer(logits, vocabulary_axis=vocabulary_axis)
