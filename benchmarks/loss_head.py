@@ -101,13 +101,16 @@ def shapes(tokens: int, width: int, vocabulary: int, dtype: Any) -> list[jax.Sha
     ]
 
 
+def temporary_gigabytes(compiled: Any) -> float:
+    return compiled.memory_analysis().temp_size_in_bytes / 1e9
+
+
 def measure(compiled: Any, arguments: list[jax.ShapeDtypeStruct], chunk: int, shards: int = 1):
     """Temporary gigabytes, and matmuls."""
     (tokens, width), (_, vocabulary) = arguments[0].shape, arguments[1].shape
     body = tokens / -(-tokens // chunk)
     product = 2.0 * body * width * vocabulary / shards
-    memory = compiled.memory_analysis().temp_size_in_bytes / 1e9
-    return memory, compiled.cost_analysis()["flops"] / product
+    return temporary_gigabytes(compiled), compiled.cost_analysis()["flops"] / product
 
 
 def arrays_like(arguments: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
@@ -140,7 +143,7 @@ def on_cpu(chunk: int, repeats: int, width: int = 256, vocabulary: int = 32768) 
         if tokens == 4096:
             seconds = seconds_of(programs, arrays_like(arguments), repeats)
         for form in forms:
-            temp[form, tokens] = programs[form].memory_analysis().temp_size_in_bytes / 1e9
+            temp[form, tokens] = temporary_gigabytes(programs[form])
             shown = f"{seconds[form]:10.2f}" if tokens == 4096 else ""
             print(f"{form:<14}{tokens:>8}{temp[form, tokens]:>10.3f}{shown}")
     growth = temp["chunked", 32768] / temp["chunked", 4096] - 1.0

@@ -89,7 +89,7 @@ def distillation(student, teacher, alpha, k=None, add_tail=True, ids=None):
 
 def sampled_token(student, teacher, targets):
     log_prob, other = (pick(log_softmax(x), targets) for x in (student, teacher))
-    return (log_prob - other).real * log_prob
+    return np.real(log_prob - other) * log_prob
 
 
 def cross_entropy(logits, targets, smoothing=0.0):
