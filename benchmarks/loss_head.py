@@ -77,8 +77,8 @@ FORMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def gradient_of(form: str, chunk: int, axis: str | None = None) -> Callable[..., Any]:
-    """`(hidden, head, teacher_hidden, teacher_head, targets, weights) -> value and gradients`."""
+def loss_of(form: str, chunk: int, axis: str | None = None) -> Callable[..., Any]:
+    """`(hidden, head, teacher_hidden, teacher_head, targets, weights) -> weighted sum`."""
     divergence = partial(full_vocabulary_loss, alpha=0.5, vocabulary_axis=axis)
     per_token = sdpo_per_token(divergence, vocabulary_axis=axis)
 
@@ -138,7 +138,7 @@ def on_cpu(chunk: int, repeats: int, width: int = 256, vocabulary: int = 32768) 
     for tokens in (4096, 8192, 16384, 32768):
         arguments = shapes(tokens, width, vocabulary, jnp.float32)
         forms = list(FORMS) if tokens == 4096 else ["checkpointed", "chunked"]
-        gradient = {f: jax.value_and_grad(gradient_of(f, chunk), argnums=(0, 1)) for f in forms}
+        gradient = {f: jax.value_and_grad(loss_of(f, chunk), argnums=(0, 1)) for f in forms}
         programs = {f: jax.jit(g).lower(*arguments).compile() for f, g in gradient.items()}
         if tokens == 4096:
             seconds = seconds_of(programs, arrays_like(arguments), repeats)
@@ -169,7 +169,7 @@ def for_tpu(topology: str, chunk: int, tokens: int, width: int, vocabulary: int)
     ]
     for form in ("checkpointed", "chunked"):
         for by in ("jit", "shard_map"):
-            loss = gradient_of(form, chunk, AXIS if by == "shard_map" else None)
+            loss = loss_of(form, chunk, AXIS if by == "shard_map" else None)
             if by == "shard_map":
                 loss = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
             out = (NamedSharding(mesh, P()), tuple(NamedSharding(mesh, s) for s in specs[:2]))

@@ -200,9 +200,7 @@ def _forward(
     tokens = _cut((aux, weights), count)
 
     def step(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[Any, Any]:
-        rows, head_grad = (
-            carry  # rows: hidden states of the chunks to come, gradients of the others
-        )
+        rows, head_grad = carry  # rows: hidden states of chunks to come, gradients of the others
         hidden, (aux, weights) = _pick(rows, index), _pick(tokens, index)
         logits = head_logits(hidden, head)
         (value, metrics), grad = value_and_grad(logits, per_token_loss, aux, weights, constants)

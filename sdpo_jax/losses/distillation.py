@@ -22,8 +22,8 @@ from sdpo_jax.losses.arrays import check_rank, check_same_shape, check_vocabular
 from sdpo_jax.losses.credit import distillation_advantages, score_function_loss
 from sdpo_jax.losses.divergences import divergence_terms, generalized_jsd
 from sdpo_jax.losses.reductions import LossOutput, token_mean, weighted
-from sdpo_jax.losses.support import support_log_probs
-from sdpo_jax.losses.vocabulary import log_softmax, top_k_indices, vocabulary_sum
+from sdpo_jax.losses.support import support_log_probs, top_k_log_probs
+from sdpo_jax.losses.vocabulary import log_softmax, vocabulary_sum
 
 
 def full_vocabulary_loss(
@@ -90,16 +90,10 @@ def top_k_loss(
     >>> print(f"{top_k_loss(student, teacher, alpha=1.0, k=1, add_tail=True)[0]:.4f}")
     0.5108
     """
-    check_vocabulary(student_logits=student_logits, teacher_logits=teacher_logits)
-    indices = top_k_indices(student_logits, k=k, vocabulary_axis=vocabulary_axis)
-    return support_loss(
-        student_logits,
-        teacher_logits,
-        indices,
-        alpha=alpha,
-        add_tail=add_tail,
-        vocabulary_axis=vocabulary_axis,
+    support = top_k_log_probs(
+        student_logits, teacher_logits, k=k, add_tail=add_tail, vocabulary_axis=vocabulary_axis
     )
+    return generalized_jsd(support.student, support.teacher, alpha=alpha)
 
 
 def support_loss(
@@ -126,6 +120,7 @@ def support_loss(
 
     Source: on the teacher's support, OPSD (arXiv 2601.18734).
 
+    >>> from sdpo_jax import top_k_indices
     >>> student, teacher = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[2.0, 1.0, 0.0]])
     >>> indices = top_k_indices(teacher, k=2)
     >>> print(f"{support_loss(student, teacher, indices, alpha=0.0, add_tail=False)[0]:.4f}")

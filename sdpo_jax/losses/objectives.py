@@ -1,9 +1,9 @@
 """The objectives as per-token losses for `chunked_head`.
 
 Each factory takes the hyper-parameters and returns `loss(logits[C, V], tokens, constants)`; the
-arrays that it reads are named by a NamedTuple, of which None may be left out. The student's logits,
-and the teacher's, are capped where the model caps them and divided by the temperature that the
-rollouts were drawn at, so that log-probabilities are those of the sampler.
+arrays that it reads are named by a NamedTuple, whose fields of None may stay so. The student's
+logits, and the teacher's, are capped where the model caps them and divided by the temperature that
+the rollouts were drawn at, so that log-probabilities are those of the sampler.
 """
 
 from collections.abc import Callable

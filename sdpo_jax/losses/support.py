@@ -2,8 +2,8 @@
 
 Log-probabilities keep the normaliser of the whole vocabulary. What is left over is either a bucket
 of its own (`add_tail`) or divided away. With the bucket a divergence is a lower bound of the one
-over the whole vocabulary, never falls as nested supports grow, and is equal from k = V - 1 on.
-Without it a single entry is certain and its divergence 0.
+over the whole vocabulary, never falls as nested supports grow, and is equal from k = V - 1 on while
+it holds more than 1e-7. Without it a single entry is certain and its divergence 0.
 """
 
 from typing import NamedTuple

@@ -32,7 +32,7 @@ def vocabulary_max(x: jax.Array, vocabulary_axis: str | None = None) -> jax.Arra
 
 
 def log_normalizer(logits: jax.Array, *, vocabulary_axis: str | None = None) -> jax.Array:
-    """Log Σ_v exp(logits), in float32 (float64 stays). `[..., V] -> [...]`.
+    """Return log Σ_v e^z, in float32 or wider; [..., V] to [...].
 
     >>> print(f"{log_normalizer(jnp.zeros(4)):.4f}")
     1.3863
@@ -62,7 +62,7 @@ def log_softmax(logits: jax.Array, *, vocabulary_axis: str | None = None) -> jax
 def shape_logits(
     logits: jax.Array, *, temperature: float | jax.Array = 1.0, soft_cap: float | None = None
 ) -> jax.Array:
-    """C · tanh(logits / c) where the model caps its logits, then divided by the temperature.
+    """Return c · tanh(z / c) where the model caps its logits, divided by the temperature.
 
     Args:
         logits: [..., V], the head's products.

@@ -42,7 +42,7 @@ def log_ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
 
 
 def probability_ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
-    """R = exp(clamp(log π - log π_old, ±20)). Any equal shapes; π_old receives no gradient.
+    """Return exp(clamp(log π - log π_old, ±20)). Any equal shapes; π_old receives no gradient.
 
     >>> probability_ratio(jnp.array([-1.0, 90.0]), jnp.array([-1.0, 0.0])).tolist()
     [1.0, 485165184.0]
