@@ -21,6 +21,7 @@ USAGE = """usage: sdpo COMMAND ...
   sdpo train RECIPE --help                                      every setting and its value
   sdpo eval RUN_DIR [--samples K]                               held-out accuracy of a run
   sdpo convert RUN_DIR OUT                                      weights, in Hugging Face layout
+  sdpo convert FILE.gguf OUT [--dtype float32|bfloat16]         the same, from a GGUF file
 
 Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir says otherwise.
 """
@@ -107,6 +108,9 @@ def _eval(words: list[str]) -> None:
 
 
 def _convert(words: list[str]) -> None:
+    if words and words[0].endswith(".gguf"):
+        _convert_gguf(words)
+        return
     _options(words, {}, "sdpo convert RUN_DIR OUT", positional=2)
     _quiet_libraries()
     from sdpo_jax.evaluation.command import restore_params
@@ -117,6 +121,20 @@ def _convert(words: list[str]) -> None:
     step, params = restore_params(run_dir, config, parts)
     save_run(Path(words[1]), params, source=model_folder(config))
     print(f"wrote {words[1]}: the student of {run_dir} after step {step}")
+
+
+def _convert_gguf(words: list[str]) -> None:
+    usage = "sdpo convert FILE.gguf OUT [--dtype float32|bfloat16]"
+    if len(words) not in (2, 4) or words[2:3] not in ([], ["--dtype"]):
+        raise UserError(f"expected `{usage}`")
+    dtype = words[3] if len(words) == 4 else "float32"
+    if dtype != "float32" and dtype != "bfloat16":
+        raise UserError(f"--dtype {dtype}: expected `{usage}`")
+    _quiet_libraries()
+    from sdpo_models.gguf_convert import convert
+
+    convert(words[0], words[1], dtype=dtype)
+    print(f"wrote {words[1]}: {words[0]} as {dtype}")
 
 
 def _options(
@@ -148,14 +166,24 @@ def _run_config(run_dir: str) -> tuple[Path, Config]:
 
 
 def model_folder(config: Config) -> Path:
-    """The folder that `model.path` names."""
+    """The folder that `model.path` names; a package's weights are converted the first time."""
     from sdpo_models.nano import FOLDER
 
-    folder = FOLDER if config.model.path == "nano" else Path(config.model.path)
+    path = config.model.path
+    if path.startswith("package:"):
+        from sdpo_models.gguf_convert import package_folder
+
+        return package_folder(path)
+    if path.endswith(".gguf"):
+        raise UserError(
+            f"model.path = {path!r}: expected a folder in Hugging Face layout; "
+            f"make one: sdpo convert {path} FOLDER"
+        )
+    folder = FOLDER if path == "nano" else Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"model.path = {config.model.path!r}: expected 'nano' or a folder with config.json, "
-            f"found no {folder / 'config.json'}"
+            f"model.path = {path!r}: expected 'nano', 'package:NAME' or a folder with "
+            f"config.json, found no {folder / 'config.json'}"
         )
     return folder
 
@@ -173,15 +201,11 @@ def load_parts(config: Config) -> dict[str, Any]:
 
     environment = make_environment(config.environment)
     is_sft = isinstance(config.objective, SftObjective)
-    demonstrations = load_demonstrations(config.data) if is_sft else ()
+    demonstrations = load_demonstrations(config.data, environment) if is_sft else ()
     folder = model_folder(config)
     architecture = load_architecture(folder)
-    tokenizer = ChatTokenizer.from_pretrained(folder)
-    if tokenizer.vocabulary > architecture.vocabulary:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocabulary} ids and the embedding "
-            f"{architecture.vocabulary}; expected no more ids than rows"
-        )
+    tokenizer = ChatTokenizer.from_pretrained(folder, thinking=config.model.thinking)
+    tokenizer.check_vocabulary(architecture.vocabulary)
     model = build_model(architecture, remat=config.model.remat)
     if config.model.random_init:
         params = jax.jit(model.init)(jax.random.key(config.seed))

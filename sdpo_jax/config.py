@@ -13,7 +13,10 @@ class ModelConfig:
     """Where the weights come from."""
 
     path: str = "nano"
-    """`nano` (the embedded model) or a folder in Hugging Face layout."""
+    """`nano` (the embedded model), a folder in Hugging Face layout, or `package:NAME`: an installed
+    Python package that holds one GGUF file, which is converted once into `~/.cache/sdpo-jax`."""
+    thinking: Literal["template", "on", "off"] = "template"
+    """What the chat template is told as `enable_thinking`; `template` leaves it to its default."""
     random_init: bool = False
     """Take only config and tokenizer from `path` and draw fresh weights from the run's seed."""
     remat: Literal["none", "full"] = "none"
@@ -21,11 +24,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen weights (LoRA), added in on `sdpo convert`."""
+
+    rank: int = 0
+    """Of each adapter; 0 trains all parameters instead."""
+    alpha: float = 32.0
+    """Adapters count alpha / rank."""
+    targets: tuple[str, ...] = ("query", "key", "value", "output", "gate", "up", "down")
+    """Which matrices of each layer get one."""
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
     """Who asks the questions and grades the answers."""
 
-    kind: Literal["tool_calls"] = "tool_calls"
-    """`tool_calls`: generated requests, answered by one structured call."""
+    kind: Literal["tool_calls", "bfcl"] = "tool_calls"
+    """`tool_calls`: generated requests, answered by one structured call; `bfcl`: the simple Python
+    calls of the Berkeley Function-Calling Leaderboard, from the package bfcl-eval."""
     train_prompts: int = 2048
     """Number of distinct training prompts."""
     held_out_prompts: int = 256
@@ -34,6 +50,10 @@ class EnvironmentConfig:
     """Task families to draw from; empty means all."""
     seed: int = 0
     """Seed of the prompts, apart from the run's seed: every run sees the same tasks."""
+    max_prompt_characters: int = 0
+    """`bfcl`: leaves out longer questions with their documentation; 0 leaves out none."""
+    reveal_expected: bool = False
+    """`bfcl`: whether feedback on a wrong value says the right one, which hands out the answer."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +133,9 @@ class DataConfig:
     """Demonstrations for `sft`."""
 
     source: str = "tool_call_corpus"
-    """`tool_call_corpus` (generated; the nano model's own pre-training text) or a JSONL file with
-    `prompt` and `response` in each row."""
+    """`tool_call_corpus` (generated; the nano model's own pre-training text), `environment` (an
+    accepted answer to each training prompt, where the environment knows one: `bfcl`) or a JSONL
+    file with `prompt` and `response` in each row."""
     rows_per_step: int = 64
     max_tokens: int = 256
     """Prompt and response together, and the width of the rows into which demonstrations are packed;
@@ -192,6 +213,7 @@ class Config:
     seed: int = 0
     objective: Objective = field(default_factory=SdpoObjective)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

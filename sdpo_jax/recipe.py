@@ -48,7 +48,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (_COUNTS, lambda v: v >= 1, "at least 1"),
     ("mesh.data", lambda v: v >= 1 or v == -1, "at least 1, or -1 for what is left"),
     (
-        "optimizer.warmup_steps evaluation.every_steps evaluation.prompts",
+        "optimizer.warmup_steps evaluation.every_steps evaluation.prompts "
+        "environment.max_prompt_characters lora.rank",
         lambda v: v >= 0,
         "0 or more",
     ),
@@ -58,7 +59,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("objective.clip_low", lambda v: 0 < v < 1, "above 0 and below 1"),
     (_CAPS, lambda v: v > 0, "above 0"),
     ("objective.dual_clip", lambda v: v > 1, "above 1"),
-    ("rollout.temperature optimizer.learning_rate", lambda v: 0 < v < math.inf, "above 0, finite"),
+    (
+        "rollout.temperature optimizer.learning_rate lora.alpha",
+        lambda v: 0 < v < math.inf,
+        "above 0, finite",
+    ),
     ("evaluation.temperature optimizer.weight_decay", lambda v: 0 <= v < math.inf, "0 or more"),
     ("teacher.success_threshold", math.isfinite, "a finite number"),
 )

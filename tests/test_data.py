@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdpo_jax.config import DataConfig
+from sdpo_jax.data.demonstrations import load_demonstrations
 from sdpo_jax.data.jsonl import Demonstration, read_demonstrations
 from sdpo_jax.data.packing import bucket, pack_rows, pad_rows
 from sdpo_jax.data.pipeline import prompt_batches
+from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.tool_calls import ToolCalls
 from sdpo_jax.errors import UserError
 
 GOOD = '{"prompt": "1 + 1?", "response": "2"}'
@@ -272,3 +276,30 @@ def test_rows_that_cannot_be_packed_are_named():
         pack_rows([([1], [2]), ([1, 2], [3, 4])], row_tokens=3, rows_multiple=1)
     with pytest.raises(ValueError, match="pair 0 has an empty prompt"):
         pack_rows([([], [2])], row_tokens=3, rows_multiple=1)
+
+
+class Knowing:
+    """An environment that can answer its own questions."""
+
+    train = (Prompt("a", ({"role": "user", "content": "2 + 2"},), {"answer": "4"}),)
+    held_out = ()
+
+    def grade(self, prompt, response):
+        passed = response == prompt.data["answer"]
+        return Outcome(float(passed), passed, "", {})
+
+    def reference(self, prompt):
+        return prompt.data["answer"]
+
+
+def test_an_environment_that_knows_its_answers_gives_demonstrations_that_pass():
+    environment = Knowing()
+    (row,) = load_demonstrations(DataConfig(source="environment"), environment)
+    assert (row.id, row.messages) == environment.train[0][:2]
+    assert environment.grade(environment.train[0], row.response).passed
+
+
+def test_an_environment_without_answers_cannot_be_the_source_of_demonstrations():
+    environment = ToolCalls(train_prompts=1, held_out_prompts=1)
+    with pytest.raises(UserError, match="an environment that knows its answers"):
+        load_demonstrations(DataConfig(source="environment"), environment)

@@ -1,23 +1,23 @@
 """Weights in Hugging Face layout come back bit for bit, and damage is named."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from make_fixtures import CASES
+from make_fixtures import FOLDER as FIXTURES
 from safetensors.numpy import load_file, save_file
 
 from sdpo_jax.errors import UserError
-from sdpo_models.architecture import from_hugging_face, to_hugging_face
-from sdpo_models.hugging_face import (
-    WEIGHTS,
-    load_architecture,
-    load_params,
-    save_run,
-    save_weights,
-)
+from sdpo_models import checkpoint_files, hugging_face
+from sdpo_models.architecture import to_hugging_face
+from sdpo_models.checkpoint_files import INDEX, WEIGHTS, catalogue, read_slice
+from sdpo_models.hugging_face import load_architecture, load_params, save_run, save_weights
 from sdpo_models.nano import FOLDER as NANO
 
 LAYER_NAMES = {
@@ -39,6 +39,11 @@ EXTRA_NAMES = {
         "self_attn.v_proj.bias": [16],
     },
     "llama": {},
+    "olmo3": {
+        "self_attn.q_norm.weight": [32],
+        "self_attn.k_norm.weight": [16],
+        "post_feedforward_layernorm.weight": [32],
+    },
 }
 """As the families' published checkpoints have them: matrices are `[out, in]`."""
 
@@ -47,13 +52,25 @@ def representable(params):
     return jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16).astype(jnp.float32)), params)
 
 
+def write_folder(folder, architecture=tiny.ARCHITECTURE, params=None, **options):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_hugging_face(architecture, end_token=0)))
+    save_weights(folder, tiny.make_params(architecture) if params is None else params, **options)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder with the tiny Qwen 3's weights and config."""
-    save_weights(tmp_path, tiny.make_params())
-    config = to_hugging_face(tiny.ARCHITECTURE, end_token=0)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path
+    return write_folder(tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """The same in shards."""
+    folder = write_folder(tmp_path / "sharded", max_shard_bytes=8_000)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
 
 
 def rewrite(folder, change):
@@ -62,11 +79,28 @@ def rewrite(folder, change):
     save_file(tensors, folder / WEIGHTS)
 
 
+def refused(folder, architecture=tiny.ARCHITECTURE):
+    with pytest.raises(UserError) as error:
+        load_params(folder, architecture)
+    return str(error.value)
+
+
+def all_bytes(folder):
+    """Every tensor of a folder with its dtype and shape."""
+    whole = {n: read_slice(stored, n, (slice(None),)) for n, stored in catalogue(folder).items()}
+    return {name: (value.dtype, value.shape, value.tobytes()) for name, value in whole.items()}
+
+
+def assert_equal_trees(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, family):
     architecture = tiny.FAMILIES[family]
     params = representable(tiny.make_params(architecture))
-    save_weights(tmp_path, params)
+    save_weights(tmp_path, params, architecture)
     loaded = load_params(tmp_path, architecture)
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
@@ -77,66 +111,24 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, family):
 
 def test_float32_can_be_saved_without_rounding(tmp_path):
     params = jax.device_get(tiny.make_params())
-    save_weights(tmp_path, params, dtype=jnp.float32)
+    save_weights(tmp_path, params, tiny.ARCHITECTURE, dtype=jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, tiny.ARCHITECTURE), params)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_tensors_have_the_names_and_the_orientation_of_published_checkpoints(tmp_path, family):
     architecture = tiny.FAMILIES[family]
-    save_weights(tmp_path, tiny.make_params(architecture))
+    save_weights(tmp_path, tiny.make_params(architecture), architecture)
     expected = {"model.embed_tokens.weight": [61, 32], "model.norm.weight": [32]}
     if not architecture.tied_head:
         expected["lm_head.weight"] = [61, 32]
     for i in range(architecture.layers):
         for name, shape in (LAYER_NAMES | EXTRA_NAMES[family]).items():
             expected[f"model.layers.{i}.{name}"] = shape
+        if architecture.post_norm:
+            del expected[f"model.layers.{i}.input_layernorm.weight"]
     saved = load_file(tmp_path / WEIGHTS)
     assert {name: list(tensor.shape) for name, tensor in saved.items()} == expected
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_an_architecture_survives_config_json(family):
-    architecture = tiny.FAMILIES[family]
-    config = json.loads(json.dumps(to_hugging_face(architecture, end_token=7)))
-    assert from_hugging_face(config) == architecture
-    assert config["eos_token_id"] == 7
-
-
-@pytest.mark.parametrize(
-    "spelling", [{"rope_theta": 7.0}, {"rope_parameters": {"rope_theta": 7.0}}]
-)
-def test_both_spellings_of_the_rotary_base_are_read(spelling):
-    config = to_hugging_face(tiny.ARCHITECTURE, end_token=0)
-    del config["rope_theta"], config["rope_parameters"]
-    assert from_hugging_face(config | spelling).rope_theta == 7.0
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "mamba"}, ["mamba", "qwen3"]),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type", "yarn"]),
-        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, ["rope_type", "linear"]),
-        ({"use_sliding_window": True}, ["use_sliding_window"]),
-    ],
-)
-def test_what_is_not_implemented_is_refused_with_its_name(change, words):
-    config = to_hugging_face(tiny.ARCHITECTURE, end_token=0) | change
-    with pytest.raises(UserError) as error:
-        from_hugging_face(config, where="here/config.json")
-    assert all(word in str(error.value) for word in ["here/config.json", *words])
-
-
-@pytest.mark.parametrize(
-    "key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
-)
-def test_a_missing_key_of_config_json_is_named(folder, key):
-    config = json.loads((folder / "config.json").read_text())
-    del config[key]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=rf"config\.json.*{key}"):
-        load_architecture(folder)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "\x00\x01"])
@@ -147,12 +139,152 @@ def test_a_config_json_that_cannot_be_read_is_named(tmp_path, text):
         load_architecture(tmp_path)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_of_transformers_goes_in_and_out_bit_for_bit(tmp_path, name):
+    source = FIXTURES / name
+    stored = next(iter(all_bytes(source).values()))[0]
+    params = load_params(source, load_architecture(source), dtype=stored)
+    save_run(tmp_path / "out", params, source=source, dtype=stored)
+    assert all_bytes(tmp_path / "out") == all_bytes(source)
+    assert load_architecture(tmp_path / "out") == load_architecture(source)
+
+
+def test_shards_hold_no_more_than_asked_and_the_index_names_every_tensor(tmp_path):
+    params = tiny.make_params()
+    whole = write_folder(tmp_path / "whole", params=params)
+    shards = write_folder(tmp_path / "shards", params=params, max_shard_bytes=8_000)
+    assert {path.name for path in whole.iterdir()} == {"config.json", WEIGHTS}
+    assert all_bytes(shards) == all_bytes(whole)
+    index, files = json.loads((shards / INDEX).read_text()), sorted(shards.glob("*.safetensors"))
+    count = len(files)
+    assert [f.name for f in files] == [
+        f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)
+    ]
+    held = {f.name: load_file(f) for f in files}
+    assert index["weight_map"] == {
+        tensor: name for name, tensors in held.items() for tensor in tensors
+    }
+    sizes = [sum(t.nbytes for t in tensors.values()) for tensors in held.values()]
+    assert max(sizes) <= 8_000 and index["metadata"]["total_size"] == sum(sizes)
+    assert_equal_trees(
+        load_params(shards, tiny.ARCHITECTURE), load_params(whole, tiny.ARCHITECTURE)
+    )
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_an_export_that_fails_leaves_nothing_that_looks_like_weights(
+    tmp_path, monkeypatch, failing
+):
+    calls, write = [], checkpoint_files._write_one
+
+    def fail(path, shard):
+        calls.append(path)
+        if len(calls) > failing:
+            raise OSError("No space left on device")
+        write(path, shard)
+
+    monkeypatch.setattr(checkpoint_files, "_write_one", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_folder(tmp_path / "model", max_shard_bytes=8_000)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+    calls.clear()
+    with pytest.raises(OSError, match="No space"):
+        save_run(
+            tmp_path / "run",
+            tiny.make_params(),
+            source=tmp_path / "model",
+            max_shard_bytes=8_000,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_checkpoints_never_mix_in_one_folder(folder):
+    before = all_bytes(folder)
+    with pytest.raises(UserError, match=rf"{folder}.*model\.safetensors.*without weights"):
+        save_weights(folder, tiny.make_params(seed=1), max_shard_bytes=8_000)
+    assert all_bytes(folder) == before
+
+
+SHARDINGS = {
+    "one axis": {"fsdp": 4},
+    "all axes": {"data": 2, "fsdp": 2, "tensor": 2},
+    "replicas": {"data": 8},
+}
+
+
+@pytest.mark.parametrize("piece_bytes", [10**9, 3_000])
+@pytest.mark.parametrize("mesh", SHARDINGS)
+@pytest.mark.parametrize("family", ["qwen2", "olmo3"])
+def test_each_device_gets_its_slices_and_each_slice_is_read_once(
+    tmp_path, monkeypatch, family, mesh, piece_bytes
+):
+    architecture = replace(tiny.FAMILIES[family], vocabulary=64)
+    params = representable(tiny.make_params(architecture))
+    folder = write_folder(tmp_path / "model", architecture, params, max_shard_bytes=9_000)
+    read = []
+
+    def counting(stored, name, index):
+        array = read_slice(stored, name, index)
+        read.append(array.size)
+        return array
+
+    monkeypatch.setattr(hugging_face, "read_slice", counting)
+    monkeypatch.setattr(hugging_face, "PIECE_BYTES", piece_bytes)
+    devices = tiny.make_devices(**SHARDINGS[mesh])
+    loaded = load_params(folder, architecture, shardings=devices.parameter_shardings)
+    model = tiny.make_model(architecture)
+    wanted = devices.parameter_shardings(model.logical_axes, jax.eval_shape(lambda: params))
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(), loaded, wanted
+    )
+    assert_equal_trees(loaded, params)
+    assert sum(read) == sum(x.size for x in jax.tree.leaves(params))
+    again = load_params(folder, architecture, shardings=wanted)
+    assert_equal_trees(again, params)
+
+
+def test_parameters_come_in_the_dtype_that_is_asked_for(folder):
+    plain = load_params(folder, tiny.ARCHITECTURE)
+    shardings = tiny.make_devices(fsdp=2).parameter_shardings
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for options in ({}, {"shardings": shardings}):
+            loaded = load_params(folder, tiny.ARCHITECTURE, dtype=dtype, **options)
+            assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype(dtype)}
+            assert_equal_trees(jax.tree.map(lambda x: np.asarray(x, np.float32), loaded), plain)
+
+
 def test_a_missing_tensor_is_named(folder):
     name = "model.layers.1.self_attn.k_proj.weight"
     rewrite(folder, lambda tensors: tensors.pop(name))
-    with pytest.raises(UserError) as error:
-        load_params(folder, tiny.ARCHITECTURE)
-    assert name in str(error.value) and str(folder / WEIGHTS) in str(error.value)
+    message = refused(folder)
+    assert name in message and str(folder / WEIGHTS) in message
+
+
+def test_an_extra_tensor_is_named(folder):
+    name = "model.layers.1.self_attn.k_proj.bias"
+    rewrite(folder, lambda tensors: tensors.update({name: np.zeros(16, np.float32)}))
+    message = refused(folder)
+    assert name in message and str(folder / WEIGHTS) in message and "config.json" in message
+
+
+def test_rotary_buffers_of_old_checkpoints_are_no_extra_tensors(folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(folder, lambda tensors: tensors.update({name: np.zeros(4, np.float32)}))
+    load_params(folder, tiny.ARCHITECTURE)
+
+
+def test_a_stored_head_of_a_tied_checkpoint_must_be_the_embedding(folder, monkeypatch):
+    monkeypatch.setattr(hugging_face, "PIECE_BYTES", 1_000)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    rewrite(folder, lambda tensors: tensors.update({head: tensors[embedding].copy()}))
+    load_params(folder, tiny.ARCHITECTURE)
+
+    def change_last(tensors):
+        tensors[head][-1, -1] += 1
+
+    rewrite(folder, change_last)
+    message = refused(folder)
+    assert head in message and "tie_word_embeddings" in message and str(folder) in message
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
@@ -162,23 +294,58 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
         tensors[name] = np.ascontiguousarray(tensors[name][:40])
 
     rewrite(folder, cut)
-    with pytest.raises(UserError) as error:
-        load_params(folder, tiny.ARCHITECTURE)
-    words = [name, str(folder / WEIGHTS), "(32, 40)", "(32, 48)"]
-    assert all(word in str(error.value) for word in words)
+    message = refused(folder)
+    words = [name, str(folder / WEIGHTS), "(40, 32)", "(48, 32)"]
+    assert all(word in message for word in words)
+
+
+def test_a_quantised_tensor_is_named_with_its_type(folder):
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: np.zeros((48, 32), np.int8)}))
+    message = refused(folder)
+    assert name in message and "I8" in message and "BF16" in message
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_a_truncated_file_is_named(folder, size):
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        load_params(folder, tiny.ARCHITECTURE)
+    assert str(path) in refused(folder)
+
+
+def test_a_truncated_shard_is_named(sharded):
+    path = sorted(sharded.glob("*.safetensors"))[2]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(path) in refused(sharded)
+
+
+def test_a_shard_that_the_index_names_and_the_folder_lacks_is_named(sharded):
+    path = sorted(sharded.glob("*.safetensors"))[2]
+    path.unlink()
+    message = refused(sharded)
+    assert path.name in message and str(sharded / INDEX) in message
+
+
+def test_a_shard_of_another_checkpoint_is_noticed(sharded):
+    first, second = sorted(sharded.glob("*.safetensors"))[1:3]
+    shutil.copyfile(first, second)
+    message = refused(sharded)
+    assert str(sharded / INDEX) in message and "different checkpoints" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../x"}}', '{"weight_map": 3}'],
+)
+def test_an_index_that_cannot_be_used_is_named(sharded, text):
+    (sharded / INDEX).write_text(text)
+    assert str(sharded / INDEX) in refused(sharded)
 
 
 def test_absent_weights_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        load_params(tmp_path, tiny.ARCHITECTURE)
+    assert str(tmp_path / WEIGHTS) in refused(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "save_pretrained" in refused(tmp_path)
 
 
 def test_a_saved_run_is_a_complete_model_folder(tmp_path):
@@ -186,14 +353,33 @@ def test_a_saved_run_is_a_complete_model_folder(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-    for name in names:
+    for name in names[1:]:
         (source / name).write_bytes((NANO / name).read_bytes())
+    (source / "config.json").write_text(json.dumps(to_hugging_face(tiny.ARCHITECTURE)))
     (source / "chat_template.jinja").write_text("{{ messages }}")  # where transformers 5 writes it
     save_run(out, params, source=source)
     assert {p.name for p in out.iterdir()} == {*names, "chat_template.jinja", WEIGHTS}
     for name in names:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     jax.tree.map(np.testing.assert_array_equal, load_params(out, tiny.ARCHITECTURE), params)
+
+
+def test_a_saved_run_says_its_dtype_and_where_it_stops(tmp_path):
+    source, params = write_folder(tmp_path / "source"), tiny.make_params()
+    config = json.loads((source / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")  # transformers 4
+    (source / "config.json").write_text(json.dumps(config))
+    save_run(tmp_path / "out", params, source=source, dtype=jnp.float32)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written == config | {"torch_dtype": "float32"}
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"eos_token_id": 0}
+    assert_equal_trees(load_params(tmp_path / "out", tiny.ARCHITECTURE), jax.device_get(params))
+
+
+def test_weights_of_another_architecture_than_the_source_s_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"embedding.*\(61, 32\).*\(512, 128\)"):
+        save_run(tmp_path / "out", tiny.make_params(), source=NANO)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_empty_is_never_overwritten(tmp_path):

@@ -198,6 +198,23 @@ def assert_same_result(config, summary, expected):
 # Resuming
 
 
+def test_a_run_with_adapters_resumes_exactly_and_its_checkpoints_hold_adapters_alone(tmp_path):
+    config = make_config(tmp_path / "whole", lora={"rank": 2}, teacher={"weights": "frozen"})
+    run(config)
+    broken = replace(config, run_dir=str(tmp_path / "broken"))
+    with pytest.raises(Crash):
+        run(broken, crash_after=2)
+    run(broken)
+    assert rows_of(broken) == rows_of(config)
+    trainer = loop.Trainer(config, MODEL, TOKENIZER, Toy(), DEMONSTRATIONS)
+    template = trainer.initial_state(start_params())
+    with loop.Checkpoints(Path(config.run_dir) / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(template.replace(base=None))
+    assert restored is not None and restored.state.teacher is None
+    assert differ(restored.state.params, template.params)
+    assert_equal(jax.device_get(template.base), start_params())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_stopped_after_every_step_in_turn_a_run_repeats_the_whole_one(name, whole, tmp_path):
@@ -362,10 +379,8 @@ def test_mini_batches_make_that_many_updates_and_the_teacher_follows_once(tmp_pa
 def poisoned_after(good_updates):
     """`make_train_step`, whose gradient is not a number from then on."""
 
-    def make(model, per_token_loss, optimizer, *, head_chunk_tokens):
-        step = make_train_step(
-            model, per_token_loss, optimizer, head_chunk_tokens=head_chunk_tokens
-        )
+    def make(*parts, head_chunk_tokens):
+        step = make_train_step(*parts, head_chunk_tokens=head_chunk_tokens)
 
         def train_step(state, batch, constants):
             count = optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[0][1]

@@ -46,6 +46,7 @@ from sdpo_jax.training.batch import (
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
+from sdpo_jax.training.parameters import full
 from sdpo_jax.training.sources import DemonstrationSource
 from sdpo_jax.training.state import (
     TrainState,
@@ -101,9 +102,9 @@ def programs(name, mesh=(1, 1, 1), micro_batch_rows=8, alpha=ALPHA):
     )
     devices, teacher = tiny.make_devices(*mesh), make_teacher(config)
     optimizer = make_optimizer(config.optimizer, 100)
-    shardings = state_shardings(MODEL, devices, optimizer, teacher)
+    shardings = state_shardings(MODEL, devices, optimizer, teacher, full())
     per_token = sdpo(alpha) if name == "sdpo" else PER_TOKEN[name]
-    train_step = make_train_step(MODEL, per_token, optimizer, head_chunk_tokens=48)
+    train_step = make_train_step(MODEL, per_token, optimizer, full(), head_chunk_tokens=48)
     jit = tiny.quick_jit
     hidden_and_head = (devices.micro_batches, devices.replicated)
     return Programs(
@@ -114,7 +115,7 @@ def programs(name, mesh=(1, 1, 1), micro_batch_rows=8, alpha=ALPHA):
         shardings=shardings,
         train_step=jit(train_step, out_shardings=(shardings, devices.replicated)),
         forward=jit(partial(teacher_forward, MODEL), out_shardings=hidden_and_head),
-        follow=jit(partial(follow, teacher), out_shardings=shardings) if teacher else None,
+        follow=jit(partial(follow, teacher, full()), out_shardings=shardings) if teacher else None,
     )
 
 
@@ -180,7 +181,12 @@ def make_update(name, run, *, teacher=None, prompts=None, reduction: Reduction =
 
 def fresh_state(run, params=None):
     return create_state(
-        student() if params is None else params, run.optimizer, run.teacher, run.shardings
+        student() if params is None else params,
+        run.optimizer,
+        run.teacher,
+        run.shardings,
+        full(),
+        0,
     )
 
 

@@ -151,6 +151,59 @@ def test_a_tokenizer_without_any_stop_id_is_refused(copy):
         ChatTokenizer.from_pretrained(copy)
 
 
+@pytest.mark.parametrize(
+    "written", ["[", "[1]", '{"eos_token_id": "<|end|>"}', '{"eos_token_id": [0, null]}']
+)
+def test_a_generation_config_that_names_no_ids_is_refused(written, copy):
+    (copy / "generation_config.json").write_text(written)
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        ChatTokenizer.from_pretrained(copy)
+
+
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+)
+"""As in Qwen 3: not to think means that an empty thought is already there."""
+
+
+def test_thinking_is_what_the_template_is_told(copy):
+    edit(copy / "tokenizer_config.json", lambda c: c.update(chat_template=THINKING))
+    for content in ("hi", "hi <|end|>"):  # rendered at once, and apart
+        texts = {}
+        for thinking in ("template", "on", "off"):
+            tokenizer = ChatTokenizer.from_pretrained(copy, thinking=thinking)
+            ids = tokenizer.render([{"role": "user", "content": content}])
+            texts[thinking] = tokenizer._tokenizer.decode(ids, skip_special_tokens=False)
+        prompt = f"<|user|>{content}<|end|><|assistant|>"
+        assert texts == {"template": prompt, "on": prompt, "off": f"{prompt}<think></think>"}
+
+
+def test_thinking_that_the_template_never_reads_is_refused(copy):
+    for thinking in ("on", "off"):
+        with pytest.raises(UserError, match="reads no `enable_thinking`; expected 'template'"):
+            ChatTokenizer.from_pretrained(copy, thinking=thinking)
+
+
+def test_every_id_needs_a_row_in_the_embedding(copy, tokenizer):
+    tokenizer.check_vocabulary(512)
+    tokenizer.check_vocabulary(600)
+    with pytest.raises(UserError, match="the tokenizer has 512 ids and the embedding 511"):
+        tokenizer.check_vocabulary(511)
+    (copy / "generation_config.json").write_text('{"eos_token_id": [0, 700]}')
+    with pytest.raises(UserError, match=r"ends answers with id 700.* has 512 rows"):
+        ChatTokenizer.from_pretrained(copy).check_vocabulary(512)
+
+
+def test_an_id_beyond_a_gap_counts(copy):
+    def leave_a_gap(config):
+        config["added_tokens"].append({**config["added_tokens"][0], "id": 600, "content": "<|x|>"})
+        config["model"]["vocab"]["<|x|>"] = 600
+
+    edit(copy / "tokenizer.json", leave_a_gap)
+    assert ChatTokenizer.from_pretrained(copy).vocabulary == 601
+
+
 def test_the_byte_tokenizer_of_the_tests_keeps_the_same_promises():
     tokenizer: Tokenizer = tiny.ByteTokenizer()
     for text in TEXTS:

@@ -1,5 +1,7 @@
 """The decoder agrees with its formulas, and decode = prefill = whole forward."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,8 +67,10 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family):
         np.testing.assert_allclose(hidden @ head, whole_forward, atol=FLOAT32)
 
 
-def test_packed_segments_equal_each_sequence_alone_and_padding_changes_nothing():
-    model, params = tiny.make_model(), tiny.make_params()
+@pytest.mark.parametrize("family", ["qwen3", "olmo3"])
+def test_packed_segments_equal_each_sequence_alone_and_padding_changes_nothing(family):
+    architecture = tiny.FAMILIES[family]
+    model, params = tiny.make_model(architecture), tiny.make_params(architecture)
     first, second, filler = random_rows(1, 6)[0], random_rows(1, 4, seed=2)[0], [7, 3]
     packed = np.stack([[*first, *second, *filler], [*second, *filler, *filler, *filler, *filler]])
     segments = np.array([[1] * 6 + [2] * 4 + [0] * 2, [1] * 4 + [0] * 8])
@@ -75,18 +79,57 @@ def test_packed_segments_equal_each_sequence_alone_and_padding_changes_nothing()
         params, *(jnp.asarray(x, jnp.int32) for x in (packed, positions, segments))
     )
     logits = np.asarray(hidden @ model.head(params))
-    alone = [tiny.reference_logits(tiny.ARCHITECTURE, params, row) for row in (first, second)]
+    alone = [tiny.reference_logits(architecture, params, row) for row in (first, second)]
     np.testing.assert_allclose(logits[0, :6], alone[0], atol=FLOAT32)
     np.testing.assert_allclose(logits[0, 6:10], alone[1], atol=FLOAT32)
     np.testing.assert_allclose(logits[1, :4], alone[1], atol=FLOAT32)
     assert np.isfinite(logits).all()
 
 
-def test_rematerialisation_changes_neither_value_nor_gradient():
-    params, tokens = tiny.make_params(), random_rows(2, 12)
+def sliding_only(window):
+    """The tiny OLMo 3 whose three layers all slide: they see 3 · (window - 1) tokens back."""
+    return replace(tiny.FAMILIES["olmo3"], sliding_layers=(True,) * 3, sliding_window=window)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_a_token_beyond_the_windows_of_all_layers_changes_nothing(window):
+    architecture, reach = sliding_only(window), 3 * (window - 1)
+    model, params = tiny.make_model(architecture), tiny.make_params(architecture)
+    tokens = np.repeat(random_rows(1, 16), 2, axis=0)
+    tokens[1, 2] = (tokens[1, 2] + 1) % tiny.VOCABULARY
+    a, b = whole(model, params, tokens)
+    changed = [i for i in range(16) if not np.array_equal(a[i], b[i])]
+    assert changed == list(range(2, 2 + reach + 1))
+
+
+def test_a_window_longer_than_the_row_is_no_window():
+    architecture = sliding_only(100)
+    unlimited = replace(architecture, sliding_layers=(), rope_scaling=None)
+    params, tokens = tiny.make_params(architecture), random_rows(2, 12)
+    wide, plain = (whole(tiny.make_model(a), params, tokens) for a in (architecture, unlimited))
+    np.testing.assert_allclose(wide, plain, atol=FLOAT32)
+
+
+def test_the_window_counts_positions_in_the_segment_not_places_in_the_row():
+    """A response that is packed far behind its place: positions jump, and the window with them."""
+    architecture = sliding_only(2)
+    model, params = tiny.make_model(architecture), tiny.make_params(architecture)
+    tokens, positions, segments = as_one_segment(random_rows(1, 6))
+    jump = positions + jnp.where(jnp.arange(6)[None] >= 3, 5, 0)
+    run = tiny.quick_jit(model.hidden)
+    apart = run(params, tokens, jump, segments)
+    cut = run(params, tokens, jump, jnp.where(jnp.arange(6)[None] >= 3, 2, 1))
+    np.testing.assert_allclose(apart, cut, atol=FLOAT32)
+    assert not np.allclose(apart, run(params, tokens, positions, segments), atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo3"])
+def test_rematerialisation_changes_neither_value_nor_gradient(family):
+    architecture = tiny.FAMILIES[family]
+    params, tokens = tiny.make_params(architecture), random_rows(2, 12)
 
     def value_and_grad(remat):
-        model = tiny.make_model(remat=remat)
+        model = tiny.make_model(architecture, remat=remat)
         inputs = as_one_segment(tokens)
         loss = lambda p: jnp.sum(jnp.sin(model.hidden(p, *inputs)))  # noqa: E731
         return tiny.quick_jit(jax.value_and_grad(loss))(params)
@@ -139,6 +182,19 @@ def test_bfloat16_compute_returns_bfloat16_close_to_float32():
     exact = whole(tiny.make_model(), params, tokens)
     # Eight bits of mantissa, two layers, hidden states of size one.
     np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.1)
+
+
+def test_a_sharded_model_computes_what_one_device_does():
+    """OLMo 3's query-key norm is over an axis that `tensor` splits."""
+    architecture = replace(tiny.FAMILIES["olmo3"], vocabulary=64)
+    model, params = tiny.make_model(architecture), tiny.make_params(architecture)
+    devices = tiny.make_devices(data=2, fsdp=2, tensor=2)
+    shardings = devices.parameter_shardings(model.logical_axes, params)
+    spread = jax.device_put(params, shardings)
+    inputs = tuple(devices.put_rows(x) for x in as_one_segment(random_rows(4, 12)))
+    logits = tiny.quick_jit(lambda p: model.hidden(p, *inputs) @ model.head(p))(spread)
+    expected = [tiny.reference_logits(architecture, params, row) for row in random_rows(4, 12)]
+    np.testing.assert_allclose(logits, np.stack(expected), atol=FLOAT32, rtol=FLOAT32)
 
 
 def test_a_later_token_changes_no_earlier_hidden_state():

@@ -1,159 +1,366 @@
-"""Weights in and out of Hugging Face layout: `config.json` and `model.safetensors`.
+"""Weights in and out of Hugging Face layout: `config.json` and safetensors, single or in shards.
 
-A table per family names each parameter's tensors; matrices lie transposed there (`[out, in]`).
-Tensors are read lazily, one at a time, and stacked over layers.
+In: headers are checked before a byte of data is read. Each device gets its own slices, read from
+the files layer by layer; beyond the parameters themselves the host holds one piece of one
+parameter, at most `PIECE_BYTES` and a layer's slice. Out: one shard at a time.
 """
 
 import json
+import math
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
 from sdpo_models.architecture import Architecture, from_hugging_face
-from sdpo_models.transformer import parameter_table
+from sdpo_models.checkpoint_files import (
+    FLOATS,
+    Planned,
+    Stored,
+    catalogue,
+    read_slice,
+    write_shards,
+)
+from sdpo_models.families import TOP_NAMES, is_transposed, tensor_names
+from sdpo_models.transformer import Leaf, parameter_table
 
-WEIGHTS = "model.safetensors"
+PIECE_BYTES = 512 * 2**20
+MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes at most, too
 BESIDE_WEIGHTS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
 )
-TOP = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-LAYER = {
-    "attention_norm": "input_layernorm.weight",
-    "query": "self_attn.q_proj.weight",
-    "key": "self_attn.k_proj.weight",
-    "value": "self_attn.v_proj.weight",
-    "output": "self_attn.o_proj.weight",
-    "query_bias": "self_attn.q_proj.bias",
-    "key_bias": "self_attn.k_proj.bias",
-    "value_bias": "self_attn.v_proj.bias",
-    "query_norm": "self_attn.q_norm.weight",
-    "key_norm": "self_attn.k_norm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-}
-"""Our names to theirs; the same in qwen2, qwen3 and llama, which differ in which of them exist."""
+_BUFFER = "rotary_emb.inv_freq"  # old checkpoints store it; it follows from config.json
+
+Shardings = Callable[[Any, Any], Any] | Any
+"""A pytree of `jax.sharding.Sharding` like the parameters, or a function of their logical axes and
+their shapes that makes one, such as `Devices.parameter_shardings`."""
 
 
-def _transposed(name: str, ndim: int) -> bool:
-    return ndim == 2 and name != "embedding"
+class Parameter(NamedTuple):
+    """One of our parameters and the tensors it is read from."""
+
+    shape: tuple[int, ...]
+    layered: bool
+    transposed: bool
+    tensors: list[tuple[str, Stored]]  # one per layer, or one
 
 
 def load_architecture(folder: Path) -> Architecture:
     """Reads `config.json`."""
     path = folder / "config.json"
+    return from_hugging_face(_read_json(path), where=str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return from_hugging_face(config, where=str(path))
+    return config
 
 
-def load_params(folder: Path, architecture: Architecture) -> Params:
-    """Float32 parameters from `model.safetensors`.
+def load_params(
+    folder: Path,
+    architecture: Architecture,
+    *,
+    shardings: Shardings | None = None,
+    dtype: Any = jnp.float32,
+) -> Params:
+    """Parameters from the safetensors of a folder.
+
+    Args:
+      folder: with `model.safetensors`, or shards and their index.
+      architecture: what `load_architecture` says of it.
+      shardings: where each parameter lies; each process reads what its devices hold. None: numpy
+        arrays, whole.
+      dtype: of all parameters.
 
     Raises:
-      UserError: file missing or damaged; a tensor missing or of another shape.
+      UserError: file missing or damaged; a tensor missing, too many, or of another shape.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{path}: no weights there; expected a single safetensors file")
-    try:
-        with safe_open(str(path), framework="flax") as file:
-            names = set(file.keys())
-
-            def read(name: str, leaf_shape: tuple[int, ...], ours: str) -> np.ndarray[Any, Any]:
-                if name not in names:
-                    raise UserError(f"{path}: tensor {name} is missing")
-                array = np.asarray(file.get_tensor(name).astype(jnp.float32))
-                array = array.T if _transposed(ours, array.ndim) else array
-                if array.shape != leaf_shape:
-                    raise UserError(
-                        f"{path}: tensor {name} has shape {array.shape} (ours: {ours}); "
-                        f"config.json implies {leaf_shape}"
-                    )
-                return array
-
-            return _assemble(architecture, read)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    parameters = _match(folder, catalogue(folder), architecture)
+    build = partial(jax.tree.map, is_leaf=lambda x: isinstance(x, Parameter))
+    if shardings is None:
+        return build(lambda p: _read(p, _whole(p.shape), dtype), parameters)
+    if callable(shardings):
+        axes = _each_leaf(lambda leaf: leaf.axes, architecture)
+        shapes = _each_leaf(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), architecture)
+        shardings = shardings(axes, shapes)
+    return build(lambda p, sharding: _place(p, sharding, jnp.dtype(dtype)), parameters, shardings)
 
 
-def _assemble(architecture: Architecture, read: Any) -> Params:
-    table = parameter_table(architecture)
-    params: dict[str, Any] = {
-        ours: read(TOP[ours], leaf.shape, ours) for ours, leaf in table.items() if ours != "layers"
+def _each_leaf(f: Callable[[Leaf], Any], a: Architecture) -> Any:
+    return jax.tree.map(f, parameter_table(a), is_leaf=lambda x: isinstance(x, Leaf))
+
+
+def _match(folder: Path, found: Mapping[str, Stored], a: Architecture) -> dict[str, Any]:
+    """Our parameter table, with the tensors of each parameter; all checks are here."""
+    used: set[str] = set()
+
+    def one(ours: str, leaf: Leaf, layers: int | None) -> Parameter:
+        shape = leaf.shape if layers is None else leaf.shape[1:]
+        transposed = is_transposed(ours, len(shape))
+        names = tensor_names(a.family, ours, layers)
+        used.update(names)
+        theirs = shape[::-1] if transposed else shape
+        tensors = [(name, _checked(folder, found, name, theirs)) for name in names]
+        return Parameter(leaf.shape, layers is not None, transposed, tensors)
+
+    table = parameter_table(a)
+    parameters: dict[str, Any] = {
+        ours: one(ours, leaf, None) for ours, leaf in table.items() if ours != "layers"
     }
-    params["layers"] = {
-        ours: np.stack(
-            [
-                read(f"model.layers.{i}.{LAYER[ours]}", leaf.shape[1:], ours)
-                for i in range(architecture.layers)
-            ]
+    parameters["layers"] = {
+        ours: one(ours, leaf, a.layers) for ours, leaf in table["layers"].items()
+    }
+    _refuse_extra(found, used, a)
+    return parameters
+
+
+def _checked(
+    folder: Path, found: Mapping[str, Stored], name: str, shape: tuple[int, ...]
+) -> Stored:
+    if name not in found:
+        paths = sorted({str(stored.path) for stored in found.values()})
+        where = paths[0] if len(paths) == 1 else f"{folder} ({len(paths)} safetensors files)"
+        raise UserError(
+            f"{where}: tensor {name} is missing; config.json implies it: "
+            "config.json and weights must be of the same model"
         )
-        for ours, leaf in table["layers"].items()
-    }
-    return params
+    stored = found[name]
+    if stored.shape != shape:
+        raise UserError(
+            f"{stored.path}: tensor {name} has shape {stored.shape}; config.json implies {shape}: "
+            "config.json and weights must be of the same model"
+        )
+    if stored.dtype not in FLOATS:
+        raise UserError(
+            f"{stored.path}: tensor {name} is of type {stored.dtype}; expected one of "
+            f"{', '.join(FLOATS)} (the unquantised original)"
+        )
+    return stored
 
 
-def to_tensors(params: Params) -> dict[str, np.ndarray[Any, Any]]:
-    """Their names and orientation, in our dtype."""
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
-    for ours, value in params.items():
-        if ours == "layers":
+def _refuse_extra(found: Mapping[str, Stored], used: set[str], a: Architecture) -> None:
+    """A tensor that nothing reads means that the model is another one than config.json says."""
+    for name in sorted(set(found) - used):
+        stored = found[name]
+        if name.endswith(_BUFFER):
             continue
-        tensors[TOP[ours]] = _oriented(ours, np.asarray(value))
-    for ours, stacked in params["layers"].items():
-        for i, value in enumerate(np.asarray(stacked)):
-            tensors[f"model.layers.{i}.{LAYER[ours]}"] = _oriented(ours, value)
-    return tensors
+        if a.tied_head and name == TOP_NAMES["head"]:
+            _refuse_untied(stored, found[TOP_NAMES["embedding"]])
+            continue
+        raise UserError(
+            f"{stored.path}: tensor {name} has no place in {a.family} as config.json describes it; "
+            "config.json and weights must be of the same model"
+        )
 
 
-def _oriented(name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.ascontiguousarray(value.T if _transposed(name, value.ndim) else value)
+def _refuse_untied(head: Stored, embedding: Stored) -> None:
+    """Some tied checkpoints store the matrix twice; if the two differ, one would be lost."""
+    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    rows = max(1, PIECE_BYTES // max(1, 4 * math.prod(head.shape[1:])))
+    for start in range(0, head.shape[0], rows):
+        piece = (slice(start, min(start + rows, head.shape[0])),)
+        same = same and np.array_equal(
+            read_slice(head, TOP_NAMES["head"], piece),
+            read_slice(embedding, TOP_NAMES["embedding"], piece),
+        )
+    if not same:
+        raise UserError(
+            f"{head.path}: tensor {TOP_NAMES['head']} differs from {TOP_NAMES['embedding']}, but "
+            "config.json has tie_word_embeddings = true; set it to false to use both"
+        )
 
 
-def save_weights(folder: Path, params: Params, *, dtype: Any = jnp.bfloat16) -> None:
-    """Writes `model.safetensors`, whole or not at all."""
-    from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.astype(jnp.dtype(dtype)) for k, v in to_tensors(params).items()}
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(tensors, str(partial), metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors writes for its owner alone
-    partial.replace(folder / WEIGHTS)
+def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in shape)
 
 
-def save_run(folder: Path, params: Params, *, source: Path) -> None:
-    """A complete model folder: the source's config and tokenizer, the given weights.
+def _read(p: Parameter, index: tuple[slice, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """A rectangle of a parameter; `index` has a start and a stop in every dimension."""
+    out = np.empty([s.stop - s.start for s in index], dtype)
+    rest = index[1:] if p.layered else index
+    theirs = rest[::-1] if p.transposed else rest
+    layers = range(index[0].start, index[0].stop) if p.layered else (0,)
+    for target, layer in zip(out if p.layered else (out,), layers, strict=True):
+        name, stored = p.tensors[layer]
+        piece = read_slice(stored, name, theirs)
+        np.copyto(target, piece.T if p.transposed else piece, casting="unsafe")
+    return out
+
+
+def _place(p: Parameter, sharding: Sharding, dtype: Any) -> jax.Array:
+    """One parameter on its devices; a slice that several devices hold is read once."""
+    pieces: dict[tuple[tuple[int, int], ...], jax.Array] = {}
+    arrays: list[jax.Array] = []
+    for device, index in sharding.addressable_devices_indices_map(p.shape).items():
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), p.shape, strict=True))
+        target = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+        if bounds not in pieces:
+            rectangle = tuple(slice(*b) for b in bounds)
+            pieces[bounds] = _fill(p, rectangle, target, dtype)
+            arrays.append(pieces[bounds])
+        else:
+            arrays.append(jax.device_put(pieces[bounds], target))
+    return jax.make_array_from_single_device_arrays(p.shape, sharding, arrays)
+
+
+def _fill(p: Parameter, index: tuple[slice, ...], target: Sharding, dtype: Any) -> jax.Array:
+    """A device's rectangle, sent in pieces where it is large.
+
+    Each transfer is waited for: otherwise the host would hold every piece that is still under way.
+    """
+    sizes = [s.stop - s.start for s in index]
+    # Pieces are whole rows of the file's tensors, which lie together there.
+    axis = 1 if p.transposed and not p.layered else 0
+    step = max(1, PIECE_BYTES * sizes[axis] // max(1, math.prod(sizes) * dtype.itemsize))
+    if step >= sizes[axis]:
+        return jax.block_until_ready(jax.device_put(_read(p, index, dtype), target))
+    array = jax.jit(partial(jnp.zeros, sizes, dtype), out_shardings=target)()
+    for start in range(0, sizes[axis], step):
+        first = index[axis].start + start
+        rows = slice(first, min(first + step, index[axis].stop))
+        piece = _read(p, (*index[:axis], rows, *index[axis + 1 :]), dtype)
+        array = _write_rows(array, jax.device_put(piece, target), start, axis=axis)
+        jax.block_until_ready(array)
+        del piece
+    return array
+
+
+@partial(jax.jit, static_argnames="axis", donate_argnums=0)
+def _write_rows(array: jax.Array, piece: jax.Array, start: int, *, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, piece, start, axis)
+
+
+def save_weights(
+    folder: Path,
+    params: Params,
+    architecture: Architecture | None = None,
+    *,
+    dtype: Any = jnp.bfloat16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes `model.safetensors`, or shards and their index, whole or not at all.
+
+    Args:
+      folder: holds no weights yet.
+      params: host or device arrays.
+      architecture: decides the tensors' names; None: as the folder's `config.json` says.
+      dtype: of all tensors.
+      max_shard_bytes: a checkpoint that is larger goes into several files.
+    """
+    architecture = load_architecture(folder) if architecture is None else architecture
+    _check_shapes(params, architecture)
+    tensors = _plan(params, architecture, jnp.dtype(dtype))
+    write_shards(folder, tensors, max_shard_bytes=max_shard_bytes)
+
+
+def _check_shapes(params: Params, a: Architecture) -> None:
+    """Weights beside a config.json of another model would be found out only by who loads them."""
+
+    def one(path: Any, leaf: Leaf, value: Any) -> None:
+        if value.shape != leaf.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"parameter {name} has shape {value.shape}; its config.json implies {leaf.shape}"
+            )
+
+    is_leaf = lambda x: isinstance(x, Leaf)  # noqa: E731
+    jax.tree_util.tree_map_with_path(one, parameter_table(a), params, is_leaf=is_leaf)
+
+
+def _plan(params: Params, a: Architecture, dtype: Any) -> Iterator[Planned]:
+    """Tensors in their names, orientation and order: embedding, layers one by one, the rest."""
+
+    def planned(name: str, ours: str, value: Any, layer: int | None) -> Planned:
+        shape = value.shape if layer is None else value.shape[1:]
+        flip = is_transposed(ours, len(shape))
+
+        def fetch() -> np.ndarray[Any, Any]:
+            one = np.asarray(value if layer is None else value[layer])
+            return np.ascontiguousarray((one.T if flip else one).astype(dtype))
+
+        return Planned(name, math.prod(shape) * dtype.itemsize, fetch)
+
+    yield planned(TOP_NAMES["embedding"], "embedding", params["embedding"], None)
+    for layer in range(a.layers):
+        for ours, value in params["layers"].items():
+            yield planned(tensor_names(a.family, ours, a.layers)[layer], ours, value, layer)
+    for ours in sorted(set(params) - {"embedding", "layers"}):
+        yield planned(TOP_NAMES[ours], ours, params[ours], None)
+
+
+def save_run(
+    folder: Path,
+    params: Params,
+    *,
+    source: Path,
+    config: Mapping[str, Any] | None = None,
+    dtype: Any = jnp.bfloat16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """A complete model folder, whole or not at all: the source's config and tokenizer, our weights.
+
+    Args:
+      folder: to be made; may exist if it is empty.
+      params: host or device arrays.
+      source: a model folder.
+      config: stands in for the source's `config.json`.
+      dtype: of the weights; config.json names it.
+      max_shard_bytes: see `save_weights`.
 
     Raises:
-      UserError: the folder exists and is not empty.
+      UserError: the folder exists and is not empty, or the source's config.json is not readable.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: expected a new or empty folder; nothing was overwritten")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in BESIDE_WEIGHTS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    save_weights(folder, jax.device_get(params))
+    path = source / "config.json"
+    config = _read_json(path) if config is None else config
+    architecture = from_hugging_face(config, where=str(path))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        unfinished.chmod(0o755)  # mkdtemp makes it for its owner alone
+        for name in BESIDE_WEIGHTS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, unfinished / name)
+        _write_configs(unfinished, config, jnp.dtype(dtype).name)
+        save_weights(unfinished, params, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_configs(folder: Path, config: Mapping[str, Any], dtype: str) -> None:
+    """config.json says which dtype was written; a missing generation_config.json is made from it.
+
+    Without the first, readers would convert the weights; without the second, they would not stop.
+    """
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    wanted = {**config, key: dtype}
+    path = folder / "config.json"
+    if not path.is_file() or json.loads(path.read_text()) != wanted:
+        path.write_text(json.dumps(wanted, indent=2) + "\n")
+    path = folder / "generation_config.json"
+    if not path.is_file() and config.get("eos_token_id") is not None:
+        path.write_text(json.dumps({"eos_token_id": config["eos_token_id"]}, indent=2) + "\n")

@@ -1,13 +1,16 @@
 """A decoder-only transformer as pure functions over a pytree with stacked layers.
 
-Pre-norm blocks with grouped-query attention, rotary positions and a gated MLP; optional query-key
-norm (Qwen 3) and projection biases (Qwen 2). One block serves three passes that differ only in how
-they attend: `hidden` (whole sequences, segments), `prefill` (prompts, keys and values kept) and
-`decode` (one token per rollout against the shared prompt and its own cache). Layers run under
-`lax.scan`, so that compile time does not grow with depth.
+Blocks of grouped-query attention with rotary positions and of a gated MLP. Switches: norms before
+both or after both (OLMo 3), query-key norm per head (Qwen 3) or over the whole projection (OLMo 3),
+projection biases (Qwen 2), sliding-window layers with rotary parameters of their own. One block
+serves three passes that differ only in how they attend: `hidden` (whole sequences, segments),
+`prefill` (prompts, keys and values kept) and `decode` (one token per rollout against the shared
+prompt and its own cache). Layers run under `lax.scan`, so that compile time does not grow with
+depth; whether a layer slides is scanned with its weights.
 
 Dimension key: sdpo_jax/model.py; here also `Q` query heads, `F` MLP width, `R = Q / H`.
-Validated against a second implementation in float64 numpy (tests/test_transformer.py).
+Validated against a second implementation in float64 numpy (tests/test_transformer.py) and against
+`transformers` (tests/test_families.py, tests/live_transformers.py).
 """
 
 from collections.abc import Callable
@@ -16,9 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdpo_jax.model import Model, Params, Prefix, SuffixCache
 from sdpo_models.architecture import Architecture
+from sdpo_models.rope import inverse_frequencies
 
 
 class Leaf(NamedTuple):
@@ -44,7 +49,10 @@ def parameter_table(a: Architecture) -> dict[str, Any]:
         "up": Leaf((a.width, a.mlp_width), ("embed", "mlp"), d),
         "down": Leaf((a.mlp_width, a.width), ("mlp", "embed"), a.mlp_width**-0.5 * out),
     }
-    if a.query_key_norm:
+    if a.query_key_norm and a.norm_whole_projection:
+        layer["query_norm"] = Leaf((q,), ("heads",), None)
+        layer["key_norm"] = Leaf((kv,), ("kv_heads",), None)
+    elif a.query_key_norm:
         layer |= {name: Leaf((a.head_size,), (None,), None) for name in ("query_norm", "key_norm")}
     if a.attention_bias:
         layer["query_bias"] = Leaf((q,), ("heads",), 0.0)
@@ -92,16 +100,55 @@ def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotates `x: [..., heads, d]` by `positions: [...]`; halves pair up, as in Hugging Face."""
-    d = x.shape[-1]
+class Rotations(NamedTuple):
+    """Cosines and sines `[K, ..., 1, d / 2]`; `K` is 2 where sliding layers turn differently."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotations(a: Architecture, positions: jax.Array) -> Rotations:
+    """The angles of every position in `[...]`, once for all layers."""
+    scalings = [a.rope_scaling]
+    if a.sliding_layers and a.sliding_rope_scaling != a.rope_scaling:
+        scalings.append(a.sliding_rope_scaling)
+    shape = (len(scalings), *(1,) * (positions.ndim + 1))
+    frequency = np.stack([inverse_frequencies(a.head_size, a.rope_theta, s) for s in scalings])
+    factor = np.array([1.0 if s is None else s.attention_factor for s in scalings], np.float32)
     # The angle is computed in float32 whatever x is: bfloat16 cannot tell position 257 from 258.
-    frequency = theta ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
-    angle = positions[..., None, None].astype(jnp.float32) * _like(frequency, x)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    angle = positions[None, ..., None, None].astype(jnp.float32) * frequency.reshape(*shape, -1)
+    size = factor.reshape(*shape, 1)
+    return Rotations(jnp.cos(angle) * size, jnp.sin(angle) * size)
+
+
+def rotate(x: jax.Array, turns: Rotations, slides: jax.Array | None) -> jax.Array:
+    """Turns `x: [..., heads, d]` as the layer's kind asks; halves pair up, as in Hugging Face."""
+    if slides is not None and turns.cos.shape[0] == 2:
+        cos, sin = (jnp.where(slides, sliding, full) for full, sliding in turns)
+    else:
+        cos, sin = turns.cos[0], turns.sin[0]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+class Layer(NamedTuple):
+    """What a scan hands to one layer."""
+
+    weights: Params
+    slides: jax.Array | None  # [] bool; None where no layer does, which costs nothing
+
+
+def stacked_layers(a: Architecture, params: Params) -> Layer:
+    """All layers, leading axis `L`."""
+    return Layer(params["layers"], jnp.array(a.sliding_layers) if a.sliding_layers else None)
+
+
+def in_window(a: Architecture, slides: jax.Array | None, distance: jax.Array) -> jax.Array:
+    """Which `distance`s back from a token's position its layer sees; broadcasts against a mask."""
+    if slides is None:
+        return jnp.ones((1,) * distance.ndim, bool)
+    return (distance < a.sliding_window) | ~slides
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -109,30 +156,41 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def block(
-    a: Architecture, layer: Params, x: jax.Array, positions: jax.Array, attend: Attend
+    a: Architecture, layer: Layer, x: jax.Array, turns: Rotations, attend: Attend
 ) -> tuple[jax.Array, Any]:
-    """One layer on `x: [..., D]` at `positions: [...]`; returns what `attend` kept, too."""
+    """One layer on `x: [..., D]`; returns what `attend` kept, too."""
+    weights = layer.weights
+    norm_in = partial(_norm_if, not a.post_norm, a, weights)
+    norm_out = partial(_norm_if, a.post_norm, a, weights)
     with jax.named_scope("attention"):
-        h = rms_norm(x, layer["attention_norm"], a.norm_epsilon)
-        q, k, v = (_project(a, layer, h, name) for name in ("query", "key", "value"))
-        if a.query_key_norm:
-            q = rms_norm(q, layer["query_norm"], a.norm_epsilon)
-            k = rms_norm(k, layer["key_norm"], a.norm_epsilon)
-        out, kept = attend(
-            rotary(q, positions, a.rope_theta), rotary(k, positions, a.rope_theta), v
-        )
-        x = x + out.reshape(*x.shape[:-1], -1) @ layer["output"].astype(x.dtype)
+        h = norm_in("attention_norm", x)
+        q, k, v = (_project(a, weights, h, name) for name in ("query", "key", "value"))
+        out, kept = attend(rotate(q, turns, layer.slides), rotate(k, turns, layer.slides), v)
+        out = out.reshape(*x.shape[:-1], -1) @ weights["output"].astype(x.dtype)
+        x = x + norm_out("attention_norm", out)
     with jax.named_scope("mlp"):
-        h = rms_norm(x, layer["mlp_norm"], a.norm_epsilon)
-        gate, up = h @ layer["gate"].astype(x.dtype), h @ layer["up"].astype(x.dtype)
-        return x + (jax.nn.silu(gate) * up) @ layer["down"].astype(x.dtype), kept
+        h = norm_in("mlp_norm", x)
+        gate, up = h @ weights["gate"].astype(x.dtype), h @ weights["up"].astype(x.dtype)
+        out = (jax.nn.silu(gate) * up) @ weights["down"].astype(x.dtype)
+        return x + norm_out("mlp_norm", out), kept
 
 
-def _project(a: Architecture, layer: Params, h: jax.Array, name: str) -> jax.Array:
-    out = h @ layer[name].astype(h.dtype)
+def _norm_if(
+    condition: bool, a: Architecture, weights: Params, name: str, x: jax.Array
+) -> jax.Array:
+    return rms_norm(x, weights[name], a.norm_epsilon) if condition else x
+
+
+def _project(a: Architecture, weights: Params, h: jax.Array, name: str) -> jax.Array:
+    """`[..., heads, d]`: query, key or value, with bias and norm where there are such."""
+    out = h @ weights[name].astype(h.dtype)
     if a.attention_bias:
-        out = out + _like(layer[f"{name}_bias"].astype(h.dtype), out)
-    return out.reshape(*h.shape[:-1], -1, a.head_size)
+        out = out + _like(weights[f"{name}_bias"].astype(h.dtype), out)
+    by_head = (*h.shape[:-1], -1, a.head_size)
+    if a.query_key_norm and name != "value":
+        out = out if a.norm_whole_projection else out.reshape(by_head)
+        out = rms_norm(out, weights[f"{name}_norm"], a.norm_epsilon)
+    return out.reshape(by_head)
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -171,18 +229,18 @@ def hidden(
     segments: jax.Array,
 ) -> jax.Array:
     """Final-norm hidden states `[B, S, D]`; see `sdpo_jax.model.HiddenFn`."""
-    mask = causal_mask(segments)
+    mask, turns = causal_mask(segments), rotations(a, positions)
+    distance = positions[:, :, None] - positions[:, None, :]
 
-    def layer_step(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        x, _ = block(
-            a, layer, x, positions, lambda q, k, v: (masked_attention(q, k, v, mask), None)
-        )
+    def layer_step(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+        seen = mask & in_window(a, layer.slides, distance)
+        x, _ = block(a, layer, x, turns, lambda q, k, v: (masked_attention(q, k, v, seen), None))
         return x, None
 
     if settings.remat == "full":
         layer_step = jax.checkpoint(layer_step)
     x = params["embedding"].astype(settings.dtype)[tokens]
-    x, _ = jax.lax.scan(layer_step, x, params["layers"])
+    x, _ = jax.lax.scan(layer_step, x, stacked_layers(a, params))
     return rms_norm(x, params["final_norm"], a.norm_epsilon)
 
 
@@ -198,15 +256,18 @@ def prefill(
     """Runs prompts `[P, S]`, padded on the right; see `sdpo_jax.model.PrefillFn`."""
     p, s = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(s)[None], (p, s))
-    mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
+    mask, turns = (
+        causal_mask((positions < lengths[:, None]).astype(jnp.int32)),
+        rotations(a, positions),
+    )
+    distance = positions[:, :, None] - positions[:, None, :]
 
-    def layer_step(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
-        return block(
-            a, layer, x, positions, lambda q, k, v: (masked_attention(q, k, v, mask), (k, v))
-        )
+    def layer_step(x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
+        seen = mask & in_window(a, layer.slides, distance)
+        return block(a, layer, x, turns, lambda q, k, v: (masked_attention(q, k, v, seen), (k, v)))
 
     x = params["embedding"].astype(settings.dtype)[tokens]
-    x, (keys, values) = jax.lax.scan(layer_step, x, params["layers"])
+    x, (keys, values) = jax.lax.scan(layer_step, x, stacked_layers(a, params))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     heads_first = partial(jnp.swapaxes, axis1=2, axis2=3)
     return Prefix(
@@ -230,8 +291,9 @@ def prefix_and_suffix_attention(
 ) -> jax.Array:
     """One query per rollout over its prompt and its own tokens.
 
-    `q: [N, Q, d]`; prefix keys and values `[P, H, S, d]` with a mask `[P, S]`, read once for all
-    `G` rollouts of a prompt; suffix keys and values `[N, H, T, d]` with a mask `[N, T]`.
+    `q: [N, Q, d]`; prefix keys and values `[P, H, S, d]`, read once for all `G` rollouts of a
+    prompt, with a mask `[P, G, S]` (or `[P, 1, S]`); suffix keys and values `[N, H, T, d]` with a
+    mask `[N, T]`.
     """
     (pk, pv, p_mask), (sk, sv, s_mask) = prefix, suffix
     n, heads, d = q.shape
@@ -240,7 +302,7 @@ def prefix_and_suffix_attention(
     scale = d**-0.5
     grouped = q.reshape(p, g, kv, r, d)
     a = jnp.einsum("pghrd,phsd->pghrs", grouped, pk, preferred_element_type=jnp.float32) * scale
-    a = jnp.where(p_mask[:, None, None, None], a, -1e30).reshape(n, kv, r, -1)
+    a = jnp.where(p_mask[:, :, None, None], a, -1e30).reshape(n, kv, r, -1)
     b = jnp.einsum(
         "nhrd,nhtd->nhrt", q.reshape(n, kv, r, d), sk, preferred_element_type=jnp.float32
     )
@@ -264,13 +326,17 @@ def decode(
     n, max_tokens = tokens.shape[0], cache.keys.shape[3]
     group = n // prefix.lengths.shape[0]
     positions = jnp.repeat(prefix.lengths, group) + step
-    p_mask = jnp.arange(prefix.keys.shape[3])[None] < prefix.lengths[:, None]
-    s_mask = jnp.arange(max_tokens)[None] <= step[:, None]
-    rows = jnp.arange(n)
+    turns, rows = rotations(a, positions), jnp.arange(n)
+    p_index, s_index = jnp.arange(prefix.keys.shape[3]), jnp.arange(max_tokens)[None]
+    p_real = (p_index[None] < prefix.lengths[:, None])[:, None]
+    p_distance = positions.reshape(-1, group, 1) - p_index[None, None]
+    s_distance = step[:, None] - s_index
 
     def layer_step(carry: tuple[jax.Array, jax.Array, jax.Array], xs: Any) -> tuple[Any, None]:
         x, keys, values = carry
         index, layer, pk, pv = xs
+        p_mask = p_real & in_window(a, layer.slides, p_distance)
+        s_mask = (s_distance >= 0) & in_window(a, layer.slides, s_distance)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             # A scatter per row: XLA:TPU copies the whole cache for dynamic_update_slice.
@@ -279,11 +345,11 @@ def decode(
             suffix = (new_keys[index], new_values[index], s_mask)
             return prefix_and_suffix_attention(q, (pk, pv, p_mask), suffix), (new_keys, new_values)
 
-        x, (keys, values) = block(a, layer, x, positions, attend)
+        x, (keys, values) = block(a, layer, x, turns, attend)
         return (x, keys, values), None
 
     x = params["embedding"].astype(settings.dtype)[tokens]
-    xs = (jnp.arange(a.layers), params["layers"], prefix.keys, prefix.values)
+    xs = (jnp.arange(a.layers), stacked_layers(a, params), prefix.keys, prefix.values)
     (x, keys, values), _ = jax.lax.scan(layer_step, (x, cache.keys, cache.values), xs)
     return rms_norm(x, params["final_norm"], a.norm_epsilon), SuffixCache(keys, values)
 

@@ -4,7 +4,7 @@ Everything here is host-side Python; no array crosses this boundary.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class Prompt(NamedTuple):
@@ -48,4 +48,13 @@ class Environment(Protocol):
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
         """Judges one response, given as decoded text without control tokens."""
+        ...
+
+
+@runtime_checkable
+class HasReferences(Protocol):
+    """An environment that knows an accepted answer to each of its prompts, for a warm-up by SFT."""
+
+    def reference(self, prompt: Prompt) -> str:
+        """An answer that `grade` passes."""
         ...

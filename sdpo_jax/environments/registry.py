@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 from sdpo_jax.config import EnvironmentConfig
 from sdpo_jax.environments.base import Environment
+from sdpo_jax.environments.bfcl import Bfcl, load_rows
 from sdpo_jax.environments.tool_calls import ToolCalls
+from sdpo_jax.errors import UserError
 
 
 def _tool_calls(config: EnvironmentConfig) -> Environment:
@@ -16,7 +18,23 @@ def _tool_calls(config: EnvironmentConfig) -> Environment:
     )
 
 
-ENVIRONMENTS: dict[str, Callable[[EnvironmentConfig], Environment]] = {"tool_calls": _tool_calls}
+def _bfcl(config: EnvironmentConfig) -> Environment:
+    if config.families:
+        raise UserError('environment.families: expected none with environment.kind = "bfcl"')
+    return Bfcl(
+        load_rows(),
+        train_prompts=config.train_prompts,
+        held_out_prompts=config.held_out_prompts,
+        max_prompt_characters=config.max_prompt_characters,
+        reveal_expected=config.reveal_expected,
+        seed=config.seed,
+    )
+
+
+ENVIRONMENTS: dict[str, Callable[[EnvironmentConfig], Environment]] = {
+    "tool_calls": _tool_calls,
+    "bfcl": _bfcl,
+}
 """Every kind that `environment.kind` may name."""
 
 

@@ -21,19 +21,20 @@ def restore_run(run_dir: Path, trainer: Trainer, params: Params) -> Restored:
       UserError: the run has none yet.
     """
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        restored = checkpoints.restore(trainer.initial_state(params))
+        start = trainer.initial_state(params)
+        restored = checkpoints.restore(start.replace(base=None))
     if restored is None:
         raise UserError(
             f"{run_dir} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
         )
-    return restored
+    return restored._replace(state=restored.state.replace(base=start.base))
 
 
 def restore_params(run_dir: Path, config: Config, parts: dict[str, Any]) -> tuple[int, Params]:
     """Step and weights of a run's student."""
     trainer = _trainer(config, parts)
     restored = restore_run(run_dir, trainer, parts["params"])
-    return restored.step, restored.state.params
+    return restored.step, trainer.student(restored.state)
 
 
 def evaluate_run(run_dir: Path, config: Config, parts: dict[str, Any], *, samples: int) -> None:
@@ -59,12 +60,13 @@ def _trainer(config: Config, parts: dict[str, Any]) -> Trainer:
 def _evaluate(trainer: Trainer, state: Any, samples: int) -> dict[str, float]:
     """Sampled (avg@k) and greedy accuracy of the student, and the teacher's in context."""
     evaluator, prompts = trainer.evaluator, trainer.evaluator.prompts
-    sampled = evaluator.attempts(state.params, 0, samples=samples)
-    greedy = evaluator.attempts(state.params, 0, samples=1, temperature=0.0)
+    student = trainer.student(state)
+    sampled = evaluator.attempts(student, 0, samples=samples)
+    greedy = evaluator.attempts(student, 0, samples=1, temperature=0.0)
     metrics = accuracy_metrics(sampled, prompts)
     metrics["accuracy_greedy"] = accuracy_metrics(greedy, prompts)["accuracy"]
-    teacher = trainer.teacher_params(state)
-    teacher = state.params if teacher is None else teacher
+    teacher = trainer.teacher_params(state, student)
+    teacher = student if teacher is None else teacher
     return metrics | evaluator.teacher_metrics(teacher, sampled, 0)
 
 

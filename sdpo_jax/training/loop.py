@@ -40,8 +40,10 @@ from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
 from sdpo_jax.training.sources import DemonstrationSource, RolloutSource, Source
 from sdpo_jax.training.state import (
     TrainState,
+    base_is_teacher,
     create_state,
     make_optimizer,
+    make_parameters,
     make_teacher,
     state_shardings,
 )
@@ -61,10 +63,13 @@ class Trainer:
     ):
         self.config, self.tokenizer = config, tokenizer
         self.devices = Devices(make_mesh(config.mesh))
-        self.teacher = make_teacher(config)
+        self.teacher, self.parameters = make_teacher(config), make_parameters(config)
         updates = config.train.steps * config.train.mini_batches
         self.optimizer = make_optimizer(config.optimizer, updates)
-        self.shardings = state_shardings(model, self.devices, self.optimizer, self.teacher)
+        self.shardings = state_shardings(
+            model, self.devices, self.optimizer, self.teacher, self.parameters
+        )
+        self._merged = jax.jit(self.parameters.merged)
         self.sampler = Sampler(model, self.devices, tokenizer.stop_ids)
         teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
         self.evaluator = Evaluator(config, self.sampler, tokenizer, environment, teacher_prompts)
@@ -73,6 +78,7 @@ class Trainer:
                 model,
                 _per_token_loss(config),
                 self.optimizer,
+                self.parameters,
                 head_chunk_tokens=config.train.head_chunk_tokens,
             ),
             donate_argnums=0,
@@ -80,7 +86,9 @@ class Trainer:
         )
         if self.teacher is not None:
             self._follow = jax.jit(
-                partial(follow, self.teacher), donate_argnums=0, out_shardings=self.shardings
+                partial(follow, self.teacher, self.parameters),
+                donate_argnums=0,
+                out_shardings=self.shardings,
             )
         self.source = self._source(model, environment, demonstrations, teacher_prompts)
 
@@ -112,16 +120,26 @@ class Trainer:
 
     def initial_state(self, params: Params) -> TrainState:
         """Step 0: the given weights, an empty optimiser, the teacher equal to the student."""
-        return create_state(params, self.optimizer, self.teacher, self.shardings)
+        return create_state(
+            params, self.optimizer, self.teacher, self.shardings, self.parameters, self.config.seed
+        )
 
-    def teacher_params(self, state: TrainState) -> Params:
+    def student(self, state: TrainState) -> Params:
+        """The model's weights as they are now, adapters added in."""
+        return state.params if state.base is None else self._merged(state.base, state.params)
+
+    def teacher_params(self, state: TrainState, student: Params) -> Params:
         """The weights that the teacher runs with; None without a teacher."""
-        return None if self.teacher is None else self.teacher.params(state.teacher, state.params)
+        if self.teacher is None:
+            return None
+        student = state.base if base_is_teacher(self.config) else student
+        return self.teacher.params(state.teacher, student)
 
     def step(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """One generation batch: rollouts, feedback, teacher, updates; the teacher follows once."""
         clock = Clock()
-        updates, row = self.source(state.params, self.teacher_params(state), step, clock)
+        student = self.student(state)
+        updates, row = self.source(student, self.teacher_params(state, student), step, clock)
         with clock.phase("train"):
             measured: list[Metrics] = []
             for update in updates:
@@ -139,8 +157,9 @@ class Trainer:
         Under `sft` there is no teacher; the model itself, shown a context, stands in for one.
         """
         is_sft = isinstance(self.config.objective, SftObjective)
-        teacher = state.params if is_sft else self.teacher_params(state)
-        return self.evaluator(state.params, teacher, step)
+        student = self.student(state)
+        teacher = student if is_sft else self.teacher_params(state, student)
+        return self.evaluator(student, teacher, step)
 
 
 def _per_token_loss(config: Config) -> Any:
@@ -238,12 +257,12 @@ def _run(
         batch=batch_arithmetic(config),
     )
     state = trainer.initial_state(params)
-    restored = checkpoints.restore(state)
+    restored = checkpoints.restore(state.replace(base=None))
     first, before, spent = 0, None, 0.0
     if restored is None:
-        _refuse_weights_that_are_not_finite(state.params, config.model.path)
+        _refuse_weights_that_are_not_finite(trainer.student(state), config.model.path)
     else:
-        first, state = restored.step, restored.state
+        first, state = restored.step, restored.state.replace(base=state.base)
         before, spent = restored.extra["before"], restored.extra["seconds"]
         trainer.source.set_state(restored.extra["data"])
         console.note(f"resumed   from step {first}")
@@ -267,7 +286,7 @@ def _run(
             if last or stopping or step % config.checkpoint.every_steps == 0:
                 seconds = spent + time.perf_counter() - began
                 extra = {"data": trainer.source.get_state(), "before": before, "seconds": seconds}
-                checkpoints.save(step, state, extra)
+                checkpoints.save(step, state.replace(base=None), extra)
             checkpoints.poll()
     checkpoints.finish()
     if first == config.train.steps:

@@ -11,15 +11,25 @@ from sdpo_jax.config import Config, OptimizerConfig, SdpoObjective
 from sdpo_jax.devices import Devices
 from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import Teacher, ema, frozen, live
+from sdpo_jax.training.parameters import Parameters, full, lora
 
 
 class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint must hold of the arrays."""
 
-    params: Params  # float32 master weights
+    params: Params  # what is trained: float32 master weights, or adapters
     optimizer: Any  # optax state, float32
     teacher: Params  # float32 copy for `ema` and `frozen`; None for `live` and without a teacher
     skipped: Any  # [] int32, consecutive updates that were not finite
+    base: Params = None  # with adapters: the model's weights, which stay; not in checkpoints
+
+
+def make_parameters(config: Config) -> Parameters:
+    """All parameters, or adapters if the recipe gives them a rank."""
+    adapters = config.lora
+    if adapters.rank == 0:
+        return full()
+    return lora(adapters.rank, adapters.alpha, adapters.targets)
 
 
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
@@ -48,25 +58,45 @@ def make_teacher(config: Config) -> Teacher | None:
     """The teacher's weights as the recipe wants them; None for objectives without a teacher."""
     if not isinstance(config.objective, SdpoObjective):
         return None
+    if base_is_teacher(config):
+        return live()
     kinds = {"ema": ema(config.teacher.ema_rate), "frozen": frozen(), "live": live()}
     return kinds[config.teacher.weights]
 
 
+def base_is_teacher(config: Config) -> bool:
+    """Adapters start at nothing: a frozen teacher is then the base itself, without a copy."""
+    return config.lora.rank > 0 and config.teacher.weights == "frozen"
+
+
 def state_shardings(
-    model: Model, devices: Devices, optimizer: optax.GradientTransformation, teacher: Teacher | None
+    model: Model,
+    devices: Devices,
+    optimizer: optax.GradientTransformation,
+    teacher: Teacher | None,
+    parameters: Parameters,
 ) -> TrainState:
     """A `NamedSharding` for every array of the state; moments lie like their parameters."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = devices.parameter_shardings(model.logical_axes, shapes)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(model.init, key)
+    whole = devices.parameter_shardings(model.logical_axes, shapes)
+    trained = jax.eval_shape(parameters.trainable, shapes, key)
+    params = devices.parameter_shardings(parameters.logical_axes(model.logical_axes), trained)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, shapes),
+        jax.eval_shape(optimizer.init, trained),
         params,
         transform_non_params=lambda _: devices.replicated,
     )
     keeps_weights = teacher is not None and jax.eval_shape(teacher.init, shapes) is not None
-    return TrainState(params, moments, params if keeps_weights else None, devices.replicated)
+    return TrainState(
+        params,
+        moments,
+        whole if keeps_weights else None,
+        devices.replicated,
+        base=None if jax.eval_shape(parameters.base, shapes) is None else whole,
+    )
 
 
 def create_state(
@@ -74,16 +104,20 @@ def create_state(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
     shardings: TrainState,
+    parameters: Parameters,
+    seed: int,
 ) -> TrainState:
     """The state at step 0, each array where it belongs."""
 
     def create(params: Params) -> TrainState:
-        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        trained = parameters.trainable(params, jax.random.key(seed))
+        base = parameters.base(params)
         return TrainState(
-            params,
-            optimizer.init(params),
-            None if teacher is None else teacher.init(params),
+            trained,
+            optimizer.init(trained),
+            None if teacher is None else teacher.init(parameters.merged(base, trained)),
             jnp.zeros((), jnp.int32),
+            base,
         )
 
     return jax.jit(create, out_shardings=shardings)(params)

@@ -25,6 +25,7 @@ import optax
 from sdpo_jax.losses.chunked_head import PerTokenLoss, chunked_head
 from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import Teacher
+from sdpo_jax.training.parameters import Parameters
 from sdpo_jax.training.state import TrainState
 
 
@@ -85,12 +86,16 @@ def make_train_step(
     model: Model,
     per_token_loss: PerTokenLoss,
     optimizer: optax.GradientTransformation,
+    parameters: Parameters,
     *,
     head_chunk_tokens: int,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch, constants) -> (state, metrics)`, see `chunked_head`."""
 
-    def loss_of(params: Params, batch: Batch, constants: Any, index: jax.Array) -> Any:
+    def loss_of(
+        trained: Params, base: Params, batch: Batch, constants: Any, index: jax.Array
+    ) -> Any:
+        params = parameters.forward(base, trained)
         hidden = _at_responses(model, params, batch.rows, index)
         flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
         tokens, weights = jax.tree.map(lambda x: x[index], (batch.tokens, batch.weights))
@@ -110,11 +115,12 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, constants: Any) -> tuple[TrainState, Metrics]:
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         first = jnp.zeros((), jnp.int32)
-        shapes = jax.eval_shape(gradient_of, state.params, batch, constants, first)
+        arguments = state.params, state.base, batch, constants
+        shapes = jax.eval_shape(gradient_of, *arguments, first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def accumulate(index: jax.Array, sums: Any) -> Any:
-            return jax.tree.map(jnp.add, sums, gradient_of(state.params, batch, constants, index))
+            return jax.tree.map(jnp.add, sums, gradient_of(*arguments, index))
 
         (total, (sums, tokens)), gradient = jax.lax.fori_loop(
             0, batch.rows.filled, accumulate, zeros
@@ -149,8 +155,10 @@ def _update(
     return state, norm, finite
 
 
-def follow(teacher: Teacher, state: TrainState, any_finite: jax.Array) -> TrainState:
+def follow(
+    teacher: Teacher, parameters: Parameters, state: TrainState, any_finite: jax.Array
+) -> TrainState:
     """Moves the teacher once; not after a batch in which no update was finite."""
-    moved = teacher.update(state.teacher, state.params)
+    moved = teacher.update(state.teacher, parameters.merged(state.base, state.params))
     kept = jax.tree.map(lambda new, old: jnp.where(any_finite, new, old), moved, state.teacher)
     return state.replace(teacher=kept)

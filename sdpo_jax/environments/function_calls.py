@@ -1,0 +1,253 @@
+"""One structured call: read from an answer, and compared argument by argument.
+
+An answer is `name(argument=value, ...)` in Python's syntax or `{"name": ..., "arguments": ...}` in
+JSON, alone or as the only item of a list. Parsers read it, nothing is evaluated. Comparison follows
+the Berkeley Function-Calling Leaderboard: each argument has a list of accepted values, `""` in it
+means that it may be left out; strings are compared without case, spaces and `,./-_*^`; an integer
+serves as float (there not inside arrays), not the reverse.
+"""
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+MAX_CHARACTERS, MAX_DEPTH = 2000, 16
+MALFORMED = 'malformed call: expected name(argument=value, ...) or {"name": ..., "arguments": ...}'
+_TYPE_NAMES = {
+    **{str: "string", bool: "boolean", int: "integer", float: "float"},
+    **{list: "array", dict: "dict", type(None): "null"},
+}
+_THINKING = re.compile(r"\A.*</think>", re.DOTALL)
+_FENCE = re.compile(r"\A```\w*\n(.*)\n```\Z", re.DOTALL)
+
+Accepted = Mapping[str, Sequence[Any]]
+"""Argument to its accepted values."""
+
+
+class Call(NamedTuple):
+    """A parsed call; tuples have become lists."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+def parse_call(answer: str) -> Call | str:
+    """Reads an answer, after its thinking; a string instead of a `Call` says why it cannot."""
+    text = _THINKING.sub("", answer).strip()
+    if fenced := _FENCE.match(text):
+        text = fenced[1].strip()
+    if len(text) > MAX_CHARACTERS:  # The parsers' own stacks must not be at the model's mercy.
+        return f"malformed call: longer than {MAX_CHARACTERS} characters"
+    try:
+        # Both parsers: a list in Python's syntax begins as one in JSON does.
+        calls = _json_calls(text) if text.startswith(("{", "[")) else None
+        calls = _python_calls(text) if calls is None else calls
+    except _Refused as refused:
+        return _clean(str(refused))
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return MALFORMED
+    if len(calls) != 1:
+        return f"expected one call, got {len(calls)}"
+    deep = _deeper(calls[0].arguments, MAX_DEPTH)
+    return f"malformed call: nested deeper than {MAX_DEPTH} levels" if deep else calls[0]
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a value is nested deeper than so many levels: comparison recurses into all of it."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(item, levels - 1) for item in items)
+
+
+class _Refused(Exception):
+    """The answer parses, and is not a call as wanted; the message is the feedback."""
+
+
+def _json_calls(text: str) -> list[Call] | None:
+    try:
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+    except json.JSONDecodeError:
+        return None
+    items = value if isinstance(value, list) else [value]
+    calls: list[Call] = []
+    for item in items:
+        if not isinstance(item, dict) or set(item) != {"name", "arguments"}:
+            raise _Refused(MALFORMED)
+        name, arguments = item["name"], item["arguments"]
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise _Refused(MALFORMED)
+        calls.append(Call(name, arguments))
+    return calls
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for i, (name, _) in enumerate(pairs):
+        if any(name == other for other, _ in pairs[:i]):
+            raise _Refused(f"repeated argument: {name[:64]}")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> None:
+    raise _Refused(f"malformed call: {name} is not a value")
+
+
+def _python_calls(text: str) -> list[Call]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python comments on the model's escapes, on our stderr.
+        node = ast.parse(text, mode="eval").body
+    return [_python_call(item) for item in (node.elts if isinstance(node, ast.List) else [node])]
+
+
+def _python_call(node: ast.expr) -> Call:
+    if not isinstance(node, ast.Call):
+        raise _Refused(MALFORMED)
+    name = _dotted(node.func)
+    if node.args:
+        raise _Refused("positional argument: write every argument as name=value")
+    arguments: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise _Refused(MALFORMED)
+        if keyword.arg in arguments:
+            raise _Refused(f"repeated argument: {keyword.arg[:64]}")
+        try:
+            arguments[keyword.arg] = _listed(ast.literal_eval(keyword.value))
+        except (ValueError, TypeError):
+            raise _Refused(f"{keyword.arg[:64]}: expected a literal value") from None
+    return Call(name, arguments)
+
+
+def _dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    if isinstance(node, ast.Name):
+        return node.id
+    raise _Refused(MALFORMED)
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_listed(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _listed(item) for key, item in value.items()}
+    if isinstance(value, dict) or type(value) not in _TYPE_NAMES:
+        raise ValueError("bytes, sets, complex numbers and other keys than strings")
+    return value
+
+
+def complaints(
+    call: Call, function: Mapping[str, Any], accepted: Accepted, *, reveal: bool = False
+) -> list[str]:
+    """All that is wrong with a call, in the order of the documentation; empty: accepted.
+
+    `function` is the documentation: `name` and `parameters` with `properties` and `required`. No
+    complaint holds an accepted value, unless `reveal`.
+    """
+    if call.name != function["name"]:
+        return [_clean(f"unknown function: {call.name[:64]}")]
+    documented: Mapping[str, Any] = function["parameters"]["properties"]
+    required = function["parameters"].get("required", [])
+    found: list[str] = []
+    for name, schema in documented.items():
+        values = [value for value in accepted.get(name, []) if value != ""]
+        hint = f"; expected {example(values[0])!r}" if reveal and values else ""
+        if name in call.arguments and name not in accepted:
+            found.append(f"argument not wanted here: {name}")
+        elif name in call.arguments:
+            wrong = _wrong(name, call.arguments[name], schema, accepted[name])
+            found += [f"{text}{hint}" for text in wrong]
+        elif name in required or (name in accepted and "" not in accepted[name]):
+            found.append(f"missing argument: {name} ({schema.get('type', 'any')}){hint}")
+    unknown = [name for name in call.arguments if name not in documented]
+    return [*map(_clean, found + [f"unknown argument: {name[:64]}" for name in unknown])]
+
+
+def _wrong(where: str, value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) -> list[str]:
+    """What is wrong with one argument: its type, a key, or its value."""
+    wrong_type, values = _wrong_type(where, value, schema), [a for a in accepted if a != ""]
+    # Where no accepted value is of the documented type, the accepted values decide.
+    if wrong_type and (
+        not values or any(_wrong_type("", example(item), schema) is None for item in values)
+    ):
+        return [wrong_type]
+    if any(same(value, item) for item in accepted):
+        return []
+    if isinstance(value, dict) and values and isinstance(values[0], dict):
+        return _wrong_keys(where, value, values[0], schema.get("properties") or {})
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{where}: {_shown(value)} is none of the documented choices"]
+    return [f"{where}: wrong value {_shown(value)}"]
+
+
+def _wrong_type(where: str, value: Any, schema: Mapping[str, Any]) -> str | None:
+    """The first type that differs from the documentation, inside arrays and dicts too."""
+    expected, given = schema.get("type", "any"), _TYPE_NAMES[type(value)]
+    fits = {"float": ("float", "integer"), "tuple": ("array",)}.get(expected, (expected,))
+    if expected != "any" and given not in fits:
+        return f"{where}: expected {expected}, got {given}"
+    inside: list[tuple[str, Any, Mapping[str, Any]]] = []
+    if isinstance(value, list):
+        items = schema.get("items") or {}
+        inside = [(f"{where}[{i}]", item, items) for i, item in enumerate(value)]
+    elif isinstance(value, dict):
+        properties = schema.get("properties") or {}
+        inside = [(f"{where}.{k}", v, properties.get(k, {})) for k, v in value.items()]
+    return next((text for part in inside if (text := _wrong_type(*part))), None)
+
+
+def _wrong_keys(
+    where: str, value: Mapping[str, Any], accepted: Accepted, properties: Mapping[str, Any]
+) -> list[str]:
+    found: list[str] = []
+    for key, values in accepted.items():
+        if key in value:
+            found += _wrong(f"{where}.{key}", value[key], properties.get(key, {}), values)
+        elif "" not in values:
+            found.append(f"{where}: missing key {key}")
+    return found + [f"{where}: unknown key {k[:64]}" for k in value if k not in accepted]
+
+
+def same(value: Any, accepted: Any) -> bool:
+    """Whether a value is an accepted one; in an accepted dict, each key has a list of values."""
+    if isinstance(value, str) and isinstance(accepted, str):
+        return _standard(value) == _standard(accepted)
+    if isinstance(value, list) and isinstance(accepted, list):
+        return len(value) == len(accepted) and all(map(same, value, accepted))
+    if isinstance(value, dict) and isinstance(accepted, dict):
+        known = all(
+            k in accepted and any(same(v, a) for a in accepted[k]) for k, v in value.items()
+        )
+        return known and all(k in value or "" in values for k, values in accepted.items())
+    return isinstance(value, bool) == isinstance(accepted, bool) and value == accepted
+
+
+def _standard(text: str) -> str:
+    """The leaderboard's comparison of strings: `April 1, 2024` is `april 1 2024`."""
+    return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
+
+
+def example(accepted: Any) -> Any:
+    """One value that an accepted one stands for: of each key of a dict, the first that counts."""
+    if isinstance(accepted, list):
+        return [example(item) for item in accepted]
+    if isinstance(accepted, dict):
+        chosen = {k: [v for v in values if v != ""] for k, values in accepted.items()}
+        return {k: example(values[0]) for k, values in chosen.items() if values}
+    return accepted
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 48 else f"{text[:48]}..."
+
+
+def _clean(text: str) -> str:
+    """Half of a surrogate pair, which both syntaxes can spell, is no text: encoding it fails."""
+    return text.encode(errors="replace").decode()
+
+
+def write_call(name: str, arguments: Mapping[str, Any]) -> str:
+    """A call in Python's syntax, which `parse_call` reads."""
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
