@@ -166,10 +166,15 @@ def _run_config(run_dir: str) -> tuple[Path, Config]:
 
 
 def model_folder(config: Config) -> Path:
-    """The folder that `model.path` names; a package's weights are converted the first time."""
+    """The folder that `model.path` names; a package's weights are converted the first time.
+
+    A run's folder leads to the folder that the run itself started from.
+    """
     from sdpo_models.nano import FOLDER
 
     path = config.model.path
+    if _is_run(path):
+        return model_folder(_run_config(path)[1])
     if path.startswith("package:"):
         from sdpo_models.gguf_convert import package_folder
 
@@ -182,20 +187,18 @@ def model_folder(config: Config) -> Path:
     folder = FOLDER if path == "nano" else Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"model.path = {path!r}: expected 'nano', 'package:NAME' or a folder with "
-            f"config.json, found no {folder / 'config.json'}"
+            f"model.path = {path!r}: expected 'nano', 'package:NAME', the folder of a run, or a "
+            f"folder in Hugging Face layout; found no {folder / 'config.json'}"
         )
     return folder
 
 
 def load_parts(config: Config) -> dict[str, Any]:
     """What a recipe names, loaded; keys are the argument names of `train`."""
-    import jax
-
     from sdpo_jax.config import SftObjective
     from sdpo_jax.data.demonstrations import load_demonstrations
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_models.hugging_face import load_architecture, load_params
+    from sdpo_models.hugging_face import load_architecture
     from sdpo_models.tokenizer import ChatTokenizer
     from sdpo_models.transformer import build_model
 
@@ -207,17 +210,36 @@ def load_parts(config: Config) -> dict[str, Any]:
     tokenizer = ChatTokenizer.from_pretrained(folder, thinking=config.model.thinking)
     tokenizer.check_vocabulary(architecture.vocabulary)
     model = build_model(architecture, remat=config.model.remat)
-    if config.model.random_init:
-        params = jax.jit(model.init)(jax.random.key(config.seed))
-    else:
-        params = load_params(folder, architecture)
     return {
         "model": model,
-        "params": params,
+        "params": _initial_params(config, model, folder, architecture),
         "tokenizer": tokenizer,
         "environment": environment,
         "demonstrations": demonstrations,
     }
+
+
+def _initial_params(config: Config, model: Any, folder: Path, architecture: Any) -> Any:
+    """The weights a run starts from: drawn, another run's student, or a folder's."""
+    import jax
+
+    from sdpo_jax.devices import Devices, make_mesh
+    from sdpo_models.hugging_face import load_params
+
+    if config.model.random_init:
+        return jax.jit(model.init)(jax.random.key(config.seed))
+    if _is_run(config.model.path):
+        from sdpo_jax.evaluation.command import restore_params
+
+        run_dir, trained = _run_config(config.model.path)
+        trained = replace(trained, mesh=config.mesh)
+        return restore_params(run_dir, trained, load_parts(trained))[1]
+    devices = Devices(make_mesh(config.mesh))
+    return load_params(folder, architecture, shardings=devices.parameter_shardings)
+
+
+def _is_run(path: str) -> bool:
+    return (Path(path) / "config.toml").is_file()
 
 
 def _quiet_libraries() -> None:

@@ -13,8 +13,9 @@ class ModelConfig:
     """Where the weights come from."""
 
     path: str = "nano"
-    """`nano` (the embedded model), a folder in Hugging Face layout, or `package:NAME`: an installed
-    Python package that holds one GGUF file, which is converted once into `~/.cache/sdpo-jax`."""
+    """`nano` (the embedded model), a folder in Hugging Face layout, the folder of a run (its last
+    checkpoint: a second stage), or `package:NAME`: an installed Python package that holds one GGUF
+    file, which is converted once into `~/.cache/sdpo-jax`."""
     thinking: Literal["template", "on", "off"] = "template"
     """What the chat template is told as `enable_thinking`; `template` leaves it to its default."""
     random_init: bool = False
@@ -192,6 +193,8 @@ class EvaluationConfig:
     prompts: int = 256
     samples_per_prompt: int = 2
     temperature: float = 1.0
+    teacher: bool = True
+    """Whether the teacher answers, too: once more for each attempt that has a context."""
     batch_prompts: int = 64
     """Prompts decoded at a time."""
 

@@ -11,6 +11,7 @@ import pytest
 
 from sdpo_jax.errors import UserError
 from sdpo_jax.training import distributed
+from sdpo_jax.training.clock import is_time
 from sdpo_jax.training.distributed import Cluster, cluster_of, initialize_from_environment
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +145,7 @@ def metrics(run_dir):
     """Rows without the times."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in rows]
+    return [{k: v for k, v in row.items() if not is_time(k)} for row in rows]
 
 
 @pytest.mark.slow

@@ -122,6 +122,13 @@ def test_without_a_context_there_is_no_teacher_accuracy():
     assert metrics["accuracy"] == 0.0
 
 
+def test_the_teacher_is_not_asked_where_the_recipe_leaves_it_out():
+    script = Script(ANSWERS)
+    metrics = make_evaluator(script, teacher=False)(STUDENT, TEACHER, 0)
+    assert not [name for name in metrics if name.startswith("teacher")]
+    assert all(call["params"] == STUDENT for call in script.calls)
+
+
 def test_one_family_alone_is_not_listed_beside_the_whole():
     graded = Graded(["y"], grade_all(Quiz(), PROMPTS[:1], ["y"]), [2], [True])
     assert set(accuracy_metrics(graded, PROMPTS[:1])) == {

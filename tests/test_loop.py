@@ -38,6 +38,7 @@ from sdpo_jax.errors import UserError
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.training import loop
 from sdpo_jax.training.console import Console
+from sdpo_jax.training.clock import is_time
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.training.step import make_train_step
 
@@ -144,7 +145,7 @@ def run(config, *, params=None, crash_after=None, then=None):
 def rows_of(config, kind=None):
     """Rows without times."""
     return [
-        {name: value for name, value in row.items() if not name.startswith("seconds")}
+        {name: value for name, value in row.items() if not is_time(name)}
         for row in read_metrics(Path(config.run_dir) / METRICS_FILE)
         if kind in (None, row["kind"])
     ]
@@ -281,11 +282,12 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_reports(w
 # What a run reports
 
 
-COMMON = "loss grad_norm tokens updates skipped seconds_train"
-ROLLOUT = "reward success response_tokens truncated generations seconds_rollout seconds_grade"
+COMMON = "loss grad_norm tokens updates skipped seconds_train tokens_per_second_train"
+ROLLOUT = "reward success response_tokens truncated generations seconds_rollout seconds_grade "
+ROLLOUT += "tokens_per_second_rollout"
 KEYS = {
     "sdpo": f"{COMMON} {ROLLOUT} divergence teacher_signal shown/demonstration shown/feedback "
-    "seconds_teacher",
+    "seconds_teacher tokens_per_second_teacher",
     "grpo": f"{COMMON} {ROLLOUT} advantage_signal",
     "sft": f"{COMMON} token_accuracy seconds_data",
 }

@@ -62,12 +62,12 @@ class Evaluator:
         return self._prompts
 
     def __call__(self, params: Params, teacher_params: Params, step: int) -> dict[str, float]:
-        """Metrics of the student and, given `teacher_params`, of the teacher in context."""
+        """Metrics of the student and, if wanted and there is one, of the teacher in context."""
         if not self._prompts:  # evaluation.prompts = 0
             return {}
         graded = self.attempts(params, step)
         metrics = accuracy_metrics(graded, self._prompts)
-        if teacher_params is not None:
+        if teacher_params is not None and self._config.evaluation.teacher:
             metrics |= self.teacher_metrics(teacher_params, graded, step)
         return metrics
 

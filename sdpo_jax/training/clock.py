@@ -1,4 +1,4 @@
-"""Seconds per phase of a step."""
+"""Seconds and tokens per phase of a step."""
 
 import contextlib
 import time
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 
 class Clock:
-    """Adds up wall-clock seconds by phase until they are read."""
+    """Adds up wall-clock seconds and tokens by phase until they are read."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -21,8 +22,19 @@ class Clock:
             spent = time.perf_counter() - start
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
+    def count(self, name: str, tokens: int) -> None:
+        """Adds real tokens, without padding, to what phase `name` got through."""
+        self._tokens[name] = self._tokens.get(name, 0) + tokens
+
     def read(self) -> dict[str, float]:
-        """`seconds_PHASE` since the last reading."""
+        """`seconds_PHASE` since the last reading, `tokens_per_second_PHASE` where counted."""
         out = {f"seconds_{name}": value for name, value in self._seconds.items()}
-        self._seconds = {}
+        for name, tokens in self._tokens.items():
+            out[f"tokens_per_second_{name}"] = tokens / max(self._seconds[name], 1e-9)
+        self._seconds, self._tokens = {}, {}
         return out
+
+
+def is_time(name: str) -> bool:
+    """Whether a metric measures the machine: such are not the same when a run is repeated."""
+    return name.startswith(("seconds", "tokens_per_second"))

@@ -59,6 +59,7 @@ def collect(
             seed=seed,
             step=step,
         )
+    clock.count("rollout", int(rollouts.lengths.sum()))
     with clock.phase("grade"):
         responses = rollouts.responses()
         texts = [tokenizer.decode(row) for row in responses]

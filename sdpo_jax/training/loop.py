@@ -144,6 +144,7 @@ class Trainer:
             measured: list[Metrics] = []
             for update in updates:
                 state, metrics = self._train_step(state, update.batch, update.constants)
+                clock.count("train", update.tokens)
                 measured.append(metrics)
             if self.teacher is not None and measured:
                 any_finite = jnp.any(jnp.stack([m.finite for m in measured]))

@@ -5,7 +5,7 @@ that still knows them. A generation batch is cut into `mini_batches` by prompts;
 update.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,8 @@ class Update(NamedTuple):
 
     batch: Batch
     constants: Any
+    tokens: int
+    """Of prompts and responses, without padding."""
 
 
 class Part(NamedTuple):
@@ -113,7 +115,9 @@ class SdpoUpdates:
                 self._config, experience, active, active, self._objective.reduction, self._devices
             )
             # All teacher passes run before the first update: the teacher may be the student.
-            updates = [self._update(experience, part, prompts, teacher_params) for part in parts]
+            updates = [
+                self._update(experience, part, prompts, teacher_params, clock) for part in parts
+            ]
             jax.block_until_ready(updates)
         return updates, metrics
 
@@ -147,10 +151,12 @@ class SdpoUpdates:
         part: Part,
         teacher_prompts: list[list[int] | None],
         teacher_params: Params,
+        clock: Clock,
     ) -> Update:
         devices, shape = self._devices, part.shape
         responses = [experience.response_ids[i] for i in part.rows]
         teacher_ids = [ids for i in part.rows if (ids := teacher_prompts[i]) is not None]
+        clock.count("teacher", _tokens(teacher_ids, responses))
         hidden, head = self._teacher_forward(
             teacher_params, make_rows(teacher_ids, responses, shape, devices)
         )
@@ -161,7 +167,7 @@ class SdpoUpdates:
             old_log_probs=make_tokens(old, shape, np.float32, devices),
         )
         constants = SdpoConstants(head, jnp.float32(self._config.rollout.temperature))
-        return Update(_batch(experience, part, tokens, devices), constants)
+        return _update(experience, part, tokens, constants, devices)
 
 
 class GrpoUpdates:
@@ -198,15 +204,19 @@ class GrpoUpdates:
             advantages=make_tokens(spread, shape, np.float32, devices),
         )
         constants = GrpoConstants(jnp.float32(self._config.rollout.temperature))
-        return Update(_batch(experience, part, tokens, devices), constants)
+        return _update(experience, part, tokens, constants, devices)
 
 
-def _batch(experience: Experience, part: Part, tokens: Any, devices: Devices) -> Batch:
-    rows = make_rows(
-        [experience.prompt_ids[i] for i in part.rows],
-        [experience.response_ids[i] for i in part.rows],
-        part.shape,
-        devices,
-    )
+def _update(
+    experience: Experience, part: Part, tokens: Any, constants: Any, devices: Devices
+) -> Update:
+    prompts = [experience.prompt_ids[i] for i in part.rows]
+    responses = [experience.response_ids[i] for i in part.rows]
+    rows = make_rows(prompts, responses, part.shape, devices)
     weights = cut_rows(part.weights, part.shape, devices)
-    return Batch(rows, weights, tokens, jnp.float32(part.denominator))
+    batch = Batch(rows, weights, tokens, jnp.float32(part.denominator))
+    return Update(batch, constants, _tokens(prompts, responses))
+
+
+def _tokens(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> int:
+    return sum(map(len, prompts)) + sum(map(len, responses))

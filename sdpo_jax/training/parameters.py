@@ -105,7 +105,8 @@ class LowRank:
 
     def astype(self, dtype: Any) -> "LowRank":
         """All three in `dtype`."""
-        return LowRank(*(x.astype(dtype) for x in (self.base, self.down, self.up)), self.scale)
+        base, down, up = (x.astype(dtype) for x in (self.base, self.down, self.up))
+        return LowRank(base, down, up, self.scale)
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         return x @ self.base + ((x @ self.down) @ self.up) * jnp.asarray(self.scale, x.dtype)
@@ -117,7 +118,8 @@ class LowRank:
     @classmethod
     def tree_unflatten(cls, scale: float, leaves: tuple[Any, ...]) -> "LowRank":
         """Undoes `tree_flatten`."""
-        return cls(*leaves, scale)
+        base, down, up = leaves
+        return cls(base, down, up, scale)
 
 
 def _adapter(shape: tuple[int, ...], rank: int, key: jax.Array) -> dict[str, jax.Array]:

@@ -153,7 +153,8 @@ class DemonstrationSource:
         )
         tokens = SftTokens(put(packed.tokens[row, column], np.int32))
         weights = put(per_pair[owner, 0], np.float32)
-        return Update(Batch(rows, weights, tokens, jnp.float32(denominator)), None)
+        batch = Batch(rows, weights, tokens, jnp.float32(denominator))
+        return Update(batch, None, sum(len(prompt) + len(response) for prompt, response in pairs))
 
     def _scatter(self, row: Any, slot: Any, shape: Layout) -> Any:
         def put(values: Any, dtype: Any) -> Any:
