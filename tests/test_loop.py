@@ -37,8 +37,8 @@ from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.training import loop
-from sdpo_jax.training.console import Console
 from sdpo_jax.training.clock import is_time
+from sdpo_jax.training.console import Console
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.training.step import make_train_step
 
