@@ -20,7 +20,7 @@ USAGE = """usage: sdpo COMMAND ...
   sdpo train RECIPE [--run-dir DIR] [--SECTION.KEY VALUE ...]   train, or go on with a run
   sdpo train RECIPE --help                                      every setting and its value
   sdpo eval RUN_DIR [--samples K]                               held-out accuracy of a run
-  sdpo convert RUN_DIR OUT                                      weights, in Hugging Face layout
+  sdpo convert RUN_DIR OUT [--dtype float32|bfloat16]           weights, in Hugging Face layout
   sdpo convert FILE.gguf OUT [--dtype float32|bfloat16]         the same, from a GGUF file
 
 Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir says otherwise.
@@ -108,33 +108,28 @@ def _eval(words: list[str]) -> None:
 
 
 def _convert(words: list[str]) -> None:
-    if words and words[0].endswith(".gguf"):
-        _convert_gguf(words)
-        return
-    _options(words, {}, "sdpo convert RUN_DIR OUT", positional=2)
-    _quiet_libraries()
-    from sdpo_jax.evaluation.command import restore_params
-    from sdpo_models.hugging_face import save_run
-
-    run_dir, config = _run_config(words[0])
-    parts = load_parts(config)
-    step, params = restore_params(run_dir, config, parts)
-    save_run(Path(words[1]), params, source=model_folder(config))
-    print(f"wrote {words[1]}: the student of {run_dir} after step {step}")
-
-
-def _convert_gguf(words: list[str]) -> None:
-    usage = "sdpo convert FILE.gguf OUT [--dtype float32|bfloat16]"
-    if len(words) not in (2, 4) or words[2:3] not in ([], ["--dtype"]):
+    usage = "sdpo convert RUN_DIR|FILE.gguf OUT [--dtype float32|bfloat16]"
+    if len(words) not in (2, 4) or words[2:3] not in ([], ["--dtype"]) or words[0].startswith("-"):
         raise UserError(f"expected `{usage}`")
-    dtype = words[3] if len(words) == 4 else "float32"
+    source, out = words[0], Path(words[1])
+    # Half the place for a run; all of what quantised weights say.
+    dtype = words[3] if len(words) == 4 else "float32" if source.endswith(".gguf") else "bfloat16"
     if dtype != "float32" and dtype != "bfloat16":
         raise UserError(f"--dtype {dtype}: expected `{usage}`")
     _quiet_libraries()
-    from sdpo_models.gguf_convert import convert
+    if source.endswith(".gguf"):
+        from sdpo_models.gguf_convert import convert
 
-    convert(words[0], words[1], dtype=dtype)
-    print(f"wrote {words[1]}: {words[0]} as {dtype}")
+        convert(source, out, dtype=dtype)
+        print(f"wrote {out}: {source} as {dtype}")
+        return
+    from sdpo_jax.evaluation.command import restore_params
+    from sdpo_models.hugging_face import save_run
+
+    run_dir, config = _run_config(source)
+    step, params = restore_params(run_dir, config, load_parts(config))
+    save_run(out, params, source=model_folder(config), dtype=dtype)
+    print(f"wrote {out}: the student of {run_dir} after step {step}, as {dtype}")
 
 
 def _options(
@@ -195,6 +190,8 @@ def model_folder(config: Config) -> Path:
 
 def load_parts(config: Config) -> dict[str, Any]:
     """What a recipe names, loaded; keys are the argument names of `train`."""
+    import jax.numpy as jnp
+
     from sdpo_jax.config import SftObjective
     from sdpo_jax.data.demonstrations import load_demonstrations
     from sdpo_jax.environments.registry import make_environment
@@ -209,7 +206,9 @@ def load_parts(config: Config) -> dict[str, Any]:
     architecture = load_architecture(folder)
     tokenizer = ChatTokenizer.from_pretrained(folder, thinking=config.model.thinking)
     tokenizer.check_vocabulary(architecture.vocabulary)
-    model = build_model(architecture, remat=config.model.remat)
+    _check_top_k(config, architecture.vocabulary)
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.model.dtype]
+    model = build_model(architecture, dtype=dtype, remat=config.model.remat)
     return {
         "model": model,
         "params": _initial_params(config, model, folder, architecture),
@@ -217,6 +216,15 @@ def load_parts(config: Config) -> dict[str, Any]:
         "environment": environment,
         "demonstrations": demonstrations,
     }
+
+
+def _check_top_k(config: Config, vocabulary: int) -> None:
+    top_k = getattr(config.objective, "top_k", 0)
+    if top_k > vocabulary:
+        raise UserError(
+            f"objective.top_k = {top_k}: expected at most {vocabulary}, the vocabulary of "
+            f"{config.model.path}; 0 compares all of it"
+        )
 
 
 def _initial_params(config: Config, model: Any, folder: Path, architecture: Any) -> Any:

@@ -22,6 +22,8 @@ class ModelConfig:
     """Take only config and tokenizer from `path` and draw fresh weights from the run's seed."""
     remat: Literal["none", "full"] = "none"
     """What the backward pass recomputes: nothing, or each layer (less memory, one more forward)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; weights and optimiser stay float32."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class SdpoObjective:
     name: Literal["sdpo"] = "sdpo"
     alpha: float = 0.5
     """0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon."""
+    top_k: int = 0
+    """Compare on the student's likeliest tokens, the rest in one bucket (the paper: 100 or 20); 0
+    compares the whole vocabulary, which the chunked head affords."""
     importance_cap: float = 2.0
     """Upper bound of the detached ratio of new to rollout probability, per token."""
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
@@ -193,6 +198,8 @@ class EvaluationConfig:
     prompts: int = 256
     samples_per_prompt: int = 2
     temperature: float = 1.0
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this much probability together."""
     teacher: bool = True
     """Whether the teacher answers, too: once more for each attempt that has a context."""
     batch_prompts: int = 64

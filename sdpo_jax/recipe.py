@@ -49,13 +49,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mesh.data", lambda v: v >= 1 or v == -1, "at least 1, or -1 for what is left"),
     (
         "optimizer.warmup_steps evaluation.every_steps evaluation.prompts "
-        "environment.max_prompt_characters lora.rank",
+        "environment.max_prompt_characters lora.rank objective.top_k",
         lambda v: v >= 0,
         "0 or more",
     ),
     ("seed environment.seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
     ("objective.alpha teacher.ema_rate", lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("optimizer.b1 optimizer.b2", lambda v: 0 <= v < 1, "from 0 to below 1"),
+    ("evaluation.top_p", lambda v: 0 < v <= 1, "above 0, at most 1"),
     ("objective.clip_low", lambda v: 0 < v < 1, "above 0 and below 1"),
     (_CAPS, lambda v: v > 0, "above 0"),
     ("objective.dual_clip", lambda v: v > 1, "above 1"),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,15 +21,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sdpo_jax.cli import main
-from sdpo_jax.recipe import _kinds
+from sdpo_jax.cli import load_parts, main
+from sdpo_jax.config import ModelConfig
+from sdpo_jax.recipe import _kinds, load_recipe
 from sdpo_jax.training import run_directory
 from sdpo_jax.training.clock import is_time
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
+from sdpo_models.hugging_face import load_architecture, load_params
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "nano.toml"
 STEPS = 6
+CHAT = [{"role": "user", "content": "wake me at seven"}]
 ELSEWHERE = ["--run-dir", "runs/none"]  # a reader of the README has a runs/nano
 # Few and short, but with every kind of signal. Evaluation has the shapes of training: one program.
 SETTINGS = """--rollout.prompts-per-step 4 --rollout.rollouts-per-prompt 4
@@ -246,8 +250,6 @@ def test_convert_writes_a_folder_that_loads_and_never_overwrites_one(
 ):
     from transformers import AutoTokenizer
 
-    from sdpo_models.hugging_face import load_architecture, load_params
-
     run_dir, _ = finished
     folder = tmp_path / "weights"
     out, _ = sdpo.run("convert", str(run_dir), str(folder))
@@ -261,6 +263,32 @@ def test_convert_writes_a_folder_that_loads_and_never_overwrites_one(
     kept = bytes_of(folder)
     assert "new or empty folder" in refused(capsys, "convert", str(run_dir), str(folder))
     assert bytes_of(folder) == kept
+
+
+def test_a_run_is_the_start_of_a_second_stage(finished):
+    run_dir, _ = finished
+    parts = load_parts(replace(load_recipe(RECIPE), model=ModelConfig(path=str(run_dir))))
+    trained = final_state(run_dir)["params"]
+    for a, b in zip(jax.tree.leaves(parts["params"]), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+    fresh = load_parts(load_recipe(RECIPE))
+    assert parts["tokenizer"].render(CHAT) == fresh["tokenizer"].render(CHAT)
+
+
+def test_convert_writes_the_dtype_that_is_asked_for(finished, tmp_path):
+    run_dir, _ = finished
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", str(run_dir), str(tmp_path / "whole"), "--dtype", "float32"])
+    assert exit_.value.code == 0
+    params = load_params(tmp_path / "whole", load_architecture(tmp_path / "whole"))
+    trained = final_state(run_dir)["params"]
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_more_tokens_to_compare_than_there_are_is_refused(capsys):
+    message = refused(capsys, "train", str(RECIPE), *ELSEWHERE, "--objective.top-k", "513")
+    assert "objective.top_k = 513: expected at most 512" in message
 
 
 def test_help_lists_every_setting(capsys):
@@ -379,7 +407,7 @@ def test_a_bad_recipe_is_one_message(text, parts, tmp_path, capsys):
         (["eval", "configs"], ["configs", "the folder of a run", "sdpo train RECIPE"]),
         (["eval", "configs", "--samples"], ["--samples", "no value"]),
         (["eval", "configs", "--samples", "0"], ["--samples 0", "positive integer"]),
-        (["convert", "configs"], ["sdpo convert RUN_DIR OUT"]),
+        (["convert", "configs"], ["sdpo convert RUN_DIR|FILE.gguf OUT"]),
     ],
 )  # fmt: skip
 def test_a_bad_command_line_is_one_message(words, parts, capsys, monkeypatch):

@@ -173,8 +173,8 @@ def test_sdpo_convert_takes_a_gguf_file(tokenizer, tmp_path, capsys):
         (["--dtype", "bfloat16"], 0, f"wrote {tmp_path / 'out'}"),
         ([], 2, "new or empty folder"),
         (["--dtype", "int8"], 2, "--dtype float32|bfloat16"),
-        (["--dtype"], 2, "sdpo convert FILE.gguf OUT"),
-        (["more"], 2, "sdpo convert FILE.gguf OUT"),
+        (["--dtype"], 2, "sdpo convert RUN_DIR|FILE.gguf OUT"),
+        (["more"], 2, "sdpo convert RUN_DIR|FILE.gguf OUT"),
     ):
         with pytest.raises(SystemExit) as exit_:
             main([*words, *extra])

@@ -399,6 +399,7 @@ def test_differences_name_both_values():
         "seed: the run has 0, the recipe has 2",
         'objective.name: the run has "sdpo", the recipe has "grpo"',
         "objective.alpha: the run has 0.5, the recipe has nothing",
+        "objective.top_k: the run has 0, the recipe has nothing",
         "objective.importance_cap: the run has 2.0, the recipe has nothing",
         "objective.clip_low: the run has nothing, the recipe has 0.2",
         "objective.clip_high: the run has nothing, the recipe has 0.28",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.sampling.generate import draw, rollout_keys
+from sdpo_jax.sampling.generate import draw, nucleus, rollout_keys
 from sdpo_jax.sampling.sampler import Sampler
 
 STOP = (7, 11, 13, 17, 19)
@@ -162,6 +162,37 @@ def test_draws_follow_the_softmax():
         chi_square = np.sum((counts - n * expected) ** 2 / (n * expected))
         assert chi_square < 18.5, counts  # the 99.9 % point with four degrees of freedom
         np.testing.assert_allclose(np.exp(log_probs), expected[np.asarray(tokens)], rtol=1e-5)
+
+
+def test_draws_with_top_p_follow_the_renormalised_nucleus():
+    logits = np.array([1.0, 0.0, -1.0, 0.5, -3.0])
+    n = 20_000
+    keys = rollout_keys(jnp.uint32(0), jnp.uint32(1), jnp.uint32(0), n // 4, 4)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (n, 5))
+    for temperature, top_p in ((1.0, 0.8), (0.5, 0.95), (2.0, 0.1), (1.0, 1.0)):
+        chances = np.exp(tiny.log_softmax(logits / temperature))
+        order = np.argsort(-chances)
+        size = 1 + int(np.searchsorted(np.cumsum(chances[order]), top_p))
+        expected = np.zeros(5)
+        expected[order[:size]] = chances[order[:size]] / chances[order[:size]].sum()
+        tokens, log_probs = jax.jit(draw)(keys, rows, jnp.float32(temperature), jnp.float32(top_p))
+        counts = np.bincount(tokens, minlength=5)
+        assert set(np.flatnonzero(counts)) == set(np.flatnonzero(expected))
+        inside = expected > 0
+        chi_square = np.sum((counts - n * expected)[inside] ** 2 / (n * expected[inside]))
+        assert chi_square < 18.5, counts
+        np.testing.assert_allclose(np.exp(log_probs), expected[np.asarray(tokens)], rtol=1e-5)
+
+
+def test_the_nucleus_holds_the_likeliest_token_and_those_as_likely_as_its_last():
+    inside = nucleus(jnp.array([[0.0, 5.0, 0.0, -9.0], [1.0, 1.0, 0.0, 0.0]]), jnp.float32(1e-6))
+    assert inside.tolist() == [[False, True, False, False], [True, True, False, False]]
+
+
+def test_greedy_decoding_does_not_see_top_p(sampler, params):
+    greedy = dict(DEFAULTS, temperature=0.0)
+    plain, cut = sampler(params, PROMPTS, **greedy), sampler(params, PROMPTS, top_p=0.5, **greedy)
+    np.testing.assert_array_equal(plain.tokens, cut.tokens)
 
 
 def test_neither_temperature_nor_stop_ids_nor_seed_recompile(

@@ -135,6 +135,7 @@ class Evaluator:
                 group=group,
                 max_tokens=self._config.rollout.max_response_tokens,
                 temperature=temperature,
+                top_p=self._config.evaluation.top_p,
                 seed=self._config.seed,
                 step=step,
                 first_prompt=start,

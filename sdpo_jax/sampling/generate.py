@@ -43,7 +43,9 @@ def rollout_keys(
     return jax.vmap(one)(n)
 
 
-def draw(keys: jax.Array, logits: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+def draw(
+    keys: jax.Array, logits: jax.Array, temperature: jax.Array, top_p: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row; returns ids and log-probs under the sampling distribution.
 
     Gumbel-max in the form `argmax(logits + temperature · noise)`, so that temperature 0 is greedy
@@ -53,12 +55,40 @@ def draw(keys: jax.Array, logits: jax.Array, temperature: jax.Array) -> tuple[ja
       keys: [N].
       logits: [N, V] float32, unscaled.
       temperature: [] float32, not negative.
+      top_p: [] float32 in (0, 1], see `nucleus`; None draws from all tokens, without a sort.
     """
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    if top_p is not None:
+        inside = nucleus(scaled, top_p)
+        scaled, logits = (jnp.where(inside, x, -jnp.inf) for x in (scaled, logits))
     noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
     tokens = jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Marks the likeliest tokens that hold `top_p` together, the one that reaches it included.
+
+    Tokens as likely as the last one are inside, too.
+
+    Args:
+      logits: [N, V] float32, at the sampling temperature.
+      top_p: [] float32, in (0, 1].
+
+    Returns:
+      [N, V] bool.
+
+    Source: Holtzman et al., arXiv 1904.09751.
+
+    >>> nucleus(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), jnp.float32(0.6)).tolist()
+    [[False, True, True]]
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    chances = jax.nn.softmax(ordered, axis=-1)
+    reached = jnp.cumsum(chances, axis=-1) - chances < top_p  # before this token; the first always
+    last = jnp.min(jnp.where(reached, ordered, jnp.inf), axis=-1, keepdims=True)
+    return logits >= last
 
 
 def generate(
@@ -69,6 +99,7 @@ def generate(
     active: jax.Array,
     stop_ids: jax.Array,
     temperature: jax.Array,
+    top_p: jax.Array | None = None,
     *,
     max_tokens: int,
 ) -> Rollouts:
@@ -82,6 +113,7 @@ def generate(
       active: [P·G] bool; False for rows that only fill up a shard and must not keep the loop alive.
       stop_ids: [any] int32.
       temperature: [] float32.
+      top_p: [] float32, or None.
       max_tokens: `T`, static.
     """
     n, group = keys.shape[0], keys.shape[0] // prefix.lengths.shape[0]
@@ -94,7 +126,7 @@ def generate(
         t, rollouts = loop.position, loop.rollouts
         logits = jnp.matmul(loop.hidden, head, preferred_element_type=jnp.float32)
         position_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        tokens, log_probs = draw(position_keys, logits, temperature)
+        tokens, log_probs = draw(position_keys, logits, temperature, top_p)
         rollouts = _record(rollouts, t, tokens, log_probs, stop_ids)
         step = jnp.full((n,), t, jnp.int32)
         hidden, cache = model.decode(params, prefix, loop.cache, tokens, step)

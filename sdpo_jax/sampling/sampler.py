@@ -56,6 +56,7 @@ class Sampler:
         group: int,
         max_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         seed: int,
         step: int,
         first_prompt: int = 0,
@@ -69,6 +70,7 @@ class Sampler:
           group: rollouts per prompt, `G`.
           max_tokens: response limit, `T`.
           temperature: 0 is greedy.
+          top_p: draw from the likeliest tokens that hold this much probability; 1 from all.
           seed: of the run.
           step: with `seed` and the prompt's index it determines every draw.
           first_prompt: index of `prompts[0]`, for a set of prompts that is decoded in parts.
@@ -83,6 +85,7 @@ class Sampler:
             put(lengths),
             self._stop_ids,
             np.float32(temperature),
+            None if top_p == 1.0 else np.float32(top_p),
             np.uint32(seed),
             np.uint32(step),
             np.uint32(first_prompt),
@@ -100,6 +103,7 @@ def _prefill_and_generate(
     lengths: jax.Array,
     stop_ids: jax.Array,
     temperature: jax.Array,
+    top_p: jax.Array | None,
     seed: jax.Array,
     step: jax.Array,
     first_prompt: jax.Array,
@@ -111,5 +115,5 @@ def _prefill_and_generate(
     keys = rollout_keys(seed, step, first_prompt, tokens.shape[0], group)
     active = jnp.repeat(lengths > 0, group)
     return generate(
-        model, params, prefix, keys, active, stop_ids, temperature, max_tokens=max_tokens
+        model, params, prefix, keys, active, stop_ids, temperature, top_p, max_tokens=max_tokens
     )

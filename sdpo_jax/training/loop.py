@@ -24,7 +24,7 @@ from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import Evaluator
-from sdpo_jax.losses.distillation import full_vocabulary_loss
+from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
 from sdpo_jax.losses.objectives import grpo_per_token, sdpo_per_token, sft_per_token
 from sdpo_jax.model import Model, Params
 from sdpo_jax.sampling.sampler import Sampler
@@ -167,6 +167,10 @@ def _per_token_loss(config: Config) -> Any:
     objective = config.objective
     if isinstance(objective, SdpoObjective):
         divergence = partial(full_vocabulary_loss, alpha=objective.alpha)
+        if objective.top_k:
+            divergence = partial(
+                top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True
+            )
         return sdpo_per_token(divergence, importance_cap=objective.importance_cap)
     if isinstance(objective, GrpoObjective):
         return grpo_per_token(
@@ -342,8 +346,10 @@ def show_summary(config: Config, summary: dict[str, Any], console: Console, run_
 def next_steps(config: Config, run_dir: Path) -> list[str]:
     """Commands that make sense after this run."""
     steps = [f"sdpo eval {run_dir}", f"tensorboard --logdir {run_dir}/tensorboard"]
-    if config.objective.name == "sdpo":
+    if config.objective.name == "sdpo" and config.model.path == "nano":
         steps.insert(0, "sdpo train configs/nano_grpo.toml   # the baseline on the same budget")
+    if config.objective.name == "sft":
+        steps.append(f"sdpo train RECIPE --model.path {run_dir}   # a second stage from here")
     return [*steps, f"sdpo convert {run_dir} OUT   # weights in Hugging Face layout"]
 
 

