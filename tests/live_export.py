@@ -57,7 +57,7 @@ def theirs(model, tokenizer, prompt, max_tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="An exported run in transformers and in ours.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -73,13 +73,14 @@ def main():
         assert ids == want_ids, f"{prompt.id}: the chat template gives other ids"
         if answer != want:
             t = next(i for i in range(len(want)) if answer[i : i + 1] != want[i : i + 1])
+            assert np.isfinite(logits).all()
             gap = abs(logits[t, answer[t]] - logits[t, want[t]])
             assert gap < TIE, f"{prompt.id}: token {t} is {answer[t]} in ours, {want[t]} in theirs"
             ties += 1
         tokens += len(answer)
         text = tokenizer.decode(answer, skip_special_tokens=True)
         passed += environment.grade(prompt, text).passed
-    assert tokens > len(prompts) and np.isfinite(logits).all()
+    assert tokens > len(prompts), "the answers are empty"
     print(
         f"{len(prompts)} answers of {tokens} tokens in all: the same greedy tokens in transformers "
         f"and in ours ({ties} ended in a tie); the environment accepts {passed}"

@@ -283,8 +283,8 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_reports(w
 
 
 COMMON = "loss grad_norm tokens updates skipped seconds_train tokens_per_second_train"
-ROLLOUT = "reward success response_tokens truncated generations seconds_rollout seconds_grade "
-ROLLOUT += "tokens_per_second_rollout"
+ROLLOUT = """reward success response_tokens truncated generations seconds_rollout seconds_grade
+    tokens_per_second_rollout"""
 KEYS = {
     "sdpo": f"{COMMON} {ROLLOUT} divergence teacher_signal shown/demonstration shown/feedback "
     "seconds_teacher tokens_per_second_teacher",
