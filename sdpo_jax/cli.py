@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,11 +100,13 @@ def _train(words: list[str]) -> None:
 
 
 def _eval(words: list[str]) -> None:
+    from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.evaluation.command import evaluate_run
 
     options = _options(words, {"--samples": 4}, "sdpo eval RUN_DIR [--samples K]", positional=1)
     _quiet_libraries()
     run_dir, config = _run_config(words[0])
+    config = replace(config, mesh=fitting_mesh(config.mesh))
     evaluate_run(run_dir, config, load_parts(config), samples=options["--samples"])
 
 
@@ -123,11 +126,10 @@ def _convert(words: list[str]) -> None:
         convert(source, out, dtype=dtype)
         print(f"wrote {out}: {source} as {dtype}")
         return
-    from sdpo_jax.evaluation.command import restore_params
     from sdpo_models.hugging_face import save_run
 
     run_dir, config = _run_config(source)
-    step, params = restore_params(run_dir, config, load_parts(config))
+    step, params = _student(run_dir, config)
     save_run(out, params, source=model_folder(config), dtype=dtype)
     print(f"wrote {out}: the student of {run_dir} after step {step}, as {dtype}")
 
@@ -189,42 +191,52 @@ def model_folder(config: Config) -> Path:
 
 
 def load_parts(config: Config) -> dict[str, Any]:
-    """What a recipe names, loaded; keys are the argument names of `train`."""
-    import jax.numpy as jnp
+    """What a recipe names, loaded; keys are the argument names of `train`.
 
+    `params` is a function: nobody but the run holds what it loads.
+    """
     from sdpo_jax.config import SftObjective
     from sdpo_jax.data.demonstrations import load_demonstrations
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_models.hugging_face import load_architecture
     from sdpo_models.tokenizer import ChatTokenizer
-    from sdpo_models.transformer import build_model
 
     environment = make_environment(config.environment)
     is_sft = isinstance(config.objective, SftObjective)
     demonstrations = load_demonstrations(config.data, environment) if is_sft else ()
     folder = model_folder(config)
-    architecture = load_architecture(folder)
+    architecture, model = _model(config, folder)
     tokenizer = ChatTokenizer.from_pretrained(folder, thinking=config.model.thinking)
     tokenizer.check_vocabulary(architecture.vocabulary)
-    _check_top_k(config, architecture.vocabulary)
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.model.dtype]
-    model = build_model(architecture, dtype=dtype, remat=config.model.remat)
     return {
         "model": model,
-        "params": _initial_params(config, model, folder, architecture),
+        "params": partial(_initial_params, config, model, folder, architecture),
         "tokenizer": tokenizer,
         "environment": environment,
         "demonstrations": demonstrations,
     }
 
 
-def _check_top_k(config: Config, vocabulary: int) -> None:
-    top_k = getattr(config.objective, "top_k", 0)
-    if top_k > vocabulary:
+def _model(config: Config, folder: Path) -> tuple[Any, Any]:
+    """Architecture and model; what the recipe asks of them is checked before weights are read."""
+    import jax
+    import jax.numpy as jnp
+
+    from sdpo_jax.config import SdpoObjective
+    from sdpo_jax.training.state import make_parameters
+    from sdpo_models.hugging_face import load_architecture
+    from sdpo_models.transformer import build_model
+
+    architecture, objective = load_architecture(folder), config.objective
+    if isinstance(objective, SdpoObjective) and objective.top_k > architecture.vocabulary:
         raise UserError(
-            f"objective.top_k = {top_k}: expected at most {vocabulary}, the vocabulary of "
-            f"{config.model.path}; 0 compares all of it"
+            f"objective.top_k = {objective.top_k}: expected at most {architecture.vocabulary}, the "
+            f"vocabulary of {config.model.path}; 0 compares all of it"
         )
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.model.dtype]
+    model = build_model(architecture, dtype=dtype, remat=config.model.remat)
+    key = jax.random.key(0)
+    jax.eval_shape(make_parameters(config).trainable, jax.eval_shape(model.init, key), key)
+    return architecture, model
 
 
 def _initial_params(config: Config, model: Any, folder: Path, architecture: Any) -> Any:
@@ -237,13 +249,21 @@ def _initial_params(config: Config, model: Any, folder: Path, architecture: Any)
     if config.model.random_init:
         return jax.jit(model.init)(jax.random.key(config.seed))
     if _is_run(config.model.path):
-        from sdpo_jax.evaluation.command import restore_params
-
         run_dir, trained = _run_config(config.model.path)
-        trained = replace(trained, mesh=config.mesh)
-        return restore_params(run_dir, trained, load_parts(trained))[1]
+        return _student(run_dir, replace(trained, mesh=config.mesh))[1]
     devices = Devices(make_mesh(config.mesh))
     return load_params(folder, architecture, shardings=devices.parameter_shardings)
+
+
+def _student(run_dir: Path, config: Config) -> tuple[int, Any]:
+    """Step and weights of a run's last checkpoint, on whatever devices are here."""
+    from sdpo_jax.devices import fitting_mesh
+    from sdpo_jax.evaluation.command import restore_student
+
+    config, folder = replace(config, mesh=fitting_mesh(config.mesh)), model_folder(config)
+    architecture, model = _model(config, folder)
+    load_params = partial(_initial_params, config, model, folder, architecture)
+    return restore_student(run_dir, config, model, load_params)
 
 
 def _is_run(path: str) -> bool:

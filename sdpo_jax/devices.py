@@ -53,6 +53,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def fitting_mesh(config: MeshConfig) -> MeshConfig:
+    """The mesh, or one over whatever devices are here: a pod's run is looked at elsewhere."""
+    fixed = config.fsdp * config.tensor * max(1, config.data)
+    devices = jax.device_count()
+    fits = devices % fixed == 0 if config.data == -1 else devices == fixed
+    return config if fits else MeshConfig()
+
+
 def partition_spec(axes: tuple[str | None, ...]) -> P:
     """Mesh axes of a parameter's logical axes; a mesh axis that comes up twice is an error."""
     mesh_axes = [None if axis is None else RULES[axis] for axis in axes]

@@ -13,16 +13,28 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def end_id(self) -> int:
+        """The one of them that ends an assistant's turn, which demonstrations teach."""
+        ...
+
+    @property
     def vocabulary(self) -> int:
         """Number of ids."""
         ...
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A chat to ids, with the assistant's header; contents cannot hold control tokens."""
+        """A chat to ids, with the assistant's header.
+
+        Contents cannot hold control tokens; assistants' turns are encoded as responses are.
+        """
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids, control tokens in it as text."""
+        """Foreign text to ids, control tokens in it as text."""
+        ...
+
+    def encode_response(self, text: str) -> list[int]:
+        """A response as the model writes it: `<think>` is a token, what ends a turn is text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,7 +1,11 @@
 """Every complaint about a call word by word; the split; the data; what is missing."""
 
 import json
-from importlib import util
+import random
+import re
+import sys
+from importlib import import_module, util
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +17,7 @@ from sdpo_jax.environments.function_calls import (
     MAX_CHARACTERS,
     Call,
     complaints,
+    example,
     parse_call,
     write_call,
 )
@@ -36,6 +41,9 @@ FUNCTION = {
                 "properties": {"stars": {"type": "integer"}, "name": {"type": "string"}},
             },
             "notes": {"type": "string"},
+            "rates": {"type": "array", "items": {"type": "float"}},
+            "rooms": {"type": "array", "items": {"type": "dict", "properties": {}}},
+            "seats": {"type": "dict"},
         },
         "required": ["city", "days"],
     },
@@ -48,6 +56,9 @@ ACCEPTED = {
     "train": [True],
     "style": ["cheap", ""],
     "hotel": [{"stars": [4], "name": ["Plaza", ""]}, ""],
+    "rates": [[1.0, 2.5], ""],
+    "rooms": [[{"floor": [1, 2]}, {"floor": [3]}], ""],
+    "seats": [{"Ann": [["1-A", "1-B"]], "Bob": [["2-A"]]}, ""],
 }
 ROW = Row("trip", "To New York for three days by train.", FUNCTION, ACCEPTED)
 RIGHT = {"city": "NYC", "days": 3, "train": True}
@@ -153,6 +164,11 @@ def test_nothing_in_an_answer_is_evaluated(tmp_path):
         (call(budget=100.5, stops=["salem", "BOSTON"], style="Cheap"), []),
         (call(hotel={"stars": 4}), []),
         (call(hotel={"stars": 4, "name": "plaza"}), []),
+        (call(hotel={"stars": 4.0}), []),
+        (call(stops=[]), []),
+        (call(budget=100.5, rates=[1.0, 2.5]), []),
+        (call(rooms=[{"floor": 2}, {"floor": 3}]), []),
+        (call(seats={"Ann": ["1-A", "1-B"], "Bob": ["2-A"]}), []),
         (Call("plan", RIGHT), ["unknown function: plan"]),
         (call(city=None), ["missing argument: city (string)"]),
         (call(train=None), ["missing argument: train (boolean)"]),
@@ -180,6 +196,15 @@ def test_nothing_in_an_answer_is_evaluated(tmp_path):
         (call(style="huge"), ['style: "huge" is none of the documented choices']),
         (call(hotel={"name": "Plaza"}), ["hotel: missing key stars"]),
         (call(hotel={"stars": 4, "pool": True}), ["hotel: unknown key pool"]),
+        (call(rates=[1, 2]), ["rates[0]: expected float, got integer"]),
+        (call(rates=[1.0]), ["rates: wrong value [1.0]"]),
+        (call(rooms=[{"floor": 2}]), ['rooms: wrong value [{"floor": 2}]']),
+        (call(rooms=[1, 2]), ["rooms[0]: expected dict, got integer"]),
+        (call(seats={}), ["seats: a key is missing"]),
+        (
+            call(seats={"Ann": ["1A", "1B"]}),
+            ['seats.Ann: wrong value ["1A", "1B"]', "seats: a key is missing"],
+        ),
         (
             call(hotel={"stars": 5, "name": "Ritz"}),
             ["hotel.stars: wrong value 5", 'hotel.name: wrong value "Ritz"'],
@@ -321,14 +346,42 @@ def test_a_recipe_names_the_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(bfcl, "data_folder", lambda: tmp_path)
     config = EnvironmentConfig(kind="bfcl", train_prompts=1, held_out_prompts=0)
     assert [p.id for p in make_environment(config).train] == ["trip"]
-    config = EnvironmentConfig(kind="bfcl", families=("alarm",))
-    with pytest.raises(UserError, match=r"environment\.families"):
-        make_environment(config)
+    for wrong, key in (
+        ({"kind": "bfcl", "families": ("alarm",)}, "families"),
+        ({"kind": "tool_calls", "reveal_expected": True}, "reveal_expected"),
+        ({"kind": "tool_calls", "max_prompt_characters": 800}, "max_prompt_characters"),
+    ):
+        with pytest.raises(UserError, match=rf"environment\.{key}: .*{wrong['kind']}"):
+            make_environment(EnvironmentConfig(train_prompts=1, held_out_prompts=0, **wrong))
 
 
-@pytest.mark.skipif(
+def test_every_setting_of_a_recipe_reaches_the_environment(monkeypatch, tmp_path):
+    questions, answers = zip(*map(lines, rows()), strict=True)
+    write_data(tmp_path, questions, answers)
+    monkeypatch.setattr(bfcl, "data_folder", lambda: tmp_path)
+    limit = sorted(len(question(row)) for row in rows())[30]
+    made = {"train_prompts": 7, "held_out_prompts": 3, "seed": 5, "max_prompt_characters": limit}
+    for reveal, hint in ((True, "; expected 3"), (False, "")):
+        there = make_environment(EnvironmentConfig(kind="bfcl", reveal_expected=reveal, **made))
+        here = Bfcl(rows(), **made)
+        assert (there.train, there.held_out) == (here.train, here.held_out)
+        assert there.train != Bfcl(rows(), **made | {"seed": 0}).train
+        wrong = write_call(there.train[0].data["row"].function["name"], RIGHT | {"days": 4})
+        feedback = there.grade(there.train[0], wrong).feedback
+        assert feedback == f"days: wrong value 4{hint}"
+    with pytest.raises(UserError, match=rf"train_prompts: 40, .*max_prompt_characters = {limit};"):
+        make_environment(EnvironmentConfig(kind="bfcl", **made | {"train_prompts": 40}))
+
+
+# The real rows
+
+
+needs_data = pytest.mark.skipif(
     util.find_spec("bfcl_eval") is None, reason="needs pip install --no-deps bfcl-eval"
 )
+
+
+@needs_data
 def test_every_real_row_accepts_its_reference_in_both_syntaxes_and_nothing_less():
     rows = load_rows()
     assert len(rows) == 400
@@ -345,3 +398,80 @@ def test_every_real_row_accepts_its_reference_in_both_syntaxes_and_nothing_less(
             less = {k: v for k, v in call.arguments.items() if k != name}
             outcome = made.grade(prompt, write_call(call.name, less))
             assert outcome.feedback.startswith(f"missing argument: {name} (")
+
+
+def changed(value, chance):
+    """A value as it was, or with something changed in it, at any depth."""
+    if chance.random() < 0.15:
+        return chance.choice(
+            ["", "x", 0, 1, 2.5, True, None, [], {}, [""], [[]], {"x": 1}, [value]]
+        )
+    if isinstance(value, list):
+        items = [changed(item, chance) for item in value]
+        return chance.choice([items, items, items, items[1:], items[::-1], items + items[:1]])
+    if isinstance(value, dict):
+        pairs = {key: changed(item, chance) for key, item in value.items()}
+        return {key: item for key, item in pairs.items() if chance.random() < 0.9}
+    if chance.random() < 0.5 or value is None:
+        return value
+    if isinstance(value, str):
+        return chance.choice([value.upper(), f"-{value}. ", f"{value}s", value[1:], [value]])
+    return chance.choice([float(value), int(value), value + 1, str(value), bool(value)])
+
+
+def changed_calls(row, count):
+    """Calls of a row's function with accepted arguments, changed at random."""
+    chance = random.Random(row.id)
+    for _ in range(count):
+        chosen = {k: example(chance.choice(values)) for k, values in row.accepted.items()}
+        kept = {k: v for k, v in chosen.items() if chance.random() < 0.97}
+        yield {k: changed(v, chance) if chance.random() < 0.5 else v for k, v in kept.items()}
+
+
+@needs_data
+def test_verdicts_are_those_of_the_leaderboards_own_checker(monkeypatch):
+    # The table of models imports every model's client; only whether names keep their dots matters.
+    models = SimpleNamespace(MODEL_CONFIG_MAPPING={"m": SimpleNamespace(underscore_to_dot=False)})
+    monkeypatch.setitem(sys.modules, "bfcl_eval.constants.model_config", models)
+    checker = import_module("bfcl_eval.eval_checker.ast_eval.ast_checker")
+
+    def theirs(row, arguments):
+        call, answer = {row.function["name"]: arguments}, {row.function["name"]: row.accepted}
+        try:
+            return checker.simple_function_checker(
+                row.function, call, answer, checker.Language.PYTHON, "m"
+            )["valid"]
+        except AttributeError:  # a dict was expected, and its keys were asked for
+            return False
+
+    verdicts = [0, 0]
+    for row in load_rows():
+        for arguments in changed_calls(row, 50):
+            call = Call(row.function["name"], arguments)
+            ours = not complaints(call, row.function, row.accepted)
+            assert ours == theirs(row, arguments), (row.id, arguments)
+            verdicts[ours] += 1
+    assert min(verdicts) > 5000
+
+
+OWN_WORDS = """
+missing argument not wanted here unknown expected got wrong value is none of the documented choices
+key a string integer float boolean array dict tuple any null true false
+"""
+
+
+@needs_data
+def test_no_word_of_feedback_comes_from_the_accepted_values():
+    def words(text):
+        return set(re.findall(r"\w+", text))
+
+    for row in load_rows():
+        documented = words(json.dumps(row.function, ensure_ascii=False)) | words(OWN_WORDS)
+        empty = [{name: {} for name in row.accepted}]
+        for arguments in [{}, *empty, *changed_calls(row, 50)]:
+            call = Call(row.function["name"], arguments)
+            given = words(json.dumps(arguments, ensure_ascii=False))
+            for text in complaints(call, row.function, row.accepted):
+                # Long values are cut, perhaps inside a word; [0] is a place in an array.
+                shown = re.sub(r"\w*\.\.\.|\[\d+\]", "", text)
+                assert words(shown) <= documented | given, (row.id, arguments, text)

@@ -163,6 +163,22 @@ def test_stray_directories_do_not_matter(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"1", "2", "2.incomplete", "99", "notes"}
 
 
+def test_one_part_is_restored_alone(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        make_state()["params"],
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore_part("params", template)
+        assert restored is not None and restored.step == 2 and restored.extra["seed"] == 7
+        assert_same_bits(restored.state, make_state(2)["params"])
+        with pytest.raises(UserError, match=r"params\.w: saved as bfloat16\[64, 32\]"):
+            checkpoints.restore_part("params", make_state()["params"] | {"w": jnp.zeros((64, 31))})
+    with Checkpoints(tmp_path / "empty") as checkpoints:
+        assert checkpoints.restore_part("params", make_state()["params"]) is None
+
+
 def test_other_arrays_are_refused_by_name(tmp_path):
     save_steps(tmp_path, [1])
     template = make_state()

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,14 +266,52 @@ def test_convert_writes_a_folder_that_loads_and_never_overwrites_one(
     assert bytes_of(folder) == kept
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qwen3_8b_sdpo", "qwen3_8b_sdpo_feedback", "qwen3_8b_grpo"),
+        *("olmo3_7b_sdpo", "olmo3_7b_grpo", "qwen25_7b_sdpo", "qwen25_7b_grpo"),
+    ],
+)
+def test_the_papers_recipes_run_with_the_embedded_model_in_place_of_theirs(name, sdpo, tmp_path):
+    small = """--model.path nano --model.thinking template --environment.kind tool_calls
+        --train.steps 1 --rollout.rollouts-per-prompt 2 --rollout.max-prompt-tokens 64
+        --rollout.max-response-tokens 24 --teacher.max-prompt-tokens 192
+        --evaluation.prompts 4 --evaluation.samples-per-prompt 2 --evaluation.batch-prompts 4
+        --mesh.fsdp 1 --mesh.tensor 1"""
+    run_dir = tmp_path / "run"
+    recipe = str(ROOT / "configs" / f"{name}.toml")
+    sdpo.run("train", recipe, "--run-dir", str(run_dir), *small.split())
+    (row,) = [r for r in read_metrics(run_dir / METRICS_FILE) if r["kind"] == "train"]
+    assert row["updates"] >= 1 and row["skipped"] == 0 and row["grad_norm"] > 0
+
+
 def test_a_run_is_the_start_of_a_second_stage(finished):
     run_dir, _ = finished
     parts = load_parts(replace(load_recipe(RECIPE), model=ModelConfig(path=str(run_dir))))
     trained = final_state(run_dir)["params"]
-    for a, b in zip(jax.tree.leaves(parts["params"]), jax.tree.leaves(trained), strict=True):
+    for a, b in zip(jax.tree.leaves(parts["params"]()), jax.tree.leaves(trained), strict=True):
         np.testing.assert_array_equal(a, b)
     fresh = load_parts(load_recipe(RECIPE))
     assert parts["tokenizer"].render(CHAT) == fresh["tokenizer"].render(CHAT)
+
+
+def test_a_run_of_a_pod_is_converted_on_one_device_without_its_environment(
+    finished, tmp_path, monkeypatch
+):
+    run_dir = tmp_path / "pod"
+    shutil.copytree(finished[0], run_dir)
+    config = run_dir / "config.toml"
+    config.write_text(config.read_text().replace("fsdp = 1\ntensor = 1", "fsdp = 32\ntensor = 2"))
+    assert load_recipe(config).mesh.fsdp == 32
+    monkeypatch.setattr(
+        "sdpo_jax.environments.registry.make_environment", lambda _: pytest.fail("not needed")
+    )
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", str(run_dir), str(tmp_path / "out")])
+    assert exit_.value.code == 0
+    assert load_params(tmp_path / "out", load_architecture(tmp_path / "out"))
 
 
 def test_convert_writes_the_dtype_that_is_asked_for(finished, tmp_path):
@@ -284,6 +323,15 @@ def test_convert_writes_the_dtype_that_is_asked_for(finished, tmp_path):
     trained = final_state(run_dir)["params"]
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_adapters_on_a_matrix_that_is_not_there_are_refused_before_weights_are_read(
+    capsys, monkeypatch
+):
+    monkeypatch.setattr("sdpo_jax.cli._initial_params", lambda *_: pytest.fail("weights read"))
+    words = ["--lora.rank", "2", "--lora.targets", "query", "qurey"]
+    message = refused(capsys, "train", str(RECIPE), *ELSEWHERE, *words)
+    assert "lora.targets = ['query', 'qurey']" in message and "down, gate" in message
 
 
 def test_more_tokens_to_compare_than_there_are_is_refused(capsys):

@@ -9,7 +9,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from sdpo_jax.config import MeshConfig
-from sdpo_jax.devices import AXES, make_mesh, partition_spec
+from sdpo_jax.devices import AXES, fitting_mesh, make_mesh, partition_spec
 from sdpo_jax.errors import UserError
 
 
@@ -42,6 +42,22 @@ def test_a_mesh_that_does_not_fill_the_devices_is_refused_with_both_values(confi
         make_mesh(config)
     sizes = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
     assert sizes in str(error.value) and "8 device" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "fits"),
+    [
+        (MeshConfig(), True),
+        (MeshConfig(data=-1, fsdp=4, tensor=2), True),
+        (MeshConfig(data=2, fsdp=2, tensor=2), True),
+        (MeshConfig(data=-1, fsdp=32, tensor=2), False),
+        (MeshConfig(data=1, fsdp=2, tensor=1), False),
+    ],
+)
+def test_a_mesh_of_another_machine_becomes_one_over_what_is_here(config, fits):
+    found = fitting_mesh(config)
+    assert found == (config if fits else MeshConfig())
+    make_mesh(found)
 
 
 def test_a_dimension_that_its_axis_does_not_divide_is_refused_with_both_values():

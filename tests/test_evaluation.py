@@ -13,6 +13,7 @@ import tiny
 
 from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import (
     EVALUATION_STREAM,
     TEACHER_STREAM,
@@ -22,6 +23,7 @@ from sdpo_jax.evaluation.accuracy import (
     environment_metrics,
     grade_all,
 )
+from sdpo_jax.evaluation.command import evaluate_run
 from sdpo_jax.sampling.generate import rollout_keys
 from sdpo_jax.sampling.sampler import HostRollouts, Sampler
 from sdpo_jax.teacher.prompts import TeacherPrompts
@@ -120,6 +122,19 @@ def test_without_a_context_there_is_no_teacher_accuracy():
     metrics = make_evaluator(Script([["-", "-"]] * 5))(STUDENT, TEACHER, 0)
     assert not [name for name in metrics if name.startswith("teacher")]
     assert metrics["accuracy"] == 0.0
+
+
+def test_evaluation_draws_with_its_own_temperature_and_top_p():
+    script = Script(ANSWERS)
+    make_evaluator(script, temperature=0.6, top_p=0.95)(STUDENT, TEACHER, 0)
+    drawn = {(call["temperature"], call["top_p"]) for call in script.calls}
+    assert drawn == {(0.6, 0.95)}
+
+
+def test_a_run_without_held_out_prompts_cannot_be_evaluated(tmp_path):
+    config = replace(Config(), evaluation=EvaluationConfig(prompts=0))
+    with pytest.raises(UserError, match=r"evaluation\.prompts = 0, there is nothing to evaluate"):
+        evaluate_run(tmp_path, config, {}, samples=1)
 
 
 def test_the_teacher_is_not_asked_where_the_recipe_leaves_it_out():

@@ -103,6 +103,7 @@ def test_every_token_that_ends_a_turn_stops_the_files_own_first(trained, tmp_pat
         ({"model": "llama"}, ["tokenizer.ggml.model is 'llama'", "'gpt2'"]),
         ({"pre": "tekken"}, ["'tekken'", "smollm", "Hugging Face"]),
         ({"pre": None}, ["tokenizer.ggml.pre is None"]),
+        ({"pre": ["qwen2"]}, ["tokenizer.ggml.pre is ['qwen2']", "smollm"]),
         ({"merges": None}, ["tokenizer.ggml.merges is missing"]),
         ({"merges": ["Ġ nowhere"]}, ["tokenizer.ggml.merges do not fit", "nowhere"]),
         ({"token_type": [1]}, ["token_type", "another length"]),

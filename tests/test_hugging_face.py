@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from sdpo_models.architecture import to_hugging_face
 from sdpo_models.checkpoint_files import INDEX, WEIGHTS, catalogue, read_slice
 from sdpo_models.hugging_face import load_architecture, load_params, save_run, save_weights
 from sdpo_models.nano import FOLDER as NANO
+from sdpo_models.tokenizer import ChatTokenizer
 
 LAYER_NAMES = {
     "input_layernorm.weight": [32],
@@ -171,6 +173,28 @@ def test_shards_hold_no_more_than_asked_and_the_index_names_every_tensor(tmp_pat
     )
 
 
+@pytest.mark.parametrize("failing", [0, 1, 3, "index"])
+def test_shards_of_which_only_some_got_their_names_are_no_checkpoint(
+    sharded, tmp_path, monkeypatch, failing
+):
+    """As if the process had died there: the index, without which none is read, comes last."""
+    count, named, replace = len(list(sharded.glob("*.safetensors"))), [], Path.replace
+    failing = count if failing == "index" else failing
+
+    def fail(path, target):
+        if len(named) == failing:
+            raise OSError("No space left on device")
+        named.append(Path(target).name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_folder(tmp_path / "model", max_shard_bytes=8_000)
+    present = {path.name for path in (tmp_path / "model").iterdir()}
+    assert present == {"config.json", *named} and INDEX not in present
+    assert len(named) == failing and "no weights there" in refused(tmp_path / "model")
+
+
 @pytest.mark.parametrize("failing", range(4))
 def test_an_export_that_fails_leaves_nothing_that_looks_like_weights(
     tmp_path, monkeypatch, failing
@@ -260,6 +284,14 @@ def test_a_missing_tensor_is_named(folder):
     assert name in message and str(folder / WEIGHTS) in message
 
 
+def test_a_missing_head_is_named_with_the_key_that_ties_it(tmp_path):
+    folder = write_folder(tmp_path / "model")  # tied
+    message = refused(folder, replace(tiny.ARCHITECTURE, tied_head=False))
+    assert "lm_head.weight" in message and "set tie_word_embeddings = true" in message
+    rewrite(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    assert "tie_word_embeddings" not in refused(folder)
+
+
 def test_an_extra_tensor_is_named(folder):
     name = "model.layers.1.self_attn.k_proj.bias"
     rewrite(folder, lambda tensors: tensors.update({name: np.zeros(16, np.float32)}))
@@ -274,7 +306,7 @@ def test_rotary_buffers_of_old_checkpoints_are_no_extra_tensors(folder):
 
 
 def test_a_stored_head_of_a_tied_checkpoint_must_be_the_embedding(folder, monkeypatch):
-    monkeypatch.setattr(hugging_face, "PIECE_BYTES", 1_000)
+    monkeypatch.setattr(hugging_face, "COMPARED_VALUES", 10 * 32 + 5)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     rewrite(folder, lambda tensors: tensors.update({head: tensors[embedding].copy()}))
     load_params(folder, tiny.ARCHITECTURE)
@@ -285,6 +317,34 @@ def test_a_stored_head_of_a_tied_checkpoint_must_be_the_embedding(folder, monkey
     rewrite(folder, change_last)
     message = refused(folder)
     assert head in message and "tie_word_embeddings" in message and str(folder) in message
+
+
+@pytest.mark.parametrize("different", [None, 0, 34, 60])
+def test_a_stored_head_is_compared_by_small_slices_up_to_the_first_difference(
+    folder, monkeypatch, different
+):
+    read = []
+
+    def counting(stored, name, index):
+        array = read_slice(stored, name, index)
+        read.append((name, len(array)))
+        return array
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        if different is not None:
+            tensors["lm_head.weight"][different, 0] += 1
+
+    rewrite(folder, change)
+    monkeypatch.setattr(hugging_face, "COMPARED_VALUES", 10 * 32 + 5)
+    monkeypatch.setattr(hugging_face, "read_slice", counting)
+    if different is None:
+        load_params(folder, tiny.ARCHITECTURE)
+    else:
+        refused(folder)
+    rows = [size for name, size in read if name == "lm_head.weight"]
+    sizes = [10] * 6 + [1]  # 61 rows of 32
+    assert rows == (sizes if different is None else sizes[: different // 10 + 1])
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
@@ -374,6 +434,49 @@ def test_a_saved_run_says_its_dtype_and_where_it_stops(tmp_path):
     assert written == config | {"torch_dtype": "float32"}
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"eos_token_id": 0}
     assert_equal_trees(load_params(tmp_path / "out", tiny.ARCHITECTURE), jax.device_get(params))
+
+
+@pytest.mark.parametrize("generation", [None, {}, {"temperature": 0.6, "eos_token_id": None}])
+@pytest.mark.parametrize(
+    ("in_config", "in_tokenizer", "stop"),
+    [
+        (None, None, None),
+        (None, "<|end|>", 0),
+        ([], {"__type": "AddedToken", "content": "<|end|>"}, 0),
+        (5, "<|end|>", 5),
+        ([5, 6], None, [5, 6]),
+    ],
+)
+def test_a_saved_run_stops_where_config_json_or_else_the_tokenizer_says(
+    tmp_path, in_config, in_tokenizer, stop, generation
+):
+    source, out = write_folder(tmp_path / "source"), tmp_path / "out"
+    config = to_hugging_face(tiny.ARCHITECTURE, end_token=in_config)
+    (source / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(NANO / "tokenizer.json", source / "tokenizer.json")
+    tokenizer = json.loads((NANO / "tokenizer_config.json").read_text())
+    tokenizer["eos_token"] = in_tokenizer
+    (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    if generation is not None:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    save_run(out, tiny.make_params(), source=source)
+    path = out / "generation_config.json"
+    if stop is None:
+        assert path.is_file() == (generation is not None)
+        return
+    assert json.loads(path.read_text()) == (generation or {}) | {"eos_token_id": stop}
+    if in_tokenizer is not None:
+        ends = stop if isinstance(stop, list) else [stop]
+        for folder in (source, out):
+            assert list(ChatTokenizer.from_pretrained(folder).stop_ids) == ends
+
+
+def test_a_saved_run_keeps_the_stops_of_its_generation_config(tmp_path):
+    source = write_folder(tmp_path / "source")
+    text = '{"eos_token_id": [7], "temperature": 0.6}'
+    (source / "generation_config.json").write_text(text)
+    save_run(tmp_path / "out", tiny.make_params(), source=source)
+    assert (tmp_path / "out/generation_config.json").read_text() == text
 
 
 def test_weights_of_another_architecture_than_the_source_s_are_not_saved(tmp_path):

@@ -216,6 +216,16 @@ def test_a_run_with_adapters_resumes_exactly_and_its_checkpoints_hold_adapters_a
     assert_equal(jax.device_get(template.base), start_params())
 
 
+def test_adapters_do_not_go_on_beside_other_weights(tmp_path):
+    config = make_config(tmp_path / "run", lora={"rank": 2})
+    with pytest.raises(Crash):
+        run(config, crash_after=2)
+    other = jax.tree.map(lambda x: x * 1.001, start_params())
+    with pytest.raises(UserError, match="other weights than those that this run's adapters"):
+        run(config, params=other)
+    run(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_stopped_after_every_step_in_turn_a_run_repeats_the_whole_one(name, whole, tmp_path):

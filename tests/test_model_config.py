@@ -10,7 +10,7 @@ import tiny
 
 from sdpo_jax.errors import UserError
 from sdpo_models.architecture import from_hugging_face, to_hugging_face
-from sdpo_models.rope import RopeScaling
+from sdpo_models.rope import RopeScaling, read_scaling
 from sdpo_models.transformer import parameter_table
 from sdpo_models.variants import VARIANTS
 
@@ -200,8 +200,8 @@ def test_qwen_s_sliding_layers_follow_the_first_full_ones_if_switched_on():
 
 
 def test_olmo_3_slides_in_all_but_every_fourth_layer_and_stretches_only_those():
-    config = tiny_config("olmo3") | {"num_hidden_layers": 5}
-    del config["layer_types"], config["rope_parameters"]
+    config = tiny_config("olmo3") | {"num_hidden_layers": 5, "rope_scaling": YARN}
+    del config["layer_types"], config["rope_parameters"], config["rope_theta"]
     architecture = from_hugging_face(config)
     assert architecture.sliding_layers == (True, True, True, False, True)
     assert architecture.rope_scaling is not None and architecture.sliding_rope_scaling is None
@@ -247,13 +247,115 @@ def test_what_config_json_leaves_out_is_what_transformers_takes():
         ("qwen3", {"num_attention_heads": 0}, ["heads", "0"]),
         ("qwen3", {"num_key_value_heads": 3}, ["num_key_value_heads 3", "4"]),
         ("qwen3", {"head_dim": 7}, ["head_dim 7"]),
-        ("qwen3", {"hidden_size": "wide"}, ["wide"]),
+        ("olmo3", {"rope_parameters": YARN}, ["rope_type = 'yarn'", "full_attention"]),
+        ("olmo3", {"rope_parameters": {"rope_theta": 7.0}}, ["rope_theta = 7.0", "full_attention"]),
+        ("olmo3", {"rope_parameters": {"full_attention": [1]}}, ["full_attention = [1]", "object"]),
     ],
 )
 def test_what_is_not_implemented_is_refused_with_its_name(family, change, words):
     with pytest.raises(UserError) as error:
         from_hugging_face(tiny_config(family) | change, where="here/config.json")
     assert all(word in str(error.value) for word in ["here/config.json", *words])
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "expected"),
+    [
+        ("qwen3", "rope_scaling", "yarn", "an object"),
+        ("qwen3", "rope_scaling", [1], "an object"),
+        ("qwen3", "rope_parameters", [1], "an object"),
+        ("olmo3", "rope_parameters", [1], "an object"),
+        ("qwen3", "rope_theta", None, "a positive number"),
+        ("qwen3", "rope_theta", -5, "a positive number"),
+        ("olmo3", "rope_theta", float("nan"), "a positive number"),
+        ("qwen3", "rms_norm_eps", None, "a positive number"),
+        ("qwen3", "rms_norm_eps", -1, "a positive number"),
+        ("qwen3", "rms_norm_eps", "1e-6", "a positive number"),
+        ("qwen3", "max_position_embeddings", None, "a whole number of at least 1"),
+        ("qwen3", "vocab_size", True, "a whole number of at least 1"),
+        ("qwen3", "hidden_size", 32.7, "a whole number of at least 1"),
+        ("qwen3", "hidden_size", "wide", "a whole number of at least 1"),
+        ("llama", "head_dim", 0, "a whole number of at least 1"),
+        ("llama", "num_key_value_heads", 0, "a whole number of at least 1"),
+        ("qwen3", "tie_word_embeddings", "false", "true or false"),
+        ("qwen3", "tie_word_embeddings", None, "true or false"),
+        ("qwen2", "use_sliding_window", "false", "true or false"),
+        ("qwen2", "sliding_window", 0, "a whole number of at least 1"),
+        ("qwen2", "max_window_layers", None, "a whole number of at least 0"),
+        ("olmo3", "sliding_window", True, "a whole number of at least 1"),
+        ("olmo3", "layer_types", 3, "a list of names"),
+        ("olmo3", "layer_types", [[1], [2], [3]], "a list of names"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_file_key_and_expectation(
+    family, key, value, expected
+):
+    config = tiny_config(family)
+    if key == "rope_theta":
+        config |= {"rope_parameters": None, "rope_scaling": None}  # they would stand in for it
+    if family == "qwen2":
+        config |= {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 4}
+    with pytest.raises(UserError) as error:
+        from_hugging_face(config | {key: value}, where="here/config.json")
+    assert str(error.value) == f"here/config.json: {key} = {value!r}; expected {expected}"
+
+
+def test_a_rope_type_that_is_no_name_is_refused():
+    with pytest.raises(UserError, match=r"here: rope_type = \[1\]; expected a name"):
+        from_hugging_face(tiny_config() | {"rope_scaling": {"rope_type": [1]}}, where="here")
+
+
+def test_null_is_absent_where_transformers_says_so():
+    config = tiny_config("llama")
+    for key in ("head_dim", "num_key_value_heads", "layer_types", "rope_scaling"):
+        absent = {k: v for k, v in config.items() if k != key}
+        assert from_hugging_face(config | {key: None}) == from_hugging_face(absent)
+
+
+THETA, OTHER = {"rope_theta": 500_000.0}, {"rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {},
+        THETA,
+        OTHER,
+        THETA | {"rope_scaling": YARN},
+        OTHER | {"rope_scaling": YARN},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": YARN},
+        {"rope_parameters": {"rope_type": "default", **THETA}},
+        {"rope_parameters": {"rope_type": "default", **OTHER}},
+        {"rope_parameters": {"full_attention": {**YARN, **THETA}}},
+        {"rope_parameters": {"full_attention": {**YARN, **OTHER}}} | OTHER,
+        {"rope_parameters": {"full_attention": {**YARN, **OTHER}, "sliding_attention": OTHER}},
+        {"rope_parameters": {"sliding_attention": OTHER}} | OTHER,
+        {"rope_parameters": {"full_attention": {}, "sliding_attention": YARN}},
+    ],
+    ids=str,
+)
+def test_every_spelling_of_olmo_3_s_rotary_parameters_means_what_transformers_makes_of_it(spelling):
+    """Or is refused: where the layers' bases differ, or where transformers passes a key over."""
+    from transformers import AutoConfig
+
+    config = tiny_config("olmo3") | {"max_position_embeddings": 4096}
+    for key in ("rope_parameters", "rope_scaling", "rope_theta"):
+        del config[key]
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(config | spelling))).rope_parameters
+    kinds = [theirs[kind] for kind in ("full_attention", "sliding_attention")]
+    passed_over = set(theirs) - {"full_attention", "sliding_attention"}
+    stray = passed_over and spelling["rope_parameters"] != {"rope_type": "default", **THETA}
+    unread = any(kind["rope_type"] == "default" and "factor" in kind for kind in kinds)
+    if stray or unread or kinds[0]["rope_theta"] != kinds[1]["rope_theta"]:
+        with pytest.raises(UserError, match=r"rope_|factor"):
+            from_hugging_face(config | spelling)
+        return
+    ours = from_hugging_face(config | spelling)
+    assert ours.rope_theta == kinds[0]["rope_theta"]
+    assert [ours.rope_scaling, ours.sliding_rope_scaling] == [
+        read_scaling(kind, max_positions=4096, where="") for kind in kinds
+    ]
 
 
 def test_a_second_rotary_base_is_refused():

@@ -20,7 +20,8 @@ from sdpo_models.tokenizer import ChatTokenizer
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, Any]:
-    return load_parts(Config())
+    loaded = load_parts(Config())
+    return loaded | {"params": loaded["params"]()}
 
 
 @pytest.fixture(scope="module")

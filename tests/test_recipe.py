@@ -47,6 +47,44 @@ def test_every_committed_recipe_parses_and_round_trips(path: Path, tmp_path: Pat
     assert recipe.load_recipe(write(tmp_path, recipe.to_toml(config))) == config
 
 
+# Tables 12 and 13 of arXiv 2601.20802 (v2), and what its scripts add. Of GRPO, the default column.
+BOTH = {
+    **{"rollout.prompts_per_step": 32, "rollout.rollouts_per_prompt": 8},
+    **{"rollout.max_prompt_tokens": 2048, "rollout.max_response_tokens": 8192},
+    **{"rollout.temperature": 1.0, "evaluation.temperature": 0.6, "evaluation.top_p": 0.95},
+    **{"optimizer.weight_decay": 0.01, "optimizer.clip_norm": 1.0, "optimizer.b2": 0.999},
+    **{"optimizer.schedule": "constant", "evaluation.every_steps": 5},
+}
+SIBLINGS = {
+    **{"objective.name": "sdpo", "objective.alpha": 0.5, "objective.top_k": 100},
+    **{"objective.importance_cap": 2.0, "teacher.ema_rate": 0.05, "teacher.feedback": False},
+    **{"teacher.max_prompt_tokens": 10240, "evaluation.samples_per_prompt": 16},
+    **{"optimizer.learning_rate": 1e-5, "optimizer.warmup_steps": 10, "train.mini_batches": 1},
+}
+FEEDBACK = SIBLINGS | {
+    **{"objective.alpha": 1.0, "objective.top_k": 20, "teacher.ema_rate": 0.01},
+    **{"teacher.feedback": True, "evaluation.samples_per_prompt": 4},
+    **{"optimizer.learning_rate": 1e-6, "optimizer.warmup_steps": 0, "train.mini_batches": 32},
+}
+GRPO = {
+    **{"objective.name": "grpo", "objective.clip_low": 0.2, "objective.clip_high": 0.28},
+    **{"optimizer.learning_rate": 1e-6, "train.mini_batches": 4},
+    **{"optimizer.warmup_steps": 40, "evaluation.samples_per_prompt": 16},  # 10 steps of 4 updates
+}
+PAPER = {
+    **{"qwen3_8b_sdpo": SIBLINGS, "olmo3_7b_sdpo": SIBLINGS},
+    **{"qwen3_8b_sdpo_feedback": FEEDBACK, "qwen25_7b_sdpo": FEEDBACK},
+    **{"qwen3_8b_grpo": GRPO, "olmo3_7b_grpo": GRPO},
+    "qwen25_7b_grpo": GRPO | {"optimizer.warmup_steps": 0, "evaluation.samples_per_prompt": 4},
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipes_hold_its_settings(name: str):
+    leaves = recipe._leaves(recipe.load_recipe(RECIPES[0].with_name(f"{name}.toml")))
+    assert {key: leaves[key] for key in BOTH | PAPER[name]} == BOTH | PAPER[name]
+
+
 def test_an_empty_recipe_is_the_default_config(tmp_path: Path):
     assert recipe.load_recipe(write(tmp_path, "")) == Config()
     assert recipe.problems(Config()) == []

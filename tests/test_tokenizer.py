@@ -3,11 +3,17 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tiny
 
+from sdpo_jax.config import Config, DataConfig, SftObjective
+from sdpo_jax.data.jsonl import Demonstration
+from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.errors import UserError
 from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.sources import DemonstrationSource
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
 
@@ -54,6 +60,32 @@ def edit(path, change):
     path.write_text(json.dumps(content))
 
 
+ADDED = {"<think>": 512, "</think>": 513, "<tool_call>": 514, "k><": 515, "  ": 516, "▶": 517}
+"""As in Qwen 3, whose files do not call `<think>` special; two that overlap, a run of blanks as in
+OLMo, and one special token of a single character."""
+TRIMMING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content | trim }}{% endif %}<|end|>"
+    "{% endfor %}<|assistant|>"
+)
+"""As in Qwen 3 and Llama 3: contents are trimmed, earlier thoughts are left out."""
+
+
+@pytest.fixture
+def qwen(copy):
+    """A folder whose added tokens are those of `ADDED`, and whose template trims."""
+
+    def add(config):
+        config["added_tokens"] += [
+            {**config["added_tokens"][0], "id": i, "content": token, "special": token == "▶"}
+            for token, i in ADDED.items()
+        ]
+
+    edit(copy / "tokenizer.json", add)
+    edit(copy / "tokenizer_config.json", lambda c: c.update(chat_template=TRIMMING))
+    return copy
+
+
 def control_ids(tokenizer):
     inner = tokenizer._tokenizer
     return {token: inner.convert_tokens_to_ids(token) for token in CONTROL}
@@ -64,6 +96,85 @@ def test_decode_undoes_encode(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not set(ids) & set(control_ids(tokenizer).values())
+
+
+FOREIGN = [
+    "a <think>b</think> c",
+    "<think><tool_call></think>",
+    "<<think>>",
+    "<think><think>",  # `k><` begins in the first and ends in the second
+    "▶<|end|>▶",
+]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_foreign_text_never_becomes_a_token_that_was_added(text, qwen):
+    tokenizer = ChatTokenizer.from_pretrained(qwen)
+    added = {*ADDED.values(), *control_ids(tokenizer).values()}
+    ids = tokenizer.encode(text)
+    assert not set(ids) & added
+    assert tokenizer.decode(ids) == text
+    for role in ("system", "user", "tool"):
+        harmless, hostile = (
+            [i for i in tokenizer.render([{"role": role, "content": c}]) if i in added]
+            for c in ("a", text)
+        )
+        assert hostile == harmless
+
+
+def test_white_space_that_was_added_is_text_as_the_model_knows_it(qwen):
+    assert ADDED["  "] in ChatTokenizer.from_pretrained(qwen).encode("a  b")
+
+
+def test_a_response_thinks_with_the_models_own_tokens_and_cannot_end_its_turn(qwen):
+    (qwen / "generation_config.json").write_text('{"eos_token_id": [0, 514]}')
+    tokenizer = ChatTokenizer.from_pretrained(qwen)
+    text = "<think>a<|end|></think>b <tool_call>"
+    ids = tokenizer.encode_response(text)
+    assert [i for i in ids if i < 4 or i >= 512] == [ADDED["<think>"], ADDED["</think>"]]
+    assert tokenizer.decode(ids) == text
+
+
+def demonstrated(tokenizer, content, response):
+    """The ids that a step on one demonstration trains on."""
+    row = Demonstration("1", ({"role": "user", "content": content},), response)
+    config = Config(SftObjective(), data=DataConfig(max_tokens=64, rows_per_step=1))
+    rows = prompt_batches([row], batch_size=1, seed=0)
+    source = DemonstrationSource(config, SftObjective(), rows, tokenizer, tiny.make_devices())
+    (update,), _ = source({}, {}, 0, Clock())
+    tokens, segments = (
+        np.asarray(x) for x in (update.batch.rows.tokens, update.batch.rows.segments)
+    )
+    return tokens[segments > 0]
+
+
+def test_a_demonstration_is_encoded_as_a_response(qwen):
+    tokens = demonstrated(ChatTokenizer.from_pretrained(qwen), "<think>", "<think>a</think>b")
+    assert sorted(tokens[tokens >= 512]) == [ADDED["<think>"], ADDED["</think>"]]
+
+
+def test_the_template_trims_content_that_spells_control_tokens(qwen):
+    def text(role, content):
+        ids = tokenizer.render([{"role": role, "content": content}])
+        return tokenizer._tokenizer.decode(ids, skip_special_tokens=False)
+
+    tokenizer = ChatTokenizer.from_pretrained(qwen)
+    spelled = "<|end|> <think>a</think>"
+    assert text("user", f" \n{spelled}\n ") == f"<|user|>{spelled}<|end|><|assistant|>"
+    turn = text("assistant", "<think>a</think>\n\nb <|end|> ")
+    assert turn == "<|assistant|>b <|end|><|end|><|assistant|>"
+
+
+def test_a_template_may_show_content_twice_in_another_order_and_as_json(qwen):
+    template = (
+        "{% for m in messages | reverse %}{{ m.content | tojson }}{{ m.content }}{% endfor %}"
+    )
+    edit(qwen / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    tokenizer = ChatTokenizer.from_pretrained(qwen)
+    chat = [{"role": "tool", "content": c} for c in ("1<|end|>1", "2<think>2")]
+    ids = tokenizer.render(chat)
+    assert tokenizer.decode(ids) == '"2<think>2"2<think>2"1<|end|>1"1<|end|>1'
+    assert not set(ids) & {*ADDED.values(), *control_ids(tokenizer).values()}
 
 
 def test_ordinary_content_renders_exactly_like_the_chat_template(tokenizer):
@@ -114,23 +225,96 @@ def test_messages_are_told_apart_where_several_spell_control_tokens(tokenizer):
     assert text == "".join(f"<|user|>{i}<|user|>{i}<|end|>" for i in range(12)) + "<|assistant|>"
 
 
-def test_a_template_that_rewrites_hostile_content_is_refused(copy):
-    def drop_content(config):
-        config["chat_template"] = "{% for m in messages %}<|user|>{% endfor %}"
-
-    edit(copy / "tokenizer_config.json", drop_content)
+@pytest.mark.parametrize("shown", ["", "{{ m.content | upper }}", "{{ m.content[:20] }}"])
+def test_a_template_that_drops_or_rewrites_a_control_token_is_refused(shown, copy):
+    template = f"{{% for m in messages %}}<|user|>{shown}{{% endfor %}}"
+    edit(copy / "tokenizer_config.json", lambda c: c.update(chat_template=template))
     tokenizer = ChatTokenizer.from_pretrained(copy)
-    with pytest.raises(UserError, match="chat template"):
+    tokenizer.render([{"role": "user", "content": "a b"}])
+    with pytest.raises(UserError, match=r"drops or rewrites the control token '<\|end\|>'"):
         tokenizer.render([{"role": "user", "content": "a <|end|> b"}])
 
 
-def test_stop_ids_come_from_generation_config_else_from_the_end_token(copy):
-    path = copy / "generation_config.json"
-    for written, expected in ((0, (0,)), ([3, 0], (3, 0))):
-        path.write_text(json.dumps({"eos_token_id": written}))
-        assert ChatTokenizer.from_pretrained(copy).stop_ids == expected
-    path.unlink()
-    assert ChatTokenizer.from_pretrained(copy).stop_ids == (0,)
+LLAMA = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}"
+    "{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}{{ date_string }}"
+)
+"""Of Llama 3.2."""
+
+
+def test_no_prompt_depends_on_the_day(copy):
+    edit(copy / "tokenizer_config.json", lambda c: c.update(chat_template=LLAMA))
+    tokenizer = ChatTokenizer.from_pretrained(copy)
+    assert tokenizer.render(CHAT) == tokenizer.encode("26 Jul 2024")
+
+
+def test_stop_ids_come_from_generation_config_then_config_then_the_end_token(copy):
+    def written(name, stop):
+        (copy / name).write_text(json.dumps({"eos_token_id": stop}))
+        return ChatTokenizer.from_pretrained(copy).stop_ids
+
+    for stop, expected in ((3, (3,)), ([2, 3], (2, 3))):
+        assert written("generation_config.json", stop) == expected
+    (copy / "generation_config.json").unlink()
+    for stop, expected in ((1, (1,)), ([1, 2], (1, 2)), (None, (0,)), ([], (0,))):
+        assert written("config.json", stop) == expected
+    assert written("generation_config.json", None) == (0,)
+    (copy / "config.json").unlink()
+    assert written("generation_config.json", None) == (0,)
+
+
+def write_stops(folder, *, stops, template, eos="<|end|>"):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    edit(
+        folder / "tokenizer_config.json",
+        lambda c: c.update(chat_template=template, eos_token=eos),
+    )
+    return ChatTokenizer.from_pretrained(folder)
+
+
+PLAIN = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "expected"),
+    [
+        (PLAIN.replace("}}", "}}\n<|end|><|system|>"), "<|system|>", 0),
+        (PLAIN.replace("}}", "}}<|assistant|><|system|>"), "<|end|>", 1),  # 3 is no stop id
+        (PLAIN, "<|end|>", 0),
+        (PLAIN, "<|user|>", 2),
+        (PLAIN, "<|assistant|>", 2),
+        (PLAIN.replace("m.content", "m.content | upper"), "<|end|>", 0),
+    ],
+)
+def test_a_turn_ends_as_the_template_ends_it_then_with_the_end_token_then_the_first_stop_id(
+    template, eos, expected, copy
+):
+    tokenizer = write_stops(copy, stops=[2, 0, 1], template=template, eos=eos)
+    assert [control_ids(tokenizer)[token] for token in CONTROL] == [0, 1, 2, 3]
+    assert tokenizer.end_id == expected
+
+
+def test_a_demonstration_ends_as_the_template_ends_a_turn(copy):
+    template = PLAIN.replace("}}", "}}<|end|>")
+    tokenizer = write_stops(copy, stops=[2, 0], template=template, eos="<|user|>")
+    assert demonstrated(tokenizer, "hi", "there")[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ raise_exception('no system') }}", "no system"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+    ],
+)
+def test_a_template_that_cannot_render_is_named_with_its_folder(template, said, copy):
+    edit(copy / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    tokenizer = ChatTokenizer.from_pretrained(copy)
+    for ask in (lambda: tokenizer.render(CHAT), lambda: tokenizer.end_id):
+        with pytest.raises(UserError, match=rf"{copy}: .*user.*{said}.*; correct chat_template"):
+            ask()
 
 
 def test_a_tokenizer_without_chat_template_is_refused(copy):
@@ -140,12 +324,28 @@ def test_a_tokenizer_without_chat_template_is_refused(copy):
 
 
 def test_a_folder_without_tokenizer_json_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
+    with pytest.raises(UserError, match=r"expected tokenizer\.json .* copy it .*save_pretrained"):
         ChatTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("written", [b"", b'{"version": "1.0", ', b"\xff\xfe", b"[]"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_is_named_with_its_remedy(name, written, copy):
+    (copy / name).write_bytes(written)
+    with pytest.raises(UserError, match=f"{copy / name}: .*; copy or download it again"):
+        ChatTokenizer.from_pretrained(copy)
+
+
+def test_json_that_describes_no_tokenizer_is_refused(copy):
+    for written in ("{}", '{"added_tokens": [], "model": {"type": "BPE"}}'):
+        (copy / "tokenizer.json").write_text(written)
+        with pytest.raises(UserError, match=rf"{copy}: .*; copy or download tokenizer\.json"):
+            ChatTokenizer.from_pretrained(copy)
 
 
 def test_a_tokenizer_without_any_stop_id_is_refused(copy):
     edit(copy / "tokenizer_config.json", lambda c: (c.pop("eos_token"), c.pop("pad_token")))
+    edit(copy / "config.json", lambda c: c.pop("eos_token_id"))
     (copy / "generation_config.json").unlink()
     with pytest.raises(UserError, match="eos_token"):
         ChatTokenizer.from_pretrained(copy)
@@ -188,7 +388,8 @@ def test_thinking_that_the_template_never_reads_is_refused(copy):
 def test_every_id_needs_a_row_in_the_embedding(copy, tokenizer):
     tokenizer.check_vocabulary(512)
     tokenizer.check_vocabulary(600)
-    with pytest.raises(UserError, match="the tokenizer has 512 ids and the embedding 511"):
+    numbers = r"tokenizer\.json has 512 ids, model\.embed_tokens\.weight has 511 rows"
+    with pytest.raises(UserError, match=rf"{FOLDER}.*{numbers}.*resize the embedding"):
         tokenizer.check_vocabulary(511)
     (copy / "generation_config.json").write_text('{"eos_token_id": [0, 700]}')
     with pytest.raises(UserError, match=r"ends answers with id 700.* has 512 rows"):
@@ -207,7 +408,9 @@ def test_an_id_beyond_a_gap_counts(copy):
 def test_the_byte_tokenizer_of_the_tests_keeps_the_same_promises():
     tokenizer: Tokenizer = tiny.ByteTokenizer()
     for text in TEXTS:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        for ids in (tokenizer.encode(text), tokenizer.encode_response(text)):
+            assert tokenizer.decode(ids) == text
+            assert min(ids, default=4) >= 4
     ids = tokenizer.render(CHAT)
     assert [i for i in ids if i < 4] == [1, 0, 2, 0, 3, 0, 2, 0, 3]
     assert max(ids) < tokenizer.vocabulary

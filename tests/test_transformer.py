@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
+from sdpo_models import transformer
+
 # Float32 against float64 over two layers, on logits of size about one.
 FLOAT32 = 1e-5
 
@@ -100,6 +102,28 @@ def test_a_token_beyond_the_windows_of_all_layers_changes_nothing(window):
     a, b = whole(model, params, tokens)
     changed = [i for i in range(16) if not np.array_equal(a[i], b[i])]
     assert changed == list(range(2, 2 + reach + 1))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo3"])
+def test_every_pass_takes_its_mlp_from_one_function(family, monkeypatch):
+    """The seam for another MLP: the one of zero weights, put in its place, serves all passes."""
+    architecture = tiny.FAMILIES[family]
+    params = tiny.make_params(architecture)
+    layers = params["layers"] | {"down": jnp.zeros_like(params["layers"]["down"])}
+    tokens, lengths = jnp.asarray(random_rows(2, 6), jnp.int32), jnp.array([6, 6])
+
+    def passes(params):
+        model = transformer.build_model(architecture)
+        prefix = model.prefill(params, tokens, lengths)
+        cache, step = model.suffix_cache(2, 1), jnp.zeros(2, jnp.int32)
+        decoded, _ = model.decode(params, prefix, cache, tokens[:, 0], step)
+        return [model.hidden(params, *as_one_segment(tokens)), prefix.last_hidden, decoded]
+
+    expected = tiny.quick_jit(passes)(params | {"layers": layers})
+    monkeypatch.setattr(transformer, "mlp", lambda a, weights, h: jnp.zeros_like(h))
+    # A new function: jit would give the old one's program again.
+    for a, b in zip(tiny.quick_jit(lambda p: passes(p))(params), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=FLOAT32)
 
 
 def test_a_window_longer_than_the_row_is_no_window():

@@ -97,6 +97,7 @@ class ByteTokenizer:
 
     END, ROLES = 0, {"system": 1, "user": 2, "assistant": 3}
     stop_ids = (END,)
+    end_id = END
     vocabulary = 260
 
     def render(self, messages):
@@ -107,6 +108,8 @@ class ByteTokenizer:
 
     def encode(self, text):
         return [4 + byte for byte in text.encode()]
+
+    encode_response = encode
 
     def decode(self, ids):
         return bytes(i - 4 for i in ids if i >= 4).decode(errors="replace")

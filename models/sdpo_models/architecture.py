@@ -1,8 +1,9 @@
 """The shape of a decoder-only transformer, from and to a Hugging Face `config.json`."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdpo_jax.errors import UserError
 from sdpo_models.families import FAMILIES, Family
@@ -35,11 +36,43 @@ class Architecture:
     max_positions: int = 2048  # what the checkpoint promises; nothing here enforces it
 
 
+class _Kind(NamedTuple):
+    """What a value of config.json must be; the types are exact, for `true` is an `int`."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+
+
+_COUNT = _Kind("a whole number of at least 1", lambda v: type(v) is int and v >= 1)
+_INDEX = _Kind("a whole number of at least 0", lambda v: type(v) is int and v >= 0)
+_POSITIVE = _Kind("a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf)
+_SWITCH = _Kind("true or false", lambda v: type(v) is bool)
+_NAME = _Kind("a name", lambda v: type(v) is str)
+_NAMES = _Kind("a list of names", lambda v: type(v) is list and all(type(x) is str for x in v))
+_OBJECT = _Kind("an object", lambda v: isinstance(v, Mapping))
+_REQUIRED: Any = object()
+_LAYER_TYPES: Mapping[str, bool] = {"full_attention": False, "sliding_attention": True}
+"""Their kinds of layers, and whether one slides."""
+
+
+def _read(
+    config: Mapping[str, Any], key: str, kind: _Kind, where: str, default: Any = _REQUIRED
+) -> Any:
+    """`config[key]`, checked; null is a value like others, except where the default is None."""
+    value = config.get(key, default)
+    if value is _REQUIRED:
+        raise UserError(f"{where}: key {key!r} is missing; expected {kind.words}")
+    if value is not default and not kind.accepts(value):
+        raise UserError(f"{where}: {key} = {value!r}; expected {kind.words}")
+    return value
+
+
 def from_hugging_face(config: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
     """Reads a `config.json`.
 
     Raises:
-      UserError: unknown `model_type`, missing key, or an option that is not implemented.
+      UserError: unknown `model_type`, a key that is missing or has an impossible value, or an
+        option that is not implemented.
     """
     name = str(config.get("model_type"))
     if name not in FAMILIES:
@@ -48,32 +81,29 @@ def from_hugging_face(config: Mapping[str, Any], *, where: str = "config.json") 
         )
     family = FAMILIES[name]
     _refuse_other_options(config, name, where)
-    try:
-        heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
-        head_size = config.get("head_dim") or family.default_head_size or width // max(heads, 1)
-        sizes = {
-            "vocabulary": int(config["vocab_size"]),
-            "width": width,
-            "layers": int(config["num_hidden_layers"]),
-            "heads": heads,
-            "kv_heads": int(config.get("num_key_value_heads") or heads),
-            "head_size": int(head_size),
-            "mlp_width": int(config["intermediate_size"]),
-            "max_positions": int(config.get("max_position_embeddings", 2048)),
-        }
-        _check_sizes(sizes, where)
-        return Architecture(
-            family=name,
-            **sizes,
-            norm_epsilon=float(config.get("rms_norm_eps", family.default_epsilon)),
-            tied_head=bool(config.get("tie_word_embeddings", False)),
-            **family.switches,
-            **_positions(config, family, sizes, where),
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: key {error} is missing; it is needed for {name}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: a size is not a number ({error})") from error
+    width = _read(config, "hidden_size", _COUNT, where)
+    heads = _read(config, "num_attention_heads", _COUNT, where)
+    head_size = _read(config, "head_dim", _COUNT, where, None)
+    sizes: dict[str, int] = {
+        "vocabulary": _read(config, "vocab_size", _COUNT, where),
+        "width": width,
+        "layers": _read(config, "num_hidden_layers", _COUNT, where),
+        "heads": heads,
+        "kv_heads": _read(config, "num_key_value_heads", _COUNT, where, None) or heads,
+        "head_size": head_size or family.default_head_size or width // heads,
+        "mlp_width": _read(config, "intermediate_size", _COUNT, where),
+        "max_positions": _read(config, "max_position_embeddings", _COUNT, where, 2048),
+    }
+    _check_sizes(sizes, where)
+    epsilon = _read(config, "rms_norm_eps", _POSITIVE, where, family.default_epsilon)
+    return Architecture(
+        family=name,
+        **sizes,
+        norm_epsilon=float(epsilon),
+        tied_head=_read(config, "tie_word_embeddings", _SWITCH, where, False),
+        **family.switches,
+        **_positions(config, family, sizes, where),
+    )
 
 
 def _refuse_other_options(config: Mapping[str, Any], family: str, where: str) -> None:
@@ -101,16 +131,15 @@ def _refuse_other_options(config: Mapping[str, Any], family: str, where: str) ->
 
 def _check_sizes(sizes: Mapping[str, int], where: str) -> None:
     """What would fail later, in a reshape without a name."""
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{where}: {name} comes out as {value}; expected at least 1")
     if sizes["heads"] % sizes["kv_heads"]:
         raise UserError(
             f"{where}: num_key_value_heads {sizes['kv_heads']} does not divide "
             f"num_attention_heads {sizes['heads']}"
         )
-    if sizes["head_size"] % 2:
-        raise UserError(f"{where}: head_dim {sizes['head_size']} is odd; rotary halves need even")
+    if sizes["head_size"] % 2 or sizes["head_size"] < 2:
+        raise UserError(
+            f"{where}: head_dim {sizes['head_size']} has no rotary halves; expected an even number"
+        )
 
 
 def _positions(
@@ -118,16 +147,19 @@ def _positions(
 ) -> dict[str, Any]:
     """The fields about positions: rotary base and scaling, sliding layers."""
     window, sliding = _sliding_layers(config, family, sizes["layers"], where)
-    full, slides = _rope_dictionaries(config, family)
-    top = config.get("rope_theta", family.default_theta)
-    theta = float(full.get("rope_theta") or top)
+    full, slides = _rope_dictionaries(config, family, where)
+    for rope in (full, slides):
+        _read(rope, "rope_type", _NAME, where, None)
+        _read(rope, "type", _NAME, where, None)
+    theta = float(_read(full, "rope_theta", _POSITIVE, where))
     scaling = read_scaling(full, max_positions=sizes["max_positions"], where=where)
     fields: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
     if sliding:
-        if float(slides.get("rope_theta") or theta) != theta:
+        if _read(slides, "rope_theta", _POSITIVE, where) != theta:
             raise UserError(
                 f"{where}: rope_theta {slides['rope_theta']} of sliding_attention differs from "
-                f"{theta} of full_attention; expected one base for all layers"
+                f"{theta} of full_attention; expected one base for all layers, written under both "
+                f"in rope_parameters where it is not {family.default_theta}"
             )
         fields["sliding_window"], fields["sliding_layers"] = window, sliding
         fields["sliding_rope_scaling"] = read_scaling(
@@ -137,52 +169,60 @@ def _positions(
 
 
 def _rope_dictionaries(
-    config: Mapping[str, Any], family: Family
+    config: Mapping[str, Any], family: Family, where: str
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Rotary parameters of full and of sliding layers.
+    """Rotary parameters of full and of sliding layers, with their base, as transformers 5 has them.
 
     Three spellings: `rope_scaling` beside a top-level `rope_theta` (transformers 4), and
-    `rope_parameters` (5), flat or per layer type. Of families with parameters per layer type, the
-    flat spellings stretch the full layers alone.
+    `rope_parameters` (5), flat or per layer type. Of families with parameters per layer type,
+    top-level keys are for the full layers alone, sliding layers then have the family's default
+    base, and flat `rope_parameters` would be passed over.
     """
-    rope: Mapping[str, Any] = config.get("rope_parameters") or {}
-    scaling: Mapping[str, Any] = config.get("rope_scaling") or {}
+    rope: Mapping[str, Any] = _read(config, "rope_parameters", _OBJECT, where, None) or {}
+    scaling: Mapping[str, Any] = _read(config, "rope_scaling", _OBJECT, where, None) or {}
+    top = {"rope_theta": config.get("rope_theta", family.default_theta)}
     if not family.rope_per_layer_type:
-        chosen = scaling or rope
+        chosen = {**top, **(scaling or rope)}
         return chosen, chosen
-    if "full_attention" in rope or "sliding_attention" in rope:
-        full = {**(rope.get("full_attention") or {}), **scaling}
-        return full, rope.get("sliding_attention") or {}
-    return scaling or rope, {}
+    harmless = {"rope_type": "default", "type": "default", "rope_theta": family.default_theta}
+    for key, value in rope.items():
+        if key not in _LAYER_TYPES and value != harmless.get(key):
+            raise UserError(
+                f"{where}: {key} = {value!r} in rope_parameters is for no kind of layer; "
+                f"write it under {' and '.join(_LAYER_TYPES)}"
+            )
+    full, slides = (_read(rope, kind, _OBJECT, where, None) for kind in _LAYER_TYPES)
+    return (
+        {**top, **(full or {"rope_type": "default"}), **scaling},
+        {"rope_theta": family.default_theta, **(slides or {})},
+    )
 
 
 def _sliding_layers(
     config: Mapping[str, Any], family: Family, layers: int, where: str
 ) -> tuple[int, tuple[bool, ...]]:
     """Window and one flag per layer; (0, ()) if no layer slides."""
-    types = config.get("layer_types")
-    switched_off = not family.rope_per_layer_type and not config.get("use_sliding_window")
+    types = _read(config, "layer_types", _NAMES, where, None)
+    switch = _read(config, "use_sliding_window", _SWITCH, where, None)
+    switched_off = not family.rope_per_layer_type and not switch
     if types is None:
         if not family.may_slide or switched_off:
             return _no_sliding(config, family, where)
-        types = _default_layer_types(config, family, layers)
-    known = {"full_attention": False, "sliding_attention": True}
-    if len(types) != layers or any(kind not in known for kind in types):
+        types = _default_layer_types(config, family, layers, where)
+    if len(types) != layers or any(kind not in _LAYER_TYPES for kind in types):
         raise UserError(
             f"{where}: layer_types has {len(types)} entries of {sorted(set(types))}; expected "
-            f"{layers} (num_hidden_layers) of {', '.join(known)}"
+            f"{layers} (num_hidden_layers) of {', '.join(_LAYER_TYPES)}"
         )
-    flags = tuple(known[kind] for kind in types)
+    flags = tuple(_LAYER_TYPES[kind] for kind in types)
     if not any(flags):
         return 0, ()
-    window = config.get("sliding_window", 4096)
-    if not family.may_slide or switched_off or not isinstance(window, int) or window < 1:
+    if not family.may_slide or switched_off:
         raise UserError(
-            f"{where}: layer_types names sliding_attention, but sliding_window is {window!r} and "
-            f"use_sliding_window {config.get('use_sliding_window')!r}; expected a window of at "
-            "least 1 that is switched on, in a family that has one"
+            f"{where}: layer_types names sliding_attention, but use_sliding_window is {switch!r}; "
+            "expected a window that is switched on, in a family that has one"
         )
-    return window, flags
+    return _read(config, "sliding_window", _COUNT, where, 4096), flags
 
 
 def _no_sliding(config: Mapping[str, Any], family: Family, where: str) -> tuple[int, tuple[()]]:
@@ -191,13 +231,16 @@ def _no_sliding(config: Mapping[str, Any], family: Family, where: str) -> tuple[
     return 0, ()
 
 
-def _default_layer_types(config: Mapping[str, Any], family: Family, layers: int) -> list[str]:
+def _default_layer_types(
+    config: Mapping[str, Any], family: Family, layers: int, where: str
+) -> list[str]:
     """What the families' configs mean if they do not list their layers."""
     if family.rope_per_layer_type:  # OLMo 3: every fourth layer sees everything
         slides = [(i + 1) % 4 != 0 for i in range(layers)]
     else:  # Qwen: the first `max_window_layers` see everything
-        first = int(config.get("max_window_layers", 28))
-        slides = [i >= first and config.get("sliding_window", 4096) for i in range(layers)]
+        first = _read(config, "max_window_layers", _INDEX, where, 28)
+        windowed = config.get("sliding_window", 4096) is not None
+        slides = [windowed and i >= first for i in range(layers)]
     return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
 

@@ -2,6 +2,12 @@
 
 A new family that is one of these blocks with other names or switches is one entry here. Matrices
 lie transposed in the files (`[out, in]`), except the embedding.
+
+A mixture of experts, which is not implemented, touches three places besides its keys of
+config.json: names, one tensor per expert and not one per layer (`tensor_names` here, with `_read`
+and `_plan` of hugging_face.py, which take one per layer); `mlp` of transformer.py, with the router
+and an expert axis in `parameter_table`; and a mesh rule for that axis (`RULES` of
+sdpo_jax/devices.py).
 """
 
 from collections.abc import Mapping

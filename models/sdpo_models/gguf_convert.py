@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdpo_jax.errors import UserError
+from sdpo_models.architecture import from_hugging_face
 from sdpo_models.checkpoint_files import write_shards
 from sdpo_models.gguf_file import GgufFile
 from sdpo_models.gguf_tokenizer import build_tokenizer, special_ids, stop_ids
 from sdpo_models.gguf_weights import planned_tensors, to_config
-from sdpo_models.hugging_face import MAX_SHARD_BYTES, load_architecture
+from sdpo_models.hugging_face import MAX_SHARD_BYTES
+from sdpo_models.tokenizer import ChatTokenizer
 
 PACKAGE = "package:"
 """What a `model.path` begins with that names a package."""
@@ -54,16 +56,41 @@ def convert(source: str | Path, folder: str | Path, *, dtype: Dtype = "float32")
 
 
 def _write(file: GgufFile, folder: Path, dtype: Dtype) -> None:
-    special, stops = special_ids(file), stop_ids(file)
+    special, stops, config = special_ids(file), stop_ids(file), to_config(file)
+    architecture = from_hugging_face(config, where=str(file.path))
+    tokenizer = build_tokenizer(file)
+    _check_tokenizer(file, tokenizer, stops)
     ids = {f"{name}_token_id": special[name] for name in ("bos", "pad") if name in special}
-    _write_json(
-        folder / "config.json", {**to_config(file), **ids, "eos_token_id": stops[0], "dtype": dtype}
-    )
+    _write_json(folder / "config.json", {**config, **ids, "eos_token_id": stops[0], "dtype": dtype})
     _write_json(folder / "generation_config.json", {**ids, "eos_token_id": stops})
-    build_tokenizer(file).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
     _say_plain_class(folder / "tokenizer_config.json")
-    tensors = planned_tensors(file, load_architecture(folder), dtype)
+    tensors = planned_tensors(file, architecture, dtype)
     write_shards(folder, tensors, max_shard_bytes=MAX_SHARD_BYTES)
+
+
+def _check_tokenizer(file: GgufFile, tokenizer: Any, stops: list[int]) -> None:
+    """Refuses what training would refuse later, when the GGUF file's name is no longer known."""
+    rows = file.shape("token_embd.weight")[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{file.path}: tokenizer.ggml.tokens has {len(tokenizer)} tokens, tensor "
+            f"token_embd.weight has {rows} rows; use a GGUF file whose tokenizer is the model's own"
+        )
+    field = "tokenizer.chat_template"
+    remedy = (
+        "use the GGUF file of an instruct model, or write the template into this one: "
+        "gguf-new-metadata --chat-template-file TEMPLATE.jinja OLD.gguf NEW.gguf"
+    )
+    if not tokenizer.chat_template:
+        raise UserError(f"{file.path}: field {field} is missing or empty; {remedy}")
+    chat = ChatTokenizer(tokenizer, stop_ids=stops, where=str(file.path))
+    try:
+        chat.render([{"role": "user", "content": "Hello"}])
+    except UserError as error:
+        raise UserError(
+            f"{file.path}: field {field} cannot render a message ({error.__cause__}); {remedy}"
+        ) from error
 
 
 def _say_plain_class(path: Path) -> None:

@@ -202,7 +202,7 @@ def _backend(file: GgufFile, tokens: list[str]) -> Any:
 
 def _cut(file: GgufFile) -> Cut:
     name = file.fields.get("tokenizer.ggml.pre")
-    if name not in CUTS:
+    if not isinstance(name, str) or name not in CUTS:
         raise UserError(
             f"{file.path}: tokenizer.ggml.pre is {name!r}, which is not known here; expected one "
             f"of {', '.join(CUTS)}. Cutting text in another way gives other ids than the model "

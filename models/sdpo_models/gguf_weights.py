@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax.errors import UserError
-from sdpo_jax.model import Params
-from sdpo_models.architecture import Architecture, from_hugging_face
+from sdpo_models.architecture import Architecture
 from sdpo_models.checkpoint_files import Planned
 from sdpo_models.families import FAMILIES, is_transposed, tensor_names
 from sdpo_models.gguf_file import GgufFile
@@ -85,35 +84,12 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def load_architecture(file: GgufFile) -> Architecture:
-    """What `to_config` says, as an `Architecture`."""
-    return from_hugging_face(to_config(file), where=str(file.path))
-
-
-def load_params(file: GgufFile, architecture: Architecture, *, dtype: Any = jnp.float32) -> Params:
-    """The parameters in `dtype`, read and dequantised one tensor at a time.
+def planned_tensors(file: GgufFile, architecture: Architecture, dtype: Any) -> Iterator[Planned]:
+    """The tensors of a checkpoint in Hugging Face layout; each is read when it is written.
 
     Raises:
       UserError: a tensor is missing, of another shape, in an unknown quantisation, or has no place
         in the architecture.
-    """
-    table, params = parameter_table(architecture), dict[str, Any](layers={})
-    for ours, names in _names(file, architecture).items():
-        layered = ours in table["layers"]
-        leaf = table["layers"][ours] if layered else table[ours]
-        stacked = np.empty((len(names), *leaf.shape[layered:]), jnp.dtype(dtype))
-        for target, name in zip(stacked, names, strict=True):
-            array = _tensor(file, architecture, ours, name)
-            np.copyto(target, array.T if is_transposed(ours, array.ndim) else array, "unsafe")
-        (params["layers"] if layered else params)[ours] = stacked if layered else stacked[0]
-    return params
-
-
-def planned_tensors(file: GgufFile, architecture: Architecture, dtype: Any) -> Iterator[Planned]:
-    """The same for a checkpoint in Hugging Face layout; each is read when it is written.
-
-    Raises:
-      UserError: as `load_params`.
     """
     layered = parameter_table(architecture)["layers"]
 

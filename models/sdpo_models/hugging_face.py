@@ -2,7 +2,9 @@
 
 In: headers are checked before a byte of data is read. Each device gets its own slices, read from
 the files layer by layer; beyond the parameters themselves the host holds one piece of one
-parameter, at most `PIECE_BYTES` and a layer's slice. Out: one shard at a time.
+parameter, at most `PIECE_BYTES` and a layer's slice. (A head that a tied checkpoint stores again is
+compared with the embedding on every host, all of it but little at a time.) Out: one shard at a
+time.
 """
 
 import json
@@ -34,6 +36,7 @@ from sdpo_models.families import TOP_NAMES, is_transposed, tensor_names
 from sdpo_models.transformer import Leaf, parameter_table
 
 PIECE_BYTES = 512 * 2**20
+COMPARED_VALUES = 4 * 2**20  # at a time
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes at most, too
 BESIDE_WEIGHTS = (
     "config.json",
@@ -142,9 +145,10 @@ def _checked(
     if name not in found:
         paths = sorted({str(stored.path) for stored in found.values()})
         where = paths[0] if len(paths) == 1 else f"{folder} ({len(paths)} safetensors files)"
+        untied = "; or set tie_word_embeddings = true there if the head is the embedding"
         raise UserError(
-            f"{where}: tensor {name} is missing; config.json implies it: "
-            "config.json and weights must be of the same model"
+            f"{where}: tensor {name} is missing; config.json implies it: config.json and weights "
+            "must be of the same model" + (untied if name == TOP_NAMES["head"] else "")
         )
     stored = found[name]
     if stored.shape != shape:
@@ -177,17 +181,17 @@ def _refuse_extra(found: Mapping[str, Stored], used: set[str], a: Architecture) 
 
 def _refuse_untied(head: Stored, embedding: Stored) -> None:
     """Some tied checkpoints store the matrix twice; if the two differ, one would be lost."""
+    names = TOP_NAMES["head"], TOP_NAMES["embedding"]
+    rows = max(1, COMPARED_VALUES // max(1, math.prod(head.shape[1:])))
+    pieces = [(slice(i, min(i + rows, head.shape[0])),) for i in range(0, head.shape[0], rows)]
     same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    rows = max(1, PIECE_BYTES // max(1, 4 * math.prod(head.shape[1:])))
-    for start in range(0, head.shape[0], rows):
-        piece = (slice(start, min(start + rows, head.shape[0])),)
-        same = same and np.array_equal(
-            read_slice(head, TOP_NAMES["head"], piece),
-            read_slice(embedding, TOP_NAMES["embedding"], piece),
-        )
+    same = same and all(
+        np.array_equal(read_slice(head, names[0], piece), read_slice(embedding, names[1], piece))
+        for piece in pieces
+    )
     if not same:
         raise UserError(
-            f"{head.path}: tensor {TOP_NAMES['head']} differs from {TOP_NAMES['embedding']}, but "
+            f"{head.path}: tensor {names[0]} differs from {names[1]}, but "
             "config.json has tie_word_embeddings = true; set it to false to use both"
         )
 
@@ -344,23 +348,42 @@ def save_run(
         for name in BESIDE_WEIGHTS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, unfinished / name)
-        _write_configs(unfinished, config, jnp.dtype(dtype).name)
+        _write_configs(unfinished, source, config, jnp.dtype(dtype).name)
         save_weights(unfinished, params, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes)
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_configs(folder: Path, config: Mapping[str, Any], dtype: str) -> None:
-    """config.json says which dtype was written; a missing generation_config.json is made from it.
+def _write_configs(folder: Path, source: Path, config: Mapping[str, Any], dtype: str) -> None:
+    """config.json says which dtype was written, generation_config.json where answers end.
 
     Without the first, readers would convert the weights; without the second, they would not stop.
+    Where the source's generation_config.json names no end, it is config.json's or else the
+    tokenizer's, as in training (`ChatTokenizer.from_pretrained`).
     """
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     wanted = {**config, key: dtype}
     path = folder / "config.json"
     if not path.is_file() or json.loads(path.read_text()) != wanted:
         path.write_text(json.dumps(wanted, indent=2) + "\n")
-    path = folder / "generation_config.json"
-    if not path.is_file() and config.get("eos_token_id") is not None:
-        path.write_text(json.dumps({"eos_token_id": config["eos_token_id"]}, indent=2) + "\n")
+    path = source / "generation_config.json"
+    generation = _read_json(path) if path.is_file() else {}
+    if generation.get("eos_token_id") in (None, []):
+        stop = config.get("eos_token_id")
+        stop = _tokenizer_end(source) if stop in (None, []) else stop
+        if stop is not None:
+            generation["eos_token_id"] = stop
+            (folder / path.name).write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _tokenizer_end(folder: Path) -> int | None:
+    """The id of a tokenizer's end-of-sequence token; None if the folder names none."""
+    paths = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not all(path.is_file() for path in paths):
+        return None
+    from tokenizers import Tokenizer
+
+    token = _read_json(paths[0]).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token  # old: with its flags
+    return Tokenizer.from_file(str(paths[1])).token_to_id(token) if token else None

@@ -1,14 +1,20 @@
-"""A tokenizer with a chat template, behind the four calls that the engine makes.
+"""A tokenizer with a chat template, behind what the engine asks of one (`sdpo_jax.tokens`).
 
 The boundary between prompt and response is ours: a prompt is rendered once, the response is
-whatever ids were sampled, and nothing is ever tokenised again. Text that stands where a message's
-content stands can never become a control token: content that spells one is tokenised apart, with
-control tokens split into plain text.
+whatever ids were sampled, and nothing is ever tokenised again.
+
+A control token is one that was added to the learned vocabulary: `<|im_end|>`, which files call
+special, and `<think>`, which they do not; white space and single letters that are not special are
+plain text. Foreign text (messages, feedback, program output) never becomes a control token. What
+the model itself writes (a demonstration, an assistant's turn) becomes those that are not special,
+as it does when the model is sampled.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +23,10 @@ from sdpo_jax.errors import UserError
 Messages = Sequence[Mapping[str, str]]
 Thinking = Literal["template", "on", "off"]
 """What a chat template is told of thinking: nothing (its own default), to think, or not to."""
+
+# Templates that write today's date unless told another (Llama 3.2's) would make other prompts
+# tomorrow, so that no run could be repeated or resumed as it was. The day is their own default.
+_TODAY = {"date_string": "26 Jul 2024"}
 
 
 class ChatTokenizer:
@@ -47,17 +57,19 @@ class ChatTokenizer:
             raise UserError(f"{where}: the tokenizer has no eos_token and no stop ids were given")
         self._tokenizer = tokenizer
         self.stop_ids: tuple[int, ...] = tuple(int(i) for i in stops)
-        self._template_options = (
+        self._template_options = _TODAY | (
             {} if thinking == "template" else {"enable_thinking": thinking == "on"}
         )
         self._where = where
         # Not the number of tokens: ids may have gaps, and the largest one needs a row too.
         self.vocabulary = max(tokenizer.get_vocab().values()) + 1
-        # Not `all_special_tokens` alone: Llama 3 declares its header tokens in tokenizer.json only.
-        control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        control |= set(tokenizer.all_special_tokens)
-        longest_first = sorted(control, key=lambda t: (-len(t), t))
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        # Not `all_special_tokens`: Llama 3 declares its header tokens in tokenizer.json only.
+        added = tokenizer.added_tokens_decoder.items()
+        control = {i: t for i, t in added if t.special or len(t.content.strip()) > 1}
+        self._control = _any_of(t.content for t in control.values())
+        self._special = _any_of(
+            t.content for i, t in control.items() if t.special or i in self.stop_ids
+        )
 
     @classmethod
     def from_pretrained(
@@ -68,10 +80,34 @@ class ChatTokenizer:
 
         folder = Path(path)
         if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"{folder}: expected tokenizer.json there, found none")
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        stop_ids = _generation_stop_ids(folder)
-        return cls(tokenizer, stop_ids=stop_ids, thinking=thinking, where=str(folder))
+            raise UserError(
+                f"{folder}: expected tokenizer.json there, found none; copy it from the model's "
+                "folder, or write it with AutoTokenizer.from_pretrained(MODEL).save_pretrained"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # `tokenizers` raises nothing narrower
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                _read_object(folder / name)  # says which of them is damaged
+            raise UserError(
+                f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
+                "copy or download tokenizer.json and tokenizer_config.json again"
+            ) from error
+        return cls(tokenizer, stop_ids=_stop_ids(folder), thinking=thinking, where=str(folder))
+
+    @cached_property
+    def end_id(self) -> int:
+        """The stop id that the template writes after an assistant's turn.
+
+        `eos_token_id` may list the end of a text first, which a model that chats never writes. A
+        template that writes no stop id there leaves the tokenizer's own end, then the first one.
+        """
+        word = secrets.token_hex(16)
+        chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": word}]
+        _, shown, rest = self._apply(chat, add_generation_prompt=False).rpartition(word)
+        written = self._encode_whole(rest) if shown else []
+        candidates = [*written, self._tokenizer.eos_token_id]
+        return next((i for i in candidates if i in self.stop_ids), self.stop_ids[0])
 
     def check_vocabulary(self, rows: int) -> None:
         """Refuses an embedding with fewer rows than ids: a look-up beyond it gives the last row.
@@ -81,21 +117,39 @@ class ChatTokenizer:
         """
         if self.vocabulary > rows:
             raise UserError(
-                f"{self._where}: the tokenizer has {self.vocabulary} ids and the embedding "
-                f"{rows}; expected no more ids than rows"
+                f"{self._where}: tokenizer.json has {self.vocabulary} ids, "
+                f"model.embed_tokens.weight has {rows} rows (vocab_size in config.json); use the "
+                "tokenizer that came with these weights, or resize the embedding"
             )
         beyond = [i for i in self.stop_ids if not 0 <= i < rows]
         if beyond:
             raise UserError(
-                f"{self._where}: generation_config.json ends answers with id {beyond[0]}, which "
-                f"can never be sampled: the embedding has {rows} rows"
+                f"{self._where}: eos_token_id ends answers with id {beyond[0]}, which can never "
+                f"be sampled: the embedding has {rows} rows; correct it in generation_config.json, "
+                "or in config.json where that is absent"
             )
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids; control tokens in it stay text."""
-        return list(
-            self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        )
+        """Foreign text to ids; control tokens in it stay text."""
+        return self._encode_cut(text, self._control)
+
+    def encode_response(self, text: str) -> list[int]:
+        """A response as the model would write it: `<think>` is a token, special tokens are text."""
+        return self._encode_cut(text, self._special)
+
+    def _encode_cut(self, text: str, tokens: re.Pattern[str]) -> list[int]:
+        """Text to ids, cut after the first character of each of `tokens`."""
+        pieces, start = list[str](), 0
+        # On from the cut, not from the match's end: the next token may begin inside this one.
+        while match := tokens.search(text, start):
+            pieces.append(text[start : match.start() + 1])
+            start = match.start() + 1
+        pieces.append(text[start:])
+        # Split, for a special token of one character cannot be cut.
+        return [i for piece in pieces for i in self._encode_whole(piece, split_special_tokens=True)]
+
+    def _encode_whole(self, text: str, **options: bool) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False, **options))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, control tokens left out."""
@@ -104,49 +158,88 @@ class ChatTokenizer:
         )
 
     def render(self, messages: Messages) -> list[int]:
-        """A chat to ids, ending with the header of the assistant's turn."""
-        if not any(self._control.search(message["content"]) for message in messages):
-            return self._encode_template(self._apply(messages))
-        return self._render_apart(messages)
+        """A chat to ids, ending with the header of the assistant's turn.
 
-    def _apply(self, messages: Messages) -> str:
-        return self._tokenizer.apply_chat_template(
-            [dict(m) for m in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-            **self._template_options,
-        )
+        Raises:
+          UserError: the template is no template, refuses the chat, or drops or rewrites a control
+            token that a message spells.
+        """
+        # The template sees a word in place of each control token, and all the rest as it is, so
+        # that it can trim it. Random, since a content that spells the word would pass for a token.
+        word, spelled = secrets.token_hex(16), list[str]()
 
-    def _encode_template(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        def mark(match: re.Match[str]) -> str:
+            spelled.append(match[0])
+            return f"{word}{len(spelled) - 1:06}"
 
-    def _render_apart(self, messages: Messages) -> list[int]:
-        """Tokenises template and contents apart, contents with control tokens as plain text."""
-        marks = [f"\x00{i}\x00" for i in range(len(messages))]
-        marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
-        rest, ids = self._apply(marked), list[int]()
-        for message, mark in zip(messages, marks, strict=True):
-            before, found, rest = rest.partition(mark)
-            if not found:
-                raise UserError(
-                    "the chat template drops or rewrites a message that spells a control token; "
-                    f"message: {message['content'][:80]!r}"
-                )
-            ids += self._encode_template(before) + self.encode(message["content"])
-        return ids + self._encode_template(rest)
+        # The model wrote an assistant's turn, and its template may look for `</think>` there.
+        tokens = {"assistant": self._special}
+        marked = [
+            {**m, "content": tokens.get(m["role"], self._control).sub(mark, m["content"])}
+            for m in messages
+        ]
+        text = self._apply(marked, add_generation_prompt=True)
+        pieces = re.split(rf"{word}(\d{{6}})", text)  # template, mark, template, ..., template
+        dropped = set(range(len(spelled))) - {int(i) for i in pieces[1::2]}
+        if dropped:
+            raise UserError(
+                f"{self._where}: the chat template drops or rewrites the control token "
+                f"{spelled[min(dropped)]!r} that a message spells; remove it from the message, or "
+                "change the template"
+            )
+        ids = list[int]()
+        for i, piece in enumerate(pieces):
+            ids += self.encode(spelled[int(piece)]) if i % 2 else self._encode_whole(piece)
+        return ids
+
+    def _apply(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._template_options,
+            )
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise UserError(
+                f"{self._where}: the chat template cannot render a chat of {roles} "
+                f"({type(error).__name__}: {error}); correct chat_template.jinja there, or "
+                "chat_template in tokenizer_config.json where that is absent"
+            ) from error
 
 
-def _generation_stop_ids(folder: Path) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, which lists every token that ends a turn."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return ()
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(set(tokens), key=lambda t: (-len(t), t))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    stop = cast("dict[str, Any]", content).get("eos_token_id") if isinstance(content, dict) else {}
-    stops = cast("list[Any]", stop) if isinstance(stop, list) else [] if stop is None else [stop]
-    if any(type(i) is not int for i in stops):
-        raise UserError(f"{path}: eos_token_id is {stop!r}; expected a token id or a list of them")
-    return tuple(stops)
+        raise UserError(
+            f"{path}: cannot be read as JSON ({error}); copy or download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object; copy or download it again")
+    return cast("dict[str, Any]", content)
+
+
+def _stop_ids(folder: Path) -> tuple[int, ...]:
+    """`eos_token_id`: generation_config.json lists all ends of a turn, config.json is next."""
+    for name in ("generation_config.json", "config.json"):
+        stop = _read_object(folder / name).get("eos_token_id")
+        stops = (
+            cast("list[Any]", stop) if isinstance(stop, list) else [] if stop is None else [stop]
+        )
+        if any(type(i) is not int for i in stops):
+            raise UserError(
+                f"{folder / name}: eos_token_id is {stop!r}; expected a token id or a list of them"
+            )
+        if stops:
+            return tuple(stops)
+    return ()

@@ -169,10 +169,15 @@ def block(
         out = out.reshape(*x.shape[:-1], -1) @ weights["output"].astype(x.dtype)
         x = x + norm_out("attention_norm", out)
     with jax.named_scope("mlp"):
-        h = norm_in("mlp_norm", x)
-        gate, up = h @ weights["gate"].astype(x.dtype), h @ weights["up"].astype(x.dtype)
-        out = (jax.nn.silu(gate) * up) @ weights["down"].astype(x.dtype)
+        out = mlp(a, weights, norm_in("mlp_norm", x))
         return x + norm_out("mlp_norm", out), kept
+
+
+def mlp(a: Architecture, weights: Params, h: jax.Array) -> jax.Array:
+    """What a layer makes of each token alone, `[..., D] -> [..., D]`: a gated MLP."""
+    del a  # a mixture of experts would ask it how many
+    gate, up = h @ weights["gate"].astype(h.dtype), h @ weights["up"].astype(h.dtype)
+    return (jax.nn.silu(gate) * up) @ weights["down"].astype(h.dtype)
 
 
 def _norm_if(

@@ -5,7 +5,11 @@ the installed package bfcl-eval (Apache License 2.0), whose files are read and w
 many dependencies, is not imported. Feedback names the argument and what is wrong with it, never the
 accepted value, unless `reveal_expected`.
 
-Departures from the leaderboard's checker, which stops at the first problem: all are listed.
+Arguments are judged as the leaderboard's checker judges them; `tests/test_bfcl.py` compares both on
+random changes of every row. Departures: feedback lists all that is wrong, where the checker stops
+at the first problem. Answers are read by our own parser (see `function_calls.py`), so that JSON is
+a call too; a tuple is a list; arithmetic, variables and other values that are no literals, long and
+deeply nested answers are refused. What makes the checker itself fail is refused.
 """
 
 import json
@@ -71,7 +75,7 @@ class Bfcl:
         )
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Accepts what the leaderboard accepts; feedback lists every complaint."""
+        """Accepts what the leaderboard accepts, once read; feedback lists every complaint."""
         row: Row = prompt.data["row"]
         call = parse_call(response)
         well_formed = float(isinstance(call, Call))

@@ -1,10 +1,11 @@
 """One structured call: read from an answer, and compared argument by argument.
 
 An answer is `name(argument=value, ...)` in Python's syntax or `{"name": ..., "arguments": ...}` in
-JSON, alone or as the only item of a list. Parsers read it, nothing is evaluated. Comparison follows
-the Berkeley Function-Calling Leaderboard: each argument has a list of accepted values, `""` in it
-means that it may be left out; strings are compared without case, spaces and `,./-_*^`; an integer
-serves as float (there not inside arrays), not the reverse.
+JSON, alone or as the only item of a list. Parsers read it, nothing is evaluated. Comparison is that
+of the Berkeley Function-Calling Leaderboard: each argument has a list of accepted values, `""` in
+it means that it may be left out; strings are compared without case, spaces and `,./-_*^`, directly
+in an array or dict too, not deeper; an integer serves as float, inside arrays it does not; where
+the accepted values are of another type than documented, they decide.
 """
 
 import ast
@@ -20,6 +21,11 @@ _TYPE_NAMES = {
     **{str: "string", bool: "boolean", int: "integer", float: "float"},
     **{list: "array", dict: "dict", type(None): "null"},
 }
+_DOCUMENTED = {
+    **{"string": str, "boolean": bool, "integer": int, "float": float, "dict": dict},
+    **{"array": list, "tuple": list, "any": str},
+}
+"""The leaderboard's types: what is documented as any is a string, or as the accepted values are."""
 _THINKING = re.compile(r"\A.*</think>", re.DOTALL)
 _FENCE = re.compile(r"\A```\w*\n(.*)\n```\Z", re.DOTALL)
 
@@ -165,36 +171,14 @@ def complaints(
 
 
 def _wrong(where: str, value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) -> list[str]:
-    """What is wrong with one argument: its type, a key, or its value."""
-    wrong_type, values = _wrong_type(where, value, schema), [a for a in accepted if a != ""]
-    # Where no accepted value is of the documented type, the accepted values decide.
-    if wrong_type and (
-        not values or any(_wrong_type("", example(item), schema) is None for item in values)
-    ):
-        return [wrong_type]
-    if any(same(value, item) for item in accepted):
+    """What is wrong with one argument; empty: accepted."""
+    if is_accepted(value, schema, accepted):
         return []
-    if isinstance(value, dict) and values and isinstance(values[0], dict):
-        return _wrong_keys(where, value, values[0], schema.get("properties") or {})
-    if "enum" in schema and value not in schema["enum"]:
-        return [f"{where}: {_shown(value)} is none of the documented choices"]
-    return [f"{where}: wrong value {_shown(value)}"]
-
-
-def _wrong_type(where: str, value: Any, schema: Mapping[str, Any]) -> str | None:
-    """The first type that differs from the documentation, inside arrays and dicts too."""
-    expected, given = schema.get("type", "any"), _TYPE_NAMES[type(value)]
-    fits = {"float": ("float", "integer"), "tuple": ("array",)}.get(expected, (expected,))
-    if expected != "any" and given not in fits:
-        return f"{where}: expected {expected}, got {given}"
-    inside: list[tuple[str, Any, Mapping[str, Any]]] = []
-    if isinstance(value, list):
-        items = schema.get("items") or {}
-        inside = [(f"{where}[{i}]", item, items) for i, item in enumerate(value)]
-    elif isinstance(value, dict):
-        properties = schema.get("properties") or {}
-        inside = [(f"{where}.{k}", v, properties.get(k, {})) for k, v in value.items()]
-    return next((text for part in inside if (text := _wrong_type(*part))), None)
+    answer = next((a for a in accepted if a != ""), None)
+    if isinstance(value, dict) and isinstance(answer, dict):
+        found = _wrong_keys(where, value, answer, schema.get("properties") or {})
+        return found or [f"{where}: wrong value {_shown(value)}"]
+    return [_why(where, value, schema, accepted)]
 
 
 def _wrong_keys(
@@ -202,30 +186,105 @@ def _wrong_keys(
 ) -> list[str]:
     found: list[str] = []
     for key, values in accepted.items():
-        if key in value:
-            found += _wrong(f"{where}.{key}", value[key], properties.get(key, {}), values)
-        elif "" not in values:
-            found.append(f"{where}: missing key {key}")
-    return found + [f"{where}: unknown key {k[:64]}" for k in value if k not in accepted]
+        if key in value and not _is_one_of(value[key], values):
+            found.append(_why(f"{where}.{key}", value[key], properties.get(key, {}), values))
+        elif key not in value and "" not in values:
+            # A key that the documentation does not name is part of the accepted value.
+            missing = f"missing key {key}" if key in properties else "a key is missing"
+            found.append(f"{where}: {missing}")
+    found += [f"{where}: unknown key {k[:64]}" for k in value if k not in accepted]
+    return list(dict.fromkeys(found))
 
 
-def same(value: Any, accepted: Any) -> bool:
-    """Whether a value is an accepted one; in an accepted dict, each key has a list of values."""
-    if isinstance(value, str) and isinstance(accepted, str):
-        return _standard(value) == _standard(accepted)
-    if isinstance(value, list) and isinstance(accepted, list):
-        return len(value) == len(accepted) and all(map(same, value, accepted))
-    if isinstance(value, dict) and isinstance(accepted, dict):
-        known = all(
-            k in accepted and any(same(v, a) for a in accepted[k]) for k, v in value.items()
+def _why(where: str, value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) -> str:
+    """Why a value is refused: its type or the value itself."""
+    values = [a for a in accepted if a != ""]
+    wrong_type = _wrong_type(where, value, schema)
+    # Where no accepted value is of the documented type, the type is not what is wrong.
+    if wrong_type and (
+        not values or any(_wrong_type("", example(item), schema) is None for item in values)
+    ):
+        return wrong_type
+    if "enum" in schema and value not in schema["enum"]:
+        return f"{where}: {_shown(value)} is none of the documented choices"
+    return f"{where}: wrong value {_shown(value)}"
+
+
+def _wrong_type(
+    where: str, value: Any, schema: Mapping[str, Any], *, in_array: bool = False
+) -> str | None:
+    """The first type that differs from the documentation, inside arrays and dicts too."""
+    expected, given = schema.get("type", "any"), _TYPE_NAMES[type(value)]
+    fits = {"tuple": ["array"], "float": ["float", *(["integer"] if not in_array else [])]}
+    if expected != "any" and given not in fits.get(expected, [expected]):
+        return f"{where}: expected {expected}, got {given}"
+    found: list[str | None] = []
+    if isinstance(value, list):
+        items = schema.get("items") or {}
+        found = [
+            _wrong_type(f"{where}[{i}]", item, items, in_array=True) for i, item in enumerate(value)
+        ]
+    elif isinstance(value, dict):
+        properties = schema.get("properties") or {}
+        found = [_wrong_type(f"{where}.{k}", v, properties.get(k, {})) for k, v in value.items()]
+    return next((text for text in found if text), None)
+
+
+def is_accepted(value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) -> bool:
+    """The leaderboard's verdict on one argument."""
+    documented = _DOCUMENTED[schema.get("type", "any")]
+    given = float if documented is float and type(value) is int else type(value)
+    if given not in (documented, answers := _type_of(accepted) or documented):
+        return False
+    if given is not documented or answers is not documented:  # a variable in place of a literal
+        return value in accepted
+    if documented is list:
+        return _is_list(
+            value, _DOCUMENTED[(schema.get("items") or {}).get("type", "any")], accepted
         )
-        return known and all(k in value or "" in values for k, values in accepted.items())
-    return isinstance(value, bool) == isinstance(accepted, bool) and value == accepted
+    if documented is dict:
+        return any(_is_dict(value, answer) for answer in accepted)
+    return _is_one_of(value, accepted)
 
 
-def _standard(text: str) -> str:
-    """The leaderboard's comparison of strings: `April 1, 2024` is `april 1 2024`."""
-    return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
+def _type_of(accepted: Sequence[Any]) -> type | None:
+    return next((type(answer) for answer in accepted if answer != ""), None)
+
+
+def _is_list(value: Any, item_type: type, accepted: Sequence[Any]) -> bool:
+    """Items have the documented type or that of the accepted items; `""` accepts `[]` too."""
+    typed = any(
+        answer == "" or all(type(item) in (item_type, _type_of(answer)) for item in value)
+        for answer in accepted
+    )
+    if item_type is dict:
+        same = any(
+            len(value) == len(answer) and all(map(_is_dict, value, answer)) for answer in accepted
+        )
+    else:
+        same = [*map(_standard, value)] in [[*map(_standard, answer)] for answer in accepted]
+    return typed and same
+
+
+def _is_dict(value: Any, accepted: Any) -> bool:
+    """In an accepted dict, each key has a list of values; their types are not looked at."""
+    return (
+        isinstance(value, dict)
+        and isinstance(accepted, dict)
+        and all(k in accepted and _is_one_of(v, accepted[k]) for k, v in value.items())
+        and all(k in value or "" in values for k, values in accepted.items())
+    )
+
+
+def _is_one_of(value: Any, accepted: Sequence[Any]) -> bool:
+    return _standard(value) in map(_standard, accepted)
+
+
+def _standard(value: Any) -> Any:
+    """A string without what the leaderboard ignores: `April 1, 2024` is `april 1 2024`."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"')
 
 
 def example(accepted: Any) -> Any:

@@ -10,6 +10,11 @@ from sdpo_jax.errors import UserError
 
 
 def _tool_calls(config: EnvironmentConfig) -> Environment:
+    for key in ("max_prompt_characters", "reveal_expected"):
+        if getattr(config, key):
+            raise UserError(
+                f'environment.{key}: expected none with environment.kind = "tool_calls"'
+            )
     return ToolCalls(
         train_prompts=config.train_prompts,
         held_out_prompts=config.held_out_prompts,

@@ -61,13 +61,18 @@ class Evaluator:
         """The held-out prompts that are evaluated."""
         return self._prompts
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the recipe wants the teacher's accuracy, too."""
+        return self._config.evaluation.teacher
+
     def __call__(self, params: Params, teacher_params: Params, step: int) -> dict[str, float]:
         """Metrics of the student and, if wanted and there is one, of the teacher in context."""
         if not self._prompts:  # evaluation.prompts = 0
             return {}
         graded = self.attempts(params, step)
         metrics = accuracy_metrics(graded, self._prompts)
-        if teacher_params is not None and self._config.evaluation.teacher:
+        if teacher_params is not None and self.asks_teacher:
             metrics |= self.teacher_metrics(teacher_params, graded, step)
         return metrics
 

@@ -182,15 +182,9 @@ class Checkpoints:
         Raises:
             UserError: every step is damaged, or the template's arrays are not the saved ones.
         """
-        self.finish()
-        step = self._agree(self._newest_intact() if self._leader else _NOTHING_SAVED)
-        if step == _NOTHING_SAVED:
+        step = self._find()
+        if step is None:
             return None
-        if step == _ALL_DAMAGED:
-            raise UserError(
-                f"{self._directory}: no intact checkpoint is left; the damaged ones are kept as "
-                "N.corrupt. Restore the directory from a copy, or delete it to start from scratch."
-            )
         saved = _read_manifest(self._manifest_path(step))["arrays"]
         _refuse_other_arrays(saved, _describe(template), self._directory / str(step))
         manager = self._open()
@@ -203,6 +197,44 @@ class Checkpoints:
         )
         restored = manager.restore(step, args=items)
         return Restored(step, restored["state"], dict(restored["extra"]))
+
+    def restore_part(self, name: str, template: Any) -> Restored | None:
+        """As `restore`, of one field of the state alone: nothing else is read into memory.
+
+        Args:
+            name: of the field, such as `params`; `Restored.state` is what was saved under it.
+            template: of that field, as in `restore`.
+
+        Raises:
+            UserError: as in `restore`.
+        """
+        step = self._find()
+        if step is None:
+            return None
+        saved = _read_manifest(self._manifest_path(step))["arrays"]
+        part = {key: value for key, value in saved.items() if key.startswith(f"{name}.")}
+        wanted, folder = {name: jax.tree.map(_abstract, template)}, self._directory / str(step)
+        _refuse_other_arrays(part, _describe(wanted), folder)
+        items = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            state = reader.restore(folder / "state", args=items)[name]
+        extra = self._open().restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
+        return Restored(step, state, dict(extra["extra"]))
+
+    def _find(self) -> int | None:
+        """The step to restore, on every process; None if nothing was ever completed."""
+        self.finish()
+        step = self._agree(self._newest_intact() if self._leader else _NOTHING_SAVED)
+        if step == _ALL_DAMAGED:
+            raise UserError(
+                f"{self._directory}: no intact checkpoint is left; the damaged ones are kept as "
+                "N.corrupt. Restore the directory from a copy, or delete it to start from scratch."
+            )
+        return None if step == _NOTHING_SAVED else step
 
     def _open(self) -> Any:
         if self._manager is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,17 @@ from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training import run_directory
-from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.console import Console, batch_arithmetic
 from sdpo_jax.training.distributed import any_process
 from sdpo_jax.training.metrics import MetricsLog
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
+from sdpo_jax.training.parameters import checksum, refuse_another_base
 from sdpo_jax.training.sources import DemonstrationSource, RolloutSource, Source
 from sdpo_jax.training.state import (
     TrainState,
+    abstract_state,
     base_is_teacher,
     create_state,
     make_optimizer,
@@ -48,6 +50,9 @@ from sdpo_jax.training.state import (
     state_shardings,
 )
 from sdpo_jax.training.step import Metrics, follow, make_train_step, teacher_forward
+
+LoadParams: TypeAlias = Callable[[], Params]
+"""Loads a run's initial weights."""
 
 
 class Trainer:
@@ -61,7 +66,7 @@ class Trainer:
         environment: Environment,
         demonstrations: Sequence[Demonstration] = (),
     ):
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self._model = config, tokenizer, model
         self.devices = Devices(make_mesh(config.mesh))
         self.teacher, self.parameters = make_teacher(config), make_parameters(config)
         updates = config.train.steps * config.train.mini_batches
@@ -123,6 +128,27 @@ class Trainer:
         return create_state(
             params, self.optimizer, self.teacher, self.shardings, self.parameters, self.config.seed
         )
+
+    def restore(self, checkpoints: Checkpoints, load_params: LoadParams) -> Restored | None:
+        """The run's last intact checkpoint; None if there is none.
+
+        The initial weights are loaded only where adapters need them as their base.
+        """
+        template = abstract_state(
+            self._model, self.optimizer, self.teacher, self.shardings, self.parameters
+        )
+        restored = checkpoints.restore(template)
+        if restored is None or self.config.lora.rank == 0:
+            return restored
+        base = jax.jit(self.parameters.base, out_shardings=self.shardings.base)(load_params())
+        refuse_another_base(base, restored.extra["base"], self.config.model.path)
+        return restored._replace(state=restored.state.replace(base=base))
+
+    @property
+    def size(self) -> int:
+        """Number of the model's parameters."""
+        shapes = jax.eval_shape(self._model.init, jax.random.key(0))
+        return sum(x.size for x in jax.tree.leaves(shapes))
 
     def student(self, state: TrainState) -> Params:
         """The model's weights as they are now, adapters added in."""
@@ -203,7 +229,7 @@ def _summarise(measured: list[Metrics]) -> dict[str, Any]:
 def train(
     config: Config,
     model: Model,
-    params: Params,
+    params: Params | LoadParams,
     tokenizer: Tokenizer,
     environment: Environment,
     *,
@@ -215,7 +241,8 @@ def train(
     Args:
       config: the recipe; `run_dir` must be set.
       model: pure functions, see `sdpo_jax.model`.
-      params: initial weights; not used if a checkpoint is found.
+      params: initial weights, or a function that loads them: it is called only where they are
+        needed, and the run holds no second copy of what it returns.
       tokenizer: see `sdpo_jax.tokens`.
       environment: prompts and grader.
       demonstrations: for `sft`.
@@ -240,13 +267,14 @@ def train(
         checkpoints = stack.enter_context(
             Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep, warn=console.note)
         )
-        return _run(config, trainer, params, checkpoints, console, run_dir)
+        load_params = params if callable(params) else lambda: params
+        return _run(config, trainer, load_params, checkpoints, console, run_dir)
 
 
 def _run(
     config: Config,
     trainer: Trainer,
-    params: Params,
+    load_params: LoadParams,
     checkpoints: Checkpoints,
     console: Console,
     run_dir: Path,
@@ -256,21 +284,22 @@ def _run(
     task = config.data.source if is_sft else config.environment.kind
     console.header(
         training=f"{config.objective.name} on {task}, model {config.model.path} "
-        f"with {sum(x.size for x in jax.tree.leaves(params)) / 1e6:.2f} M parameters",
+        f"with {trainer.size / 1e6:.2f} M parameters",
         devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         run_dir=str(run_dir),
         batch=batch_arithmetic(config),
     )
-    state = trainer.initial_state(params)
-    restored = checkpoints.restore(state.replace(base=None))
+    restored = trainer.restore(checkpoints, load_params)
     first, before, spent = 0, None, 0.0
     if restored is None:
+        state = trainer.initial_state(load_params())
         _refuse_weights_that_are_not_finite(trainer.student(state), config.model.path)
     else:
-        first, state = restored.step, restored.state.replace(base=state.base)
+        first, state = restored.step, restored.state
         before, spent = restored.extra["before"], restored.extra["seconds"]
         trainer.source.set_state(restored.extra["data"])
         console.note(f"resumed   from step {first}")
+    base = None if state.base is None else checksum(state.base)
     with _open_log(run_dir, first) as log, _stop_signals() as stop_asked:
         report = _Reporter(log, console)
         if before is None:
@@ -291,7 +320,7 @@ def _run(
             if last or stopping or step % config.checkpoint.every_steps == 0:
                 seconds = spent + time.perf_counter() - began
                 extra = {"data": trainer.source.get_state(), "before": before, "seconds": seconds}
-                checkpoints.save(step, state.replace(base=None), extra)
+                checkpoints.save(step, state.replace(base=None), extra | {"base": base})
             checkpoints.poll()
     checkpoints.finish()
     if first == config.train.steps:

@@ -91,6 +91,38 @@ def lora(rank: int, alpha: float, targets: tuple[str, ...]) -> Parameters:
     return Parameters(trainable, base, forward, merged, logical_axes)
 
 
+def checksum(params: Params) -> int:
+    """Sum of the bits of all values, modulo 2^32: the same on every mesh, in any order.
+
+    >>> checksum({"a": jnp.array([1.0, 2.0])}) == checksum({"a": jnp.array([2.0, 1.0])})
+    True
+    >>> checksum({"a": jnp.array([1.0, 2.0])}) == checksum({"a": jnp.array([1.0, 2.5])})
+    False
+    """
+
+    def total(params: Params) -> jax.Array:
+        bits = [
+            jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+            for x in jax.tree.leaves(params)
+        ]
+        return jnp.sum(jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in bits]), dtype=jnp.uint32)
+
+    return int(jax.jit(total)(params))
+
+
+def refuse_another_base(base: Params, saved: int | None, path: str) -> None:
+    """Compares the weights beside adapters with those they were trained beside (`checksum`).
+
+    Raises:
+        UserError: they are others: the sum would be no model that was ever trained.
+    """
+    if base is not None and checksum(base) != saved:
+        raise UserError(
+            f"model.path = {path!r} holds other weights than those that this run's adapters were "
+            "trained beside; put the old ones back, or train anew in another run_dir"
+        )
+
+
 @jax.tree_util.register_pytree_node_class
 class LowRank:
     """A matrix W + s A B that is never formed: stands where model code expects a matrix.

@@ -120,9 +120,12 @@ class DemonstrationSource:
         return updates, {}
 
     def _update(self, demonstrations: list[Demonstration]) -> Update:
-        stop = self._tokenizer.stop_ids[0]
+        end = self._tokenizer.end_id
         pairs = [
-            (self._tokenizer.render(d.messages), [*self._tokenizer.encode(d.response), stop])
+            (
+                self._tokenizer.render(d.messages),
+                [*self._tokenizer.encode_response(d.response), end],
+            )
             for d in demonstrations
         ]
         self._check_lengths(demonstrations, pairs)

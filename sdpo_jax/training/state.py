@@ -1,5 +1,6 @@
 """What a run carries from step to step, and the optimiser that moves it."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -107,17 +108,41 @@ def create_state(
     parameters: Parameters,
     seed: int,
 ) -> TrainState:
-    """The state at step 0, each array where it belongs."""
-
-    def create(params: Params) -> TrainState:
-        trained = parameters.trainable(params, jax.random.key(seed))
-        base = parameters.base(params)
-        return TrainState(
-            trained,
-            optimizer.init(trained),
-            None if teacher is None else teacher.init(parameters.merged(base, trained)),
-            jnp.zeros((), jnp.int32),
-            base,
-        )
-
+    """The state at step 0, each array where it belongs. `params` stay the caller's."""
+    create = partial(_create, optimizer, teacher, parameters, seed)
     return jax.jit(create, out_shardings=shardings)(params)
+
+
+def abstract_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    teacher: Teacher | None,
+    shardings: TrainState,
+    parameters: Parameters,
+) -> TrainState:
+    """Shapes, dtypes and shardings of what a checkpoint holds: all but `base`. No array exists."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    state = jax.eval_shape(partial(_create, optimizer, teacher, parameters, 0), shapes)
+
+    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, state.replace(base=None), shardings.replace(base=None))
+
+
+def _create(
+    optimizer: optax.GradientTransformation,
+    teacher: Teacher | None,
+    parameters: Parameters,
+    seed: int,
+    params: Params,
+) -> TrainState:
+    trained = parameters.trainable(params, jax.random.key(seed))
+    base = parameters.base(params)
+    return TrainState(
+        trained,
+        optimizer.init(trained),
+        None if teacher is None else teacher.init(parameters.merged(base, trained)),
+        jnp.zeros((), jnp.int32),
+        base,
+    )
