@@ -17,7 +17,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sdpo_jax.errors import UserError
-from sdpo_jax.training.checkpoint import MANIFEST, Checkpoints
+from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.training.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -37,10 +37,12 @@ from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.training import loop
+from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.clock import is_time
 from sdpo_jax.training.console import Console
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.training.step import make_train_step
+from sdpo_jax.training.trainer import Trainer
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
@@ -91,11 +93,11 @@ def quick_programs(tmp_path_factory):
     }
     before = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda config: tiny.make_devices().mesh)
+        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)
         # A sampler keeps nothing but its programs, so that all runs may share one.
         sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        patch.setattr(loop, "Sampler", lambda *_: sampler)
+        patch.setattr(trainer_module, "Sampler", lambda *_: sampler)
         for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
@@ -158,7 +160,7 @@ def saved_steps(config):
 
 def restore(config, step=None):
     """The newest saved step with its state; it must be `step`, if given."""
-    trainer = loop.Trainer(config, MODEL, TOKENIZER, Toy(), DEMONSTRATIONS)
+    trainer = Trainer(config, MODEL, TOKENIZER, Toy(), DEMONSTRATIONS)
     template = trainer.initial_state(start_params())
     with loop.Checkpoints(Path(config.run_dir) / "checkpoints") as checkpoints:
         restored = checkpoints.restore(template)
@@ -207,7 +209,7 @@ def test_a_run_with_adapters_resumes_exactly_and_its_checkpoints_hold_adapters_a
         run(broken, crash_after=2)
     run(broken)
     assert rows_of(broken) == rows_of(config)
-    trainer = loop.Trainer(config, MODEL, TOKENIZER, Toy(), DEMONSTRATIONS)
+    trainer = Trainer(config, MODEL, TOKENIZER, Toy(), DEMONSTRATIONS)
     template = trainer.initial_state(start_params())
     with loop.Checkpoints(Path(config.run_dir) / "checkpoints") as checkpoints:
         restored = checkpoints.restore(template.replace(base=None))
@@ -407,7 +409,7 @@ def poisoned_after(good_updates):
 def test_updates_that_stay_non_finite_stop_the_run_and_leave_a_good_checkpoint(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loop, "make_train_step", poisoned_after(2))
+    monkeypatch.setattr(trainer_module, "make_train_step", poisoned_after(2))
     limits = {"max_skipped_updates": 2}
     config = make_config(
         tmp_path / "run", optimizer=limits, train={"steps": 20}, evaluation={"prompts": 0}

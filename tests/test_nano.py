@@ -13,7 +13,7 @@ from sdpo_jax.config import Config, EvaluationConfig
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.evaluation.accuracy import Evaluator, Graded, accuracy_metrics
 from sdpo_jax.recipe import load_recipe
-from sdpo_jax.training.loop import Trainer
+from sdpo_jax.training.trainer import Trainer
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
 

@@ -24,8 +24,9 @@ from sdpo_jax.config import (
     TrainConfig,
 )
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.training import loop
+from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.console import Console
+from sdpo_jax.training.trainer import Trainer
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
@@ -70,7 +71,7 @@ def only_first_question(name, number):
 def quick_programs():
     """One device and cheap compilation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda config: tiny.make_devices().mesh)
+        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)
         yield
 
@@ -91,7 +92,7 @@ def trainer_of(name, weights: Literal["ema", "frozen"] = "ema", mini_batches=1):
         train=TrainConfig(mini_batches=mini_batches, micro_batch_rows=8, head_chunk_tokens=48),
     )
     judge = Judge(mixed)
-    return loop.Trainer(config, MODEL, TOKENIZER, judge), judge
+    return Trainer(config, MODEL, TOKENIZER, judge), judge
 
 
 def start(trainer):

@@ -12,9 +12,9 @@ from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import accuracy_metrics
 from sdpo_jax.model import Model, Params
 from sdpo_jax.training.checkpoint import Checkpoints, Restored
-from sdpo_jax.training.loop import LoadParams, Trainer
 from sdpo_jax.training.parameters import refuse_another_base
 from sdpo_jax.training.state import make_parameters
+from sdpo_jax.training.trainer import LoadParams, Trainer
 
 
 def restore_student(

@@ -18,14 +18,12 @@ and the others follow its verdict. The directory lies on a file system that all 
 # pyright: reportUnknownVariableType=false
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -36,8 +34,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sdpo_jax.errors import UserError
+from sdpo_jax.training.manifest import MANIFEST, Damaged, read_manifest, verify, write_manifest
 
-MANIFEST = "sdpo_manifest.json"
 _NOTHING_SAVED, _ALL_DAMAGED = -1, -2  # verdicts of process 0 beside a step
 _DISK_ERRORS = (
     "No space left",
@@ -54,10 +52,6 @@ class Restored(NamedTuple):
     step: int
     state: Any
     extra: dict[str, Any]
-
-
-class Damaged(Exception):
-    """A step's files disagree with its manifest; the message names the file."""
 
 
 class Checkpoints:
@@ -185,7 +179,7 @@ class Checkpoints:
         step = self._find()
         if step is None:
             return None
-        saved = _read_manifest(self._manifest_path(step))["arrays"]
+        saved = read_manifest(self._manifest_path(step))["arrays"]
         _refuse_other_arrays(saved, _describe(template), self._directory / str(step))
         manager = self._open()
         manager.reload()
@@ -211,7 +205,7 @@ class Checkpoints:
         step = self._find()
         if step is None:
             return None
-        saved = _read_manifest(self._manifest_path(step))["arrays"]
+        saved = read_manifest(self._manifest_path(step))["arrays"]
         part = {key: value for key, value in saved.items() if key.startswith(f"{name}.")}
         wanted, folder = {name: jax.tree.map(_abstract, template)}, self._directory / str(step)
         _refuse_other_arrays(part, _describe(wanted), folder)
@@ -272,7 +266,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             if self._leader:
-                _write_manifest(self._directory / str(step), step, arrays)
+                write_manifest(self._directory / str(step), step, arrays)
                 self._drop_old()
         except BaseException as error:
             self._error = error
@@ -305,7 +299,7 @@ class Checkpoints:
                 self._warn(f"checkpoint {path}: no manifest, never completed; skipped")
                 continue
             try:
-                _verify(path)
+                verify(path)
             except Damaged as error:
                 damaged = True
                 aside = _free_name(self._directory / f"{step}.corrupt")
@@ -377,56 +371,3 @@ def _refuse_other_arrays(saved: dict[str, Any], wanted: dict[str, Any], where: P
 def _spell(array: list[Any]) -> str:
     dtype, shape = array
     return f"{dtype}[{', '.join(map(str, shape))}]"
-
-
-def _hash_file(path: Path) -> str:
-    digest = blake2b(digest_size=32)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _hash_json(body: dict[str, Any]) -> str:
-    return blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=32).hexdigest()
-
-
-def _write_manifest(path: Path, step: int, arrays: dict[str, Any]) -> None:
-    """Hashes every file of a committed step; the rename at the end makes the step complete."""
-    files = {
-        str(file.relative_to(path)): {"bytes": file.stat().st_size, "blake2b": _hash_file(file)}
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not file.name.startswith(MANIFEST)
-    }
-    body = {"format": 1, "step": step, "arrays": arrays, "files": files}
-    partial = path / f"{MANIFEST}.partial"
-    with partial.open("w") as file:
-        json.dump({"blake2b": _hash_json(body), "body": body}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path / MANIFEST)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_bytes())
-        body = manifest["body"]
-        intact = manifest["blake2b"] == _hash_json(body)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise Damaged(f"{path.name} cannot be read ({error})") from error
-    if not intact:
-        raise Damaged(f"{path.name} was altered")
-    return body
-
-
-def _verify(path: Path) -> None:
-    """Raises `Damaged` with the first file that is not what the manifest says."""
-    for name, expected in _read_manifest(path / MANIFEST)["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise Damaged(f"{name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            size = file.stat().st_size
-            raise Damaged(f"{name} has {size} bytes instead of {expected['bytes']}")
-        if _hash_file(file) != expected["blake2b"]:
-            raise Damaged(f"{name} was altered (its hash differs from the manifest)")

@@ -1,4 +1,4 @@
-"""The training loop: rollouts, feedback, teacher, update; evaluation, metrics, checkpoints.
+"""The training loop: steps, evaluation, metrics, checkpoints.
 
 `train(config, model, params, tokenizer, environment)` is the whole program; the command line is a
 thin shell over it.
@@ -12,218 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.config import Config, GrpoObjective, SdpoObjective, SftObjective
+from sdpo_jax.config import Config, SftObjective
 from sdpo_jax.data.jsonl import Demonstration
-from sdpo_jax.data.pipeline import prompt_batches
-from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.errors import UserError
-from sdpo_jax.evaluation.accuracy import Evaluator
-from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
-from sdpo_jax.losses.objectives import grpo_per_token, sdpo_per_token, sft_per_token
 from sdpo_jax.model import Model, Params
-from sdpo_jax.sampling.sampler import Sampler
-from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training import run_directory
-from sdpo_jax.training.checkpoint import Checkpoints, Restored
-from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.training.console import Console, batch_arithmetic
 from sdpo_jax.training.distributed import any_process
 from sdpo_jax.training.metrics import MetricsLog
-from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
-from sdpo_jax.training.parameters import checksum, refuse_another_base
-from sdpo_jax.training.sources import DemonstrationSource, RolloutSource, Source
-from sdpo_jax.training.state import (
-    TrainState,
-    abstract_state,
-    base_is_teacher,
-    create_state,
-    make_optimizer,
-    make_parameters,
-    make_teacher,
-    state_shardings,
-)
-from sdpo_jax.training.step import Metrics, follow, make_train_step, teacher_forward
-
-LoadParams: TypeAlias = Callable[[], Params]
-"""Loads a run's initial weights."""
-
-
-class Trainer:
-    """The compiled programs of a run and what feeds them."""
-
-    def __init__(
-        self,
-        config: Config,
-        model: Model,
-        tokenizer: Tokenizer,
-        environment: Environment,
-        demonstrations: Sequence[Demonstration] = (),
-    ):
-        self.config, self.tokenizer, self._model = config, tokenizer, model
-        self.devices = Devices(make_mesh(config.mesh))
-        self.teacher, self.parameters = make_teacher(config), make_parameters(config)
-        updates = config.train.steps * config.train.mini_batches
-        self.optimizer = make_optimizer(config.optimizer, updates)
-        self.shardings = state_shardings(
-            model, self.devices, self.optimizer, self.teacher, self.parameters
-        )
-        self._merged = jax.jit(self.parameters.merged)
-        self.sampler = Sampler(model, self.devices, tokenizer.stop_ids)
-        teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
-        self.evaluator = Evaluator(config, self.sampler, tokenizer, environment, teacher_prompts)
-        self._train_step = jax.jit(
-            make_train_step(
-                model,
-                _per_token_loss(config),
-                self.optimizer,
-                self.parameters,
-                head_chunk_tokens=config.train.head_chunk_tokens,
-            ),
-            donate_argnums=0,
-            out_shardings=(self.shardings, self.devices.replicated),
-        )
-        if self.teacher is not None:
-            self._follow = jax.jit(
-                partial(follow, self.teacher, self.parameters),
-                donate_argnums=0,
-                out_shardings=self.shardings,
-            )
-        self.source = self._source(model, environment, demonstrations, teacher_prompts)
-
-    def _source(
-        self,
-        model: Model,
-        environment: Environment,
-        demonstrations: Sequence[Demonstration],
-        teacher_prompts: TeacherPrompts,
-    ) -> Source:
-        config, objective, devices = self.config, self.config.objective, self.devices
-        if isinstance(objective, SftObjective):
-            batches = prompt_batches(
-                demonstrations, batch_size=config.data.rows_per_step, seed=config.seed
-            )
-            return DemonstrationSource(config, objective, batches, self.tokenizer, devices)
-        if isinstance(objective, SdpoObjective):
-            forward = jax.jit(
-                partial(teacher_forward, model),
-                out_shardings=(devices.micro_batches, devices.replicated),
-            )
-            updates = SdpoUpdates(config, objective, devices, teacher_prompts, forward)
-        else:
-            updates = GrpoUpdates(config, objective, devices)
-        prompts = prompt_batches(
-            environment.train, batch_size=config.rollout.prompts_per_step, seed=config.seed
-        )
-        return RolloutSource(config, prompts, environment, self.tokenizer, self.sampler, updates)
-
-    def initial_state(self, params: Params) -> TrainState:
-        """Step 0: the given weights, an empty optimiser, the teacher equal to the student."""
-        return create_state(
-            params, self.optimizer, self.teacher, self.shardings, self.parameters, self.config.seed
-        )
-
-    def restore(self, checkpoints: Checkpoints, load_params: LoadParams) -> Restored | None:
-        """The run's last intact checkpoint; None if there is none.
-
-        The initial weights are loaded only where adapters need them as their base.
-        """
-        template = abstract_state(
-            self._model, self.optimizer, self.teacher, self.shardings, self.parameters
-        )
-        restored = checkpoints.restore(template)
-        if restored is None or self.config.lora.rank == 0:
-            return restored
-        base = jax.jit(self.parameters.base, out_shardings=self.shardings.base)(load_params())
-        refuse_another_base(base, restored.extra["base"], self.config.model.path)
-        return restored._replace(state=restored.state.replace(base=base))
-
-    @property
-    def size(self) -> int:
-        """Number of the model's parameters."""
-        shapes = jax.eval_shape(self._model.init, jax.random.key(0))
-        return sum(x.size for x in jax.tree.leaves(shapes))
-
-    def student(self, state: TrainState) -> Params:
-        """The model's weights as they are now, adapters added in."""
-        return state.params if state.base is None else self._merged(state.base, state.params)
-
-    def teacher_params(self, state: TrainState, student: Params) -> Params:
-        """The weights that the teacher runs with; None without a teacher."""
-        if self.teacher is None:
-            return None
-        student = state.base if base_is_teacher(self.config) else student
-        return self.teacher.params(state.teacher, student)
-
-    def step(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """One generation batch: rollouts, feedback, teacher, updates; the teacher follows once."""
-        clock = Clock()
-        student = self.student(state)
-        updates, row = self.source(student, self.teacher_params(state, student), step, clock)
-        with clock.phase("train"):
-            measured: list[Metrics] = []
-            for update in updates:
-                state, metrics = self._train_step(state, update.batch, update.constants)
-                clock.count("train", update.tokens)
-                measured.append(metrics)
-            if self.teacher is not None and measured:
-                any_finite = jnp.any(jnp.stack([m.finite for m in measured]))
-                state = self._follow(state, any_finite)
-            row |= _summarise(self.devices.fetch(measured))
-        return state, row | clock.read()
-
-    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        """Held-out accuracy of the student, and of the teacher in context.
-
-        Under `sft` there is no teacher; the model itself, shown a context, stands in for one.
-        """
-        is_sft = isinstance(self.config.objective, SftObjective)
-        student = self.student(state)
-        teacher = student if is_sft else self.teacher_params(state, student)
-        return self.evaluator(student, teacher, step)
-
-
-def _per_token_loss(config: Config) -> Any:
-    objective = config.objective
-    if isinstance(objective, SdpoObjective):
-        divergence = partial(full_vocabulary_loss, alpha=objective.alpha)
-        if objective.top_k:
-            divergence = partial(
-                top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True
-            )
-        return sdpo_per_token(divergence, importance_cap=objective.importance_cap)
-    if isinstance(objective, GrpoObjective):
-        return grpo_per_token(
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            dual_clip=objective.dual_clip,
-        )
-    return sft_per_token()
-
-
-def _summarise(measured: list[Metrics]) -> dict[str, Any]:
-    """Means over active tokens of all updates of a step."""
-    if not measured:  # Nothing in this batch could move the parameters.
-        return {"updates": 0, "skipped": 0}
-    tokens = max(1.0, sum(float(m.tokens) for m in measured))
-    row: dict[str, Any] = {
-        name: sum(float(m.sums[name]) for m in measured) / tokens for name in measured[0].sums
-    }
-    if "correct" in row:
-        row["token_accuracy"] = row.pop("correct")
-    return row | {
-        "loss": sum(float(m.loss) for m in measured) / len(measured),
-        "grad_norm": sum(float(m.grad_norm) for m in measured) / len(measured),
-        "tokens": tokens,
-        "updates": len(measured),
-        "skipped": int(measured[-1].skipped),
-    }
+from sdpo_jax.training.parameters import checksum
+from sdpo_jax.training.trainer import LoadParams, Trainer
 
 
 def train(
