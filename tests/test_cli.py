@@ -115,11 +115,11 @@ def rows_of(run_dir):
     ]
 
 
-def final_state(run_dir):
+def final_state(run_dir, step=STEPS):
     """Parameters, optimiser and teacher after the last step, as they lie on disk."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for a sharding; this is one device's
-        return ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(STEPS) / "state")
+        return ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(step) / "state")
 
 
 def assert_same_run(run_dir, other):
@@ -312,6 +312,23 @@ def test_a_run_of_a_pod_is_converted_on_one_device_without_its_environment(
         main(["convert", str(run_dir), str(tmp_path / "out")])
     assert exit_.value.code == 0
     assert load_params(tmp_path / "out", load_architecture(tmp_path / "out"))
+
+
+def test_convert_adds_adapters_in(sdpo, tmp_path):
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    steps = ["--train.steps", "2", "--evaluation.every-steps", "0"]
+    sdpo.run(*train_words(run_dir, *steps, "--lora.rank", "2", "--lora.alpha", "6"))
+    sdpo.run("convert", str(run_dir), str(out), "--dtype", "float32")
+    converted = load_params(out, load_architecture(out))["layers"]
+    start = load_parts(load_recipe(RECIPE))["params"]()["layers"]
+    adapters = final_state(run_dir, step=2)["params"]
+    for name, matrix in start.items():
+        expected = np.asarray(matrix, np.float64)
+        if name in adapters:
+            down, up = (np.asarray(adapters[name][part], np.float64) for part in ("down", "up"))
+            assert np.any(up)
+            expected = expected + 6 / 2 * np.einsum("lir,lro->lio", down, up)
+        np.testing.assert_allclose(converted[name], expected, atol=1e-6)
 
 
 def test_convert_writes_the_dtype_that_is_asked_for(finished, tmp_path):
