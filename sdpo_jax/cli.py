@@ -233,7 +233,10 @@ def _model(config: Config, folder: Path) -> tuple[Any, Any]:
             f"vocabulary of {config.model.path}; 0 compares all of it"
         )
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.model.dtype]
-    model = build_model(architecture, dtype=dtype, remat=config.model.remat)
+    attention = config.model.attention
+    if attention == "auto":
+        attention = "splash" if jax.default_backend() == "tpu" else "xla"
+    model = build_model(architecture, dtype=dtype, remat=config.model.remat, attention=attention)
     key = jax.random.key(0)
     jax.eval_shape(make_parameters(config).trainable, jax.eval_shape(model.init, key), key)
     return architecture, model

@@ -20,8 +20,11 @@ class ModelConfig:
     """What the chat template is told as `enable_thinking`; `template` leaves it to its default."""
     random_init: bool = False
     """Take only config and tokenizer from `path` and draw fresh weights from the run's seed."""
-    remat: Literal["none", "full"] = "none"
-    """What the backward pass recomputes: nothing, or each layer (less memory, one more forward)."""
+    remat: Literal["none", "dots", "full", "offload"] = "none"
+    """What the backward pass makes again to save memory: nothing; all but the outputs of matrix
+    products; each layer (one more forward); each layer, with their inputs in the host's memory."""
+    attention: Literal["auto", "xla", "splash"] = "auto"
+    """Form over whole sequences: `splash` is a TPU kernel, `auto` takes it on a TPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; weights and optimiser stay float32."""
 
@@ -174,8 +177,12 @@ class TrainConfig:
     steps: int = 60
     mini_batches: int = 1
     """Optimiser updates per generation batch; above 1 the later ones are off-policy."""
-    micro_batch_rows: int = 32
-    """Rows per forward and backward pass; the result does not depend on it."""
+    micro_batch_tokens: int = 8192
+    """Tokens per forward and backward pass on each shard of the rows, about; the result does not
+    depend on it."""
+    share_prompts: Literal["auto", "on", "off"] = "auto"
+    """Whether teacher and student run a prompt once for all its siblings; `auto`: on a CPU. The
+    result does not depend on it."""
     head_chunk_tokens: int = 1024
     """Tokens whose logits exist at a time."""
 

@@ -80,7 +80,6 @@ class Devices:
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
         self.rows = NamedSharding(mesh, ROWS)
-        self.micro_batches = NamedSharding(mesh, P(None, *ROWS))
         self.replicated = NamedSharding(mesh, P())
         self.row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -108,9 +107,16 @@ class Devices:
         """Host array `[B, ...]` to devices, rows split."""
         return jax.device_put(array, self.rows)
 
-    def put_micro_batches(self, array: Any) -> jax.Array:
-        """Host array `[A, R, ...]` to devices, rows of each micro-batch split."""
-        return jax.device_put(array, self.micro_batches)
+    def jit(self, function: Any, **options: Any) -> Any:
+        """`jax.jit`, traced and called under this mesh: attention asks it where rows lie."""
+        compiled = jax.jit(function, **options)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with jax.set_mesh(self.mesh):
+                return compiled(*args, **kwargs)
+
+        call.compiled = compiled  # pyright: ignore[reportFunctionMemberAccess]
+        return call
 
     def fetch(self, tree: Any) -> Any:
         """Device arrays to host, whole, on every process; one transfer for the tree."""

@@ -31,14 +31,15 @@ _TYPE_NAMES: dict[Any, str] = {
 # cuts the same sums. Resuming is bit for bit only where the cut (mesh, micro-batch, chunk) stays.
 _MAY_CHANGE = {
     *("run_dir", "checkpoint.every_steps", "checkpoint.keep", "optimizer.max_skipped_updates"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat"),
-    *("train.micro_batch_rows", "train.head_chunk_tokens", "evaluation.batch_prompts"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.attention"),
+    *("train.micro_batch_tokens", "train.share_prompts", "train.head_chunk_tokens"),
+    "evaluation.batch_prompts",
 }
 
 _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prompts_per_step
     rollout.rollouts_per_prompt rollout.max_prompt_tokens rollout.max_response_tokens
     teacher.max_prompt_tokens teacher.max_feedback_tokens data.rows_per_step data.max_tokens
-    optimizer.max_skipped_updates train.steps train.mini_batches train.micro_batch_rows
+    optimizer.max_skipped_updates train.steps train.mini_batches train.micro_batch_tokens
     train.head_chunk_tokens mesh.fsdp mesh.tensor evaluation.samples_per_prompt
     evaluation.batch_prompts checkpoint.every_steps checkpoint.keep"""
 _CAPS = "objective.importance_cap objective.clip_high optimizer.clip_norm"

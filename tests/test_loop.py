@@ -56,7 +56,7 @@ BASE = Config(
     teacher=TeacherConfig(max_prompt_tokens=160, max_feedback_tokens=32),
     data=DataConfig(rows_per_step=4, max_tokens=32),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
-    train=TrainConfig(steps=STEPS, micro_batch_rows=8, head_chunk_tokens=48),
+    train=TrainConfig(steps=STEPS, micro_batch_tokens=1024, head_chunk_tokens=48),
     evaluation=EvaluationConfig(every_steps=1, prompts=2, samples_per_prompt=2, batch_prompts=2),
     checkpoint=CheckpointConfig(every_steps=1, keep=9),
 )

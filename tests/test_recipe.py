@@ -400,7 +400,7 @@ def test_resolved_config_round_trips(config: Config, tmp_path: Path):
 RESUMABLE = [
     Config(),
     Config(run_dir="elsewhere"),
-    Config(train=TrainConfig(steps=600, micro_batch_rows=8, head_chunk_tokens=64)),
+    Config(train=TrainConfig(steps=600, micro_batch_tokens=1024, head_chunk_tokens=64)),
     Config(checkpoint=CheckpointConfig(every_steps=3, keep=9)),
     Config(mesh=MeshConfig(data=1, fsdp=4)),
     Config(optimizer=OptimizerConfig(max_skipped_updates=9)),

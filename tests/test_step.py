@@ -92,7 +92,7 @@ class Programs(NamedTuple):
 
 
 @cache
-def programs(name, mesh=(1, 1, 1), micro_batch_rows=8, alpha=ALPHA):
+def programs(name, mesh=(1, 1, 1), micro_batch_tokens=1024, alpha=ALPHA):
     config = Config(
         objective=OBJECTIVES[name],
         rollout=RolloutConfig(temperature=TEMPERATURE),
@@ -269,7 +269,7 @@ def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction
     prompts, metrics = sdpo_updates(run)._contexts(data, 0)
     assert [i for i, ids in enumerate(prompts) if ids is not None] == SIGNAL
     assert metrics["teacher_signal"] == 0.5
-    shape = layout(8, 14, micro_batch_rows=8, shards=1)
+    shape = layout(8, 14, micro_batch_tokens=1024, shards=1)
     shown = [ids or data.prompt_ids[i] for i, ids in enumerate(prompts)]
     hidden, head = run.forward(
         teacher_weights(), make_rows(shown, data.response_ids, shape, run.devices)
@@ -329,7 +329,7 @@ def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
     prompts = [TOKENIZER.render(d.messages) for d in demonstrations()]
     responses = [[*TOKENIZER.encode(d.response), TOKENIZER.END] for d in demonstrations()]
     lengths = np.array([len(r) for r in responses], np.int32)
-    shape = layout(6, 31, micro_batch_rows=8, shards=1)
+    shape = layout(6, 31, micro_batch_tokens=1024, shards=1)
     weights, denominator = reduction_weights(lengths, np.ones(6, np.bool_), 32, reduction)
     batch = Batch(
         make_rows(prompts, responses, shape, run.devices),
@@ -369,7 +369,7 @@ def test_a_teacher_with_the_students_weights_and_prompt_teaches_nothing(alpha):
 
 def test_no_gradient_reaches_the_teacher():
     run, data = programs("sdpo"), experience()
-    shape = layout(8, 14, micro_batch_rows=8, shards=1)
+    shape = layout(8, 14, micro_batch_tokens=1024, shards=1)
     rows = make_rows(data.prompt_ids, data.response_ids, shape, run.devices)
 
     def total(params):
@@ -381,7 +381,7 @@ def test_no_gradient_reaches_the_teacher():
 
 def test_the_teacher_forward_computes_no_more_micro_batches_than_hold_rows():
     run, data = programs("sdpo"), experience()
-    shape = layout(8, 14, micro_batch_rows=8, shards=1)
+    shape = layout(8, 14, micro_batch_tokens=1024, shards=1)
     rows = make_rows(data.prompt_ids, data.response_ids, shape, run.devices)
     hidden, _ = run.forward(teacher_weights(), rows)
     nothing, _ = run.forward(teacher_weights(), rows._replace(filled=np.int32(0)))

@@ -89,7 +89,7 @@ def trainer_of(name, weights: Literal["ema", "frozen"] = "ema", mini_batches=1):
         ),
         teacher=TeacherConfig(weights=weights, max_prompt_tokens=160, max_feedback_tokens=32),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
-        train=TrainConfig(mini_batches=mini_batches, micro_batch_rows=8, head_chunk_tokens=48),
+        train=TrainConfig(mini_batches=mini_batches, micro_batch_tokens=1024, head_chunk_tokens=48),
     )
     judge = Judge(mixed)
     return Trainer(config, MODEL, TOKENIZER, judge), judge

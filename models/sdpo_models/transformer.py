@@ -20,9 +20,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from sdpo_jax.model import Model, Params, Prefix, SuffixCache
+from sdpo_jax.model import Blocks, Model, Params, Prefix, SuffixCache
 from sdpo_models.architecture import Architecture
+from sdpo_models.attention import (
+    blocks_attention,
+    masked_attention,
+    prefix_and_suffix_attention,
+)
 from sdpo_models.rope import inverse_frequencies
 
 
@@ -198,19 +204,6 @@ def _project(a: Architecture, weights: Params, h: jax.Array, name: str) -> jax.A
     return out.reshape(by_head)
 
 
-def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention of `q: [B, S, Q, d]` over `k, v: [B, S, H, d]` where `mask[B, S, S]`.
-
-    A row that may attend to nothing attends to everything evenly: finite, and never read.
-    """
-    b, s, heads, d = q.shape
-    q = q.reshape(b, s, k.shape[2], -1, d)
-    scores = jnp.einsum("bqhrd,bkhd->bhrqk", q, k, preferred_element_type=jnp.float32) * d**-0.5
-    scores = jnp.where(mask[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhrqk,bkhd->bqhrd", weights, v).reshape(b, s, heads, d)
-
-
 def causal_mask(segments: jax.Array) -> jax.Array:
     """`[B, S] -> [B, S, S]`: same segment and not after."""
     order = jnp.arange(segments.shape[1])
@@ -218,11 +211,15 @@ def causal_mask(segments: jax.Array) -> jax.Array:
     return same & (order[None, :, None] >= order[None, None, :])
 
 
+Remat = Literal["none", "dots", "full", "offload"]
+
+
 class Settings(NamedTuple):
     """How to compute, as against what: static under jit."""
 
     dtype: Any
-    remat: Literal["none", "full"]
+    remat: Remat
+    attention: Literal["xla", "splash"]
 
 
 def hidden(
@@ -231,22 +228,71 @@ def hidden(
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
-    segments: jax.Array,
+    attention: jax.Array | Blocks,
 ) -> jax.Array:
     """Final-norm hidden states `[B, S, D]`; see `sdpo_jax.model.HiddenFn`."""
-    mask, turns = causal_mask(segments), rotations(a, positions)
-    distance = positions[:, :, None] - positions[:, None, :]
+    turns = rotations(a, positions.reshape(-1))
+    attend = _whole_sequences(a, settings, positions, attention)
 
     def layer_step(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
-        seen = mask & in_window(a, layer.slides, distance)
-        x, _ = block(a, layer, x, turns, lambda q, k, v: (masked_attention(q, k, v, seen), None))
-        return x, None
+        x = checkpoint_name(x, "layer_input")
+        return block(a, layer, x, turns, partial(attend, layer.slides))[0], None
 
+    # All tokens on one axis: XLA:CPU multiplies [B·S, D] a quarter faster than [B, S, D].
+    x = params["embedding"].astype(settings.dtype)[tokens.reshape(-1)]
+    x, _ = jax.lax.scan(_recomputed(settings, layer_step), x, stacked_layers(a, params))
+    return rms_norm(x, params["final_norm"], a.norm_epsilon).reshape(*tokens.shape, -1)
+
+
+def _whole_sequences(
+    a: Architecture, settings: Settings, positions: jax.Array, attention: jax.Array | Blocks
+) -> Callable[..., tuple[jax.Array, Any]]:
+    """`attend(slides, q, k, v)` of tokens on one axis, `[B·S, heads, d]`; keeps keys and values."""
+    form = _form(a, settings, positions, attention)
+
+    def attend(slides: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        qkv = (x.reshape(*positions.shape, *x.shape[1:]) for x in (q, k, v))
+        return form(*qkv, slides=slides).reshape(q.shape), (k, v)
+
+    return attend
+
+
+def _form(
+    a: Architecture, settings: Settings, positions: jax.Array, attention: jax.Array | Blocks
+) -> Callable[..., jax.Array]:
+    if isinstance(attention, Blocks):
+        return partial(blocks_attention, blocks=attention, window=a.sliding_window)
+    if settings.attention == "splash":
+        from sdpo_models.splash import splash_attention  # Pallas takes half a second to import
+
+        return partial(splash_attention, segments=attention, window=a.sliding_window)
+    mask = causal_mask(attention)
+    distance = positions[:, :, None] - positions[:, None, :]
+
+    def masked(q: jax.Array, k: jax.Array, v: jax.Array, *, slides: Any) -> jax.Array:
+        return masked_attention(q, k, v, mask & in_window(a, slides, distance))
+
+    return masked
+
+
+def _recomputed(settings: Settings, layer_step: Any) -> Any:
+    """The step of a scan, with what the backward pass makes again instead of keeping it."""
+    policies = jax.checkpoint_policies
+    if settings.remat == "none":
+        return layer_step
     if settings.remat == "full":
-        layer_step = jax.checkpoint(layer_step)
-    x = params["embedding"].astype(settings.dtype)[tokens]
-    x, _ = jax.lax.scan(layer_step, x, stacked_layers(a, params))
-    return rms_norm(x, params["final_norm"], a.norm_epsilon)
+        return jax.checkpoint(layer_step, prevent_cse=False)
+    if settings.remat == "dots":
+        return jax.checkpoint(
+            layer_step, policy=policies.dots_with_no_batch_dims_saveable, prevent_cse=False
+        )
+    policy = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
 
 
 def head(a: Architecture, settings: Settings, params: Params) -> jax.Array:
@@ -261,18 +307,17 @@ def prefill(
     """Runs prompts `[P, S]`, padded on the right; see `sdpo_jax.model.PrefillFn`."""
     p, s = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(s)[None], (p, s))
-    mask, turns = (
-        causal_mask((positions < lengths[:, None]).astype(jnp.int32)),
-        rotations(a, positions),
-    )
-    distance = positions[:, :, None] - positions[:, None, :]
+    turns = rotations(a, positions.reshape(-1))
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    attend = _whole_sequences(a, settings, positions, segments)
 
     def layer_step(x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
-        seen = mask & in_window(a, layer.slides, distance)
-        return block(a, layer, x, turns, lambda q, k, v: (masked_attention(q, k, v, seen), (k, v)))
+        return block(a, layer, x, turns, partial(attend, layer.slides))
 
-    x = params["embedding"].astype(settings.dtype)[tokens]
-    x, (keys, values) = jax.lax.scan(layer_step, x, stacked_layers(a, params))
+    x = params["embedding"].astype(settings.dtype)[tokens.reshape(-1)]
+    x, kept = jax.lax.scan(layer_step, x, stacked_layers(a, params))
+    keys, values = (y.reshape(a.layers, p, s, *y.shape[2:]) for y in kept)
+    x = x.reshape(p, s, -1)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     heads_first = partial(jnp.swapaxes, axis1=2, axis2=3)
     return Prefix(
@@ -287,35 +332,6 @@ def suffix_cache(a: Architecture, settings: Settings, rows: int, max_tokens: int
     """An empty cache, head before position: the layout that a TPU decodes in place."""
     shape = (a.layers, rows, a.kv_heads, max_tokens, a.head_size)
     return SuffixCache(jnp.zeros(shape, settings.dtype), jnp.zeros(shape, settings.dtype))
-
-
-def prefix_and_suffix_attention(
-    q: jax.Array,
-    prefix: tuple[jax.Array, jax.Array, jax.Array],
-    suffix: tuple[jax.Array, jax.Array, jax.Array],
-) -> jax.Array:
-    """One query per rollout over its prompt and its own tokens.
-
-    `q: [N, Q, d]`; prefix keys and values `[P, H, S, d]`, read once for all `G` rollouts of a
-    prompt, with a mask `[P, G, S]` (or `[P, 1, S]`); suffix keys and values `[N, H, T, d]` with a
-    mask `[N, T]`.
-    """
-    (pk, pv, p_mask), (sk, sv, s_mask) = prefix, suffix
-    n, heads, d = q.shape
-    p, kv = pk.shape[:2]
-    g, r = n // p, heads // kv
-    scale = d**-0.5
-    grouped = q.reshape(p, g, kv, r, d)
-    a = jnp.einsum("pghrd,phsd->pghrs", grouped, pk, preferred_element_type=jnp.float32) * scale
-    a = jnp.where(p_mask[:, :, None, None], a, -1e30).reshape(n, kv, r, -1)
-    b = jnp.einsum(
-        "nhrd,nhtd->nhrt", q.reshape(n, kv, r, d), sk, preferred_element_type=jnp.float32
-    )
-    b = jnp.where(s_mask[:, None, None], b * scale, -1e30)
-    weights = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1).astype(sv.dtype)
-    a, b = jnp.split(weights, [pk.shape[2]], axis=-1)
-    out = jnp.einsum("pghrs,phsd->pghrd", a.reshape(p, g, kv, r, -1), pv).reshape(n, kv, r, d)
-    return (out + jnp.einsum("nhrt,nhtd->nhrd", b, sv)).reshape(n, heads, d)
 
 
 def decode(
@@ -360,10 +376,22 @@ def decode(
 
 
 def build_model(
-    a: Architecture, *, dtype: Any = jnp.float32, remat: Literal["none", "full"] = "none"
+    a: Architecture,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+    attention: Literal["xla", "splash"] = "xla",
 ) -> Model:
-    """The pure functions of `a`, computing in `dtype` from parameters of any float type."""
-    settings = Settings(dtype, remat)
+    """The pure functions of `a`, computing in `dtype` from parameters of any float type.
+
+    Args:
+      a: the architecture.
+      dtype: what it computes in.
+      remat: what the backward pass makes again: nothing; all but the outputs of matrix products; a
+        whole layer; a whole layer, with the layers' inputs moved to the host's memory.
+      attention: form over packed segments; `splash` is a TPU kernel.
+    """
+    settings = Settings(dtype, remat, attention)
     axes = jax.tree.map(lambda leaf: leaf.axes, parameter_table(a), is_leaf=_is_leaf)
     return Model(
         init=partial(init, a),
