@@ -93,10 +93,13 @@ class CacheFn(Protocol):
 
 
 class DecodeFn(Protocol):
-    """`decode(params, prefix, cache, tokens[N], step[N]) -> (hidden[N, D], cache)`.
+    """`decode(params, prefix, cache, tokens[N], step[N], place[], prompts) -> (hidden, cache)`.
 
-    Feeds token number `step` of each rollout's response. Row `n` continues prompt `n // G`, where
-    `G = N // P`. The cache is updated in place when donated or carried through a loop.
+    Feeds token number `step` of each rollout's response and keeps it at `place` of the cache, a
+    ring that all rollouts share: a rollout's earlier tokens lie in the `step` places before, latest
+    first. Row `n` continues prompt `prompts[n]`, or where that is None prompt `n // G`, with
+    `G = N // P`. Returns `[N, D]` and the cache, updated in place when donated or carried through a
+    loop.
     """
 
     def __call__(
@@ -106,7 +109,10 @@ class DecodeFn(Protocol):
         cache: SuffixCache,
         tokens: jax.Array,
         step: jax.Array,
+        place: jax.Array,
         /,
+        *,
+        prompts: jax.Array | None = None,
     ) -> tuple[jax.Array, SuffixCache]: ...
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.sampling.generate import draw, nucleus, rollout_keys
+from sdpo_jax.sampling.draw import Filters, draw, nucleus
+from sdpo_jax.sampling.generate import rollout_keys
 from sdpo_jax.sampling.sampler import Sampler
 
 STOP = (7, 11, 13, 17, 19)
@@ -55,7 +56,7 @@ def assert_same(a, b):
 
 
 def take(rollouts, rows):
-    return type(rollouts)(*(np.asarray(x)[rows] for x in rollouts))
+    return type(rollouts)(*(np.asarray(x)[rows] for x in rollouts[:4]))
 
 
 def test_a_draw_does_not_depend_on_what_else_is_in_the_batch(sampler, params, rollouts):
@@ -110,7 +111,7 @@ def test_temperature_zero_is_greedy_with_log_probs_at_temperature_one(sampler, p
 
 def test_the_stop_token_belongs_to_the_response_and_nothing_follows_it(rollouts):
     assert 0 < rollouts.stopped.sum() < len(rollouts.stopped)  # both kinds are here
-    for tokens, log_probs, length, stopped in zip(*rollouts, strict=True):
+    for tokens, log_probs, length, stopped in zip(*rollouts[:4], strict=True):
         response = tokens[:length]
         assert not np.isin(response[:-1], STOP).any()
         assert stopped == np.isin(response[-1], STOP)
@@ -122,9 +123,9 @@ def test_the_stop_token_belongs_to_the_response_and_nothing_follows_it(rollouts)
 def test_decoding_ends_with_the_last_row_and_padding_rows_do_not_delay_it(params):
     calls = []
 
-    def counting(*args):
+    def counting(*args, **options):
         jax.debug.callback(lambda: calls.append(1))
-        return MODEL.decode(*args)
+        return MODEL.decode(*args, **options)
 
     def greedy(prompt):
         logits = tiny.reference_logits(ARCHITECTURE, params, prompt)
@@ -136,12 +137,12 @@ def test_decoding_ends_with_the_last_row_and_padding_rows_do_not_delay_it(params
     rollouts = sampler(params, PROMPTS, prompt_rows=4, **dict(DEFAULTS, temperature=0.0))
     jax.effects_barrier()
     assert rollouts.lengths.tolist() == [1] * 12 and rollouts.stopped.all()
-    assert len(calls) == 1
+    assert len(calls) == rollouts.decoded == 1
 
 
 def test_every_position_draws_anew(params):
-    def same_distribution_again(params, prefix, cache, tokens, step):
-        del params, tokens, step
+    def same_distribution_again(params, prefix, cache, tokens, step, place, *, prompts):
+        del params, tokens, step, place, prompts
         return jnp.repeat(prefix.last_hidden, DEFAULTS["group"], axis=0), cache
 
     model = MODEL._replace(decode=same_distribution_again)
@@ -156,7 +157,7 @@ def test_draws_follow_the_softmax():
     for temperature in (1.0, 0.5):
         keys = rollout_keys(jnp.uint32(0), jnp.uint32(1), jnp.uint32(0), n // 4, 4)
         rows = jnp.broadcast_to(logits[None], (n, 5))
-        tokens, log_probs = jax.jit(draw)(keys, rows, jnp.float32(temperature))
+        tokens, log_probs = jax.jit(draw)(keys, rows, Filters(jnp.float32(temperature)))
         expected = np.exp(tiny.log_softmax(np.asarray(logits, np.float64) / temperature))
         counts = np.bincount(tokens, minlength=5)
         chi_square = np.sum((counts - n * expected) ** 2 / (n * expected))
@@ -175,7 +176,9 @@ def test_draws_with_top_p_follow_the_renormalised_nucleus():
         size = 1 + int(np.searchsorted(np.cumsum(chances[order]), top_p))
         expected = np.zeros(5)
         expected[order[:size]] = chances[order[:size]] / chances[order[:size]].sum()
-        tokens, log_probs = jax.jit(draw)(keys, rows, jnp.float32(temperature), jnp.float32(top_p))
+        tokens, log_probs = jax.jit(draw)(
+            keys, rows, Filters(jnp.float32(temperature), jnp.float32(top_p))
+        )
         counts = np.bincount(tokens, minlength=5)
         assert set(np.flatnonzero(counts)) == set(np.flatnonzero(expected))
         inside = expected > 0
@@ -199,12 +202,12 @@ def test_neither_temperature_nor_stop_ids_nor_seed_recompile(
     sampler, params, rollouts, monkeypatch
 ):
     del rollouts  # compiled for it
-    before = sampler._run._cache_size()
+    before = sampler._advance.compiled._cache_size()
     monkeypatch.setattr(sampler, "_stop_ids", np.arange(len(STOP), dtype=np.int32))
     for change in ({"temperature": 0.0}, {"seed": 9, "step": 1}, {"first_prompt": 8}):
         sampler(params, PROMPTS, **dict(DEFAULTS, **change))
     sampler(params, [row[:-1] for row in PROMPTS], **DEFAULTS)  # other lengths, the same bucket
-    assert sampler._run._cache_size() == before
+    assert sampler._advance.compiled._cache_size() == before
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)])

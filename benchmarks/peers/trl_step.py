@@ -16,7 +16,6 @@ import logging
 import os
 import platform
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -48,37 +47,8 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
-
-CONTROL = ("<end>", "<user>", "<assistant>", "<foreign>")
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-HEADERS = 3
-"""Control tokens that the template adds to one message."""
-
-
-def word(i: int) -> str:
-    return CONTROL[i] if i < len(CONTROL) else f"[{i:05x}]"
-
-
-def make_tokenizer(s: Setting) -> Any:
-    words = Tokenizer(WordLevel({word(i): i for i in range(s.vocabulary)}, unk_token="<foreign>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    # Padding is the stop token, which never is sampled here: no padding inside a response.
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<end>",
-        eos_token="<end>",
-        unk_token="<foreign>",
-        padding_side="left",
-    )
-    made.chat_template = CHAT
-    return made
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from words import feedback, make_tokenizer, passes, questions
 
 
 def make_model(s: Setting, folder: str, tokenizer: Any) -> str:
@@ -102,31 +72,16 @@ def make_model(s: Setting, folder: str, tokenizer: Any) -> str:
 
 def make_data(s: Setting, hard: int) -> Any:
     """As many prompts as a step has."""
-
-    def question(i: int) -> str:
-        random = torch.Generator().manual_seed(i)
-        size = (s.prompt_tokens - HEADERS,)
-        ids = torch.randint(len(CONTROL), s.vocabulary, size, generator=random)
-        return " ".join(map(word, ids.tolist()))
-
-    feedback = " ".join(["word"] * (s.teacher_prompt_tokens - s.prompt_tokens))
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": question(i)}],
-                "privileged_context": feedback,
-                "hard": i < hard,
-            }
-            for i in range(s.prompts)
-        ]
-    )
+    rows = [
+        {"prompt": question, "privileged_context": feedback(s), "hard": i < hard}
+        for i, question in enumerate(questions(s))
+    ]
+    return Dataset.from_list(rows)
 
 
 def checksum_reward(completions: list[Any], hard: list[bool], **_: Any) -> list[float]:
     texts = [completion[0]["content"] for completion in completions]
-    return [
-        float(zlib.crc32(t.encode()) % 2 == 0 and not h) for t, h in zip(texts, hard, strict=True)
-    ]
+    return [float(passes(text) and not h) for text, h in zip(texts, hard, strict=True)]
 
 
 class Watch(TrainerCallback):

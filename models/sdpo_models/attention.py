@@ -2,7 +2,7 @@
 
     masked_attention              rows of packed segments, any mask; plain XLA, for any device
     blocks_attention              sequences that share their prompts, laid end to end; for CPUs
-    prefix_and_suffix_attention   one new token per rollout, over its prompt and its own tokens
+    one_token_attention           one new token per rollout, over its prompt and its own tokens
 
 `splash.py` has the TPU kernel for packed segments. `blocks_attention` walks a table of query blocks
 (`sdpo_jax.model.Blocks`) and, for each, the keys that it may see, with a softmax that is corrected
@@ -25,6 +25,10 @@ from sdpo_jax.model import BLOCK_TOKENS, Blocks
 NEVER = -1e30
 
 
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention of `q: [B, S, Q, d]` over `k, v: [B, S, H, d]` where `mask[B, S, S]`.
 
@@ -38,33 +42,35 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     return jnp.einsum("bhrqk,bkhd->bqhrd", weights, v).reshape(b, s, heads, d)
 
 
-def prefix_and_suffix_attention(
+def one_token_attention(
     q: jax.Array,
     prefix: tuple[jax.Array, jax.Array, jax.Array],
     suffix: tuple[jax.Array, jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-    """One query per rollout over its prompt and its own tokens.
+    """One query per rollout over its prompt, its past tokens and itself, in one softmax.
 
     `q: [N, Q, d]`; prefix keys and values `[P, H, S, d]`, read once for all `G` rollouts of a
     prompt, with a mask `[P, G, S]` (or `[P, 1, S]`); suffix keys and values `[N, H, T, d]` with a
-    mask `[N, T]`.
+    mask `[N, T]`; the tokens' own keys and values `[N, H, d]`. Returns `[N, Q, d]`.
     """
-    (pk, pv, p_mask), (sk, sv, s_mask) = prefix, suffix
+    (pk, pv, p_mask), (sk, sv, s_mask), (k, v) = prefix, suffix, own
     n, heads, d = q.shape
     p, kv = pk.shape[:2]
     g, r = n // p, heads // kv
-    scale = d**-0.5
-    grouped = q.reshape(p, g, kv, r, d)
-    a = jnp.einsum("pghrd,phsd->pghrs", grouped, pk, preferred_element_type=jnp.float32) * scale
-    a = jnp.where(p_mask[:, :, None, None], a, NEVER).reshape(n, kv, r, -1)
-    b = jnp.einsum(
-        "nhrd,nhtd->nhrt", q.reshape(n, kv, r, d), sk, preferred_element_type=jnp.float32
-    )
-    b = jnp.where(s_mask[:, None, None], b * scale, NEVER)
-    weights = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1).astype(sv.dtype)
-    a, b = jnp.split(weights, [pk.shape[2]], axis=-1)
-    out = jnp.einsum("pghrs,phsd->pghrd", a.reshape(p, g, kv, r, -1), pv).reshape(n, kv, r, d)
-    return (out + jnp.einsum("nhrt,nhtd->nhrd", b, sv)).reshape(n, heads, d)
+    q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(n, kv, r, d)
+    a = _dot("pghrd,phsd->pghrs", q.reshape(p, g, kv, r, d), pk)
+    a = jnp.where(p_mask[:, :, None, None], a, NEVER)
+    b = jnp.where(s_mask[:, None, None], _dot("nhrd,nhtd->nhrt", q, sk), NEVER)
+    c = _dot("nhrd,nhd->nhr", q, k)
+    top = jnp.maximum(jnp.maximum(a.max(-1).reshape(n, kv, r), b.max(-1)), c)
+    a, b = jnp.exp(a - top.reshape(p, g, kv, r)[..., None]), jnp.exp(b - top[..., None])
+    c = jnp.exp(c - top)
+    total = a.sum(-1).reshape(n, kv, r) + b.sum(-1) + c
+    out = _dot("pghrs,phsd->pghrd", a.astype(pv.dtype), pv).reshape(n, kv, r, d)
+    out = out + _dot("nhrt,nhtd->nhrd", b.astype(sv.dtype), sv)
+    out = out + c[..., None] * v[:, :, None].astype(jnp.float32)
+    return (out / total[..., None]).astype(v.dtype).reshape(n, heads, d)
 
 
 def blocks_attention(
@@ -186,10 +192,6 @@ def _take(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
 
 def _put(x: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis=1)
-
-
-def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

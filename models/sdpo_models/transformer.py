@@ -27,7 +27,7 @@ from sdpo_models.architecture import Architecture
 from sdpo_models.attention import (
     blocks_attention,
     masked_attention,
-    prefix_and_suffix_attention,
+    one_token_attention,
 )
 from sdpo_models.rope import inverse_frequencies
 
@@ -342,36 +342,43 @@ def decode(
     cache: SuffixCache,
     tokens: jax.Array,
     step: jax.Array,
+    place: jax.Array,
+    *,
+    prompts: jax.Array | None = None,
 ) -> tuple[jax.Array, SuffixCache]:
-    """One token for every rollout; see `sdpo_jax.model.DecodeFn`."""
-    n, max_tokens = tokens.shape[0], cache.keys.shape[3]
-    group = n // prefix.lengths.shape[0]
-    positions = jnp.repeat(prefix.lengths, group) + step
-    turns, rows = rotations(a, positions), jnp.arange(n)
-    p_index, s_index = jnp.arange(prefix.keys.shape[3]), jnp.arange(max_tokens)[None]
-    p_real = (p_index[None] < prefix.lengths[:, None])[:, None]
-    p_distance = positions.reshape(-1, group, 1) - p_index[None, None]
-    s_distance = step[:, None] - s_index
+    """One token for every rollout; see `sdpo_jax.model.DecodeFn`.
 
-    def layer_step(carry: tuple[jax.Array, jax.Array, jax.Array], xs: Any) -> tuple[Any, None]:
-        x, keys, values = carry
-        index, layer, pk, pv = xs
-        p_mask = p_real & in_window(a, layer.slides, p_distance)
-        s_mask = (s_distance >= 0) & in_window(a, layer.slides, s_distance)
+    Layers only read the cache: the new keys and values are attended to apart and written once,
+    after the last layer, in one slice. XLA:TPU then neither copies a layer nor moves the cache.
+    """
+    groups = prefix.lengths.shape[0] if prompts is None else tokens.shape[0]
+    lengths = prefix.lengths if prompts is None else prefix.lengths[prompts]
+    positions = jnp.repeat(lengths, tokens.shape[0] // groups) + step
+    turns, places = rotations(a, positions), cache.keys.shape[3]
+    index = jnp.arange(prefix.keys.shape[3])
+    real = (index[None] < lengths[:, None])[:, None]
+    distance = positions.reshape(groups, -1, 1) - index[None, None]
+    age = (place - jnp.arange(places))[None] % places
+    past = (age > 0) & (age <= step[:, None])
+
+    def layer_step(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+        number, layer, *shared = xs
+        shared = shared if prompts is None else [y[prompts] for y in shared]
+        # Sliced here: as inputs of the scan they would be copied out, layer by layer.
+        own = (jax.lax.dynamic_index_in_dim(y, number, keepdims=False) for y in cache)
+        before = (*shared, real & in_window(a, layer.slides, distance))
+        after = (*own, past & in_window(a, layer.slides, age))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            # A scatter per row: XLA:TPU copies the whole cache for dynamic_update_slice.
-            new_keys = keys.at[index, rows, :, step].set(k)
-            new_values = values.at[index, rows, :, step].set(v)
-            suffix = (new_keys[index], new_values[index], s_mask)
-            return prefix_and_suffix_attention(q, (pk, pv, p_mask), suffix), (new_keys, new_values)
+            return one_token_attention(q, before, after, (k, v)), (k, v)
 
-        x, (keys, values) = block(a, layer, x, turns, attend)
-        return (x, keys, values), None
+        return block(a, layer, x, turns, attend)
 
     x = params["embedding"].astype(settings.dtype)[tokens]
     xs = (jnp.arange(a.layers), stacked_layers(a, params), prefix.keys, prefix.values)
-    (x, keys, values), _ = jax.lax.scan(layer_step, (x, cache.keys, cache.values), xs)
+    x, new = jax.lax.scan(layer_step, x, xs)
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=3)
+    keys, values = (write(old, y[:, :, :, None]) for old, y in zip(cache, new, strict=True))
     return rms_norm(x, params["final_norm"], a.norm_epsilon), SuffixCache(keys, values)
 
 

@@ -177,9 +177,7 @@ class Trainer:
         with clock.phase("train"):
             measured: list[Metrics] = []
             for update in updates:
-                state, metrics = train_step(
-                    self._train_step, state, update.batch, update.constants
-                )
+                state, metrics = train_step(self._train_step, state, update.batch, update.constants)
                 clock.count("train", update.tokens)
                 measured.append(metrics)
             if self.teacher is not None and measured:
