@@ -20,7 +20,7 @@ class ModelConfig:
     """What the chat template is told as `enable_thinking`; `template` leaves it to its default."""
     random_init: bool = False
     """Take only config and tokenizer from `path` and draw fresh weights from the run's seed."""
-    remat: Literal["none", "dots", "full", "offload"] = "none"
+    remat: Literal["none", "dots", "full", "offload"] = "dots"
     """What the backward pass makes again to save memory: nothing; all but the outputs of matrix
     products; each layer (one more forward); each layer, with their inputs in the host's memory."""
     attention: Literal["auto", "xla", "splash"] = "auto"
@@ -72,6 +72,9 @@ class RolloutConfig:
     """A longer prompt stops the run with its id: questions are never cut silently."""
     max_response_tokens: int = 48
     temperature: float = 1.0
+    slots: int = 0
+    """Rollouts decoded at a time, evaluation's too; one that is done hands its slot to the next. 0
+    decodes all at once. The result does not depend on it, memory does."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,10 @@ class EvaluationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     """Draw from the likeliest tokens that hold this much probability together."""
+    top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0 draws from all."""
+    min_p: float = 0.0
+    """Draw from tokens of at least this share of the likeliest one's probability."""
     teacher: bool = True
     """Whether the teacher answers, too: once more for each attempt that has a context."""
     batch_prompts: int = 64

@@ -33,7 +33,7 @@ _MAY_CHANGE = {
     *("run_dir", "checkpoint.every_steps", "checkpoint.keep", "optimizer.max_skipped_updates"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.attention"),
     *("train.micro_batch_tokens", "train.share_prompts", "train.head_chunk_tokens"),
-    "evaluation.batch_prompts",
+    *("rollout.slots", "evaluation.batch_prompts"),
 }
 
 _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prompts_per_step
@@ -50,12 +50,12 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mesh.data", lambda v: v >= 1 or v == -1, "at least 1, or -1 for what is left"),
     (
         "optimizer.warmup_steps evaluation.every_steps evaluation.prompts "
-        "environment.max_prompt_characters lora.rank objective.top_k",
+        "environment.max_prompt_characters lora.rank objective.top_k rollout.slots evaluation.top_k",
         lambda v: v >= 0,
         "0 or more",
     ),
     ("seed environment.seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
-    ("objective.alpha teacher.ema_rate", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    ("objective.alpha teacher.ema_rate evaluation.min_p", lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("optimizer.b1 optimizer.b2", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ("evaluation.top_p", lambda v: 0 < v <= 1, "above 0, at most 1"),
     ("objective.clip_low", lambda v: 0 < v < 1, "above 0 and below 1"),

@@ -2,10 +2,11 @@
 
     PYTHONPATH=benchmarks VENV/bin/python benchmarks/peers/easydel_step.py --objective sdpo
 
-VENV holds easydel and pillow, which it needs. It runs as it was released, but in float32, without its paged engine, which is
-several times slower on a CPU, and with beta 0. Its SDPO compares sampled tokens only, not the
-vocabulary, and its teacher is the student itself, not an average: less work than the others do.
-A few rows end early on a sampled stop token; the padded work is the same.
+VENV holds easydel, and pillow and torch, which it imports without saying so. It runs as released,
+but in float32, without its paged engine, which is several times slower on a CPU, and with beta 0.
+Its SDPO compares sampled tokens only, not the vocabulary, and its teacher is the student itself,
+not an average: less work than the others do. A row in sixty ends early on a sampled stop token; the
+padded work is the same.
 """
 
 # pyright: basic, reportMissingImports=false
@@ -48,6 +49,7 @@ import jax
 import jax.numpy as jnp
 from datasets import Dataset
 from flax import nnx
+from transformers import GenerationConfig
 from words import feedback, make_tokenizer, passes, questions
 
 
@@ -63,9 +65,12 @@ def make_model(s: Setting) -> Any:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    return easydel.Qwen3ForCausalLM(
+    model = easydel.Qwen3ForCausalLM(
         config=config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
+    # Models that were not loaded from a folder have none, and cannot generate without it.
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    return model
 
 
 def checksum_reward(prompts: Any, completions: list[Any], **_: Any) -> list[float]:

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sdpo_jax.model import BLOCK_TOKENS, Blocks
 
 NEVER = -1e30
+ATTENTION = "attention"
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -111,7 +113,8 @@ def on_shards(attend: Any, qkv: Any, rows: Any, whole: Any) -> jax.Array:
     if not {"data", "fsdp", "tensor"} <= names:
         return attend(*qkv, rows, whole)
     by_row = jax.P(("data", "fsdp"))
-    by_head = jax.P(("data", "fsdp"), None, "tensor")
+    divides = qkv[1].shape[2] % mesh.shape["tensor"] == 0
+    by_head = jax.P(("data", "fsdp"), None, "tensor" if divides else None)
     return jax.shard_map(
         attend,
         in_specs=(by_head, by_head, by_head, by_row, jax.P()),
@@ -233,6 +236,8 @@ def _forward(
 
     start = jnp.zeros_like(q), jnp.zeros(q.shape[:2], jnp.float32)
     out, normalisers = jax.lax.fori_loop(0, blocks.count, one, start)
+    # Named, so that a policy of recomputation can keep them and spare the walk.
+    out, normalisers = (checkpoint_name(x, ATTENTION) for x in (out, normalisers))
     return out, (q, k, v, blocks, slides, out, normalisers)
 
 

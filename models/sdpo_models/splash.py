@@ -200,7 +200,10 @@ def _kernel(
     # One key-value head, mapped over rows and heads: the two cores of a chip share what is mapped.
     # The kernel of many heads leaves one core idle in the backward pass of a single row.
     one_head = splash.make_splash_mqa_single_device(
-        splash.MultiHeadMask([mask] * group), block_sizes=blocks, interpret=interpret
+        splash.MultiHeadMask([mask] * group),
+        block_sizes=blocks,
+        interpret=interpret,
+        residual_checkpoint_name=ATTENTION,
     )
     one_row = jax.vmap(one_head, in_axes=(0, 0, 0, None))
 

@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sdpo_jax.model import Blocks, Model, Params, Prefix, SuffixCache
 from sdpo_models.architecture import Architecture
 from sdpo_models.attention import (
+    ATTENTION,
     blocks_attention,
     masked_attention,
     one_token_attention,
@@ -283,9 +284,10 @@ def _recomputed(settings: Settings, layer_step: Any) -> Any:
     if settings.remat == "full":
         return jax.checkpoint(layer_step, prevent_cse=False)
     if settings.remat == "dots":
-        return jax.checkpoint(
-            layer_step, policy=policies.dots_with_no_batch_dims_saveable, prevent_cse=False
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
         )
+        return jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
     policy = policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["layer_input"],
@@ -386,7 +388,7 @@ def build_model(
     a: Architecture,
     *,
     dtype: Any = jnp.float32,
-    remat: Remat = "none",
+    remat: Remat = "dots",
     attention: Literal["xla", "splash"] = "xla",
 ) -> Model:
     """The pure functions of `a`, computing in `dtype` from parameters of any float type.

@@ -75,7 +75,9 @@ class Trainer:
             model, self.devices, self.optimizer, self.teacher, self.parameters
         )
         self._merged = self.devices.jit(self.parameters.merged)
-        self.sampler = Sampler(model, self.devices, tokenizer.stop_ids)
+        self.sampler = Sampler(
+            model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots
+        )
         teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
         self.evaluator = Evaluator(config, self.sampler, tokenizer, environment, teacher_prompts)
         self._train_step = self._compiled_train_step()
