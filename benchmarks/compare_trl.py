@@ -1,7 +1,7 @@
 """Training steps of TRL, or of another peer, and ours at the same shapes, in turns.
 
     python benchmarks/compare_trl.py                              # TRL, settings A and B
-    python benchmarks/compare_trl.py --peer tunix --objectives grpo
+    python benchmarks/compare_trl.py --peer tunix                 # which has GRPO only
     python benchmarks/compare_trl.py --python VENV/bin/python --rounds 5 --json compared.jsonl
 
 Settings and objectives are those of `step.py`. Each run is a process of its own with one thread on
@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from settings import SETTINGS, append
+from settings import OBJECTIVES, SETTINGS, append
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -44,6 +44,12 @@ PEERS = {
         "TRL",
         "trl_step.py",
         ("torch==2.13.0", "trl==1.16.0", "datasets", "psutil"),
+        ("sdpo", "grpo"),
+    ),
+    "easydel": Peer(
+        "EasyDeL",
+        "easydel_step.py",
+        ("easydel==0.3.0", "pillow", "torch==2.13.0"),
         ("sdpo", "grpo"),
     ),
     "tunix": Peer("tunix", "tunix_step.py", ("google-tunix==0.1.7",), ("grpo",)),
@@ -147,9 +153,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", help="a file to append one record for each comparison to")
     a = parser.parse_args()
+    objectives = [o for o in PEERS[a.peer].objectives if o in (a.objectives or OBJECTIVES)]
     python = peer_python(a.peer, a.python)
     for setting in a.settings:
-        for objective in a.objectives or PEERS[a.peer].objectives:
+        for objective in objectives:
             compared = compare(a.peer, python, setting, objective, a)
             show(a.peer, compared)
             append(a.json, compared)

@@ -47,7 +47,7 @@ class Blocks(NamedTuple):
     """
 
     table: jax.Array  # [B, K, 5] int32
-    count: jax.Array  # [B] int32, rows of the table that are filled
+    filled: jax.Array  # [B] int32, rows of the table that are there
 
 
 class InitFn(Protocol):

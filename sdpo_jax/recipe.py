@@ -50,7 +50,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mesh.data", lambda v: v >= 1 or v == -1, "at least 1, or -1 for what is left"),
     (
         "optimizer.warmup_steps evaluation.every_steps evaluation.prompts "
-        "environment.max_prompt_characters lora.rank objective.top_k rollout.slots evaluation.top_k",
+        "environment.max_prompt_characters lora.rank objective.top_k rollout.slots "
+        "evaluation.top_k",
         lambda v: v >= 0,
         "0 or more",
     ),

@@ -1,8 +1,14 @@
 """Every test runs on eight faked CPU devices, dtypes promote strictly and ranks not at all."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Commands that tests run keep compiled programs; not in the cache of whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sdpo-jax-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax
 import pytest

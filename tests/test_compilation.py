@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = """--train.steps 2 --rollout.prompts-per-step 4 --rollout.rollouts-per-prompt 4
     --rollout.max-prompt-tokens 64 --rollout.max-response-tokens 24
     --environment.train-prompts 48 --environment.held-out-prompts 8
-    --teacher.max-prompt-tokens 128 --train.micro-batch-rows 8 --evaluation.prompts 4
+    --teacher.max-prompt-tokens 128 --evaluation.prompts 4
     --evaluation.batch-prompts 4 --evaluation.samples-per-prompt 4 --evaluation.every-steps 2
     --checkpoint.every-steps 1"""
 PROGRAM = [sys.executable, "-m", "sdpo_jax.cli", "train"]

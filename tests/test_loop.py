@@ -97,7 +97,7 @@ def quick_programs(tmp_path_factory):
         patch.setattr(jax, "jit", tiny.quick_jit)
         # A sampler keeps nothing but its programs, so that all runs may share one.
         sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        patch.setattr(trainer_module, "Sampler", lambda *_: sampler)
+        patch.setattr(trainer_module, "Sampler", lambda *_, **options: sampler)
         for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
@@ -393,15 +393,16 @@ def test_mini_batches_make_that_many_updates_and_the_teacher_follows_once(tmp_pa
 def poisoned_after(good_updates):
     """`make_train_step`, whose gradient is not a number from then on."""
 
-    def make(*parts, head_chunk_tokens):
-        step = make_train_step(*parts, head_chunk_tokens=head_chunk_tokens)
+    def make(*parts):
+        programs = make_train_step(*parts)
 
-        def train_step(state, batch, constants):
+        def finish(state, sums, denominator):
             count = optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[0][1]
             bad = jax.numpy.where(count >= good_updates, np.float32(np.nan), np.float32(1.0))
-            return step(state, batch._replace(weights=batch.weights * bad), constants)
+            gradient = jax.tree.map(lambda g: g * bad, sums.gradient)
+            return programs.finish(state, sums._replace(gradient=gradient), denominator)
 
-        return train_step
+        return programs._replace(finish=finish)
 
     return make
 

@@ -144,7 +144,7 @@ def test_unknown_key_names_the_nearest_valid_one(text: str, expected: str, tmp_p
         ),
         (
             '[model]\nremat = "ful"',
-            'model.remat: "ful" (a string), expected one of "none", "full"; ',
+            'model.remat: "ful" (a string), expected one of "none", "dots", "full", "offload"; ',
         ),
         ("train = 4", "train: 4 (an integer), expected a table [train]"),
         ("[seed]\nx = 1", "seed: a table, expected an integer"),

@@ -69,8 +69,9 @@ def one_token_attention(
     a, b = jnp.exp(a - top.reshape(p, g, kv, r)[..., None]), jnp.exp(b - top[..., None])
     c = jnp.exp(c - top)
     total = a.sum(-1).reshape(n, kv, r) + b.sum(-1) + c
-    out = _dot("pghrs,phsd->pghrd", a.astype(pv.dtype), pv).reshape(n, kv, r, d)
-    out = out + _dot("nhrt,nhtd->nhrd", b.astype(sv.dtype), sv)
+    # In the values' dtype: XLA:CPU cannot multiply these in bfloat16 into float32.
+    out = jnp.einsum("pghrs,phsd->pghrd", a.astype(pv.dtype), pv).astype(jnp.float32)
+    out = out.reshape(n, kv, r, d) + _dot("nhrt,nhtd->nhrd", b.astype(sv.dtype), sv)
     out = out + c[..., None] * v[:, :, None].astype(jnp.float32)
     return (out / total[..., None]).astype(v.dtype).reshape(n, heads, d)
 
@@ -102,7 +103,9 @@ def blocks_attention(
     return on_shards(attend, (q, k, v), blocks, slides)
 
 
-def on_shards(attend: Any, qkv: Any, rows: Any, whole: Any) -> jax.Array:
+def on_shards(
+    attend: Any, qkv: tuple[jax.Array, jax.Array, jax.Array], rows: Any, whole: Any
+) -> jax.Array:
     """Calls `attend(q, k, v, rows, whole)` on each device's rows and heads alone.
 
     For forms that XLA cannot partition: loops of a length known at run time, kernels. `rows` is a
@@ -128,8 +131,8 @@ def _bins(
 ) -> jax.Array:
     """One bin after the other: each has loops of its own length."""
     if q.shape[0] == 1:
-        whole = jax.tree.map(lambda x: x[0], (q, k, v, blocks))
-        return _bin(window, slides, *whole)[None]
+        only: Blocks = jax.tree.map(lambda x: x[0], blocks)
+        return _bin(window, slides, q[0], k[0], v[0], only)[None]
     return jax.lax.map(lambda one: _bin(window, slides, *one), (q, k, v, blocks))
 
 
@@ -140,10 +143,10 @@ def _bin(
     s, heads, d = q.shape
     kv = k.shape[1]
     room = ((0, 0), (0, BLOCK_TOKENS), (0, 0))
-    k, v = (jnp.pad(x.swapaxes(0, 1), room) for x in (k, v))
+    k, v = jnp.pad(k.swapaxes(0, 1), room), jnp.pad(v.swapaxes(0, 1), room)
     q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(s, kv, -1, d).swapaxes(0, 1)
     q = jnp.pad(q, ((0, 0), (0, BLOCK_TOKENS), (0, 0), (0, 0))).reshape(kv, -1, d)
-    out = _walk(window, q, k, v, blocks, slides)
+    out: jax.Array = _walk(window, q, k, v, blocks, slides)  # pyright: ignore[reportAssignmentType]
     out = out.reshape(kv, s + BLOCK_TOKENS, -1, d)[:, :s]
     return out.swapaxes(0, 1).reshape(s, heads, d)
 
@@ -158,7 +161,7 @@ class _Block(NamedTuple):
     shared_end: jax.Array
     own: jax.Array  # [] int32, where the sequence's own tokens begin
     first: jax.Array  # [] int32, number of key blocks over the prompt
-    count: jax.Array  # [] int32, number of key blocks
+    total: jax.Array  # [] int32, number of key blocks
 
 
 def _block(row: jax.Array, r: int) -> _Block:
@@ -228,14 +231,14 @@ def _forward(
 
         empty = jnp.zeros(queries.shape[:2], jnp.float32)
         start = empty + NEVER, empty, jnp.zeros(queries.shape, jnp.float32)
-        most, total, out = jax.lax.fori_loop(0, block.count, keys, start)
+        most, total, out = jax.lax.fori_loop(0, block.total, keys, start)
         # In order: what a block writes behind its sequence's end is overwritten by the next one.
         whole, normalisers = carry
         whole = _put(whole, out / total[..., None], block.row)
         return whole, _put(normalisers, most + jnp.log(total), block.row)
 
     start = jnp.zeros_like(q), jnp.zeros(q.shape[:2], jnp.float32)
-    out, normalisers = jax.lax.fori_loop(0, blocks.count, one, start)
+    out, normalisers = jax.lax.fori_loop(0, blocks.filled, one, start)
     # Named, so that a policy of recomputation can keep them and spare the walk.
     out, normalisers = (checkpoint_name(x, ATTENTION) for x in (out, normalisers))
     return out, (q, k, v, blocks, slides, out, normalisers)
@@ -269,12 +272,12 @@ def _backward(window: int | None, residuals: Any, cotangent: jax.Array) -> tuple
 
         dq, dk, dv = carry
         zeros = jnp.zeros(queries.shape, jnp.float32)
-        mine, dk, dv = jax.lax.fori_loop(0, block.count, keys, (zeros, dk, dv))
+        mine, dk, dv = jax.lax.fori_loop(0, block.total, keys, (zeros, dk, dv))
         return _put(dq, mine, block.row), dk, dv
 
     wide = partial(jnp.zeros, dtype=jnp.float32)
     start = wide(q.shape), wide(k.shape), wide(v.shape)
-    grads = jax.lax.fori_loop(0, blocks.count, one, start)
+    grads = jax.lax.fori_loop(0, blocks.filled, one, start)
     dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv, None, None
 

@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from sdpo_jax.devices import ROWS
 from sdpo_jax.errors import UserError
+from sdpo_models.attention import ATTENTION
 
 HEADS = "tensor"
 """The mesh axis of heads."""

@@ -37,16 +37,20 @@ def pad_rows(
     return tokens, lengths
 
 
-def size_bucket(n: int) -> int:
-    """Returns the smallest size that holds `n`: a multiple of 64, eight sizes to a power of two.
+def size_bucket(n: int, step: int = 64) -> int:
+    """Returns the smallest size that holds `n`: a multiple of `step`, eight sizes to a power of two.
 
-    Beyond 512, at most an eighth is added.
+    Beyond `8 * step`, at most an eighth is added.
 
     >>> [size_bucket(n) for n in (0, 65, 4608, 4609)]
     [64, 128, 4608, 5120]
     """
-    step = max(64, 1 << max(0, (max(n, 1) - 1).bit_length() - 4))
-    return bucket(n, step)
+    return bucket(n, max(step, 1 << max(0, (max(n, 1) - 1).bit_length() - 4)))
+
+
+TOKEN_STEP = 512
+"""Of the tokens laid end to end: fewer shapes for small batches, where compiling would cost more
+than the padding."""
 
 
 class Pair(NamedTuple):
@@ -94,6 +98,18 @@ def spread(pairs: Sequence[Pair], *, bins: int) -> list[list[int]]:
     return [sorted(m) for m in members]
 
 
+def spread_rows(pairs: Sequence[Pair], *, width: int, bins: int) -> list[list[int]]:
+    """Indices of the pairs of each bin: of the rows that all pairs fill together, each bin some.
+
+    `lay_in_rows` makes the same rows of a bin, however many bins there are.
+    """
+    places, _ = _first_fit_decreasing([len(p) + len(r) for p, r in pairs], width)
+    members = [list[int]() for _ in range(bins)]
+    for index, (row, _, _) in enumerate(places):
+        members[row % bins].append(index)
+    return members
+
+
 class Laid(NamedTuple):
     """Token rows of one shape with the place of every prediction. All int32.
 
@@ -112,7 +128,7 @@ class Laid(NamedTuple):
 def lay_end_to_end(bins: Sequence[Sequence[Pair]]) -> Laid:
     """Lays the pairs of each bin end to end, a shared prompt once; one row to a bin."""
     laid = [_end_to_end(pairs) for pairs in bins]
-    width = size_bucket(max(len(tokens) for tokens, *_ in laid))
+    width = size_bucket(max(len(tokens) for tokens, *_ in laid), TOKEN_STEP)
     # Sequences of 16 tokens or more fit into the first size; others ask for a larger one.
     rows = max(width // 16, size_bucket(max(len(table) for _, _, table, _ in laid)))
     shape = (len(laid), width)
@@ -148,7 +164,8 @@ def _end_to_end(
         for index in group:
             response = pairs[index].response
             own = add(response[:-1], len(prompt), start, len(prompt))
-            take[index] = [start + len(prompt) - 1, *range(own, own + len(response) - 1)]
+            places = [start + len(prompt) - 1, *range(own, own + len(response) - 1)]
+            take[index] = places[: len(response)]
     flat = [place for places in take for place in places]
     return tokens, positions, np.asarray(blocks, np.int32).reshape(-1, 5), flat
 

@@ -146,7 +146,7 @@ def checkpointed_head(
 class _Cut(NamedTuple):
     """Into how many chunks, of pieces of how many tokens."""
 
-    count: int
+    chunks: int
     block: int
 
 
@@ -197,7 +197,7 @@ def _chunked(
         logits = head_logits(hidden, head)
         return None, _weighted_loss(logits, per_token_loss, aux, weights, constants)
 
-    _, (totals, metrics) = _each_chunk(step, None, cut.count, filled)
+    _, (totals, metrics) = _each_chunk(step, None, cut.chunks, filled)
     return jnp.sum(totals), _join(metrics, hidden.shape[0], cut.block)
 
 
@@ -229,10 +229,10 @@ def _forward(
         return (rows, head_grad), (value, metrics)
 
     zeros = _vary(jnp.zeros(head.shape, loss_dtype(hidden)), _varying(hidden))
-    carry, out = _each_chunk(step, (_cut(hidden, cut), zeros), cut.count, filled)
+    carry, out = _each_chunk(step, (_cut(hidden, cut), zeros), cut.chunks, filled)
     (rows, head_grad), (totals, metrics) = carry, out
     if filled is not None:  # what was not computed holds hidden states, not their gradient
-        done = jnp.arange(cut.count) < filled
+        done = jnp.arange(cut.chunks) < filled
         rows = jnp.where(done.reshape(1, -1, *(1,) * (rows.ndim - 2)), rows, 0)
     hidden_grad = rows.reshape(-1, *hidden.shape[1:])[: hidden.shape[0]]
     metrics = _join(metrics, hidden.shape[0], cut.block)
@@ -301,10 +301,10 @@ def _cut(tree: Any, into: _Cut) -> Any:
     """
 
     def cut(x: jax.Array) -> jax.Array:
-        missing = -x.shape[0] % into.count
+        missing = -x.shape[0] % into.chunks
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
-        block = math.gcd(x.shape[0] // into.count, into.block)
-        return x.reshape(-1, into.count, block, *x.shape[1:])
+        block = math.gcd(x.shape[0] // into.chunks, into.block)
+        return x.reshape(-1, into.chunks, block, *x.shape[1:])
 
     return jax.tree.map(cut, tree)
 

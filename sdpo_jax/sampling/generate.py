@@ -51,7 +51,7 @@ class Job(NamedTuple):
 
     prefix: Prefix
     keys: jax.Array  # [N], see `rollout_keys`
-    count: jax.Array  # [1] int32, rollouts to make; those from here on only fill up a shard
+    wanted: jax.Array  # [1] int32, rollouts to make; those from here on only fill up a shard
     stop_ids: jax.Array  # [any] int32
     filters: Filters
 
@@ -82,7 +82,7 @@ def begin(model: Model, job: Job, slots: int, places: int, max_tokens: int) -> S
     """The first rollouts in their slots, and an empty cache of `places`."""
     n = job.keys.shape[0]
     first = jnp.arange(slots, dtype=jnp.int32)
-    rollout = jnp.where(first < job.count, first, n)
+    rollout = jnp.where(first < job.wanted, first, n)
     group = n // job.prefix.lengths.shape[0]
     one = jnp.zeros((1,), jnp.int32)
     return Slots(
@@ -91,7 +91,7 @@ def begin(model: Model, job: Job, slots: int, places: int, max_tokens: int) -> S
         job.prefix.last_hidden[first // group],
         model.suffix_cache(slots, places),
         written=one,
-        started=jnp.minimum(one + slots, job.count),
+        started=jnp.minimum(one + slots, job.wanted),
         decoded=one,
         rollouts=Rollouts(
             jnp.zeros((n, max_tokens), jnp.int32),
@@ -149,13 +149,13 @@ def _refill(job: Job, s: Slots, ended: jax.Array) -> Slots:
     """Hands the next rollouts, in order, to the slots that have ended."""
     n, prompts = job.keys.shape[0], job.prefix.lengths.shape[0]
     new = s.started + jnp.cumsum(ended.astype(jnp.int32)) - 1
-    new = jnp.where(new < job.count, new, n)
+    new = jnp.where(new < job.wanted, new, n)
     first = job.prefix.last_hidden[jnp.minimum(new, n - 1) // (n // prompts)]
     return s._replace(
         rollout=jnp.where(ended, new, s.rollout),
         step=jnp.where(ended, 0, s.step),
         hidden=jnp.where(ended[:, None], first, s.hidden),
-        started=jnp.minimum(s.started + jnp.sum(ended.astype(jnp.int32)), job.count),
+        started=jnp.minimum(s.started + jnp.sum(ended.astype(jnp.int32)), job.wanted),
     )
 
 

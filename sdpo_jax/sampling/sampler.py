@@ -34,21 +34,34 @@ from sdpo_jax.sampling.generate import (
 
 SMALLEST_CACHE = 64
 
-_CACHED = P(None, *ROWS)
-SLOTS = Slots(
-    *(ROWS,) * 3,  # pyright: ignore[reportArgumentType]
-    SuffixCache(_CACHED, _CACHED),  # pyright: ignore[reportArgumentType]
-    *(ROWS,) * 3,  # pyright: ignore[reportArgumentType]
-    Rollouts(*(ROWS,) * 4),  # pyright: ignore[reportArgumentType]
-)
+
+def _specs(rows: Any, cached: Any, job: Job | None = None) -> tuple[Any, Any]:
+    """One thing for every array of a job and of the slots: how it is cut, or where it lies."""
+    prefix = Prefix(keys=cached, values=cached, lengths=rows, last_hidden=rows)
+    filters: Any = None if job is None else jax.tree.map(lambda _: P(), job.filters)
+    rollouts = Rollouts(tokens=rows, log_probs=rows, lengths=rows, stopped=rows)
+    slots = Slots(
+        rollout=rows,
+        step=rows,
+        hidden=rows,
+        cache=SuffixCache(keys=cached, values=cached),
+        written=rows,
+        started=rows,
+        decoded=rows,
+        rollouts=rollouts,
+    )
+    whole: Any = P()
+    made: Any = Job(prefix=prefix, keys=rows, wanted=rows, stop_ids=whole, filters=filters)
+    return made, slots
+
+
+_, SLOTS = _specs(ROWS, P(None, *ROWS))
 """How the slots' arrays are cut over the shards of the rows."""
 
 
-def job_specs(job: Job) -> Job:
+def job_specs(job: Job) -> Any:
     """How a job's arrays are cut."""
-    prefix = Prefix(_CACHED, _CACHED, ROWS, ROWS)  # pyright: ignore[reportArgumentType]
-    filters = jax.tree.map(lambda _: P(), job.filters)
-    return Job(prefix, ROWS, ROWS, P(), filters)  # pyright: ignore[reportArgumentType]
+    return _specs(ROWS, P(None, *ROWS), job)[0]
 
 
 def cache_sizes(max_tokens: int) -> list[int]:
@@ -177,7 +190,7 @@ class Sampler:
     ) -> Slots:
         """Calls the compiled loop until all rollouts are done."""
         sizes, shards = cache_sizes(plan.max_tokens), self._devices.row_shards
-        count = self._devices.fetch(job.count)
+        count = self._devices.fetch(job.wanted)
         while True:
             state = self._advance(params, job, state, plan=plan)
             if tell is not None:
@@ -231,7 +244,10 @@ class Sampler:
 
     def _advance_shards(self, params: Params, job: Job, slots: Slots, *, plan: Plan) -> Slots:
         run = self._on_shards(
-            lambda *args: advance(self._model, *args, plan), P(), job_specs(job), SLOTS
+            lambda params, job, slots: advance(self._model, params, job, slots, plan),
+            P(),
+            job_specs(job),
+            SLOTS,
         )
         return run(params, job, slots)
 
@@ -249,17 +265,15 @@ class Sampler:
             check_vma=False,  # loops start from constants, alike on all shards
         )
 
-    def _shardings(self) -> tuple[Any, Slots]:
+    def _shardings(self) -> tuple[Any, Any]:
         """Where arrays lie between the programs: rows over the shards, heads over `tensor`."""
         mesh, rows = self._devices.mesh, self._devices.rows
         heads = jax.eval_shape(lambda: self._model.suffix_cache(1, 1)).keys.shape[2]
         tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
         cached = NamedSharding(mesh, P(None, *ROWS, tensor))
-        prefix = Prefix(*(cached,) * 2, rows, rows)  # pyright: ignore[reportArgumentType]
+        job, state = _specs(rows, cached)
         whole = self._devices.replicated
-        job = Job(prefix, rows, rows, whole, whole)  # pyright: ignore[reportArgumentType]
-        state = Slots(*(rows,) * 3, SuffixCache(cached, cached), *(rows,) * 3, rows)  # pyright: ignore[reportArgumentType]
-        return job, state
+        return job._replace(stop_ids=whole, filters=whole), state
 
 
 def _done(rollout: NDArray[np.int32], started: NDArray[np.int32], rows: int) -> NDArray[np.bool_]:

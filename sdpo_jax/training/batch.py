@@ -16,8 +16,10 @@ from sdpo_jax.data.packing import (
     Pair,
     lay_end_to_end,
     lay_in_rows,
+    shared_prompts,
     size_bucket,
     spread,
+    spread_rows,
 )
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.reductions import sequence_mean_weights, token_mean_weights
@@ -71,9 +73,10 @@ def plan(pairs: Sequence[Pair], form: Form) -> list[MicroBatchPlan]:
         if not pair.prompt:
             raise ValueError(f"pair {number} has an empty prompt, expected at least one token")
     room = form.micro_batch_tokens * form.shards
-    count = 1
+    # Fewer would not do.
+    count = max(1, min(len(pairs), -(-_tokens(pairs, form) // room)))
     while True:
-        bins = spread(pairs, bins=count * form.shards)
+        bins = _spread(pairs, count * form.shards, form)
         cuts = [bins[i : i + form.shards] for i in range(0, len(bins), form.shards)]
         laid = [_lay(pairs, members, form) for members in cuts]
         # One sequence longer than the limit is no reason to go on cutting.
@@ -86,12 +89,29 @@ def plan(pairs: Sequence[Pair], form: Form) -> list[MicroBatchPlan]:
         count += 1
 
 
+def _tokens(pairs: Sequence[Pair], form: Form) -> int:
+    """At least this many are computed, padding aside."""
+    if form.share_prompts:
+        prompts = sum(len(pairs[group[0]].prompt) for group in shared_prompts(pairs))
+        return prompts + sum(max(0, len(response) - 1) for _, response in pairs)
+    return sum(len(prompt) + len(response) for prompt, response in pairs)
+
+
+def _width(pairs: Sequence[Pair]) -> int:
+    return size_bucket(max((len(p) + len(r) for p, r in pairs), default=1))
+
+
+def _spread(pairs: Sequence[Pair], bins: int, form: Form) -> list[list[int]]:
+    if form.share_prompts:
+        return spread(pairs, bins=bins)
+    return spread_rows(pairs, width=_width(pairs), bins=bins)
+
+
 def _lay(pairs: Sequence[Pair], members: Sequence[Sequence[int]], form: Form) -> Laid:
     bins = [[pairs[i] for i in shard] for shard in members]
     if form.share_prompts:
         return lay_end_to_end(bins)
-    longest = max((len(p.prompt) + len(p.response) for p in pairs), default=1)
-    return lay_in_rows(bins, width=size_bucket(longest))
+    return lay_in_rows(bins, width=_width(pairs))
 
 
 def _in_chunks(laid: Laid, members: list[list[int]], form: Form) -> MicroBatchPlan:

@@ -19,8 +19,8 @@ from sdpo_jax.model import Model, Params
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.batch import Form
+from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
 from sdpo_jax.training.parameters import refuse_another_base
@@ -75,9 +75,7 @@ class Trainer:
             model, self.devices, self.optimizer, self.teacher, self.parameters
         )
         self._merged = self.devices.jit(self.parameters.merged)
-        self.sampler = Sampler(
-            model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots
-        )
+        self.sampler = Sampler(model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots)
         teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
         self.evaluator = Evaluator(config, self.sampler, tokenizer, environment, teacher_prompts)
         self._train_step = self._compiled_train_step()
@@ -93,8 +91,8 @@ class Trainer:
         config, devices = self.config, self.devices
         loss, metrics = _per_token_loss(config)
         step = make_train_step(self._model, loss, metrics, self.optimizer, self.parameters)
-        scalars = dict.fromkeys(metrics, devices.replicated), devices.replicated
-        sums = Sums(self.shardings.params, *scalars, devices.replicated)
+        whole: Any = devices.replicated
+        sums = Sums(self.shardings.params, {name: whole for name in metrics}, whole, whole)
         return TrainStep(
             devices.jit(step.start, out_shardings=sums),
             devices.jit(step.accumulate, donate_argnums=0, out_shardings=sums),
