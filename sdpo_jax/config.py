@@ -81,10 +81,13 @@ class RolloutConfig:
 class TeacherConfig:
     """What the teacher sees and how its weights follow the student."""
 
-    weights: Literal["ema", "frozen", "live"] = "ema"
-    """`ema`: follows the student once a step; `frozen`: the initial model; `live`: the student."""
+    weights: Literal["ema", "frozen", "live", "trust_region"] = "ema"
+    """`ema`: follows the student once a step; `frozen`: the initial model; `live`: the student;
+    `trust_region`: the initial model's logits mixed with the student's, a second forward pass."""
     ema_rate: float = 0.05
     """Teacher <- (1 - rate) * teacher + rate * student, in float32, once per generation batch."""
+    trust_region: float = 0.01
+    """Share of the student's logits under `trust_region`, the rest are the initial model's."""
     demonstration: Literal["first", "shortest", "random", "none"] = "first"
     """Which successful sibling is shown: first in batch order, shortest, a seeded choice, none."""
     exclude_own_success: bool = True

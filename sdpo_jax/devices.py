@@ -108,14 +108,19 @@ class Devices:
         return jax.device_put(array, self.rows)
 
     def jit(self, function: Any, **options: Any) -> Any:
-        """`jax.jit`, traced and called under this mesh: attention asks it where rows lie."""
+        """`jax.jit`, traced, lowered and called under this mesh: attention asks it where rows lie."""
         compiled = jax.jit(function, **options)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with jax.set_mesh(self.mesh):
                 return compiled(*args, **kwargs)
 
+        def lower(*args: Any, **kwargs: Any) -> jax.stages.Lowered:
+            with jax.set_mesh(self.mesh):
+                return compiled.lower(*args, **kwargs)
+
         call.compiled = compiled  # pyright: ignore[reportFunctionMemberAccess]
+        call.lower = lower  # pyright: ignore[reportFunctionMemberAccess]
         return call
 
     def fetch(self, tree: Any) -> Any:

@@ -56,7 +56,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "0 or more",
     ),
     ("seed environment.seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
-    ("objective.alpha teacher.ema_rate evaluation.min_p", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    (
+        "objective.alpha teacher.ema_rate teacher.trust_region evaluation.min_p",
+        lambda v: 0 <= v <= 1,
+        "from 0 to 1",
+    ),
     ("optimizer.b1 optimizer.b2", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ("evaluation.top_p", lambda v: 0 < v <= 1, "above 0, at most 1"),
     ("objective.clip_low", lambda v: 0 < v < 1, "above 0 and below 1"),

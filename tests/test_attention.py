@@ -178,7 +178,8 @@ def test_bfloat16_stays_bfloat16_and_close():
         assert np.sqrt(np.mean(error**2)) < 0.01 * np.sqrt(np.mean(b**2))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
+# Four devices for two key-value heads: each computes all heads.
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
 def test_a_mesh_of_rows_and_heads_changes_nothing(shape):
     devices = tiny.make_devices(*shape)
     across = devices.jit(lambda *args: run(*args, window=WINDOW), **tiny.quick_jit.keywords)
@@ -201,7 +202,6 @@ def two_forms(seed=0):
     bins = [[Pair(prompt, tiny.random_ids(random, n)) for prompt, n in sizes]]
     end_to_end, rows = lay_end_to_end(bins), lay_in_rows(bins, width=192)
     assert end_to_end.blocks is not None and rows.segments is not None
-    assert end_to_end.tokens.size < rows.tokens.size
     blocks = Blocks(end_to_end.table, end_to_end.blocks)
     return [
         jax.tree.map(jnp.asarray, (laid.tokens, laid.positions, attention, laid.take[0]))

@@ -204,7 +204,7 @@ def the_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = 
         maker = GrpoUpdates(run.config, objective, run.devices, run.form)
     teacher = teacher_weights() if teacher is None else teacher
     teacher = jax.device_put(teacher, run.shardings.params)
-    updates, _ = maker(experience(), teacher, step=0, clock=Clock())
+    updates, _ = maker(experience(), None, teacher, step=0, clock=Clock())
     assert len(updates) == 1
     return updates[0]
 

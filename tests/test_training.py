@@ -77,7 +77,12 @@ def quick_programs():
 
 
 @cache
-def trainer_of(name, weights: Literal["ema", "frozen"] = "ema", mini_batches=1):
+def trainer_of(
+    name,
+    weights: Literal["ema", "frozen", "live", "trust_region"] = "ema",
+    mini_batches=1,
+    trust_region=0.01,
+):
     """A trainer with its environment."""
     config = Config(
         objective=OBJECTIVES[name],
@@ -87,7 +92,12 @@ def trainer_of(name, weights: Literal["ema", "frozen"] = "ema", mini_batches=1):
             max_prompt_tokens=32,
             max_response_tokens=6,
         ),
-        teacher=TeacherConfig(weights=weights, max_prompt_tokens=160, max_feedback_tokens=32),
+        teacher=TeacherConfig(
+            weights=weights,
+            trust_region=trust_region,
+            max_prompt_tokens=160,
+            max_feedback_tokens=32,
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
         train=TrainConfig(mini_batches=mini_batches, micro_batch_tokens=1024, head_chunk_tokens=48),
     )
@@ -176,3 +186,20 @@ def test_the_divergence_to_a_frozen_teacher_that_was_told_falls():
     # Each step samples anew: means over ten steps.
     thirds = np.mean(np.reshape(divergences, (3, 10)), axis=1)
     assert thirds[2] < thirds[1] < thirds[0] and thirds[2] < 0.7 * thirds[0]
+
+
+@pytest.mark.parametrize(
+    ("share", "same"), [(0.0, "frozen"), pytest.param(1.0, "live", marks=pytest.mark.slow)]
+)
+def test_a_trust_region_runs_from_the_initial_model_to_the_student(share, same):
+    between = {"weights": "trust_region", "trust_region": share}
+    ends = {"weights": same, "trust_region": 0.5}  # unused: a trainer of its own, at its first step
+    rows, states = [], []
+    for settings in (between, ends):
+        state = start(trainer_of("sdpo", **settings)[0])
+        for number in (1, 2):  # after the first, student and initial model differ
+            state, row = step("sdpo", state, number, mixed, **settings)
+        rows.append(row)
+        states.append(jax.device_get(state.params))
+    assert rows[0]["divergence"] == pytest.approx(rows[1]["divergence"], rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)

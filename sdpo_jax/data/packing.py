@@ -38,7 +38,7 @@ def pad_rows(
 
 
 def size_bucket(n: int, step: int = 64) -> int:
-    """Returns the smallest size that holds `n`: a multiple of `step`, eight sizes to a power of two.
+    """Returns the smallest size that holds `n`, of multiples of `step`, eight to a power of two.
 
     Beyond `8 * step`, at most an eighth is added.
 

@@ -108,7 +108,13 @@ class SdpoUpdates:
         self._teacher_forward, self._teacher_head = teacher_forward, teacher_head
 
     def __call__(
-        self, experience: Experience, teacher_params: Params, *, step: int, clock: Clock
+        self,
+        experience: Experience,
+        params: Params,
+        teacher_params: Params,
+        *,
+        step: int,
+        clock: Clock,
     ) -> tuple[list[Update], dict[str, float]]:
         """Updates of one generation batch, and how much of it had a teacher signal."""
         with clock.phase("teacher"):
@@ -118,10 +124,12 @@ class SdpoUpdates:
                 self._config, experience, active, active, self._objective.reduction, self._form
             )
             # All teacher passes run before the first update: the teacher may be the student.
-            head = self._teacher_head(teacher_params) if parts else None
+            pair = [teacher_params]
+            if self._config.teacher.weights == "trust_region":
+                pair.append(params)
+            heads = [self._teacher_head(x) for x in pair] if parts else []
             updates = [
-                self._update(experience, part, prompts, teacher_params, head, clock)
-                for part in parts
+                self._update(experience, part, prompts, pair, heads, clock) for part in parts
             ]
             jax.block_until_ready(updates)
         return updates, metrics
@@ -155,10 +163,11 @@ class SdpoUpdates:
         experience: Experience,
         part: Part,
         teacher_prompts: list[list[int] | None],
-        teacher_params: Params,
-        head: Any,
+        weights: list[Params],
+        heads: list[jax.Array],
         clock: Clock,
     ) -> Update:
+        """`weights`: the teacher's; with a trust region the student's, too, for the same prompt."""
         pairs = [
             Pair(ids, experience.response_ids[i])
             for i in part.rows
@@ -170,13 +179,19 @@ class SdpoUpdates:
         def tokens(micro_batch: MicroBatchPlan) -> SdpoTokens:
             sequences = make_sequences(pairs, micro_batch, self._form, self._devices)
             place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
+            hidden = [self._teacher_forward(x, sequences) for x in weights]
             return SdpoTokens(
-                teacher_hidden=self._teacher_forward(teacher_params, sequences),
+                teacher_hidden=hidden[0],
                 targets=place([p.response for p in pairs], dtype=np.int32),
                 old_log_probs=place(old, dtype=np.float32),
+                live_hidden=hidden[1] if len(hidden) > 1 else None,
             )
 
-        constants = SdpoConstants(head, jnp.float32(self._config.rollout.temperature))
+        temperature = jnp.float32(self._config.rollout.temperature)
+        constants = SdpoConstants(heads[0], temperature)
+        if len(heads) > 1:
+            coefficient = jnp.float32(self._config.teacher.trust_region)
+            constants = SdpoConstants(heads[0], temperature, heads[1], coefficient)
         return make_update(part, tokens, constants, self._form, self._devices)
 
 
@@ -188,10 +203,16 @@ class GrpoUpdates:
         self._devices, self._form = devices, form
 
     def __call__(
-        self, experience: Experience, teacher_params: Params, *, step: int, clock: Clock
+        self,
+        experience: Experience,
+        params: Params,
+        teacher_params: Params,
+        *,
+        step: int,
+        clock: Clock,
     ) -> tuple[list[Update], dict[str, float]]:
         """Updates of one generation batch, and how much of it had an advantage."""
-        del teacher_params, step
+        del params, teacher_params, step
         with clock.phase("advantages"):
             rewards = jnp.asarray([o.reward for o in experience.outcomes], jnp.float32)
             advantages = np.asarray(group_advantages(rewards, experience.group))

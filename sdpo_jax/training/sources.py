@@ -32,7 +32,13 @@ class UpdateMaker(Protocol):
     """`SdpoUpdates` or `GrpoUpdates`."""
 
     def __call__(
-        self, experience: Experience, teacher_params: Params, *, step: int, clock: Clock
+        self,
+        experience: Experience,
+        params: Params,
+        teacher_params: Params,
+        *,
+        step: int,
+        clock: Clock,
     ) -> tuple[list[Update], dict[str, float]]:
         """The updates of a generation batch, with metrics."""
         ...
@@ -86,7 +92,7 @@ class RolloutSource:
             step=step,
             clock=clock,
         )
-        updates, more = self._updates(experience, teacher_params, step=step, clock=clock)
+        updates, more = self._updates(experience, params, teacher_params, step=step, clock=clock)
         return updates, metrics | more | {"generations": step * len(experience.texts)}
 
     def get_state(self) -> dict[str, Any]:
