@@ -67,7 +67,7 @@ RECORDED = {
     ("B", "sdpo"): {"TRL 1.16": 4.60, "EasyDeL 0.3 (sampled token, live teacher)": 3.39},
     ("B", "grpo"): {"tunix 0.1.7": 2.36},
 }
-"""CPU seconds a step, measured once on another machine, whose core made 247 GFLOP/s of a 1024³
+"""CPU seconds a step, measured once by other drivers, where a core made 247 GFLOP/s of a 1024³
 product in XLA: for orientation, not for a ratio."""
 
 
@@ -138,7 +138,7 @@ def show(peer: str, compared: Mapping[str, Any]) -> None:
     recorded = RECORDED.get((compared["setting"], compared["objective"]), {})
     if recorded:
         listed = "; ".join(f"{name} {seconds}" for name, seconds in recorded.items())
-        print(f"  recorded elsewhere, CPU seconds a step on a faster machine: {listed}")
+        print(f"  recorded elsewhere, CPU seconds a step, matmul 247: {listed}")
     print(flush=True)
 
 

@@ -108,7 +108,10 @@ class Devices:
         return jax.device_put(array, self.rows)
 
     def jit(self, function: Any, **options: Any) -> Any:
-        """`jax.jit`, traced, lowered and called under this mesh: attention asks it where rows lie."""
+        """`jax.jit`, traced and called under this mesh: attention asks it where rows lie.
+
+        `lower` of what it returns lowers under it, too.
+        """
         compiled = jax.jit(function, **options)
 
         def call(*args: Any, **kwargs: Any) -> Any:
