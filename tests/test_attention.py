@@ -227,7 +227,11 @@ def assert_same(got, expected, atol):
         np.testing.assert_allclose(a, b, atol=atol * scale, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    # Its attention is that of qwen2, with other rotations.
+    [pytest.param(f, marks=pytest.mark.slow if f == "llama" else ()) for f in tiny.FAMILIES],
+)
 def test_the_model_in_blocks_is_the_model_in_packed_segments(family):
     model = tiny.make_model(tiny.FAMILIES[family])
     params = tiny.make_params(tiny.FAMILIES[family])

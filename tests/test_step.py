@@ -284,9 +284,9 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 FORMS = [
     ("sdpo", {"micro_batch_tokens": 1}),  # a pair at a time, which cuts siblings apart
     ("sdpo", {"share_prompts": False, "head_chunk_tokens": 7}),
-    ("sdpo", {"head_chunk_tokens": 1000}),
+    slow("sdpo", {"head_chunk_tokens": 1000}),
     slow("sdpo", {"share_prompts": False, "micro_batch_tokens": 1, "head_chunk_tokens": 1}),
-    ("sft", {"micro_batch_tokens": 64}),
+    slow("sft", {"micro_batch_tokens": 64}),
     ("sft", {"micro_batch_tokens": 64, "share_prompts": False}),
     slow("sft", {"micro_batch_tokens": 128, "head_chunk_tokens": 5}),
     slow("grpo", {"micro_batch_tokens": 1, "share_prompts": False}),
