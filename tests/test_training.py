@@ -203,3 +203,51 @@ def test_a_trust_region_runs_from_the_initial_model_to_the_student(share, same):
         states.append(jax.device_get(state.params))
     assert rows[0]["divergence"] == pytest.approx(rows[1]["divergence"], rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)
+
+
+class Ragged(Judge):
+    """Questions of 1 to 240 bytes; every second answer of a group passes."""
+
+    train = tuple(
+        Prompt(f"{n}", ({"role": "user", "content": "q" * n},), {})
+        for n in (1, 5, 30, 61, 90, 120, 170, 240)
+    )
+
+    def __init__(self):
+        super().__init__(lambda name, number: (float(number % 2), f"wrong: {name}"))
+
+
+@pytest.mark.slow
+def test_varied_lengths_compile_at_most_one_program_for_each_phase_and_bucket():
+    config = Config(
+        rollout=RolloutConfig(
+            prompts_per_step=PROMPTS,
+            rollouts_per_prompt=GROUP,
+            max_prompt_tokens=256,
+            max_response_tokens=150,
+        ),
+        train=TrainConfig(micro_batch_tokens=1024, steps=8),
+    )
+    trainer = Trainer(config, MODEL, TOKENIZER, Ragged())
+    state, lengths, tokens = start(trainer), set(), set()
+    for number in range(1, 9):
+        state, row = trainer.step(state, number)
+        lengths.add(row["response_tokens"])
+        tokens.add(row["tokens"])
+    assert len(lengths) == len(tokens) == 8  # no two steps are alike
+    sampler, step = trainer.sampler, trainer._train_step
+    teacher = trainer.source._updates
+    widths = 4  # of prompts: 64, 128, 192, 256
+    sizes = 2  # of a student's micro-batch: 512 and 1,024 tokens
+    limits = {
+        sampler._begin: widths,
+        sampler._advance: widths * 2 * 3,  # caches of 75 and 150; all, a quarter of the slots
+        sampler._resize: 2 * 3,
+        teacher._teacher_forward: 8,  # with re-prompts, up to 8 times 512 tokens
+        step.start: 1,
+        step.accumulate: sizes * 2,  # twice: the table of blocks may be longer
+        step.finish: 1,
+        trainer._follow: 1,
+    }
+    compiled = {program: program.compiled._cache_size() for program in limits}
+    assert all(0 < compiled[program] <= most for program, most in limits.items())
