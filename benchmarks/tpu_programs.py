@@ -85,9 +85,9 @@ class Program(NamedTuple):
     """One program, what it should cost on one device, and what it must not do."""
 
     lower: Callable[[], jax.stages.Lowered]
-    flops: float  # of matrix products; where the trip count is unknown, of one trip
+    flops: float  # of matrix products; of the decode loop, for one token
     pallas_flops: float
-    trips: int | None  # of its loop of unknown length; None where that is the decode loop
+    trips: int | None  # of the loop of unknown length: chunks of the head; None: the decode loop
     logits: int  # so many tokens with all their logits on one device are too many; 0: not asked
     cache_bytes: int = 0  # of one device
     token_bytes: int = 0  # that one device must read for one token
@@ -103,9 +103,7 @@ def make_devices(topology: str, mesh: tuple[int, int, int]) -> Devices:
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """Abstract arrays with their shardings: one for all, or a tree of them."""
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, shapes)
+    """Abstract arrays, each with its sharding."""
 
     def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -140,9 +138,10 @@ def decode_programs(topology: str, a: Architecture, d: Decoding) -> Mapping[str,
     def begin() -> jax.stages.Lowered:
         i32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=devices.rows)
         scalar = np.uint32(0)
+        temperature: Any = np.float32(1.0)
         return sampler._begin.lower(
             *(params, i32((prompts, d.prompt_tokens)), i32((prompts,)), np.zeros(1, np.int32)),
-            *(Filters(np.float32(1.0)), scalar, scalar, scalar),  # pyright: ignore
+            *(Filters(temperature), scalar, scalar, scalar),
             group=d.group,
             slots=slots,
             places=d.places,
@@ -168,9 +167,7 @@ def _begin_cost(a: Architecture, d: Decoding) -> tuple[float, float]:
     return 2.0 * tokens * a.layers * layer_products(a) / tensor, splash_flops(a, prompts, 2)
 
 
-def _advance_cost(
-    a: Architecture, d: Decoding, lower: Callable[[], jax.stages.Lowered]
-) -> Program:
+def _advance_cost(a: Architecture, d: Decoding, lower: Callable[[], jax.stages.Lowered]) -> Program:
     shards, tensor = math.prod(d.mesh[:2]), d.mesh[2]
     slots, prompts = (d.slots or d.rollouts) // shards, d.rollouts // d.group // shards
     weights = a.layers * layer_products(a) + a.width * a.vocabulary
@@ -192,7 +189,7 @@ def train_programs(topology: str, a: Architecture, t: Training) -> Mapping[str, 
     shardings = state_shardings(model, devices, optimizer, teacher, parameters)
     state = abstract_state(model, optimizer, teacher, shardings, parameters)
     step = make_train_step(model, _loss(t), METRICS, optimizer, parameters)
-    whole = devices.replicated
+    whole: Any = devices.replicated
     sums = Sums(shardings.params, dict.fromkeys(METRICS, whole), whole, whole)
     accumulate = devices.jit(step.accumulate, donate_argnums=0, out_shardings=sums)
     finish = devices.jit(step.finish, donate_argnums=0, out_shardings=(shardings, whole))
@@ -200,7 +197,7 @@ def train_programs(topology: str, a: Architecture, t: Training) -> Mapping[str, 
     head = devices.jit(model.head, out_shardings=whole)
     zeros = placed(jax.eval_shape(step.start, state.params), sums)
     batch = micro_batch(devices, a, t)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
 
     def accumulated() -> jax.stages.Lowered:
         constants = SdpoConstants(head.lower(state.teacher).out_info, scalar)
@@ -220,9 +217,7 @@ def train_programs(topology: str, a: Architecture, t: Training) -> Mapping[str, 
             accumulated,
             *(once * again + 4 * logits, splash_flops(a, t, 11), chunks, t.response_tokens),
         ),
-        "finish": Program(
-            lambda: finish.lower(state, zeros, scalar), 0.0, 0.0, trips=1, logits=t.response_tokens
-        ),
+        "finish": Program(lambda: finish.lower(state, zeros, scalar), 0.0, 0.0, trips=1, logits=0),
     }
 
 
@@ -239,14 +234,15 @@ def micro_batch(devices: Devices, a: Architecture, t: Training) -> MicroBatch:
     shards, chunks = devices.row_shards, -(-t.response_tokens // t.chunk)
     rows, places = (shards * t.rows, t.row_tokens), (shards, chunks, t.chunk)
 
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=devices.rows)
 
-    whole = jax.ShapeDtypeStruct((), jnp.int32, sharding=devices.replicated)
-    sequences = Sequences(*(array(rows, jnp.int32) for _ in range(3)), array(places, jnp.int32))
-    tokens = SdpoTokens(
+    whole: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=devices.replicated)
+    tokens, take = array(rows, jnp.int32), array(places, jnp.int32)
+    sequences = Sequences(tokens, positions=tokens, attention=tokens, take=take)
+    known = SdpoTokens(
         array((*places, a.width), jnp.bfloat16),
         array(places, jnp.int32),
         array(places, jnp.float32),
     )
-    return MicroBatch(sequences, array(places, jnp.float32), tokens, whole)
+    return MicroBatch(sequences, array(places, jnp.float32), known, whole)

@@ -560,7 +560,7 @@ def test_demonstrations_from_a_file_train_end_to_end(sdpo, tmp_path):
     rows = [
         json.dumps({"prompt": f"wake me at {n}", "response": f"set_alarm({n})"}) for n in range(8)
     ]
-    more = "--data.rows-per-step 4 --data.max-tokens 64 --train.steps 3 --train.micro-batch-tokens 512"
+    more = "--data.rows-per-step 4 --data.max-tokens 64 --train.steps 3"
     sdpo.run(*sft_words(tmp_path, rows, *more.split()))
     run_dir = tmp_path / "run"
     rows = read_metrics(run_dir / METRICS_FILE)

@@ -96,7 +96,8 @@ def blocks_attention(
         slides: [] bool, whether this layer slides; None where none does.
 
     Returns:
-        [B, S, Q, d]; zeros where no block is. Differentiable in q, k and v, in reverse mode.
+        [B, S, Q, d]; undefined but finite where no block is. Differentiable in q, k and v, in
+        reverse mode.
     """
     attend = partial(_bins, window if slides is not None else None)
     slides = jnp.zeros((), bool) if slides is None else slides

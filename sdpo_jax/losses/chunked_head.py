@@ -67,39 +67,32 @@ def chunked_head(
 ) -> tuple[jax.Array, Metrics]:
     """Σ_m weights[m] · per_token_loss(hidden[m] · head)[m], and the metrics of each token.
 
-    Differentiable in `hidden` and `head`; everything else is detached. A token of weight 0 adds
-    nothing to the value or to a gradient, whatever its rows hold.
-
     Args:
-        per_token_loss: see `PerTokenLoss`; `objectives` has one per objective.
+        per_token_loss: see `PerTokenLoss`.
         hidden: [M, D], final hidden states at the positions that predict a token.
         head: [D, V]; cast to the dtype of `hidden`; its gradient accumulates in float32.
         aux: pytree of arrays with leading axis M.
-        weights: [M], from `token_mean_weights` or another reduction.
+        weights: [M]; a token of weight 0 adds nothing, whatever its rows hold.
         chunk: how many tokens may have logits at a time; M is cut evenly.
         constants: pytree that every chunk sees whole, such as the teacher's head.
-        filled: [] int32, how many chunks to compute; the rest must have weight 0, and gets metrics
-            of 0. One program then serves any number of tokens. None: all.
-        block: tokens of a chunk that lie one after the other, if it divides them: for shards of
-            the token axis that hold `chunk / block` blocks of each chunk, that chunk's share.
+        filled: [] int32, chunks to compute; the rest has weight 0, and gets metrics of 0.
+        block: tokens of a chunk that lie together: on a sharded axis, a shard's share.
 
     Returns:
-        The weighted sum, a float32 scalar to divide by the denominator of the weights; and detached
-        metrics of [M] each, `loss` (unweighted) and those of `per_token_loss`.
+        The weighted sum, float32, and detached metrics of [M], `loss` (unweighted) among them.
 
-    Source: equation 1 of arXiv 2601.20802, summed without its logits.
+    Source: equation 1 of arXiv 2601.20802.
 
-    >>> def square(logits, aux, constants):
-    ...     return jnp.sum((logits - aux) ** 2, axis=-1), {}
-    >>> hidden, head, aux = jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.zeros((3, 4))
-    >>> print(chunked_head(square, hidden, head, aux, jnp.ones(3), chunk=2)[0])
+    >>> square = lambda logits, aux, constants: (jnp.sum(logits**2, axis=-1), {})
+    >>> hidden, head = jnp.ones((3, 2)), jnp.ones((2, 4))
+    >>> print(chunked_head(square, hidden, head, None, jnp.ones(3), chunk=2)[0])
     48.0
     """
     _check(hidden, head, aux, weights, chunk)
-    aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
-    hidden, head = _vary_alike((hidden, head), (aux, weights))
+    detached = jax.lax.stop_gradient((aux, weights, constants))
+    hidden, head = _vary_alike((hidden, head), detached[:2])
     cut = _Cut(-(-len(hidden) // chunk), block)
-    return _chunked(per_token_loss, cut, hidden, head, aux, weights, constants, filled)
+    return _chunked(per_token_loss, cut, hidden, head, *detached, filled)
 
 
 def checkpointed_head(
