@@ -25,11 +25,11 @@ from jax.ad_checkpoint import checkpoint_name
 from sdpo_jax.model import Blocks, Model, Params, Prefix, SuffixCache
 from sdpo_models.architecture import Architecture
 from sdpo_models.attention import (
-    ATTENTION,
     blocks_attention,
     masked_attention,
     one_token_attention,
 )
+from sdpo_models.remat import LAYER_INPUT, Remat, recomputed
 from sdpo_models.rope import inverse_frequencies
 
 
@@ -212,9 +212,6 @@ def causal_mask(segments: jax.Array) -> jax.Array:
     return same & (order[None, :, None] >= order[None, None, :])
 
 
-Remat = Literal["none", "dots", "full", "offload"]
-
-
 class Settings(NamedTuple):
     """How to compute, as against what: static under jit."""
 
@@ -236,12 +233,12 @@ def hidden(
     attend = _whole_sequences(a, settings, positions, attention)
 
     def layer_step(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
-        x = checkpoint_name(x, "layer_input")
+        x = checkpoint_name(x, LAYER_INPUT)
         return block(a, layer, x, turns, partial(attend, layer.slides))[0], None
 
     # All tokens on one axis: XLA:CPU multiplies [B·S, D] a quarter faster than [B, S, D].
     x = params["embedding"].astype(settings.dtype)[tokens.reshape(-1)]
-    x, _ = jax.lax.scan(_recomputed(settings, layer_step), x, stacked_layers(a, params))
+    x, _ = jax.lax.scan(recomputed(settings.remat, layer_step), x, stacked_layers(a, params))
     return rms_norm(x, params["final_norm"], a.norm_epsilon).reshape(*tokens.shape, -1)
 
 
@@ -274,27 +271,6 @@ def _form(
         return masked_attention(q, k, v, mask & in_window(a, slides, distance))
 
     return masked
-
-
-def _recomputed(settings: Settings, layer_step: Any) -> Any:
-    """The step of a scan, with what the backward pass makes again instead of keeping it."""
-    policies = jax.checkpoint_policies
-    if settings.remat == "none":
-        return layer_step
-    if settings.remat == "full":
-        return jax.checkpoint(layer_step, prevent_cse=False)
-    if settings.remat == "dots":
-        policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
-        )
-        return jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
-    policy = policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["layer_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
-    return jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
 
 
 def head(a: Architecture, settings: Settings, params: Params) -> jax.Array:
