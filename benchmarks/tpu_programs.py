@@ -190,7 +190,8 @@ def train_programs(topology: str, a: Architecture, t: Training) -> Mapping[str, 
     state = abstract_state(model, optimizer, teacher, shardings, parameters)
     step = make_train_step(model, _loss(t), METRICS, optimizer, parameters)
     whole: Any = devices.replicated
-    sums = Sums(shardings.params, dict.fromkeys(METRICS, whole), whole, whole)
+    metrics: Any = dict.fromkeys(METRICS, whole)
+    sums = Sums(shardings.params, metrics, whole, whole)
     accumulate = devices.jit(step.accumulate, donate_argnums=0, out_shardings=sums)
     finish = devices.jit(step.finish, donate_argnums=0, out_shardings=(shardings, whole))
     forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)

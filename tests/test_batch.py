@@ -52,6 +52,7 @@ def test_a_micro_batch_by_hand_in_packed_rows(devices):
     (micro_batch,) = plan(PAIRS, PACKED)
     assert micro_batch == MicroBatchPlan([[0, 1, 2]], chunks=13, chunk_tokens=5, filled=2)
     tokens, positions, segments, take = make_sequences(PAIRS, micro_batch, PACKED, devices)
+    assert isinstance(segments, jax.Array)
     assert tokens.shape == positions.shape == segments.shape == (1, 64)
     assert tokens[0, :14].tolist() == [5, 6, 7, 1, 2, 8, 3, 4, 0, 5, 6, 7, 0, 0]
     assert segments[0, :14].tolist() == [1] * 5 + [2] * 4 + [3] * 4 + [0]

@@ -361,7 +361,8 @@ def test_pairs_end_to_end_by_hand():
     assert not laid.table[0, 4:].any() and not laid.table[1, 2:].any()
     # Pair after pair: the prompt's last token predicts the first of each response.
     assert [take.tolist() for take in laid.take] == [[1, 2, 3, 5, 1, 4], [1, 2]]
-    assert {x.dtype for x in (*laid[:2], *laid[3:5], *laid.take)} == {np.dtype(np.int32)}
+    arrays: list[Any] = [*laid[:2], *laid[3:5], *laid.take]
+    assert {x.dtype for x in arrays} == {np.dtype(np.int32)}
 
 
 def test_long_sequences_are_cut_into_blocks_that_cover_each_token_once():

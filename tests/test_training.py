@@ -7,7 +7,7 @@ stop, resume and report is in `test_loop.py`.
 import io
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -235,15 +235,16 @@ def test_varied_lengths_compile_at_most_one_program_for_each_phase_and_bucket():
         lengths.add(row["response_tokens"])
         tokens.add(row["tokens"])
     assert len(lengths) == len(tokens) == 8  # no two steps are alike
-    sampler, step = trainer.sampler, trainer._train_step
-    teacher = trainer.source._updates
+    sampler: Any = trainer.sampler
+    step: Any = trainer._train_step
+    teacher: Any = trainer.source
     widths = 4  # of prompts: 64, 128, 192, 256
     sizes = 2  # of a student's micro-batch: 512 and 1,024 tokens
-    limits = {
+    limits: dict[Any, int] = {
         sampler._begin: widths,
         sampler._advance: widths * 2 * 3,  # caches of 75 and 150; all, a quarter of the slots
         sampler._resize: 2 * 3,
-        teacher._teacher_forward: 8,  # with re-prompts, up to 8 times 512 tokens
+        teacher._updates._teacher_forward: 8,  # with re-prompts, up to 8 times 512 tokens
         step.start: 1,
         step.accumulate: sizes * 2,  # twice: the table of blocks may be longer
         step.finish: 1,
