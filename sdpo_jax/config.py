@@ -190,7 +190,7 @@ class TrainConfig:
     """Whether teacher and student run a prompt once for all its siblings; `auto`: on a CPU. The
     result does not depend on it."""
     head_chunk_tokens: int = 256
-    """Tokens whose logits exist at a time, over all shards; a TPU wants 1,024 or more for each."""
+    """Tokens of each shard of the rows whose logits exist at a time; a TPU wants 1,024 or more."""
 
 
 @dataclass(frozen=True)

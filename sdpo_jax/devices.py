@@ -81,6 +81,7 @@ class Devices:
         self.mesh = mesh
         self.rows = NamedSharding(mesh, ROWS)
         self.replicated = NamedSharding(mesh, P())
+        self.head = NamedSharding(mesh, P(None, "tensor"))  # [D, V], whole but for the vocabulary
         self.row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def parameter_shardings(self, logical_axes: Any, shapes: Any) -> Any:

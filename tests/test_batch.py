@@ -196,7 +196,7 @@ def test_every_shard_has_rows_and_some_may_hold_nothing(form):
     assert len(sequences.tokens.sharding.device_set) == 8
     assert not sequences.tokens.sharding.is_fully_replicated
     # A chunk of the head holds about as many tokens as was asked for, over all shards.
-    assert micro_batch.chunk_tokens == max(1, form.head_chunk_tokens // 8)
+    assert micro_batch.chunk_tokens == form.head_chunk_tokens
 
 
 def test_chunks_hold_more_predictions_than_tokens_were_laid(devices):

@@ -252,7 +252,7 @@ def _each_chunk(step: Any, carry: Any, count: int, filled: jax.Array | None) -> 
     if filled is None:
         return jax.lax.scan(step, carry, jnp.arange(count))
     _, shapes = jax.eval_shape(step, carry, jnp.zeros((), jnp.int32))
-    out = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), shapes)
+    out = jax.tree.map(partial(_empty, count), shapes)
 
     def body(index: jax.Array, both: tuple[Any, Any]) -> tuple[Any, Any]:
         carry, out = both
@@ -260,6 +260,12 @@ def _each_chunk(step: Any, carry: Any, count: int, filled: jax.Array | None) -> 
         return carry, jax.tree.map(lambda o, n: o.at[index].set(n), out, new)
 
     return jax.lax.fori_loop(0, filled, body, (carry, out))
+
+
+def _empty(count: int, like: Any) -> jax.Array:
+    kind = like.manual_axis_type  # None outside a mesh
+    axes = frozenset[str]() if kind is None else kind.varying
+    return _vary(jnp.zeros((count, *like.shape), like.dtype), axes)
 
 
 def _vary_alike(tree: Any, others: Any) -> Any:

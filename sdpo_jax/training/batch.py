@@ -37,6 +37,7 @@ class Form(NamedTuple):
     micro_batch_tokens: int
     """Of the student's pass, for each shard of the rows."""
     head_chunk_tokens: int
+    """For each shard of the rows, too."""
     shards: int
 
 
@@ -119,7 +120,7 @@ def _in_chunks(laid: Laid, members: list[list[int]], form: Form) -> MicroBatchPl
     most = max(len(take) for take in laid.take)
     size = laid.tokens.size // form.shards
     room = size if most <= size else size_bucket(most)
-    chunk = min(room, max(1, form.head_chunk_tokens // form.shards))
+    chunk = min(room, form.head_chunk_tokens)
     return MicroBatchPlan(members, -(-room // chunk), chunk, -(-most // chunk))
 
 

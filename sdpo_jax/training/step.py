@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
+from sdpo_jax.devices import ROWS
 from sdpo_jax.losses.chunked_head import PerTokenLoss, chunked_head
 from sdpo_jax.model import Blocks, Model, Params
 from sdpo_jax.teacher.weights import Teacher
@@ -85,6 +87,34 @@ def at_predictions(model: Model, params: Params, sequences: Sequences) -> jax.Ar
     return taken.reshape(*take.shape, -1)
 
 
+def head_on_shards(
+    summed: Callable[..., tuple[jax.Array, Any]], rows: Any, head: jax.Array, whole: Any
+) -> tuple[jax.Array, Any]:
+    """`chunked_head` on each shard of the rows alone, with the head `[D, V]` gathered once.
+
+    Left to XLA, every chunk would gather the head anew, twice, and sum its gradient over the
+    shards. `rows` are its hidden states, aux and weights; `whole` its constants and `filled`.
+    """
+
+    def local(rows: Any, head: jax.Array, whole: Any) -> tuple[jax.Array, Any]:
+        (hidden, aux, weights), (constants, filled) = rows, whole
+        return summed(hidden, head, aux, weights, constants=constants, filled=filled)
+
+    def on_shard(*arguments: Any) -> tuple[jax.Array, Any]:
+        total, metrics = local(*arguments)
+        return jax.lax.psum(total, ("data", "fsdp")), metrics
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not {"data", "fsdp"} <= set(mesh.axis_names) - set(mesh.manual_axes):
+        return local(rows, head, whole)
+    return jax.shard_map(
+        on_shard,
+        in_specs=(ROWS, P(), P()),
+        out_specs=(P(), ROWS),
+        axis_names={"data", "fsdp"},
+    )(rows, jax.lax.with_sharding_constraint(head, P(None, "tensor")), whole)
+
+
 def teacher_forward(model: Model, params: Params, sequences: Sequences) -> jax.Array:
     """The teacher's hidden states at the student's tokens, `[D, n, c, width]`.
 
@@ -129,19 +159,14 @@ def make_train_step(
     ) -> tuple[jax.Array, Any]:
         params = parameters.forward(base, trained)
         hidden = at_predictions(model, params, micro_batch.sequences)
-        shards, _, piece = micro_batch.weights.shape
+        piece = micro_batch.weights.shape[2]
         flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
         weights = flat(micro_batch.weights)
-        total, metrics = chunked_head(
-            per_token_loss,
-            flat(hidden),
+        total, metrics = head_on_shards(
+            partial(chunked_head, per_token_loss, chunk=piece, block=piece),
+            (flat(hidden), flat(micro_batch.tokens), weights),
             model.head(params),
-            flat(micro_batch.tokens),
-            weights,
-            chunk=shards * piece,
-            constants=constants,
-            filled=micro_batch.chunks,
-            block=piece,
+            (constants, micro_batch.chunks),
         )
         active = weights > 0
         sums = {k: jnp.sum(jnp.where(active, metrics[k], 0.0)) for k in metric_names}

@@ -120,7 +120,7 @@ class Trainer:
             )
         if isinstance(objective, SdpoObjective):
             forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)
-            head = devices.jit(model.head, out_shardings=devices.replicated)
+            head = devices.jit(model.head, out_shardings=devices.head)
             updates = SdpoUpdates(
                 config, objective, devices, self.form, teacher_prompts, forward, head
             )
