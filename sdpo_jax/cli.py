@@ -77,10 +77,12 @@ def _train(words: list[str]) -> None:
     if not config.run_dir:
         config = replace(config, run_dir=str(Path("runs") / recipe.stem))
     _quiet_libraries()
+    from sdpo_jax.compilation import persistent_cache
     from sdpo_jax.training import run_directory
     from sdpo_jax.training.console import Console
     from sdpo_jax.training.distributed import initialize_from_environment, is_leader
     from sdpo_jax.training.loop import show_summary, train
+    from sdpo_models.gguf_convert import cache_folder
 
     initialize_from_environment()
     run_dir = Path(config.run_dir)
@@ -95,19 +97,23 @@ def _train(words: list[str]) -> None:
         )
         show_summary(config, summary, console, run_dir)
         return
-    parts = load_parts(config)
-    train(config, **parts, console=console)
+    with persistent_cache(cache_folder, console.note):
+        parts = load_parts(config)
+        train(config, **parts, console=console)
 
 
 def _eval(words: list[str]) -> None:
+    from sdpo_jax.compilation import persistent_cache
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.evaluation.command import evaluate_run
+    from sdpo_models.gguf_convert import cache_folder
 
     options = _options(words, {"--samples": 4}, "sdpo eval RUN_DIR [--samples K]", positional=1)
     _quiet_libraries()
     run_dir, config = _run_config(words[0])
     config = replace(config, mesh=fitting_mesh(config.mesh))
-    evaluate_run(run_dir, config, load_parts(config), samples=options["--samples"])
+    with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
+        evaluate_run(run_dir, config, load_parts(config), samples=options["--samples"])
 
 
 def _convert(words: list[str]) -> None:
@@ -233,7 +239,10 @@ def _model(config: Config, folder: Path) -> tuple[Any, Any]:
             f"vocabulary of {config.model.path}; 0 compares all of it"
         )
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.model.dtype]
-    model = build_model(architecture, dtype=dtype, remat=config.model.remat)
+    attention = config.model.attention
+    if attention == "auto":
+        attention = "splash" if jax.default_backend() == "tpu" else "xla"
+    model = build_model(architecture, dtype=dtype, remat=config.model.remat, attention=attention)
     key = jax.random.key(0)
     jax.eval_shape(make_parameters(config).trainable, jax.eval_shape(model.init, key), key)
     return architecture, model

@@ -20,8 +20,11 @@ class ModelConfig:
     """What the chat template is told as `enable_thinking`; `template` leaves it to its default."""
     random_init: bool = False
     """Take only config and tokenizer from `path` and draw fresh weights from the run's seed."""
-    remat: Literal["none", "full"] = "none"
-    """What the backward pass recomputes: nothing, or each layer (less memory, one more forward)."""
+    remat: Literal["none", "dots", "full", "offload"] = "dots"
+    """What the backward pass makes again to save memory: nothing; all but the outputs of matrix
+    products; each layer (one more forward); each layer, with their inputs in the host's memory."""
+    attention: Literal["auto", "xla", "splash"] = "auto"
+    """Form over whole sequences: `splash` is a TPU kernel, `auto` takes it on a TPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; weights and optimiser stay float32."""
 
@@ -69,16 +72,22 @@ class RolloutConfig:
     """A longer prompt stops the run with its id: questions are never cut silently."""
     max_response_tokens: int = 48
     temperature: float = 1.0
+    slots: int = 0
+    """Rollouts decoded at a time, evaluation's too; one that is done hands its slot to the next. 0
+    decodes all at once. The result does not depend on it, memory does."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """What the teacher sees and how its weights follow the student."""
 
-    weights: Literal["ema", "frozen", "live"] = "ema"
-    """`ema`: follows the student once a step; `frozen`: the initial model; `live`: the student."""
+    weights: Literal["ema", "frozen", "live", "trust_region"] = "ema"
+    """`ema`: follows the student once a step; `frozen`: the initial model; `live`: the student;
+    `trust_region`: the initial model's logits mixed with the student's, a second forward pass."""
     ema_rate: float = 0.05
     """Teacher <- (1 - rate) * teacher + rate * student, in float32, once per generation batch."""
+    trust_region: float = 0.01
+    """Share of the student's logits under `trust_region`, the rest are the initial model's."""
     demonstration: Literal["first", "shortest", "random", "none"] = "first"
     """Which successful sibling is shown: first in batch order, shortest, a seeded choice, none."""
     exclude_own_success: bool = True
@@ -174,10 +183,14 @@ class TrainConfig:
     steps: int = 60
     mini_batches: int = 1
     """Optimiser updates per generation batch; above 1 the later ones are off-policy."""
-    micro_batch_rows: int = 32
-    """Rows per forward and backward pass; the result does not depend on it."""
-    head_chunk_tokens: int = 1024
-    """Tokens whose logits exist at a time."""
+    micro_batch_tokens: int = 8192
+    """Tokens per forward and backward pass on each shard of the rows, about; the result does not
+    depend on it."""
+    share_prompts: Literal["auto", "on", "off"] = "auto"
+    """Whether teacher and student run a prompt once for all its siblings; `auto`: on a CPU. The
+    result does not depend on it."""
+    head_chunk_tokens: int = 256
+    """Tokens of each shard of the rows whose logits exist at a time; a TPU wants 1,024 or more."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +213,10 @@ class EvaluationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     """Draw from the likeliest tokens that hold this much probability together."""
+    top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0 draws from all."""
+    min_p: float = 0.0
+    """Draw from tokens of at least this share of the likeliest one's probability."""
     teacher: bool = True
     """Whether the teacher answers, too: once more for each attempt that has a context."""
     batch_prompts: int = 64

@@ -80,8 +80,8 @@ class Devices:
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
         self.rows = NamedSharding(mesh, ROWS)
-        self.micro_batches = NamedSharding(mesh, P(None, *ROWS))
         self.replicated = NamedSharding(mesh, P())
+        self.head = NamedSharding(mesh, P(None, "tensor"))  # [D, V], whole but for the vocabulary
         self.row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def parameter_shardings(self, logical_axes: Any, shapes: Any) -> Any:
@@ -108,9 +108,24 @@ class Devices:
         """Host array `[B, ...]` to devices, rows split."""
         return jax.device_put(array, self.rows)
 
-    def put_micro_batches(self, array: Any) -> jax.Array:
-        """Host array `[A, R, ...]` to devices, rows of each micro-batch split."""
-        return jax.device_put(array, self.micro_batches)
+    def jit(self, function: Any, **options: Any) -> Any:
+        """`jax.jit`, traced and called under this mesh: attention asks it where rows lie.
+
+        `lower` of what it returns lowers under it, too.
+        """
+        compiled = jax.jit(function, **options)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with jax.set_mesh(self.mesh):
+                return compiled(*args, **kwargs)
+
+        def lower(*args: Any, **kwargs: Any) -> jax.stages.Lowered:
+            with jax.set_mesh(self.mesh):
+                return compiled.lower(*args, **kwargs)
+
+        call.compiled = compiled  # pyright: ignore[reportFunctionMemberAccess]
+        call.lower = lower  # pyright: ignore[reportFunctionMemberAccess]
+        return call
 
     def fetch(self, tree: Any) -> Any:
         """Device arrays to host, whole, on every process; one transfer for the tree."""

@@ -32,6 +32,24 @@ class SuffixCache(NamedTuple):
     values: jax.Array  # [L, N, H, T, d]
 
 
+BLOCK_TOKENS = 64
+"""Queries of one block, and keys that it looks at in one go."""
+
+
+class Blocks(NamedTuple):
+    """Sequences laid end to end in bins `[B, S]`; several may continue the same prompt.
+
+    A row of the table is one block of up to `BLOCK_TOKENS` queries of one sequence: place of the
+    first query in its bin; number of queries; place and number of the tokens before the sequence
+    that it continues, all of which it sees (0: it continues nothing); place of the sequence's own
+    first token, from which on the block sees what is not after each query. Rows are in the order of
+    their first query, and cover every token that is to be read.
+    """
+
+    table: jax.Array  # [B, K, 5] int32
+    filled: jax.Array  # [B] int32, rows of the table that are there
+
+
 class InitFn(Protocol):
     """`init(key) -> params`."""
 
@@ -39,14 +57,20 @@ class InitFn(Protocol):
 
 
 class HiddenFn(Protocol):
-    """`hidden(params, tokens[B, S], positions[B, S], segments[B, S]) -> [B, S, D]`.
+    """`hidden(params, tokens[B, S], positions[B, S], attention) -> [B, S, D]`.
 
-    Final-norm hidden states. A token attends to the tokens of its own segment that are not after
-    it; segment 0 is padding and its rows are undefined but finite.
+    Final-norm hidden states. `attention` is either segments `[B, S]` int32, where a token attends
+    to the tokens of its own segment that are not after it and segment 0 is padding; or `Blocks`.
+    What is padding, or in no block, is undefined but finite.
     """
 
     def __call__(
-        self, params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array, /
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attention: jax.Array | Blocks,
+        /,
     ) -> jax.Array: ...
 
 
@@ -69,10 +93,13 @@ class CacheFn(Protocol):
 
 
 class DecodeFn(Protocol):
-    """`decode(params, prefix, cache, tokens[N], step[N]) -> (hidden[N, D], cache)`.
+    """`decode(params, prefix, cache, tokens[N], step[N], place[], prompts) -> (hidden, cache)`.
 
-    Feeds token number `step` of each rollout's response. Row `n` continues prompt `n // G`, where
-    `G = N // P`. The cache is updated in place when donated or carried through a loop.
+    Feeds token number `step` of each rollout's response and keeps it at `place` of the cache, a
+    ring that all rollouts share: a rollout's earlier tokens lie in the `step` places before, latest
+    first. Row `n` continues prompt `prompts[n]`, or where that is None prompt `n // G`, with
+    `G = N // P`. Returns `[N, D]` and the cache, updated in place when donated or carried through a
+    loop.
     """
 
     def __call__(
@@ -82,7 +109,10 @@ class DecodeFn(Protocol):
         cache: SuffixCache,
         tokens: jax.Array,
         step: jax.Array,
+        place: jax.Array,
         /,
+        *,
+        prompts: jax.Array | None = None,
     ) -> tuple[jax.Array, SuffixCache]: ...
 
 

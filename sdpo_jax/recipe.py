@@ -31,14 +31,15 @@ _TYPE_NAMES: dict[Any, str] = {
 # cuts the same sums. Resuming is bit for bit only where the cut (mesh, micro-batch, chunk) stays.
 _MAY_CHANGE = {
     *("run_dir", "checkpoint.every_steps", "checkpoint.keep", "optimizer.max_skipped_updates"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat"),
-    *("train.micro_batch_rows", "train.head_chunk_tokens", "evaluation.batch_prompts"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.attention"),
+    *("train.micro_batch_tokens", "train.share_prompts", "train.head_chunk_tokens"),
+    *("rollout.slots", "evaluation.batch_prompts"),
 }
 
 _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prompts_per_step
     rollout.rollouts_per_prompt rollout.max_prompt_tokens rollout.max_response_tokens
     teacher.max_prompt_tokens teacher.max_feedback_tokens data.rows_per_step data.max_tokens
-    optimizer.max_skipped_updates train.steps train.mini_batches train.micro_batch_rows
+    optimizer.max_skipped_updates train.steps train.mini_batches train.micro_batch_tokens
     train.head_chunk_tokens mesh.fsdp mesh.tensor evaluation.samples_per_prompt
     evaluation.batch_prompts checkpoint.every_steps checkpoint.keep"""
 _CAPS = "objective.importance_cap objective.clip_high optimizer.clip_norm"
@@ -49,12 +50,17 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mesh.data", lambda v: v >= 1 or v == -1, "at least 1, or -1 for what is left"),
     (
         "optimizer.warmup_steps evaluation.every_steps evaluation.prompts "
-        "environment.max_prompt_characters lora.rank objective.top_k",
+        "environment.max_prompt_characters lora.rank objective.top_k rollout.slots "
+        "evaluation.top_k",
         lambda v: v >= 0,
         "0 or more",
     ),
     ("seed environment.seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
-    ("objective.alpha teacher.ema_rate", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    (
+        "objective.alpha teacher.ema_rate teacher.trust_region evaluation.min_p",
+        lambda v: 0 <= v <= 1,
+        "from 0 to 1",
+    ),
     ("optimizer.b1 optimizer.b2", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ("evaluation.top_p", lambda v: 0 < v <= 1, "above 0, at most 1"),
     ("objective.clip_low", lambda v: 0 < v < 1, "above 0 and below 1"),

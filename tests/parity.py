@@ -11,7 +11,7 @@ import numpy as np
 import tiny
 from make_fixtures import KEPT, NEW, PROMPT
 
-from sdpo_jax.sampling.generate import generate, rollout_keys
+from sdpo_jax.sampling.sampler import Sampler
 from sdpo_models.hugging_face import load_architecture, load_params
 from sdpo_models.transformer import build_model
 
@@ -76,7 +76,8 @@ def decode_error(model, params, case):
     def advance(cache, call):
         step = jnp.clip(call - late, 0, limit - 1).astype(jnp.int32)
         ids = jnp.asarray(tokens, jnp.int32)[owner, jnp.asarray(lengths)[owner] + step]
-        hidden, cache = model.decode(params, prefix, cache, ids, step)
+        place = (call % cache.keys.shape[3]).astype(jnp.int32)
+        hidden, cache = model.decode(params, prefix, cache, ids, step, place)
         return cache, (hidden @ head, step)
 
     cache = model.suffix_cache(4, int(limit.max()))
@@ -87,7 +88,7 @@ def decode_error(model, params, case):
     for n, p in enumerate(owner):
         for call in range(len(calls)):
             position = int(lengths[p] + steps[call, n])
-            if position in kept:
+            if position in kept and 0 <= call - late[n] < limit[n]:
                 ours.append(logits[call, n])
                 theirs.append(case["long_logits"][p, kept.index(position)])
     return error(np.stack(ours), np.stack(theirs))
@@ -95,18 +96,10 @@ def decode_error(model, params, case):
 
 def greedy_tokens(model, params, tokens, new):
     """What our sampler makes of prompts `[P, S]` at temperature 0."""
-    tokens = jnp.asarray(tokens, jnp.int32)
-    prompts = tokens.shape[0]
-
-    def run(params):
-        prefix = model.prefill(params, tokens, jnp.full((prompts,), tokens.shape[1], jnp.int32))
-        zero = jnp.zeros((), jnp.uint32)
-        keys = rollout_keys(zero, zero, zero, prompts, 1)
-        never, active = jnp.array([-1], jnp.int32), jnp.ones((prompts,), bool)
-        cold = jnp.zeros((), jnp.float32)
-        return generate(model, params, prefix, keys, active, never, cold, max_tokens=new).tokens
-
-    return np.asarray(tiny.quick_jit(run)(params))
+    sampler = Sampler(model, tiny.make_devices(), (-1,))
+    prompts = [row.tolist() for row in np.asarray(tokens)]
+    how = {"group": 1, "max_tokens": new, "temperature": 0.0, "seed": 0, "step": 0}
+    return sampler(params, prompts, **how).tokens
 
 
 def greedy_matches(model, params, case):

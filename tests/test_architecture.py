@@ -11,6 +11,7 @@ LAYER = {
     "losses": 0,
     "model": 0,
     "errors": 0,
+    "compilation": 0,
     "config": 0,
     "devices": 0,
     "tokens": 0,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -81,10 +82,10 @@ def all_logits_at_once(per_token_loss, hidden, head, aux, weights, *, chunk, con
     return total, {"loss": jax.lax.stop_gradient(loss), **metrics}
 
 
-def run(function, name, hidden, head, aux, weights, constants, *, chunk, scale=0.37):
+def run(function, name, hidden, head, aux, weights, constants, *, chunk, scale=0.37, **more):
     def loss(hidden, head):
         total, metrics = function(
-            OBJECTIVES[name], hidden, head, aux, weights, chunk=chunk, constants=constants
+            OBJECTIVES[name], hidden, head, aux, weights, chunk=chunk, constants=constants, **more
         )
         return scale * total, metrics
 
@@ -395,6 +396,78 @@ def test_under_shard_map_the_head_gradient_crosses_devices_once():
     assert_close(got, run(all_logits_at_once, name, *arrays, chunk=64), 2e-6)
     assert list(sizes_moved(str(compiled.as_text()))).count(8 * 512) == 1
     assert not any("[8,512]" in line for line in loop_collectives(str(compiled.as_text())))
+
+
+# Chunks that hold no tokens, and pieces of chunks
+
+
+def in_first_chunks(filled, *, chunk, block, tokens=M):
+    """Which tokens the first chunks hold: of each n blocks that follow each other, the first."""
+    chunks = -(-tokens // chunk)
+    return (np.arange(tokens) // block) % chunks < filled
+
+
+@pytest.mark.parametrize("name, block", [("sdpo_jsd", 8), ("sft", 4)])
+def test_chunks_that_are_not_filled_are_not_read_and_the_rest_is_as_it_was(name, block):
+    """One program for any number; what is left out may hold anything, and counts as nothing."""
+    hidden, head, aux, weights, constants = problem(name)
+    chunk = 16  # three chunks
+
+    def compute(function, hidden, aux, weights, **filled):
+        return run(function, name, hidden, head, aux, weights, constants, chunk=chunk, **filled)
+
+    chunked = tiny.quick_jit(partial(compute, chunked_head, block=block))
+    plain = tiny.quick_jit(partial(compute, all_logits_at_once))
+    for filled in range(4):
+        read = jnp.asarray(in_first_chunks(filled, chunk=chunk, block=block))
+        assert read.sum() == filled * chunk
+
+        def spoil(x, read=read):
+            garbage = jnp.asarray(-1 if x.dtype == jnp.int32 else np.nan, x.dtype)
+            return jnp.where(read.reshape(-1, *(1,) * (x.ndim - 1)), x, garbage)
+
+        kept = jnp.where(read, weights, 0.0)
+        spoilt = jax.tree.map(spoil, (hidden, aux))
+        (value, metrics), gradients = chunked(*spoilt, kept, filled=jnp.int32(filled))
+        (want, want_metrics), want_gradients = plain(hidden, aux, kept)
+        assert_close((value, gradients), (want, want_gradients), FLOAT32)
+        assert_close(metrics, {k: jnp.where(read, v, 0) for k, v in want_metrics.items()}, FLOAT32)
+        for x in (gradients[0], *metrics.values()):
+            np.testing.assert_array_equal(np.asarray(x)[~read], 0.0)
+
+
+def test_filled_chunks_have_the_same_value_without_gradient():
+    hidden, head, aux, weights, _ = problem("sft")
+    kept = jnp.where(in_first_chunks(2, chunk=16, block=8), weights, 0.0)
+    how: Any = {"chunk": 16, "filled": jnp.int32(2)}
+    got = jax.jit(partial(chunked_head, OBJECTIVES["sft"], **how))(hidden, head, aux, kept)
+    want, _ = run(chunked_head, "sft", hidden, head, aux, kept, None, scale=1.0, **how)
+    assert_close(got, want, 1e-6)
+
+
+def test_the_size_of_blocks_changes_nothing():
+    arrays = problem("sft", tokens=47)
+    want = run(all_logits_at_once, "sft", *arrays, chunk=12)
+    for block in (12, 5, 1):  # a whole chunk; what does not divide it; none at all
+        assert_close(run(chunked_head, "sft", *arrays, chunk=12, block=block), want, FLOAT32)
+
+
+def test_a_block_for_each_shard_and_filled_chunks_move_no_token_either():
+    """Four shards of 64 tokens, chunks of 16 from each: the form of a training step."""
+    name, filled = "sdpo_jsd", 2
+    hidden, head, aux, weights, constants = sharded_problem(name)
+    read = in_first_chunks(filled, chunk=64, block=16, tokens=256)
+    assert read.reshape(4, -1).sum(axis=1).tolist() == [32] * 4 and read[:32].all()
+    arrays = hidden, head, aux, jnp.where(read, weights, 0.0), constants
+    sharded = put_on_mesh(arrays)
+    compute = jax.jit(partial(run, chunked_head, name, chunk=64, block=16))
+    compiled = compute.lower(*sharded, filled=jnp.int32(filled)).compile()
+    got = compiled(*sharded, filled=jnp.int32(filled))
+    (value, metrics), gradients = run(all_logits_at_once, name, *arrays, chunk=64)
+    metrics = {k: jnp.where(read, v, 0) for k, v in metrics.items()}
+    assert_close(got, ((value, metrics), gradients), 2e-6)
+    sizes = sorted(set(sizes_moved(str(compiled.as_text()))))
+    assert sizes[-1] == 8 * 512 and all(size <= 16 * 8 for size in sizes[:-1])
 
 
 def test_all_logits_never_exist():

@@ -40,7 +40,7 @@ SETTINGS = """--rollout.prompts-per-step 4 --rollout.rollouts-per-prompt 4
     --rollout.max-prompt-tokens 64 --rollout.max-response-tokens 24
     --environment.train-prompts 48 --environment.held-out-prompts 8
     --teacher.max-prompt-tokens 128 --optimizer.warmup-steps 1 --optimizer.learning-rate 3e-3
-    --train.micro-batch-rows 8 --evaluation.prompts 8 --evaluation.batch-prompts 4
+    --train.micro-batch-tokens 1024 --evaluation.prompts 8 --evaluation.batch-prompts 4
     --evaluation.samples-per-prompt 4 --evaluation.every-steps 3 --checkpoint.every-steps 2"""
 
 
@@ -560,7 +560,7 @@ def test_demonstrations_from_a_file_train_end_to_end(sdpo, tmp_path):
     rows = [
         json.dumps({"prompt": f"wake me at {n}", "response": f"set_alarm({n})"}) for n in range(8)
     ]
-    more = "--data.rows-per-step 4 --data.max-tokens 64 --train.steps 3 --train.micro-batch-rows 4"
+    more = "--data.rows-per-step 4 --data.max-tokens 64 --train.steps 3"
     sdpo.run(*sft_words(tmp_path, rows, *more.split()))
     run_dir = tmp_path / "run"
     rows = read_metrics(run_dir / METRICS_FILE)

@@ -111,7 +111,7 @@ SIZES = {
     "rollout.prompts-per-step": 4,
     "rollout.rollouts-per-prompt": 2,
     "train.steps": 2,
-    "train.micro-batch-rows": 4,
+    "train.micro-batch-tokens": 512,
     "environment.train-prompts": 16,
     "environment.held-out-prompts": 8,
     "evaluation.prompts": 8,

@@ -56,7 +56,7 @@ BASE = Config(
     teacher=TeacherConfig(max_prompt_tokens=160, max_feedback_tokens=32),
     data=DataConfig(rows_per_step=4, max_tokens=32),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
-    train=TrainConfig(steps=STEPS, micro_batch_rows=8, head_chunk_tokens=48),
+    train=TrainConfig(steps=STEPS, micro_batch_tokens=1024, head_chunk_tokens=48),
     evaluation=EvaluationConfig(every_steps=1, prompts=2, samples_per_prompt=2, batch_prompts=2),
     checkpoint=CheckpointConfig(every_steps=1, keep=9),
 )
@@ -97,7 +97,7 @@ def quick_programs(tmp_path_factory):
         patch.setattr(jax, "jit", tiny.quick_jit)
         # A sampler keeps nothing but its programs, so that all runs may share one.
         sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        patch.setattr(trainer_module, "Sampler", lambda *_: sampler)
+        patch.setattr(trainer_module, "Sampler", lambda *_, **options: sampler)
         for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
@@ -393,15 +393,16 @@ def test_mini_batches_make_that_many_updates_and_the_teacher_follows_once(tmp_pa
 def poisoned_after(good_updates):
     """`make_train_step`, whose gradient is not a number from then on."""
 
-    def make(*parts, head_chunk_tokens):
-        step = make_train_step(*parts, head_chunk_tokens=head_chunk_tokens)
+    def make(*parts):
+        programs = make_train_step(*parts)
 
-        def train_step(state, batch, constants):
+        def finish(state, sums, denominator):
             count = optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[0][1]
             bad = jax.numpy.where(count >= good_updates, np.float32(np.nan), np.float32(1.0))
-            return step(state, batch._replace(weights=batch.weights * bad), constants)
+            gradient = jax.tree.map(lambda g: g * bad, sums.gradient)
+            return programs.finish(state, sums._replace(gradient=gradient), denominator)
 
-        return train_step
+        return programs._replace(finish=finish)
 
     return make
 

@@ -144,7 +144,7 @@ def test_unknown_key_names_the_nearest_valid_one(text: str, expected: str, tmp_p
         ),
         (
             '[model]\nremat = "ful"',
-            'model.remat: "ful" (a string), expected one of "none", "full"; ',
+            'model.remat: "ful" (a string), expected one of "none", "dots", "full", "offload"; ',
         ),
         ("train = 4", "train: 4 (an integer), expected a table [train]"),
         ("[seed]\nx = 1", "seed: a table, expected an integer"),
@@ -400,7 +400,7 @@ def test_resolved_config_round_trips(config: Config, tmp_path: Path):
 RESUMABLE = [
     Config(),
     Config(run_dir="elsewhere"),
-    Config(train=TrainConfig(steps=600, micro_batch_rows=8, head_chunk_tokens=64)),
+    Config(train=TrainConfig(steps=600, micro_batch_tokens=1024, head_chunk_tokens=64)),
     Config(checkpoint=CheckpointConfig(every_steps=3, keep=9)),
     Config(mesh=MeshConfig(data=1, fsdp=4)),
     Config(optimizer=OptimizerConfig(max_skipped_updates=9)),

@@ -30,7 +30,8 @@ def test_a_new_folder_gets_the_whole_recipe(tmp_path):
 
 def test_the_same_recipe_claims_its_folder_again_and_may_change_what_does_not_matter(tmp_path):
     run_directory.claim(tmp_path, Config())
-    config = replace(Config(), run_dir="elsewhere", train=TrainConfig(steps=99, micro_batch_rows=7))
+    train = TrainConfig(steps=99, micro_batch_tokens=777)
+    config = replace(Config(), run_dir="elsewhere", train=train)
     run_directory.claim(tmp_path, config)
     assert load_recipe(tmp_path / run_directory.CONFIG) == config
 

@@ -1,5 +1,6 @@
 """One update: what it may depend on, what it must not, and that its gradient is the paper's."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -19,9 +20,9 @@ from sdpo_jax.config import (
     RolloutConfig,
     SdpoObjective,
     SftObjective,
-    TrainConfig,
 )
 from sdpo_jax.data.jsonl import Demonstration
+from sdpo_jax.data.packing import Pair
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Outcome, Prompt
@@ -34,18 +35,19 @@ from sdpo_jax.losses.objectives import (
     sdpo_per_token,
     sft_per_token,
 )
+from sdpo_jax.model import BLOCK_TOKENS, Blocks
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import (
+    Form,
     Reduction,
-    cut_rows,
-    layout,
-    make_rows,
+    make_sequences,
     make_tokens,
+    plan,
     reduction_weights,
 )
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience
-from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
+from sdpo_jax.training.objectives import GrpoUpdates, Part, SdpoUpdates, make_update
 from sdpo_jax.training.parameters import full
 from sdpo_jax.training.sources import DemonstrationSource
 from sdpo_jax.training.state import (
@@ -55,7 +57,15 @@ from sdpo_jax.training.state import (
     make_teacher,
     state_shardings,
 )
-from sdpo_jax.training.step import Batch, follow, make_train_step, teacher_forward
+from sdpo_jax.training.step import (
+    Sequences,
+    Sums,
+    TrainStep,
+    follow,
+    make_train_step,
+    teacher_forward,
+    train_step,
+)
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
@@ -73,6 +83,11 @@ PER_TOKEN = {
     "grpo": grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0),
     "sft": sft_per_token(),
 }
+METRICS = {
+    "sdpo": ("divergence", "log_prob", "student_entropy", "teacher_entropy", "ratio"),
+    "grpo": ("log_prob", "student_entropy", "ratio", "clipped"),
+    "sft": ("log_prob", "student_entropy", "correct"),
+}
 PROMPTS, GROUP = 2, 4
 # No clipping: the first moment after one update is then (1 - b1) times the gradient.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=1, clip_norm=1e9)
@@ -86,36 +101,50 @@ class Programs(NamedTuple):
     optimizer: optax.GradientTransformation
     teacher: Any
     shardings: TrainState
-    train_step: Any
+    step: TrainStep
     forward: Any
+    head: Any
     follow: Any
+    form: Form
+
+
+def programs(name, mesh=(1, 1, 1), alpha=ALPHA, **form):
+    """All forms share the programs of a mesh, as jit caches them by shape."""
+    run = compiled(name, mesh, alpha)
+    return run._replace(form=run.form._replace(**form))
 
 
 @cache
-def programs(name, mesh=(1, 1, 1), micro_batch_rows=8, alpha=ALPHA):
+def compiled(name, mesh, alpha):
     config = Config(
         objective=OBJECTIVES[name],
         rollout=RolloutConfig(temperature=TEMPERATURE),
         data=DataConfig(max_tokens=64),
         optimizer=OPTIMIZER,
-        train=TrainConfig(micro_batch_rows=micro_batch_rows, head_chunk_tokens=48),
     )
     devices, teacher = tiny.make_devices(*mesh), make_teacher(config)
     optimizer = make_optimizer(config.optimizer, 100)
     shardings = state_shardings(MODEL, devices, optimizer, teacher, full())
     per_token = sdpo(alpha) if name == "sdpo" else PER_TOKEN[name]
-    train_step = make_train_step(MODEL, per_token, optimizer, full(), head_chunk_tokens=48)
-    jit = tiny.quick_jit
-    hidden_and_head = (devices.micro_batches, devices.replicated)
+    step = make_train_step(MODEL, per_token, METRICS[name], optimizer, full())
+    jit = partial(devices.jit, **tiny.quick_jit.keywords)
+    whole: Any = devices.replicated
+    sums = Sums(shardings.params, dict.fromkeys(METRICS[name], whole), whole, whole)
     return Programs(
         config=config,
         devices=devices,
         optimizer=optimizer,
         teacher=teacher,
         shardings=shardings,
-        train_step=jit(train_step, out_shardings=(shardings, devices.replicated)),
-        forward=jit(partial(teacher_forward, MODEL), out_shardings=hidden_and_head),
+        step=TrainStep(
+            jit(step.start, out_shardings=sums),
+            jit(step.accumulate, out_shardings=sums),
+            jit(step.finish, out_shardings=(shardings, whole)),
+        ),
+        forward=jit(partial(teacher_forward, MODEL), out_shardings=devices.rows),
+        head=jit(MODEL.head, out_shardings=whole),
         follow=jit(partial(follow, teacher, full()), out_shardings=shardings) if teacher else None,
+        form=Form(True, micro_batch_tokens=1024, head_chunk_tokens=48, shards=devices.row_shards),
     )
 
 
@@ -161,22 +190,41 @@ SIGNAL = [1, 2, 3, 5]
 def sdpo_updates(run, prompts=None, reduction: Reduction = "token_mean"):
     prompts = prompts or TeacherPrompts(run.config.teacher, TOKENIZER)
     objective = SdpoObjective(alpha=ALPHA, reduction=reduction)
-    return SdpoUpdates(run.config, objective, run.devices, prompts, run.forward)
+    return SdpoUpdates(run.config, objective, run.devices, run.form, prompts, run.forward, run.head)
 
 
-def make_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = "token_mean"):
+def the_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = "token_mean"):
     """The one update of the fixed experience (or, for sft, of the fixed demonstrations)."""
     if name == "sft":
         return demonstration_update(run, reduction)
     if name == "sdpo":
         maker = sdpo_updates(run, prompts, reduction)
     else:
-        maker = GrpoUpdates(run.config, GrpoObjective(reduction=reduction), run.devices)
+        objective = GrpoObjective(reduction=reduction)
+        maker = GrpoUpdates(run.config, objective, run.devices, run.form)
     teacher = teacher_weights() if teacher is None else teacher
     teacher = jax.device_put(teacher, run.shardings.params)
-    updates, _ = maker(experience(), teacher, step=0, clock=Clock())
+    updates, _ = maker(experience(), None, teacher, step=0, clock=Clock())
     assert len(updates) == 1
     return updates[0]
+
+
+def by_hand(run, part, tokens: Any, constants: Any):
+    """An update of given pairs; `tokens(micro_batch, place)` are those of the objective."""
+
+    def placed(micro_batch):
+        place = partial(make_tokens, micro_batch=micro_batch, devices=run.devices)
+        return tokens(micro_batch, place)
+
+    return make_update(part, placed, constants, run.form, run.devices)
+
+
+def real_tokens(sequences: Sequences):
+    """How many tokens a pass computes, padding aside."""
+    if not isinstance(sequences.attention, Blocks):
+        return int((np.asarray(sequences.attention) > 0).sum())
+    table, filled = (np.asarray(x) for x in sequences.attention)
+    return sum(int(rows[:n, 1].sum()) for rows, n in zip(table, filled, strict=True))
 
 
 def fresh_state(run, params=None):
@@ -191,7 +239,7 @@ def fresh_state(run, params=None):
 
 
 def apply(run, update, state=None):
-    return run.train_step(state or fresh_state(run), update.batch, update.constants)
+    return train_step(run.step, state or fresh_state(run), update.batch, update.constants)
 
 
 def gradient_of(state):
@@ -224,7 +272,7 @@ def assert_equal(a, b):
 def one_device(name):
     """State and metrics after the update on one device, all rows at once."""
     run = programs(name)
-    state, metrics = apply(run, make_update(name, run))
+    state, metrics = apply(run, the_update(name, run))
     assert bool(metrics.finite) and float(metrics.grad_norm) > 1e-3
     return state, metrics
 
@@ -232,24 +280,77 @@ def one_device(name):
 # What the result must not depend on
 
 
-@pytest.mark.parametrize(
-    "rows", [3, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 2, 4))]
-)
-def test_the_update_does_not_depend_on_the_micro_batch_size_nor_on_padding_rows(rows):
-    run = programs("sdpo", micro_batch_rows=rows)  # 3: nine places for eight rows
-    state, metrics = apply(run, make_update("sdpo", run))
-    expected_state, expected = one_device("sdpo")
+slow = partial(pytest.param, marks=pytest.mark.slow)
+FORMS = [
+    ("sdpo", {"micro_batch_tokens": 1}),  # a pair at a time, which cuts siblings apart
+    ("sdpo", {"share_prompts": False, "head_chunk_tokens": 7}),
+    slow("sdpo", {"head_chunk_tokens": 1000}),
+    slow("sdpo", {"share_prompts": False, "micro_batch_tokens": 1, "head_chunk_tokens": 1}),
+    slow("sft", {"micro_batch_tokens": 64}),
+    ("sft", {"micro_batch_tokens": 64, "share_prompts": False}),
+    slow("sft", {"micro_batch_tokens": 128, "head_chunk_tokens": 5}),
+    slow("grpo", {"micro_batch_tokens": 1, "share_prompts": False}),
+    slow("grpo", {"head_chunk_tokens": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_the_update_does_not_depend_on_micro_batches_shared_prompts_or_chunks(name, form):
+    run = programs(name, **form)
+    update = the_update(name, run)
+    if "micro_batch_tokens" in form and (name == "sft" or run.form.share_prompts):
+        assert len(update.batch.micro_batches) > 1
+    state, metrics = apply(run, update)
+    expected_state, expected = one_device(name)
     assert_close(gradient_of(state), gradient_of(expected_state), atol=1e-6)
     assert_close(metrics.loss, expected.loss, atol=1e-6)
-    assert_close(metrics.sums, expected.sums, atol=1e-6, rtol=1e-6)
-    assert float(metrics.tokens) == float(expected.tokens) == 9 + 3 + 12 + 8
+    assert_close(metrics.sums, expected.sums, atol=1e-5, rtol=2e-6)
+    assert float(metrics.tokens) == float(expected.tokens)
+    if name == "sdpo":
+        assert float(metrics.tokens) == 9 + 3 + 12 + 8
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name):
-    run = programs(name, mesh=(1, 4, 2), micro_batch_rows=4)
-    assert len(run.devices.mesh.devices.ravel()) == 8
-    state, metrics = apply(run, make_update(name, run))
+def padded(micro_batch):
+    """With twice the room for tokens, blocks and chunks, and anything in it."""
+
+    def longer(x, fill):
+        return np.concatenate([np.asarray(x), np.full_like(x, fill)], axis=1)
+
+    tokens, positions, attention, take = micro_batch.sequences
+    if isinstance(attention, Blocks):
+        there = np.arange(attention.table.shape[1])[None, :, None] < attention.filled[:, None, None]
+        table = np.where(there, attention.table, 9)
+        attention = Blocks(longer(table, 9), attention.filled)
+    else:
+        attention = longer(attention, 0)
+    fills = {np.dtype(np.int32): 5, np.dtype(np.float32): np.nan}
+    return micro_batch._replace(
+        sequences=Sequences(longer(tokens, 7), longer(positions, 3), attention, longer(take, 1)),
+        weights=longer(micro_batch.weights, 0),
+        tokens=jax.tree.map(lambda x: longer(x, fills[x.dtype]), micro_batch.tokens),
+    )
+
+
+@pytest.mark.parametrize("share_prompts", [True, slow(False)])
+def test_the_update_does_not_depend_on_padding(share_prompts):
+    run = programs("sdpo", share_prompts=share_prompts)
+    update = the_update("sdpo", run)
+    (micro_batch,) = update.batch.micro_batches
+    batch = update.batch._replace(micro_batches=[padded(micro_batch)])
+    state, metrics = apply(run, update._replace(batch=batch))
+    expected_state, expected = one_device("sdpo")
+    assert_close(gradient_of(state), gradient_of(expected_state), atol=1e-6)
+    assert_close(metrics, expected, atol=1e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [*((name, {}) for name in OBJECTIVES), slow("sdpo", {"share_prompts": False})],
+)
+def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name, form):
+    run = programs(name, mesh=(1, 4, 2), **form)
+    assert len(run.devices.mesh.devices.ravel()) == 8 and run.form.shards == 4
+    state, metrics = apply(run, the_update(name, run))
     expected_state, expected = one_device(name)
     if run.teacher is not None:
         state = run.follow(state, metrics.finite)
@@ -265,37 +366,38 @@ def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name):
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction):
     run, data = programs("sdpo"), experience()
-    dropped, _ = apply(run, make_update("sdpo", run, reduction=reduction))
+    dropped, _ = apply(run, the_update("sdpo", run, reduction=reduction))
     prompts, metrics = sdpo_updates(run)._contexts(data, 0)
     assert [i for i, ids in enumerate(prompts) if ids is not None] == SIGNAL
     assert metrics["teacher_signal"] == 0.5
-    shape = layout(8, 14, micro_batch_rows=8, shards=1)
     shown = [ids or data.prompt_ids[i] for i, ids in enumerate(prompts)]
-    hidden, head = run.forward(
-        teacher_weights(), make_rows(shown, data.response_ids, shape, run.devices)
-    )
+    pairs = [Pair(*x) for x in zip(data.prompt_ids, data.response_ids, strict=True)]
+    taught = [Pair(*x) for x in zip(shown, data.response_ids, strict=True)]
     active = np.isin(np.arange(8), SIGNAL)
     weights, denominator = reduction_weights(data.lengths, active, 16, reduction)
-    batch = Batch(
-        make_rows(data.prompt_ids, data.response_ids, shape, run.devices),
-        cut_rows(weights, shape, run.devices),
-        SdpoTokens(
-            hidden,
-            make_tokens(data.response_ids, shape, np.int32, run.devices),
-            make_tokens(data.log_probs, shape, np.float32, run.devices),
-        ),
-        jnp.float32(denominator),
-    )
-    kept, _ = run.train_step(fresh_state(run), batch, SdpoConstants(head, jnp.float32(TEMPERATURE)))
+    rows = [row[:size] for row, size in zip(weights, data.lengths, strict=True)]
+    part = Part(list(range(8)), pairs, plan(pairs, run.form), rows, denominator)
+
+    def tokens(micro_batch, place):
+        sequences = make_sequences(taught, micro_batch, run.form, run.devices)
+        return SdpoTokens(
+            run.forward(teacher_weights(), sequences),
+            place(data.response_ids, dtype=np.int32),
+            place(data.log_probs, dtype=np.float32),
+        )
+
+    constants = SdpoConstants(run.head(teacher_weights()), jnp.float32(TEMPERATURE))
+    kept, _ = apply(run, by_hand(run, part, tokens, constants))
     assert_close(gradient_of(dropped), gradient_of(kept), atol=1e-6)
 
 
 def test_rows_without_an_advantage_are_not_computed_but_counted():
     run, data = programs("grpo"), experience()
-    batch = make_update("grpo", run).batch
-    assert int(batch.rows.filled) == 1 and batch.rows.tokens.shape[0] == 1
-    computed = int((np.asarray(batch.weights)[0].sum(axis=-1) > 0).sum())
-    assert computed == GROUP
+    batch = the_update("grpo", run).batch
+    (micro_batch,) = batch.micro_batches
+    assert int((np.asarray(micro_batch.weights) > 0).sum()) == data.lengths[:GROUP].sum()
+    computed = len(data.prompt_ids[0]) + data.lengths[:GROUP].sum() - GROUP
+    assert real_tokens(micro_batch.sequences) == computed
     assert float(batch.denominator) == data.lengths.sum()
 
 
@@ -314,7 +416,7 @@ def demonstrations():
 def demonstration_update(run, reduction):
     objective = SftObjective(reduction=reduction)
     rows = prompt_batches(demonstrations(), batch_size=6, seed=0)
-    source = DemonstrationSource(run.config, objective, rows, TOKENIZER, run.devices)
+    source = DemonstrationSource(run.config, objective, rows, TOKENIZER, run.devices, run.form)
     updates, _ = source(None, None, 0, Clock())
     assert len(updates) == 1
     return updates[0]
@@ -322,23 +424,24 @@ def demonstration_update(run, reduction):
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
-    run = programs("sft")
-    packed = make_update("sft", run, reduction=reduction)
-    segments = np.asarray(packed.batch.rows.segments)
+    run = programs("sft", share_prompts=False)
+    packed = the_update("sft", run, reduction=reduction)
+    (micro_batch,) = packed.batch.micro_batches
+    segments = np.asarray(micro_batch.sequences.attention)
     assert segments.max() > 1 and (segments.max(axis=-1) > 0).sum() < 6  # it is packed
     prompts = [TOKENIZER.render(d.messages) for d in demonstrations()]
     responses = [[*TOKENIZER.encode(d.response), TOKENIZER.END] for d in demonstrations()]
+    pairs = [Pair(*x) for x in zip(prompts, responses, strict=True)]
     lengths = np.array([len(r) for r in responses], np.int32)
-    shape = layout(6, 31, micro_batch_rows=8, shards=1)
     weights, denominator = reduction_weights(lengths, np.ones(6, np.bool_), 32, reduction)
-    batch = Batch(
-        make_rows(prompts, responses, shape, run.devices),
-        cut_rows(weights, shape, run.devices),
-        SftTokens(make_tokens(responses, shape, np.int32, run.devices)),
-        jnp.float32(denominator),
-    )
+    rows = [row[:size] for row, size in zip(weights, lengths, strict=True)]
+    # Each alone in a micro-batch of one row.
+    alone = [plan([pair], run.form)[0]._replace(members=[[i]]) for i, pair in enumerate(pairs)]
+    part = Part(list(range(6)), pairs, alone, rows, denominator)
+    update = by_hand(run, part, lambda _, place: SftTokens(place(responses, dtype=np.int32)), None)
+    assert all(np.max(m.sequences.attention) == 1 for m in update.batch.micro_batches)
     packed_state, packed_metrics = apply(run, packed)
-    state, metrics = run.train_step(fresh_state(run), batch, None)
+    state, metrics = apply(run, update)
     assert_close(gradient_of(packed_state), gradient_of(state), atol=1e-6)
     assert_close(packed_metrics.loss, metrics.loss, atol=1e-6)
     assert_close(packed_metrics.sums, metrics.sums, atol=1e-5, rtol=1e-6)
@@ -359,7 +462,7 @@ def test_a_teacher_with_the_students_weights_and_prompt_teaches_nothing(alpha):
         del contexts
         return [TOKENIZER.render(q) for q in questions], [True] * len(questions)
 
-    state, metrics = apply(run, make_update("sdpo", run, teacher=student(), prompts=same_prompts))
+    state, metrics = apply(run, the_update("sdpo", run, teacher=student(), prompts=same_prompts))
     assert float(metrics.tokens) > 0
     assert abs(float(metrics.loss)) < 1e-7
     # Rounding of the softmax at 1e-7; the real gradient of this batch is four orders larger.
@@ -368,29 +471,99 @@ def test_a_teacher_with_the_students_weights_and_prompt_teaches_nothing(alpha):
 
 
 def test_no_gradient_reaches_the_teacher():
-    run, data = programs("sdpo"), experience()
-    shape = layout(8, 14, micro_batch_rows=8, shards=1)
-    rows = make_rows(data.prompt_ids, data.response_ids, shape, run.devices)
+    run = programs("sdpo")
+    update = the_update("sdpo", run)
+    (micro_batch,) = update.batch.micro_batches
+    step = make_train_step(MODEL, PER_TOKEN["sdpo"], METRICS["sdpo"], run.optimizer, full())
+    sums = run.step.start(student())
 
     def total(params):
-        hidden, head = teacher_forward(MODEL, params, rows)
-        return jnp.sum(hidden) + jnp.sum(head)
+        hidden = teacher_forward(MODEL, params, micro_batch.sequences)
+        tokens = micro_batch.tokens._replace(teacher_hidden=hidden)
+        constants = update.constants._replace(teacher_head=MODEL.head(params))
+        learned = step.accumulate(
+            sums, student(), None, micro_batch._replace(tokens=tokens), constants
+        )
+        return jnp.sum(hidden) + learned.loss + learned.metrics["teacher_entropy"]
 
     assert_equal(tiny.quick_jit(jax.grad(total))(student()), jax.tree.map(np.zeros_like, student()))
 
 
-def test_the_teacher_forward_computes_no_more_micro_batches_than_hold_rows():
+def teacher_passes(run, prompts=None):
+    """What the teacher's forward is called with, for the fixed experience."""
+    passes: list[Sequences] = []
+
+    def forward(params, sequences):
+        passes.append(sequences)
+        return run.forward(params, sequences)
+
+    the_update("sdpo", run._replace(forward=forward), prompts=prompts)
+    return passes
+
+
+def test_the_teacher_runs_a_prompt_that_several_rollouts_share_once():
     run, data = programs("sdpo"), experience()
-    shape = layout(8, 14, micro_batch_rows=8, shards=1)
-    rows = make_rows(data.prompt_ids, data.response_ids, shape, run.devices)
-    hidden, _ = run.forward(teacher_weights(), rows)
-    nothing, _ = run.forward(teacher_weights(), rows._replace(filled=np.int32(0)))
-    assert np.any(hidden) and not np.any(nothing)
+    prompts, _ = sdpo_updates(run)._contexts(data, 0)
+    shown = [tuple(prompts[i] or ()) for i in SIGNAL]
+    assert len(set(shown)) == 2  # prompt 0's are shown the same demonstration, row 5 feedback
+    responses = int(data.lengths[SIGNAL].sum())
+    (sequences,) = teacher_passes(run)
+    assert real_tokens(sequences) == sum(map(len, set(shown))) + responses - len(SIGNAL)
+    (unshared,) = teacher_passes(programs("sdpo", share_prompts=False))
+    assert real_tokens(unshared) == sum(map(len, shown)) + responses
+    one_by_one = teacher_passes(programs("sdpo", micro_batch_tokens=1))
+    assert len(one_by_one) == len(SIGNAL)
+    assert sum(map(real_tokens, one_by_one)) == sum(map(len, shown)) + responses - len(SIGNAL)
+
+
+def work(sequences: Sequences):
+    """Tokens through the linear layers, padding included, and pairs of blocks that meet."""
+    pairs = 0
+    for rows, filled in zip(*(np.asarray(x) for x in sequences.attention), strict=True):
+        for first, count, _, shared_count, own in rows[:filled]:
+            pairs += -(-shared_count // BLOCK_TOKENS) - (-(first + count - own) // BLOCK_TOKENS)
+    return sequences.tokens.size, int(pairs)
+
+
+def test_shared_prompts_halve_the_teachers_work():
+    """Eight questions with eight rollouts of 64 tokens; a question is asked in two ways."""
+    random, run = np.random.default_rng(0), programs("sdpo")
+    prompts = [tiny.random_ids(random, 218) for _ in range(16)]
+    shared = [Pair(prompts[i // 4], tiny.random_ids(random, 64)) for i in range(64)]
+    form = run.form._replace(micro_batch_tokens=65_536)
+
+    def passes(pairs: Sequence[Pair], form: Form):
+        return [make_sequences(pairs, m, form, run.devices) for m in plan(pairs, form)]
+
+    (together,) = passes(shared, form)
+    tokens, pairs = work(together)
+    assert real_tokens(together) == 16 * 218 + 64 * 63
+    assert pairs == 16 * (1 + 2 + 3 + 4) + 64 * (4 + 1)
+    alone = passes(shared, form._replace(micro_batch_tokens=1))  # nothing is shared any more
+    assert len(alone) == 64
+    apart = [work(x) for x in alone]
+    assert pairs <= sum(p for _, p in apart)
+    # The plainest form: a sequence to itself, its prompt among its own tokens.
+    blocks = -(-(218 + 64) // BLOCK_TOKENS)
+    assert 2 * pairs <= 64 * blocks * (blocks + 1) // 2
+    assert 2 * tokens <= 64 * (218 + 64)
+    (rows,) = passes(shared, form._replace(share_prompts=False))
+    assert 2 * tokens <= rows.tokens.size
+
+
+def test_no_pass_is_empty_and_the_head_reads_no_more_chunks_than_hold_tokens():
+    run = programs("sdpo", mesh=(1, 4, 2), micro_batch_tokens=1, head_chunk_tokens=4)
+    update = the_update("sdpo", run)
+    for micro_batch in update.batch.micro_batches:
+        weights = np.asarray(micro_batch.weights)
+        held = (weights > 0).any(axis=(0, 2))
+        assert held.any() and held.tolist() == (np.arange(len(held)) < micro_batch.chunks).tolist()
+        assert real_tokens(micro_batch.sequences) > 0
 
 
 def test_the_divergence_to_a_fixed_teacher_falls():
     run = programs("sdpo")
-    update, state = make_update("sdpo", run), fresh_state(run)
+    update, state = the_update("sdpo", run), fresh_state(run)
     divergences = []
     for _ in range(25):
         state, metrics = apply(run, update, state)
@@ -404,12 +577,13 @@ def test_the_divergence_to_a_fixed_teacher_falls():
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     run = programs("sdpo")
-    good, start = make_update("sdpo", run), fresh_state(run)
-    bad, tokens = good, good.batch.tokens
+    good, start = the_update("sdpo", run), fresh_state(run)
+    (micro_batch,) = good.batch.micro_batches
+    bad, tokens = good, micro_batch.tokens
     for poison in (np.inf, np.nan):
         hidden = tokens.teacher_hidden.at[0, 0, 0, 0].set(poison)
-        poisoned = tokens._replace(teacher_hidden=hidden)
-        bad = good._replace(batch=good.batch._replace(tokens=poisoned))
+        poisoned = micro_batch._replace(tokens=tokens._replace(teacher_hidden=hidden))
+        bad = good._replace(batch=good.batch._replace(micro_batches=[poisoned]))
         state, metrics = apply(run, bad, start)
         assert not bool(metrics.finite) and int(metrics.skipped) == int(state.skipped) == 1
         assert_equal(state.replace(skipped=start.skipped), start)

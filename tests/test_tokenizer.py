@@ -12,6 +12,7 @@ from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.errors import UserError
 from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.batch import Form
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.sources import DemonstrationSource
 from sdpo_models.nano import FOLDER
@@ -140,12 +141,10 @@ def demonstrated(tokenizer, content, response):
     row = Demonstration("1", ({"role": "user", "content": content},), response)
     config = Config(SftObjective(), data=DataConfig(max_tokens=64, rows_per_step=1))
     rows = prompt_batches([row], batch_size=1, seed=0)
-    source = DemonstrationSource(config, SftObjective(), rows, tokenizer, tiny.make_devices())
+    form = Form(True, micro_batch_tokens=64, head_chunk_tokens=64, shards=1)
+    source = DemonstrationSource(config, SftObjective(), rows, tokenizer, tiny.make_devices(), form)
     (update,), _ = source({}, {}, 0, Clock())
-    tokens, segments = (
-        np.asarray(x) for x in (update.batch.rows.tokens, update.batch.rows.segments)
-    )
-    return tokens[segments > 0]
+    return np.asarray(update.batch.micro_batches[0].sequences.tokens).ravel()  # padded with 0
 
 
 def test_a_demonstration_is_encoded_as_a_response(qwen):

@@ -7,7 +7,7 @@ stop, resume and report is in `test_loop.py`.
 import io
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -77,7 +77,12 @@ def quick_programs():
 
 
 @cache
-def trainer_of(name, weights: Literal["ema", "frozen"] = "ema", mini_batches=1):
+def trainer_of(
+    name,
+    weights: Literal["ema", "frozen", "live", "trust_region"] = "ema",
+    mini_batches=1,
+    trust_region=0.01,
+):
     """A trainer with its environment."""
     config = Config(
         objective=OBJECTIVES[name],
@@ -87,9 +92,14 @@ def trainer_of(name, weights: Literal["ema", "frozen"] = "ema", mini_batches=1):
             max_prompt_tokens=32,
             max_response_tokens=6,
         ),
-        teacher=TeacherConfig(weights=weights, max_prompt_tokens=160, max_feedback_tokens=32),
+        teacher=TeacherConfig(
+            weights=weights,
+            trust_region=trust_region,
+            max_prompt_tokens=160,
+            max_feedback_tokens=32,
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
-        train=TrainConfig(mini_batches=mini_batches, micro_batch_rows=8, head_chunk_tokens=48),
+        train=TrainConfig(mini_batches=mini_batches, micro_batch_tokens=1024, head_chunk_tokens=48),
     )
     judge = Judge(mixed)
     return Trainer(config, MODEL, TOKENIZER, judge), judge
@@ -176,3 +186,69 @@ def test_the_divergence_to_a_frozen_teacher_that_was_told_falls():
     # Each step samples anew: means over ten steps.
     thirds = np.mean(np.reshape(divergences, (3, 10)), axis=1)
     assert thirds[2] < thirds[1] < thirds[0] and thirds[2] < 0.7 * thirds[0]
+
+
+@pytest.mark.parametrize(
+    ("share", "same"), [(0.0, "frozen"), pytest.param(1.0, "live", marks=pytest.mark.slow)]
+)
+def test_a_trust_region_runs_from_the_initial_model_to_the_student(share, same):
+    between = {"weights": "trust_region", "trust_region": share}
+    ends = {"weights": same, "trust_region": 0.5}  # unused: a trainer of its own, at its first step
+    rows, states = [], []
+    for settings in (between, ends):
+        state = start(trainer_of("sdpo", **settings)[0])
+        for number in (1, 2):  # after the first, student and initial model differ
+            state, row = step("sdpo", state, number, mixed, **settings)
+        rows.append(row)
+        states.append(jax.device_get(state.params))
+    assert rows[0]["divergence"] == pytest.approx(rows[1]["divergence"], rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)
+
+
+class Ragged(Judge):
+    """Questions of 1 to 240 bytes; every second answer of a group passes."""
+
+    train = tuple(
+        Prompt(f"{n}", ({"role": "user", "content": "q" * n},), {})
+        for n in (1, 5, 30, 61, 90, 120, 170, 240)
+    )
+
+    def __init__(self):
+        super().__init__(lambda name, number: (float(number % 2), f"wrong: {name}"))
+
+
+@pytest.mark.slow
+def test_varied_lengths_compile_at_most_one_program_for_each_phase_and_bucket():
+    config = Config(
+        rollout=RolloutConfig(
+            prompts_per_step=PROMPTS,
+            rollouts_per_prompt=GROUP,
+            max_prompt_tokens=256,
+            max_response_tokens=150,
+        ),
+        train=TrainConfig(micro_batch_tokens=1024, steps=8),
+    )
+    trainer = Trainer(config, MODEL, TOKENIZER, Ragged())
+    state, lengths, tokens = start(trainer), set(), set()
+    for number in range(1, 9):
+        state, row = trainer.step(state, number)
+        lengths.add(row["response_tokens"])
+        tokens.add(row["tokens"])
+    assert len(lengths) == len(tokens) == 8  # no two steps are alike
+    sampler: Any = trainer.sampler
+    step: Any = trainer._train_step
+    teacher: Any = trainer.source
+    widths = 4  # of prompts: 64, 128, 192, 256
+    sizes = 2  # of a student's micro-batch: 512 and 1,024 tokens
+    limits: dict[Any, int] = {
+        sampler._begin: widths,
+        sampler._advance: widths * 2 * 3,  # caches of 75 and 150; all, a quarter of the slots
+        sampler._resize: 2 * 3,
+        teacher._updates._teacher_forward: 8,  # with re-prompts, up to 8 times 512 tokens
+        step.start: 1,
+        step.accumulate: sizes * 2,  # twice: the table of blocks may be longer
+        step.finish: 1,
+        trainer._follow: 1,
+    }
+    compiled = {program: program.compiled._cache_size() for program in limits}
+    assert all(0 < compiled[program] <= most for program, most in limits.items())

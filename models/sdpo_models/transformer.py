@@ -20,9 +20,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from sdpo_jax.model import Model, Params, Prefix, SuffixCache
+from sdpo_jax.model import Blocks, Model, Params, Prefix, SuffixCache
 from sdpo_models.architecture import Architecture
+from sdpo_models.attention import (
+    blocks_attention,
+    masked_attention,
+    one_token_attention,
+)
+from sdpo_models.remat import LAYER_INPUT, Remat, recomputed
 from sdpo_models.rope import inverse_frequencies
 
 
@@ -198,19 +205,6 @@ def _project(a: Architecture, weights: Params, h: jax.Array, name: str) -> jax.A
     return out.reshape(by_head)
 
 
-def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention of `q: [B, S, Q, d]` over `k, v: [B, S, H, d]` where `mask[B, S, S]`.
-
-    A row that may attend to nothing attends to everything evenly: finite, and never read.
-    """
-    b, s, heads, d = q.shape
-    q = q.reshape(b, s, k.shape[2], -1, d)
-    scores = jnp.einsum("bqhrd,bkhd->bhrqk", q, k, preferred_element_type=jnp.float32) * d**-0.5
-    scores = jnp.where(mask[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhrqk,bkhd->bqhrd", weights, v).reshape(b, s, heads, d)
-
-
 def causal_mask(segments: jax.Array) -> jax.Array:
     """`[B, S] -> [B, S, S]`: same segment and not after."""
     order = jnp.arange(segments.shape[1])
@@ -222,7 +216,8 @@ class Settings(NamedTuple):
     """How to compute, as against what: static under jit."""
 
     dtype: Any
-    remat: Literal["none", "full"]
+    remat: Remat
+    attention: Literal["xla", "splash"]
 
 
 def hidden(
@@ -231,22 +226,51 @@ def hidden(
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
-    segments: jax.Array,
+    attention: jax.Array | Blocks,
 ) -> jax.Array:
     """Final-norm hidden states `[B, S, D]`; see `sdpo_jax.model.HiddenFn`."""
-    mask, turns = causal_mask(segments), rotations(a, positions)
-    distance = positions[:, :, None] - positions[:, None, :]
+    turns = rotations(a, positions.reshape(-1))
+    attend = _whole_sequences(a, settings, positions, attention)
 
     def layer_step(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
-        seen = mask & in_window(a, layer.slides, distance)
-        x, _ = block(a, layer, x, turns, lambda q, k, v: (masked_attention(q, k, v, seen), None))
-        return x, None
+        x = checkpoint_name(x, LAYER_INPUT)
+        return block(a, layer, x, turns, partial(attend, layer.slides))[0], None
 
-    if settings.remat == "full":
-        layer_step = jax.checkpoint(layer_step)
-    x = params["embedding"].astype(settings.dtype)[tokens]
-    x, _ = jax.lax.scan(layer_step, x, stacked_layers(a, params))
-    return rms_norm(x, params["final_norm"], a.norm_epsilon)
+    # All tokens on one axis: XLA:CPU multiplies [B·S, D] a quarter faster than [B, S, D].
+    x = params["embedding"].astype(settings.dtype)[tokens.reshape(-1)]
+    x, _ = jax.lax.scan(recomputed(settings.remat, layer_step), x, stacked_layers(a, params))
+    return rms_norm(x, params["final_norm"], a.norm_epsilon).reshape(*tokens.shape, -1)
+
+
+def _whole_sequences(
+    a: Architecture, settings: Settings, positions: jax.Array, attention: jax.Array | Blocks
+) -> Callable[..., tuple[jax.Array, Any]]:
+    """`attend(slides, q, k, v)` of tokens on one axis, `[B·S, heads, d]`; keeps keys and values."""
+    form = _form(a, settings, positions, attention)
+
+    def attend(slides: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        qkv = (x.reshape(*positions.shape, *x.shape[1:]) for x in (q, k, v))
+        return form(*qkv, slides=slides).reshape(q.shape), (k, v)
+
+    return attend
+
+
+def _form(
+    a: Architecture, settings: Settings, positions: jax.Array, attention: jax.Array | Blocks
+) -> Callable[..., jax.Array]:
+    if isinstance(attention, Blocks):
+        return partial(blocks_attention, blocks=attention, window=a.sliding_window)
+    if settings.attention == "splash":
+        from sdpo_models.splash import splash_attention  # Pallas takes half a second to import
+
+        return partial(splash_attention, segments=attention, window=a.sliding_window)
+    mask = causal_mask(attention)
+    distance = positions[:, :, None] - positions[:, None, :]
+
+    def masked(q: jax.Array, k: jax.Array, v: jax.Array, *, slides: Any) -> jax.Array:
+        return masked_attention(q, k, v, mask & in_window(a, slides, distance))
+
+    return masked
 
 
 def head(a: Architecture, settings: Settings, params: Params) -> jax.Array:
@@ -261,18 +285,17 @@ def prefill(
     """Runs prompts `[P, S]`, padded on the right; see `sdpo_jax.model.PrefillFn`."""
     p, s = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(s)[None], (p, s))
-    mask, turns = (
-        causal_mask((positions < lengths[:, None]).astype(jnp.int32)),
-        rotations(a, positions),
-    )
-    distance = positions[:, :, None] - positions[:, None, :]
+    turns = rotations(a, positions.reshape(-1))
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    attend = _whole_sequences(a, settings, positions, segments)
 
     def layer_step(x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
-        seen = mask & in_window(a, layer.slides, distance)
-        return block(a, layer, x, turns, lambda q, k, v: (masked_attention(q, k, v, seen), (k, v)))
+        return block(a, layer, x, turns, partial(attend, layer.slides))
 
-    x = params["embedding"].astype(settings.dtype)[tokens]
-    x, (keys, values) = jax.lax.scan(layer_step, x, stacked_layers(a, params))
+    x = params["embedding"].astype(settings.dtype)[tokens.reshape(-1)]
+    x, kept = jax.lax.scan(layer_step, x, stacked_layers(a, params))
+    keys, values = (y.reshape(a.layers, p, s, *y.shape[2:]) for y in kept)
+    x = x.reshape(p, s, -1)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     heads_first = partial(jnp.swapaxes, axis1=2, axis2=3)
     return Prefix(
@@ -289,35 +312,6 @@ def suffix_cache(a: Architecture, settings: Settings, rows: int, max_tokens: int
     return SuffixCache(jnp.zeros(shape, settings.dtype), jnp.zeros(shape, settings.dtype))
 
 
-def prefix_and_suffix_attention(
-    q: jax.Array,
-    prefix: tuple[jax.Array, jax.Array, jax.Array],
-    suffix: tuple[jax.Array, jax.Array, jax.Array],
-) -> jax.Array:
-    """One query per rollout over its prompt and its own tokens.
-
-    `q: [N, Q, d]`; prefix keys and values `[P, H, S, d]`, read once for all `G` rollouts of a
-    prompt, with a mask `[P, G, S]` (or `[P, 1, S]`); suffix keys and values `[N, H, T, d]` with a
-    mask `[N, T]`.
-    """
-    (pk, pv, p_mask), (sk, sv, s_mask) = prefix, suffix
-    n, heads, d = q.shape
-    p, kv = pk.shape[:2]
-    g, r = n // p, heads // kv
-    scale = d**-0.5
-    grouped = q.reshape(p, g, kv, r, d)
-    a = jnp.einsum("pghrd,phsd->pghrs", grouped, pk, preferred_element_type=jnp.float32) * scale
-    a = jnp.where(p_mask[:, :, None, None], a, -1e30).reshape(n, kv, r, -1)
-    b = jnp.einsum(
-        "nhrd,nhtd->nhrt", q.reshape(n, kv, r, d), sk, preferred_element_type=jnp.float32
-    )
-    b = jnp.where(s_mask[:, None, None], b * scale, -1e30)
-    weights = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1).astype(sv.dtype)
-    a, b = jnp.split(weights, [pk.shape[2]], axis=-1)
-    out = jnp.einsum("pghrs,phsd->pghrd", a.reshape(p, g, kv, r, -1), pv).reshape(n, kv, r, d)
-    return (out + jnp.einsum("nhrt,nhtd->nhrd", b, sv)).reshape(n, heads, d)
-
-
 def decode(
     a: Architecture,
     settings: Settings,
@@ -326,44 +320,63 @@ def decode(
     cache: SuffixCache,
     tokens: jax.Array,
     step: jax.Array,
+    place: jax.Array,
+    *,
+    prompts: jax.Array | None = None,
 ) -> tuple[jax.Array, SuffixCache]:
-    """One token for every rollout; see `sdpo_jax.model.DecodeFn`."""
-    n, max_tokens = tokens.shape[0], cache.keys.shape[3]
-    group = n // prefix.lengths.shape[0]
-    positions = jnp.repeat(prefix.lengths, group) + step
-    turns, rows = rotations(a, positions), jnp.arange(n)
-    p_index, s_index = jnp.arange(prefix.keys.shape[3]), jnp.arange(max_tokens)[None]
-    p_real = (p_index[None] < prefix.lengths[:, None])[:, None]
-    p_distance = positions.reshape(-1, group, 1) - p_index[None, None]
-    s_distance = step[:, None] - s_index
+    """One token for every rollout; see `sdpo_jax.model.DecodeFn`.
 
-    def layer_step(carry: tuple[jax.Array, jax.Array, jax.Array], xs: Any) -> tuple[Any, None]:
-        x, keys, values = carry
-        index, layer, pk, pv = xs
-        p_mask = p_real & in_window(a, layer.slides, p_distance)
-        s_mask = (s_distance >= 0) & in_window(a, layer.slides, s_distance)
+    Layers only read the cache: the new keys and values are attended to apart and written once,
+    after the last layer, in one slice. XLA:TPU then neither copies a layer nor moves the cache.
+    """
+    groups = prefix.lengths.shape[0] if prompts is None else tokens.shape[0]
+    lengths = prefix.lengths if prompts is None else prefix.lengths[prompts]
+    positions = jnp.repeat(lengths, tokens.shape[0] // groups) + step
+    turns, places = rotations(a, positions), cache.keys.shape[3]
+    index = jnp.arange(prefix.keys.shape[3])
+    real = (index[None] < lengths[:, None])[:, None]
+    distance = positions.reshape(groups, -1, 1) - index[None, None]
+    age = (place - jnp.arange(places))[None] % places
+    past = (age > 0) & (age <= step[:, None])
+
+    def layer_step(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+        number, layer, *shared = xs
+        shared = shared if prompts is None else [y[prompts] for y in shared]
+        # Sliced here: as inputs of the scan they would be copied out, layer by layer.
+        own = (jax.lax.dynamic_index_in_dim(y, number, keepdims=False) for y in cache)
+        before = (*shared, real & in_window(a, layer.slides, distance))
+        after = (*own, past & in_window(a, layer.slides, age))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            # A scatter per row: XLA:TPU copies the whole cache for dynamic_update_slice.
-            new_keys = keys.at[index, rows, :, step].set(k)
-            new_values = values.at[index, rows, :, step].set(v)
-            suffix = (new_keys[index], new_values[index], s_mask)
-            return prefix_and_suffix_attention(q, (pk, pv, p_mask), suffix), (new_keys, new_values)
+            return one_token_attention(q, before, after, (k, v)), (k, v)
 
-        x, (keys, values) = block(a, layer, x, turns, attend)
-        return (x, keys, values), None
+        return block(a, layer, x, turns, attend)
 
     x = params["embedding"].astype(settings.dtype)[tokens]
     xs = (jnp.arange(a.layers), stacked_layers(a, params), prefix.keys, prefix.values)
-    (x, keys, values), _ = jax.lax.scan(layer_step, (x, cache.keys, cache.values), xs)
+    x, new = jax.lax.scan(layer_step, x, xs)
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=3)
+    keys, values = (write(old, y[:, :, :, None]) for old, y in zip(cache, new, strict=True))
     return rms_norm(x, params["final_norm"], a.norm_epsilon), SuffixCache(keys, values)
 
 
 def build_model(
-    a: Architecture, *, dtype: Any = jnp.float32, remat: Literal["none", "full"] = "none"
+    a: Architecture,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "dots",
+    attention: Literal["xla", "splash"] = "xla",
 ) -> Model:
-    """The pure functions of `a`, computing in `dtype` from parameters of any float type."""
-    settings = Settings(dtype, remat)
+    """The pure functions of `a`, computing in `dtype` from parameters of any float type.
+
+    Args:
+      a: the architecture.
+      dtype: what it computes in.
+      remat: what the backward pass makes again: nothing; all but the outputs of matrix products; a
+        whole layer; a whole layer, with the layers' inputs moved to the host's memory.
+      attention: form over packed segments; `splash` is a TPU kernel.
+    """
+    settings = Settings(dtype, remat, attention)
     axes = jax.tree.map(lambda leaf: leaf.axes, parameter_table(a), is_leaf=_is_leaf)
     return Model(
         init=partial(init, a),

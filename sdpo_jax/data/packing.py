@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sdpo_jax.model import BLOCK_TOKENS
+
 
 def bucket(n: int, multiple: int) -> int:
     """Returns the smallest positive multiple of `multiple` that holds `n`."""
@@ -35,58 +37,163 @@ def pad_rows(
     return tokens, lengths
 
 
-class PackedRows(NamedTuple):
-    """Several (prompt, response) pairs to a row, apart by segment. All int32.
+def size_bucket(n: int, step: int = 64) -> int:
+    """Returns the smallest size that holds `n`, of multiples of `step`, eight to a power of two.
 
-    The hidden state that predicts the response token at flat position `i` stands at `i - 1`.
+    Beyond `8 * step`, at most an eighth is added.
+
+    >>> [size_bucket(n) for n in (0, 65, 4608, 4609)]
+    [64, 128, 4608, 5120]
+    """
+    return bucket(n, max(step, 1 << max(0, (max(n, 1) - 1).bit_length() - 4)))
+
+
+TOKEN_STEP = 512
+"""Of the tokens laid end to end: fewer shapes for small batches, where compiling would cost more
+than the padding."""
+
+
+class Pair(NamedTuple):
+    """A prompt, and the response whose tokens are to be predicted."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+
+
+def shared_prompts(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Indices of the pairs of each distinct prompt, in the order of first occurrence."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair.prompt), []).append(index)
+    return list(groups.values())
+
+
+def spread(pairs: Sequence[Pair], *, bins: int) -> list[list[int]]:
+    """Indices of the pairs of each bin, so that bins are evenly full.
+
+    Siblings stay together, to share their prompt, unless they are more than a bin's share.
+    """
+    if bins == 1:
+        return [list(range(len(pairs)))]
+    total = sum(
+        len(pairs[group[0]].prompt) + sum(len(pairs[i].response) for i in group)
+        for group in shared_prompts(pairs)
+    )
+    pieces: list[tuple[int, list[int]]] = []
+    for group in shared_prompts(pairs):
+        prompt = len(pairs[group[0]].prompt)
+        size, piece = prompt, list[int]()
+        for index in group:
+            response = len(pairs[index].response)
+            if piece and (size + response) * bins > total:
+                pieces.append((size, piece))
+                size, piece = prompt, []
+            size, piece = size + response, [*piece, index]
+        pieces.append((size, piece))
+    loads, members = [0] * bins, [list[int]() for _ in range(bins)]
+    for size, piece in sorted(pieces, key=lambda p: (-p[0], p[1])):
+        least = loads.index(min(loads))
+        loads[least] += size
+        members[least] += piece
+    return [sorted(m) for m in members]
+
+
+def spread_rows(pairs: Sequence[Pair], *, width: int, bins: int) -> list[list[int]]:
+    """Indices of the pairs of each bin: of the rows that all pairs fill together, each bin some.
+
+    `lay_in_rows` makes the same rows of a bin, however many bins there are.
+    """
+    places, _ = _first_fit_decreasing([len(p) + len(r) for p, r in pairs], width)
+    members = [list[int]() for _ in range(bins)]
+    for index, (row, _, _) in enumerate(places):
+        members[row % bins].append(index)
+    return members
+
+
+class Laid(NamedTuple):
+    """Token rows of one shape with the place of every prediction. All int32.
+
+    `take` holds, pair after pair, the place in the bin (its rows one after the other) whose hidden
+    state predicts each response token. A response's last token predicts nothing and may be absent.
     """
 
-    tokens: NDArray[np.int32]
-    """[B, S], 0 where nothing stands."""
-    segments: NDArray[np.int32]
-    """[B, S], 1, 2, ... within a row; 0 where nothing stands."""
-    positions: NDArray[np.int32]
-    """[B, S], from 0 in each segment."""
-    response_index: NDArray[np.int32]
-    """[M], flat position in [B * S] of each response token, pair after pair."""
-    response_owner: NDArray[np.int32]
-    """[M], the pair that the token belongs to."""
+    tokens: NDArray[np.int32]  # [B, S]
+    positions: NDArray[np.int32]  # [B, S], from 0 in each sequence
+    segments: NDArray[np.int32] | None  # [B, S], 1, 2, ... in a row, 0 where nothing stands
+    table: NDArray[np.int32] | None  # [B, K, 5], see `sdpo_jax.model.Blocks`
+    blocks: NDArray[np.int32] | None  # [B], filled rows of the table
+    take: list[NDArray[np.int32]]  # for each bin
 
 
-def pack_rows(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, row_tokens: int, rows_multiple: int
-) -> PackedRows:
-    """Packs (prompt, response) pairs into rows, longest first, each into the first row with room.
+def lay_end_to_end(bins: Sequence[Sequence[Pair]]) -> Laid:
+    """Lays the pairs of each bin end to end, a shared prompt once; one row to a bin."""
+    laid = [_end_to_end(pairs) for pairs in bins]
+    width = size_bucket(max(len(tokens) for tokens, *_ in laid), TOKEN_STEP)
+    # Sequences of 16 tokens or more fit into the first size; others ask for a larger one.
+    rows = max(width // 16, size_bucket(max(len(table) for _, _, table, _ in laid)))
+    shape = (len(laid), width)
+    tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    table = np.zeros((len(laid), rows, 5), np.int32)
+    for i, (ids, places, blocks, _) in enumerate(laid):
+        tokens[i, : len(ids)], positions[i, : len(ids)] = ids, places
+        table[i, : len(blocks)] = blocks
+    counts = np.asarray([len(blocks) for _, _, blocks, _ in laid], np.int32)
+    take = [np.asarray(t, np.int32) for *_, t in laid]
+    return Laid(tokens, positions, None, table, counts, take)
 
-    Args:
-        pairs: token ids; no prompt is empty, since its end predicts the first response token.
-        row_tokens: S.
-        rows_multiple: B is a multiple of this; added rows are empty.
-    """
-    sizes = [len(prompt) + len(response) for prompt, response in pairs]
-    for number, (prompt, _) in enumerate(pairs):
-        if not prompt:
-            raise ValueError(f"pair {number} has an empty prompt, expected at least one token")
-        if sizes[number] > row_tokens:
-            text = f"pair {number} has {sizes[number]} tokens, expected at most {row_tokens}"
-            raise ValueError(text)
-    places, row_count = _first_fit_decreasing(sizes, row_tokens)
-    shape = (bucket(row_count, rows_multiple), row_tokens)
-    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-    index: list[int] = []
-    owner: list[int] = []
-    for number, ((prompt, response), (row, start, segment)) in enumerate(
-        zip(pairs, places, strict=True)
-    ):
-        here = slice(start, start + sizes[number])
-        tokens[row, here] = [*prompt, *response]
-        segments[row, here] = segment
-        positions[row, here] = np.arange(sizes[number])
-        first = row * row_tokens + start + len(prompt)
-        index += range(first, first + len(response))
-        owner += [number] * len(response)
-    responses = np.asarray(index, np.int32), np.asarray(owner, np.int32)  # [M], [M]
-    return PackedRows(tokens, segments, positions, *responses)
+
+def _end_to_end(
+    pairs: Sequence[Pair],
+) -> tuple[list[int], list[int], NDArray[np.int32], list[int]]:
+    """Tokens, positions, table of blocks, and where each response token is predicted."""
+    tokens, positions, blocks = list[int](), list[int](), list[tuple[int, ...]]()
+    take: list[list[int]] = [[] for _ in pairs]
+
+    def add(ids: Sequence[int], first_position: int, shared: int, shared_count: int) -> int:
+        own = len(tokens)
+        for offset in range(0, len(ids), BLOCK_TOKENS):
+            count = min(BLOCK_TOKENS, len(ids) - offset)
+            blocks.append((own + offset, count, shared, shared_count, own))
+        tokens.extend(ids)
+        positions.extend(range(first_position, first_position + len(ids)))
+        return own
+
+    for group in shared_prompts(pairs):
+        prompt = pairs[group[0]].prompt
+        start = add(prompt, 0, 0, 0)
+        for index in group:
+            response = pairs[index].response
+            own = add(response[:-1], len(prompt), start, len(prompt))
+            places = [start + len(prompt) - 1, *range(own, own + len(response) - 1)]
+            take[index] = places[: len(response)]
+    flat = [place for places in take for place in places]
+    return tokens, positions, np.asarray(blocks, np.int32).reshape(-1, 5), flat
+
+
+def lay_in_rows(bins: Sequence[Sequence[Pair]], *, width: int) -> Laid:
+    """Packs the pairs of each bin into rows of `width` tokens, longest first, apart by segment."""
+    placed: list[tuple[list[tuple[int, int, int]], int]] = []
+    for pairs in bins:
+        sizes = [len(prompt) + len(response) for prompt, response in pairs]
+        if max(sizes, default=0) > width:
+            raise ValueError(f"expected sequences of at most {width} tokens, got {max(sizes)}")
+        placed.append(_first_fit_decreasing(sizes, width))
+    rows = max(1, *(count for _, count in placed))
+    rows = bucket(rows, max(1, 1 << max(0, (rows - 1).bit_length() - 4)))
+    shape = (len(placed) * rows, width)
+    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    take: list[NDArray[np.int32]] = []
+    for number, (pairs, (places, _)) in enumerate(zip(bins, placed, strict=True)):
+        flat: list[int] = []
+        for (prompt, response), (row, start, segment) in zip(pairs, places, strict=True):
+            size = len(prompt) + len(response)
+            here = number * rows + row, slice(start, start + size)
+            tokens[here] = [*prompt, *response]
+            positions[here], segments[here] = np.arange(size), segment
+            first = row * width + start + len(prompt) - 1
+            flat += range(first, first + len(response))
+        take.append(np.asarray(flat, np.int32))
+    return Laid(tokens, positions, segments, None, None, take)
 
 
 def _first_fit_decreasing(sizes: list[int], room: int) -> tuple[list[tuple[int, int, int]], int]:

@@ -141,6 +141,8 @@ class Evaluator:
                 max_tokens=self._config.rollout.max_response_tokens,
                 temperature=temperature,
                 top_p=self._config.evaluation.top_p,
+                top_k=self._config.evaluation.top_k,
+                min_p=self._config.evaluation.min_p,
                 seed=self._config.seed,
                 step=step,
                 first_prompt=start,

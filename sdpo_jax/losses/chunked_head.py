@@ -25,7 +25,7 @@ autodiff over all logits and finite differences (tests/test_chunked_head.py).
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -62,37 +62,37 @@ def chunked_head(
     *,
     chunk: int,
     constants: Any = None,
+    filled: jax.Array | None = None,
+    block: int = BLOCK,
 ) -> tuple[jax.Array, Metrics]:
     """Σ_m weights[m] · per_token_loss(hidden[m] · head)[m], and the metrics of each token.
 
-    Differentiable in `hidden` and `head`; everything else is detached. A token of weight 0 adds
-    nothing to the value or to a gradient, whatever its rows hold.
-
     Args:
-        per_token_loss: see `PerTokenLoss`; `objectives` has one per objective.
+        per_token_loss: see `PerTokenLoss`.
         hidden: [M, D], final hidden states at the positions that predict a token.
         head: [D, V]; cast to the dtype of `hidden`; its gradient accumulates in float32.
         aux: pytree of arrays with leading axis M.
-        weights: [M], from `token_mean_weights` or another reduction.
+        weights: [M]; a token of weight 0 adds nothing, whatever its rows hold.
         chunk: how many tokens may have logits at a time; M is cut evenly.
         constants: pytree that every chunk sees whole, such as the teacher's head.
+        filled: [] int32, chunks to compute; the rest has weight 0, and gets metrics of 0.
+        block: tokens of a chunk that lie together: on a sharded axis, a shard's share.
 
     Returns:
-        The weighted sum, a float32 scalar to divide by the denominator of the weights; and detached
-        metrics of [M] each, `loss` (unweighted) and those of `per_token_loss`.
+        The weighted sum, float32, and detached metrics of [M], `loss` (unweighted) among them.
 
-    Source: equation 1 of arXiv 2601.20802, summed without its logits.
+    Source: equation 1 of arXiv 2601.20802.
 
-    >>> def square(logits, aux, constants):
-    ...     return jnp.sum((logits - aux) ** 2, axis=-1), {}
-    >>> hidden, head, aux = jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.zeros((3, 4))
-    >>> print(chunked_head(square, hidden, head, aux, jnp.ones(3), chunk=2)[0])
+    >>> square = lambda logits, aux, constants: (jnp.sum(logits**2, axis=-1), {})
+    >>> hidden, head = jnp.ones((3, 2)), jnp.ones((2, 4))
+    >>> print(chunked_head(square, hidden, head, None, jnp.ones(3), chunk=2)[0])
     48.0
     """
     _check(hidden, head, aux, weights, chunk)
-    aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
-    hidden, head = _vary_alike((hidden, head), (aux, weights))
-    return _chunked(per_token_loss, -(-len(hidden) // chunk), hidden, head, aux, weights, constants)
+    detached = jax.lax.stop_gradient((aux, weights, constants))
+    hidden, head = _vary_alike((hidden, head), detached[:2])
+    cut = _Cut(-(-len(hidden) // chunk), block)
+    return _chunked(per_token_loss, cut, hidden, head, *detached, filled)
 
 
 def checkpointed_head(
@@ -130,10 +130,17 @@ def checkpointed_head(
         return per_token_loss(head_logits(hidden, wide.astype(head.dtype)), aux, constants)
 
     # A copy, unlike `_pick`, whose gradient would be an array of [M, D] for each chunk.
-    tokens = _cut((hidden, aux), -(-hidden.shape[0] // chunk))
+    tokens = _cut((hidden, aux), _Cut(-(-hidden.shape[0] // chunk), BLOCK))
     chunks = jax.tree.map(lambda x: x.swapaxes(0, 1), tokens)
     _, out = jax.lax.scan(lambda _, tokens: (None, step(wide, tokens, constants)), None, chunks)
-    return _join(out, hidden.shape[0])
+    return _join(out, hidden.shape[0], BLOCK)
+
+
+class _Cut(NamedTuple):
+    """Into how many chunks, of pieces of how many tokens."""
+
+    chunks: int
+    block: int
 
 
 def _check(hidden: jax.Array, head: jax.Array, aux: Any, weights: jax.Array, chunk: int) -> None:
@@ -167,37 +174,39 @@ def _weighted_loss(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
     per_token_loss: PerTokenLoss,
-    count: int,
+    cut: _Cut,
     hidden: jax.Array,
     head: jax.Array,
     aux: Any,
     weights: jax.Array,
     constants: Any,
+    filled: jax.Array | None,
 ) -> tuple[jax.Array, Metrics]:
     """Value only, for whoever does not differentiate."""
-    tokens = _cut((hidden, aux, weights), count)
+    tokens = _cut((hidden, aux, weights), cut)
 
     def step(_: None, index: jax.Array) -> tuple[None, Any]:
         hidden, aux, weights = _pick(tokens, index)
         logits = head_logits(hidden, head)
         return None, _weighted_loss(logits, per_token_loss, aux, weights, constants)
 
-    _, (totals, metrics) = jax.lax.scan(step, None, jnp.arange(count))
-    return jnp.sum(totals), _join(metrics, hidden.shape[0])
+    _, (totals, metrics) = _each_chunk(step, None, cut.chunks, filled)
+    return jnp.sum(totals), _join(metrics, hidden.shape[0], cut.block)
 
 
 def _forward(
     per_token_loss: PerTokenLoss,
-    count: int,
+    cut: _Cut,
     hidden: jax.Array,
     head: jax.Array,
     aux: Any,
     weights: jax.Array,
     constants: Any,
+    filled: jax.Array | None,
 ) -> tuple[tuple[jax.Array, Metrics], tuple[jax.Array, jax.Array]]:
     """Value, and the gradients by hidden and head: each chunk's while its logits exist."""
     value_and_grad = jax.value_and_grad(_weighted_loss, has_aux=True)
-    tokens = _cut((aux, weights), count)
+    tokens = _cut((aux, weights), cut)
 
     def step(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[Any, Any]:
         rows, head_grad = carry  # rows: hidden states of chunks to come, gradients of the others
@@ -213,26 +222,50 @@ def _forward(
         return (rows, head_grad), (value, metrics)
 
     zeros = _vary(jnp.zeros(head.shape, loss_dtype(hidden)), _varying(hidden))
-    carry, out = jax.lax.scan(step, (_cut(hidden, count), zeros), jnp.arange(count))
+    carry, out = _each_chunk(step, (_cut(hidden, cut), zeros), cut.chunks, filled)
     (rows, head_grad), (totals, metrics) = carry, out
+    if filled is not None:  # what was not computed holds hidden states, not their gradient
+        done = jnp.arange(cut.chunks) < filled
+        rows = jnp.where(done.reshape(1, -1, *(1,) * (rows.ndim - 2)), rows, 0)
     hidden_grad = rows.reshape(-1, *hidden.shape[1:])[: hidden.shape[0]]
-    metrics = _join(metrics, hidden.shape[0])
+    metrics = _join(metrics, hidden.shape[0], cut.block)
     return (jnp.sum(totals), metrics), (hidden_grad, head_grad.astype(head.dtype))
 
 
 def _backward(
     per_token_loss: PerTokenLoss,
-    count: int,
+    cut: _Cut,
     residuals: tuple[jax.Array, jax.Array],
     cotangents: tuple[jax.Array, Metrics],
 ) -> tuple[jax.Array | None, ...]:
-    del per_token_loss, count
+    del per_token_loss, cut
     scale = cotangents[0]  # the metrics are detached
     hidden_grad, head_grad = ((scale * x.astype(scale.dtype)).astype(x.dtype) for x in residuals)
-    return hidden_grad, head_grad, None, None, None
+    return hidden_grad, head_grad, None, None, None, None
 
 
 _chunked.defvjp(_forward, _backward)
+
+
+def _each_chunk(step: Any, carry: Any, count: int, filled: jax.Array | None) -> tuple[Any, Any]:
+    """`lax.scan` over chunk indices; with `filled`, over the first of them, the rest left 0."""
+    if filled is None:
+        return jax.lax.scan(step, carry, jnp.arange(count))
+    _, shapes = jax.eval_shape(step, carry, jnp.zeros((), jnp.int32))
+    out = jax.tree.map(partial(_empty, count), shapes)
+
+    def body(index: jax.Array, both: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, out = both
+        carry, new = step(carry, index)
+        return carry, jax.tree.map(lambda o, n: o.at[index].set(n), out, new)
+
+    return jax.lax.fori_loop(0, filled, body, (carry, out))
+
+
+def _empty(count: int, like: Any) -> jax.Array:
+    kind = like.manual_axis_type  # None outside a mesh
+    axes = frozenset[str]() if kind is None else kind.varying
+    return _vary(jnp.zeros((count, *like.shape), like.dtype), axes)
 
 
 def _vary_alike(tree: Any, others: Any) -> Any:
@@ -260,17 +293,17 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b.astype(a.dtype), preferred_element_type=wide)
 
 
-def _cut(tree: Any, count: int) -> Any:
-    """View the leading axis M of each leaf as `count` strided chunks, [C / b, count, b, ...].
+def _cut(tree: Any, into: _Cut) -> Any:
+    """View the leading axis M of each leaf as strided chunks, [C / b, count, b, ...].
 
     Fewer than `count` rows of zeros fill up the last places; their weight is 0.
     """
 
     def cut(x: jax.Array) -> jax.Array:
-        missing = -x.shape[0] % count
+        missing = -x.shape[0] % into.chunks
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
-        block = math.gcd(x.shape[0] // count, BLOCK)
-        return x.reshape(-1, count, block, *x.shape[1:])
+        block = math.gcd(x.shape[0] // into.chunks, into.block)
+        return x.reshape(-1, into.chunks, block, *x.shape[1:])
 
     return jax.tree.map(cut, tree)
 
@@ -291,12 +324,12 @@ def _merge(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def _join(tree: Any, tokens: int) -> Any:
+def _join(tree: Any, tokens: int, block: int) -> Any:
     """Put stacked chunks [count, C, ...] back into the order of the tokens, [M, ...]."""
 
     def join(x: jax.Array) -> jax.Array:
-        block = math.gcd(x.shape[1], BLOCK)
-        x = x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
+        piece = math.gcd(x.shape[1], block)
+        x = x.reshape(x.shape[0], -1, piece, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(-1, *x.shape[3:])[:tokens]
 
     return jax.tree.map(join, tree)

@@ -1,8 +1,18 @@
-"""The decode loop: one compiled program from prompts to rollouts.
+"""The decode engine: slots that rollouts pass through, and one compiled loop over their tokens.
+
+    begin     prompts through the model once; the first rollouts take their slots
+    advance   one token for every slot at a time, until all are done or the cache is full
+    resize    a larger cache, fewer slots
+
+A slot whose rollout has ended takes the next one inside the loop (`refill`); nothing is prefilled
+there, since rollouts of a prompt share its keys and values and its last hidden state. Slots write
+their tokens' keys and values to one place of a ring that all share, so that the write is one slice,
+in place; a slot sees as many of the latest places as its rollout has tokens.
 
 The draw of a token is a pure function of (seed, step, prompt index, sibling index, position): keys
-are folded, never split, so neither batch layout nor a resume changes what is sampled. Temperature
-and stop ids are traced.
+are folded, never split, so neither slots, cache sizes nor shards change what is sampled. Everything
+here is of one shard of the rows; `sampler.py` spreads it over the mesh, where no shard waits for
+another inside the loop.
 """
 
 from typing import NamedTuple
@@ -11,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.model import Model, Params, Prefix, SuffixCache
+from sdpo_jax.sampling.draw import Filters, draw
 
 
 class Rollouts(NamedTuple):
@@ -22,11 +33,35 @@ class Rollouts(NamedTuple):
     stopped: jax.Array  # [N] bool, False where the response ran into the limit
 
 
-class _Loop(NamedTuple):
-    position: jax.Array  # [] int32
-    hidden: jax.Array  # [N, D], predicts the token at `position`
-    cache: SuffixCache
+class Slots(NamedTuple):
+    """What the loop carries: `B` slots, a cache of `C` places."""
+
+    rollout: jax.Array  # [B] int32, which row of the rollouts; N where the slot is idle
+    step: jax.Array  # [B] int32, tokens that the slot's rollout has
+    hidden: jax.Array  # [B, D], predicts its next token
+    cache: SuffixCache  # [L, B, H, C, d]
+    written: jax.Array  # [1] int32, places written so far; the next is `written % C`
+    started: jax.Array  # [1] int32, rollouts that have had a slot
+    decoded: jax.Array  # [1] int32, passes of the loop
     rollouts: Rollouts
+
+
+class Job(NamedTuple):
+    """What stays the same from the first token to the last."""
+
+    prefix: Prefix
+    keys: jax.Array  # [N], see `rollout_keys`
+    wanted: jax.Array  # [1] int32, rollouts to make; those from here on only fill up a shard
+    stop_ids: jax.Array  # [any] int32
+    filters: Filters
+
+
+class Plan(NamedTuple):
+    """The static side of `advance`."""
+
+    max_tokens: int  # `T`
+    grouped: bool  # slot n holds a rollout of prompt n // G: a prompt is read once for all
+    refill: bool  # a slot that is done takes the next rollout
 
 
 def rollout_keys(
@@ -43,117 +78,110 @@ def rollout_keys(
     return jax.vmap(one)(n)
 
 
-def draw(
-    keys: jax.Array, logits: jax.Array, temperature: jax.Array, top_p: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Draws one token per row; returns ids and log-probs under the sampling distribution.
-
-    Gumbel-max in the form `argmax(logits + temperature · noise)`, so that temperature 0 is greedy
-    decoding; greedy log-probs are those at temperature 1.
-
-    Args:
-      keys: [N].
-      logits: [N, V] float32, unscaled.
-      temperature: [] float32, not negative.
-      top_p: [] float32 in (0, 1], see `nucleus`; None draws from all tokens, without a sort.
-    """
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    if top_p is not None:
-        inside = nucleus(scaled, top_p)
-        scaled, logits = (jnp.where(inside, x, -jnp.inf) for x in (scaled, logits))
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
-    tokens = jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
-
-
-def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Marks the likeliest tokens that hold `top_p` together, the one that reaches it included.
-
-    Tokens as likely as the last one are inside, too.
-
-    Args:
-      logits: [N, V] float32, at the sampling temperature.
-      top_p: [] float32, in (0, 1].
-
-    Returns:
-      [N, V] bool.
-
-    Source: Holtzman et al., arXiv 1904.09751.
-
-    >>> nucleus(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), jnp.float32(0.6)).tolist()
-    [[False, True, True]]
-    """
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    chances = jax.nn.softmax(ordered, axis=-1)
-    reached = jnp.cumsum(chances, axis=-1) - chances < top_p  # before this token; the first always
-    last = jnp.min(jnp.where(reached, ordered, jnp.inf), axis=-1, keepdims=True)
-    return logits >= last
-
-
-def generate(
-    model: Model,
-    params: Params,
-    prefix: Prefix,
-    keys: jax.Array,
-    active: jax.Array,
-    stop_ids: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array | None = None,
-    *,
-    max_tokens: int,
-) -> Rollouts:
-    """Decodes until every row has drawn a stop token or `max_tokens` are full.
-
-    Args:
-      model: the pure functions.
-      params: its parameters.
-      prefix: from `model.prefill`, `P` prompts.
-      keys: [P·G], see `rollout_keys`.
-      active: [P·G] bool; False for rows that only fill up a shard and must not keep the loop alive.
-      stop_ids: [any] int32.
-      temperature: [] float32.
-      top_p: [] float32, or None.
-      max_tokens: `T`, static.
-    """
-    n, group = keys.shape[0], keys.shape[0] // prefix.lengths.shape[0]
-    head = model.head(params)
-
-    def unfinished(loop: _Loop) -> jax.Array:
-        return (loop.position < max_tokens) & ~jnp.all(loop.rollouts.stopped)
-
-    def advance(loop: _Loop) -> _Loop:
-        t, rollouts = loop.position, loop.rollouts
-        logits = jnp.matmul(loop.hidden, head, preferred_element_type=jnp.float32)
-        position_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        tokens, log_probs = draw(position_keys, logits, temperature, top_p)
-        rollouts = _record(rollouts, t, tokens, log_probs, stop_ids)
-        step = jnp.full((n,), t, jnp.int32)
-        hidden, cache = model.decode(params, prefix, loop.cache, tokens, step)
-        return _Loop(t + 1, hidden, cache, rollouts)
-
-    start = _Loop(
-        jnp.zeros((), jnp.int32),
-        jnp.repeat(prefix.last_hidden, group, axis=0),
-        model.suffix_cache(n, max_tokens),
-        Rollouts(
+def begin(model: Model, job: Job, slots: int, places: int, max_tokens: int) -> Slots:
+    """The first rollouts in their slots, and an empty cache of `places`."""
+    n = job.keys.shape[0]
+    first = jnp.arange(slots, dtype=jnp.int32)
+    rollout = jnp.where(first < job.wanted, first, n)
+    group = n // job.prefix.lengths.shape[0]
+    one = jnp.zeros((1,), jnp.int32)
+    return Slots(
+        rollout,
+        jnp.zeros((slots,), jnp.int32),
+        job.prefix.last_hidden[first // group],
+        model.suffix_cache(slots, places),
+        written=one,
+        started=jnp.minimum(one + slots, job.wanted),
+        decoded=one,
+        rollouts=Rollouts(
             jnp.zeros((n, max_tokens), jnp.int32),
             jnp.zeros((n, max_tokens), jnp.float32),
             jnp.zeros((n,), jnp.int32),
-            ~active,
+            jnp.zeros((n,), bool),
         ),
     )
-    return jax.lax.while_loop(unfinished, advance, start).rollouts
 
 
-def _record(
-    rollouts: Rollouts, t: jax.Array, tokens: jax.Array, log_probs: jax.Array, stop_ids: jax.Array
-) -> Rollouts:
-    """Writes position `t` of the rows that have not stopped."""
-    live = ~rollouts.stopped
+def advance(model: Model, params: Params, job: Job, slots: Slots, plan: Plan) -> Slots:
+    """Decodes until every rollout is done, or one has filled the cache or this is as long as it."""
+    n, places = job.keys.shape[0], slots.cache.keys.shape[3]
+    head, pause = model.head(params), slots.decoded + places
+
+    def unfinished(s: Slots) -> jax.Array:
+        live = s.rollout < n
+        full = jnp.any(live & (s.step >= places))
+        return jnp.any(live) & ~full & (s.decoded < pause)[0]
+
+    def one_token(s: Slots) -> Slots:
+        row = jnp.minimum(s.rollout, n - 1)
+        logits = jnp.matmul(s.hidden, head, preferred_element_type=jnp.float32)
+        keys = jax.vmap(jax.random.fold_in)(job.keys[row], s.step)
+        tokens, log_probs = draw(keys, logits, job.filters)
+        stop = jnp.any(tokens[:, None] == job.stop_ids[None], axis=-1)
+        rollouts = _record(s, tokens, log_probs, stop)
+        place = (s.written % places)[0]
+        prompts = None if plan.grouped else row // (n // job.prefix.lengths.shape[0])
+        hidden, cache = model.decode(
+            params, job.prefix, s.cache, tokens, s.step, place, prompts=prompts
+        )
+        s = s._replace(hidden=hidden, cache=cache, rollouts=rollouts, step=s.step + 1)
+        s = s._replace(written=s.written + 1, decoded=s.decoded + 1)
+        ended = (s.rollout < n) & (stop | (s.step >= plan.max_tokens))
+        if plan.refill:
+            return _refill(job, s, ended)
+        return s._replace(rollout=jnp.where(ended, n, s.rollout))
+
+    return jax.lax.while_loop(unfinished, one_token, slots)
+
+
+def _record(s: Slots, tokens: jax.Array, log_probs: jax.Array, stop: jax.Array) -> Rollouts:
+    """Writes each slot's token to its rollout; idle slots point behind the last row."""
+    out = s.rollouts
     return Rollouts(
-        rollouts.tokens.at[:, t].set(jnp.where(live, tokens, 0)),
-        rollouts.log_probs.at[:, t].set(jnp.where(live, log_probs, 0.0)),
-        rollouts.lengths + live.astype(jnp.int32),
-        rollouts.stopped | jnp.any(tokens[:, None] == stop_ids[None], axis=-1),
+        out.tokens.at[s.rollout, s.step].set(tokens, mode="drop"),
+        out.log_probs.at[s.rollout, s.step].set(log_probs, mode="drop"),
+        out.lengths.at[s.rollout].set(s.step + 1, mode="drop"),
+        out.stopped.at[s.rollout].set(stop, mode="drop"),
+    )
+
+
+def _refill(job: Job, s: Slots, ended: jax.Array) -> Slots:
+    """Hands the next rollouts, in order, to the slots that have ended."""
+    n, prompts = job.keys.shape[0], job.prefix.lengths.shape[0]
+    new = s.started + jnp.cumsum(ended.astype(jnp.int32)) - 1
+    new = jnp.where(new < job.wanted, new, n)
+    first = job.prefix.last_hidden[jnp.minimum(new, n - 1) // (n // prompts)]
+    return s._replace(
+        rollout=jnp.where(ended, new, s.rollout),
+        step=jnp.where(ended, 0, s.step),
+        hidden=jnp.where(ended[:, None], first, s.hidden),
+        started=jnp.minimum(s.started + jnp.sum(ended.astype(jnp.int32)), job.wanted),
+    )
+
+
+def resize(slots: Slots, keep: jax.Array | None, places: int) -> Slots:
+    """Grows the cache to `places`, and keeps only some slots.
+
+    Args:
+      slots: as they are.
+      keep: [B'] int32, which slots; -1 makes an idle one. None keeps all.
+      places: not fewer than now.
+    """
+    now = slots.cache.keys.shape[3]
+    n = slots.rollouts.lengths.shape[0]
+
+    def ring(x: jax.Array) -> jax.Array:
+        # The latest place comes last, so that the ring goes on behind it.
+        x = jnp.roll(x, -(slots.written % now)[0], axis=3)
+        x = x if keep is None else x[:, keep]
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, places - now), (0, 0)])
+
+    cache = SuffixCache(ring(slots.cache.keys), ring(slots.cache.values))
+    slots = slots._replace(cache=cache, written=jnp.full_like(slots.written, now))
+    if keep is None:
+        return slots
+    return slots._replace(
+        rollout=jnp.where(keep < 0, n, slots.rollout[keep]),
+        step=jnp.where(keep < 0, 0, slots.step[keep]),
+        hidden=slots.hidden[keep],
     )

@@ -1,7 +1,8 @@
 """From ragged rollouts to the fixed shapes of the compiled step. Host-side numpy.
 
-A row is a prompt followed by a response. The teacher's rows are the same responses after other
-prompts, in the same order, so that student and teacher meet at `[a, r, t]`.
+A pair is a prompt followed by a response. The teacher's pairs are the same responses after other
+prompts; both passes lay the pairs of a bin out in their own way and read the predictions in the
+same order, so that student and teacher meet at `[d, n, c]`.
 """
 
 from collections.abc import Sequence
@@ -10,29 +11,43 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.data.packing import bucket
+from sdpo_jax.data.packing import (
+    Laid,
+    Pair,
+    lay_end_to_end,
+    lay_in_rows,
+    shared_prompts,
+    size_bucket,
+    spread,
+    spread_rows,
+)
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.reductions import sequence_mean_weights, token_mean_weights
-from sdpo_jax.training.step import Rows
-
-SEQUENCE_MULTIPLE = 32
-RESPONSE_MULTIPLE = 16
+from sdpo_jax.model import Blocks
+from sdpo_jax.training.step import Sequences
 
 Reduction = Literal["token_mean", "sequence_mean"]
 
 
-class Layout(NamedTuple):
-    """`micro_batches` of `rows` each, responses padded to `response_tokens`."""
+class Form(NamedTuple):
+    """How pairs become rows of tokens."""
 
-    micro_batches: int
-    rows: int
-    response_tokens: int
+    share_prompts: bool
+    """End to end, a prompt once for all its siblings; else in packed rows, apart by segment."""
+    micro_batch_tokens: int
+    """Of the student's pass, for each shard of the rows."""
+    head_chunk_tokens: int
+    """For each shard of the rows, too."""
+    shards: int
 
 
-def layout(capacity: int, longest_response: int, *, micro_batch_rows: int, shards: int) -> Layout:
-    """Shapes for up to `capacity` rows; rows of a micro-batch divide over the shards."""
-    rows = bucket(min(micro_batch_rows, capacity), shards)
-    return Layout(-(-capacity // rows), rows, bucket(longest_response, RESPONSE_MULTIPLE))
+class MicroBatchPlan(NamedTuple):
+    """Which pairs run together, and where the tokens of their responses stand."""
+
+    members: list[list[int]]  # for each shard, indices of its pairs
+    chunks: int  # `n`
+    chunk_tokens: int  # `c`, of each shard
+    filled: int  # chunks that hold tokens
 
 
 def reduction_weights(
@@ -49,40 +64,93 @@ def reduction_weights(
     return np.asarray(weights), float(denominator)
 
 
-def make_rows(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    shape: Layout,
-    devices: Devices,
-) -> Rows:
-    """Places prompt and response of each row into micro-batches, padded to the capacity."""
-    longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=1)
-    capacity, width = shape.micro_batches * shape.rows, bucket(longest, SEQUENCE_MULTIPLE)
-    if len(prompts) > capacity:
-        raise ValueError(f"expected at most {capacity} rows, got {len(prompts)}")
-    tokens = np.zeros((capacity, width), np.int32)
-    segments = np.zeros((capacity, width), np.int32)
-    take = np.zeros((capacity, shape.response_tokens), np.int32)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        end = len(prompt) + len(response)
-        tokens[i, :end] = [*prompt, *response]
-        segments[i, :end] = 1
-        take[i, : len(response)] = np.arange(len(prompt) - 1, end - 1)
-    positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
-    cut = [cut_rows(x, shape, devices) for x in (tokens, positions, segments, take)]
-    return Rows(*cut, filled=np.int32(-(-len(prompts) // shape.rows)))  # pyright: ignore[reportArgumentType]
+def plan(pairs: Sequence[Pair], form: Form) -> list[MicroBatchPlan]:
+    """Cuts an update's pairs, in the student's form, into micro-batches of shards.
+
+    Raises:
+      ValueError: a prompt is empty: nothing would predict the first token of its response.
+    """
+    for number, pair in enumerate(pairs):
+        if not pair.prompt:
+            raise ValueError(f"pair {number} has an empty prompt, expected at least one token")
+    room = form.micro_batch_tokens * form.shards
+    # Fewer would not do.
+    count = max(1, min(len(pairs), -(-_tokens(pairs, form) // room)))
+    while True:
+        bins = _spread(pairs, count * form.shards, form)
+        cuts = [bins[i : i + form.shards] for i in range(0, len(bins), form.shards)]
+        laid = [_lay(pairs, members, form) for members in cuts]
+        # One sequence longer than the limit is no reason to go on cutting.
+        if count >= len(pairs) or max(x.tokens.size for x in laid) <= room:
+            return [
+                _in_chunks(x, members, form)
+                for x, members in zip(laid, cuts, strict=True)
+                if any(members)
+            ]
+        count += 1
 
 
-def make_tokens(per_row: Sequence[Any], shape: Layout, dtype: Any, devices: Devices) -> Any:
-    """Ragged per-token values of each row to `[A, R, T]`, zero beyond the data."""
-    out = np.zeros((shape.micro_batches * shape.rows, shape.response_tokens), dtype)
-    for i, values in enumerate(per_row):
-        out[i, : len(values)] = values
-    return cut_rows(out, shape, devices)
+def _tokens(pairs: Sequence[Pair], form: Form) -> int:
+    """At least this many are computed, padding aside."""
+    if form.share_prompts:
+        prompts = sum(len(pairs[group[0]].prompt) for group in shared_prompts(pairs))
+        return prompts + sum(max(0, len(response) - 1) for _, response in pairs)
+    return sum(len(prompt) + len(response) for prompt, response in pairs)
 
 
-def cut_rows(array: Any, shape: Layout, devices: Devices) -> Any:
-    """`[A·R, ...] -> [A, R, ...]` on the devices, each micro-batch's rows split over the shards."""
-    return devices.put_micro_batches(
-        array.reshape(shape.micro_batches, shape.rows, *array.shape[1:])
-    )
+def _width(pairs: Sequence[Pair]) -> int:
+    return size_bucket(max((len(p) + len(r) for p, r in pairs), default=1))
+
+
+def _spread(pairs: Sequence[Pair], bins: int, form: Form) -> list[list[int]]:
+    if form.share_prompts:
+        return spread(pairs, bins=bins)
+    return spread_rows(pairs, width=_width(pairs), bins=bins)
+
+
+def _lay(pairs: Sequence[Pair], members: Sequence[Sequence[int]], form: Form) -> Laid:
+    bins = [[pairs[i] for i in shard] for shard in members]
+    if form.share_prompts:
+        return lay_end_to_end(bins)
+    return lay_in_rows(bins, width=_width(pairs))
+
+
+def _in_chunks(laid: Laid, members: list[list[int]], form: Form) -> MicroBatchPlan:
+    """Room for every response token, in chunks that follow from the shape alone."""
+    most = max(len(take) for take in laid.take)
+    size = laid.tokens.size // form.shards
+    room = size if most <= size else size_bucket(most)
+    chunk = min(room, form.head_chunk_tokens)
+    return MicroBatchPlan(members, -(-room // chunk), chunk, -(-most // chunk))
+
+
+def make_sequences(
+    pairs: Sequence[Pair], micro_batch: MicroBatchPlan, form: Form, devices: Devices
+) -> Sequences:
+    """Tokens, attention and places of prediction of one micro-batch, on the devices."""
+    laid = _lay(pairs, micro_batch.members, form)
+    if laid.table is None:
+        attention = devices.put_rows(laid.segments)
+    else:
+        attention = Blocks(devices.put_rows(laid.table), devices.put_rows(laid.blocks))
+    take = _fill(micro_batch, laid.take, np.int32)
+    put = devices.put_rows
+    return Sequences(put(laid.tokens), put(laid.positions), attention, put(take))
+
+
+def make_tokens(
+    per_pair: Sequence[Any], micro_batch: MicroBatchPlan, dtype: Any, devices: Devices
+) -> Any:
+    """Ragged per-token values of all pairs to `[D, n, c]`, zero beyond the data."""
+    shards = [
+        np.concatenate([np.asarray(per_pair[i], dtype) for i in members] or [np.zeros(0, dtype)])
+        for members in micro_batch.members
+    ]
+    return devices.put_rows(_fill(micro_batch, shards, dtype))
+
+
+def _fill(micro_batch: MicroBatchPlan, shards: Sequence[Any], dtype: Any) -> Any:
+    out = np.zeros((len(shards), micro_batch.chunks * micro_batch.chunk_tokens), dtype)
+    for line, values in zip(out, shards, strict=True):
+        line[: len(values)] = values
+    return out.reshape(len(shards), micro_batch.chunks, micro_batch.chunk_tokens)

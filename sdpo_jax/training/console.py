@@ -177,6 +177,12 @@ class Console:
         values = [f"{_label(key)} {_spell(key, row[key])}" for key in keys]
         self.note("  ".join([self._place(row), "evaluation", *values]))
 
+    def compilation(self, step: int, compiled: int, loaded: int, seconds: float) -> None:
+        """Programs that were new to this process in `step`, and the seconds they took."""
+        built = f"{compiled} program{'' if compiled == 1 else 's'} built"
+        took = duration(seconds)
+        self.note(f"compiled  step {step}: {built}, {loaded} read from the cache, {took}")
+
     def note(self, text: str) -> None:
         """A line of text, above the table if there is one."""
         if self._table is not None:

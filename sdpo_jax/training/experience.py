@@ -11,7 +11,7 @@ from sdpo_jax.environments.base import Environment, Outcome, Prompt
 from sdpo_jax.evaluation.accuracy import environment_metrics, grade_all
 from sdpo_jax.model import Params
 from sdpo_jax.sampling.prompts import prompt_ids
-from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.sampling.sampler import HostRollouts, Sampler
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.clock import Clock
 
@@ -46,8 +46,13 @@ def collect(
     step: int,
     clock: Clock,
 ) -> tuple[Experience, dict[str, float]]:
-    """Samples `G` responses for each prompt and grades them; returns metrics of both, too."""
+    """Samples `G` responses for each prompt and grades them; returns metrics of both, too.
+
+    Responses are graded as they are done, while the device decodes the rest: `seconds_grade` is
+    time inside `seconds_rollout`, but for what is done last.
+    """
     group = config.rollouts_per_prompt
+    graded = _Grading(environment, tokenizer, prompts, group, clock)
     with clock.phase("rollout"):
         ids = [prompt_ids(tokenizer, p, config.max_prompt_tokens) for p in prompts]
         rollouts = sampler(
@@ -58,20 +63,18 @@ def collect(
             temperature=config.temperature,
             seed=seed,
             step=step,
+            on_done=graded,
         )
     clock.count("rollout", int(rollouts.lengths.sum()))
-    with clock.phase("grade"):
-        responses = rollouts.responses()
-        texts = [tokenizer.decode(row) for row in responses]
-        outcomes = grade_all(environment, prompts, texts)
+    outcomes = graded.outcomes
     experience = Experience(
         prompts=list(prompts),
         group=group,
         prompt_ids=[row for row in ids for _ in range(group)],
-        response_ids=responses,
+        response_ids=rollouts.responses(),
         log_probs=[row[:n] for row, n in zip(rollouts.log_probs, rollouts.lengths, strict=True)],
         lengths=rollouts.lengths,
-        texts=texts,
+        texts=graded.texts,
         outcomes=outcomes,
     )
     metrics = {
@@ -82,3 +85,37 @@ def collect(
         **environment_metrics(outcomes),
     }
     return experience, metrics
+
+
+class _Grading:
+    """Decodes and grades responses as the sampler tells of them."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        group: int,
+        clock: Clock,
+    ):
+        self._environment, self._tokenizer = environment, tokenizer
+        self._prompts, self._group, self._clock = prompts, group, clock
+        self._done: dict[int, tuple[str, Outcome]] = {}
+
+    def __call__(self, rows: list[int], rollouts: HostRollouts) -> None:
+        with self._clock.phase("grade"):
+            responses = rollouts.responses()
+            texts = [self._tokenizer.decode(responses[i]) for i in rows]
+            asked = [self._prompts[i // self._group] for i in rows]
+            outcomes = grade_all(self._environment, asked, texts)
+            self._done |= dict(zip(rows, zip(texts, outcomes, strict=True), strict=True))
+
+    @property
+    def texts(self) -> list[str]:
+        """Of all rollouts, in order."""
+        return [self._done[i][0] for i in sorted(self._done)]
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """Of all rollouts, in order."""
+        return [self._done[i][1] for i in sorted(self._done)]

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax.compilation import CompileCounter
 from sdpo_jax.config import Config, SftObjective
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Environment
@@ -55,7 +56,8 @@ def train(
       console: where to report; plain lines on standard output by default.
 
     Returns:
-      The summary: evaluation `before` and `after`, `steps`, `generations`, `seconds`, `complete`.
+      The summary: evaluation `before` and `after`, `steps`, `generations`, `seconds`, `complete`;
+      under `compilation` what this process compiled, not what it resumed from.
 
     Raises:
       UserError: bad input, a folder with another recipe, or updates that stay non-finite.
@@ -64,6 +66,7 @@ def train(
     console = console or Console(config.objective.name, steps=config.train.steps, live=False)
     with ExitStack() as stack:
         stack.enter_context(console)
+        counter = stack.enter_context(CompileCounter())
         if jax.process_index() == 0:
             run_directory.check(run_dir, config)  # before a lock is left in a stranger's folder
             stack.enter_context(run_directory.locked(run_dir))
@@ -74,7 +77,7 @@ def train(
             Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep, warn=console.note)
         )
         load_params = params if callable(params) else lambda: params
-        return _run(config, trainer, load_params, checkpoints, console, run_dir)
+        return _run(config, trainer, load_params, checkpoints, console, counter, run_dir)
 
 
 def _run(
@@ -83,6 +86,7 @@ def _run(
     load_params: LoadParams,
     checkpoints: Checkpoints,
     console: Console,
+    counter: CompileCounter,
     run_dir: Path,
 ) -> dict[str, Any]:
     began = time.perf_counter()
@@ -107,7 +111,7 @@ def _run(
         console.note(f"resumed   from step {first}")
     base = None if state.base is None else checksum(state.base)
     with _open_log(run_dir, first) as log, _stop_signals() as stop_asked:
-        report = _Reporter(log, console)
+        report = _Reporter(log, console, counter)
         if before is None:
             before = trainer.evaluate(state, 0)
             report.evaluation(0, before)
@@ -128,10 +132,12 @@ def _run(
                 extra = {"data": trainer.source.get_state(), "before": before, "seconds": seconds}
                 checkpoints.save(step, state.replace(base=None), extra | {"base": base})
             checkpoints.poll()
+            report.compilation(step)
     checkpoints.finish()
     if first == config.train.steps:
         after = trainer.evaluate(state, first)
     summary = _summary(config, step, before, after, spent + time.perf_counter() - began)
+    summary["compilation"] = counter.total()._asdict()
     _finish(config, summary, console, run_dir)
     return summary
 
@@ -209,10 +215,14 @@ class _NoLog:
 
 
 class _Reporter:
-    """Rows to the log and to the console."""
+    """Rows to the log and to the console; compiled programs to the console alone.
 
-    def __init__(self, log: Any, console: Console):
-        self._log, self._console = log, console
+    A resumed run compiles what the uninterrupted one had in memory, and their rows are the same.
+    """
+
+    def __init__(self, log: Any, console: Console, counter: CompileCounter):
+        self._log, self._console, self._counter = log, console, counter
+        self._told = False
 
     def step(self, step: int, row: dict[str, Any]) -> None:
         self._log.write("train", step, row)
@@ -221,6 +231,13 @@ class _Reporter:
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
         self._log.write("eval", step, row)
         self._console.evaluation({"step": step, **row})
+
+    def compilation(self, step: int) -> None:
+        """Tells of the first step, with all that went before it; then of steps that compiled."""
+        new = self._counter.since_mark()
+        if new.programs_compiled or not self._told:
+            self._console.compilation(step, *new)
+        self._told = True
 
 
 def _stop_if_not_finite(config: Config, row: dict[str, Any], step: int) -> None:

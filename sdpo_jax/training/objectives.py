@@ -6,6 +6,7 @@ update.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,17 +22,18 @@ from sdpo_jax.model import Params
 from sdpo_jax.teacher.context import choose_context
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import (
-    Layout,
+    Form,
+    MicroBatchPlan,
+    Pair,
     Reduction,
-    cut_rows,
-    layout,
-    make_rows,
+    make_sequences,
     make_tokens,
+    plan,
     reduction_weights,
 )
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience
-from sdpo_jax.training.step import Batch, Rows
+from sdpo_jax.training.step import Batch, MicroBatch, Sequences
 
 
 class Update(NamedTuple):
@@ -47,8 +49,9 @@ class Part(NamedTuple):
     """The rows of one mini-batch that are worth computing, with their weights."""
 
     rows: list[int]
-    shape: Layout
-    weights: NDArray[np.float32]  # [A·R, T]
+    pairs: list[Pair]  # of the student
+    micro_batches: list[MicroBatchPlan]
+    weights: list[NDArray[np.float32]]  # of each row's tokens
     denominator: float
 
 
@@ -58,36 +61,33 @@ def cut_into_parts(
     active: NDArray[np.bool_],
     worth: NDArray[np.bool_],
     reduction: Reduction,
-    devices: Devices,
+    form: Form,
 ) -> list[Part]:
     """Mini-batches of the rows that are `worth` computing; an empty one makes no update.
 
     `active` rows count in the reduction; a row that is active but not worth computing has zero
     gradient.
     """
-    total, parts = len(experience.texts), []
+    total, parts = len(experience.texts), list[Part]()
     size = total // config.train.mini_batches
-    shape = layout(
-        size,
-        experience.longest,
-        micro_batch_rows=config.train.micro_batch_rows,
-        shards=devices.row_shards,
-    )
     for start in range(0, total, size):
         block = slice(start, start + size)
+        lengths = experience.lengths[block]
         weights, denominator = reduction_weights(
-            experience.lengths[block], active[block], shape.response_tokens, reduction
+            lengths, active[block], int(lengths.max()), reduction
         )
         kept = np.flatnonzero(worth[block] & active[block])
         if len(kept) == 0:
             continue
-        padded = np.zeros((shape.micro_batches * shape.rows, shape.response_tokens), np.float32)
-        padded[: len(kept)] = weights[kept]
-        parts.append(Part([start + int(i) for i in kept], shape, padded, denominator))
+        rows = [start + int(i) for i in kept]
+        pairs = [Pair(experience.prompt_ids[i], experience.response_ids[i]) for i in rows]
+        spread = [weights[i, : lengths[i]] for i in kept]
+        parts.append(Part(rows, pairs, plan(pairs, form), spread, denominator))
     return parts
 
 
-TeacherForward = Callable[[Params, Rows], tuple[jax.Array, jax.Array]]
+TeacherForward = Callable[[Params, Sequences], jax.Array]
+TeacherHead = Callable[[Params], jax.Array]
 
 
 class SdpoUpdates:
@@ -98,25 +98,38 @@ class SdpoUpdates:
         config: Config,
         objective: SdpoObjective,
         devices: Devices,
+        form: Form,
         teacher_prompts: TeacherPrompts,
         teacher_forward: TeacherForward,
+        teacher_head: TeacherHead,
     ):
-        self._config, self._objective, self._devices = config, objective, devices
-        self._teacher_prompts, self._teacher_forward = teacher_prompts, teacher_forward
+        self._config, self._objective = config, objective
+        self._devices, self._form, self._teacher_prompts = devices, form, teacher_prompts
+        self._teacher_forward, self._teacher_head = teacher_forward, teacher_head
 
     def __call__(
-        self, experience: Experience, teacher_params: Params, *, step: int, clock: Clock
+        self,
+        experience: Experience,
+        params: Params,
+        teacher_params: Params,
+        *,
+        step: int,
+        clock: Clock,
     ) -> tuple[list[Update], dict[str, float]]:
         """Updates of one generation batch, and how much of it had a teacher signal."""
         with clock.phase("teacher"):
             prompts, metrics = self._contexts(experience, step)
             active = np.asarray([ids is not None for ids in prompts])
             parts = cut_into_parts(
-                self._config, experience, active, active, self._objective.reduction, self._devices
+                self._config, experience, active, active, self._objective.reduction, self._form
             )
             # All teacher passes run before the first update: the teacher may be the student.
+            pair = [teacher_params]
+            if self._config.teacher.weights == "trust_region":
+                pair.append(params)
+            heads = [self._teacher_head(x) for x in pair] if parts else []
             updates = [
-                self._update(experience, part, prompts, teacher_params, clock) for part in parts
+                self._update(experience, part, prompts, pair, heads, clock) for part in parts
             ]
             jax.block_until_ready(updates)
         return updates, metrics
@@ -150,43 +163,62 @@ class SdpoUpdates:
         experience: Experience,
         part: Part,
         teacher_prompts: list[list[int] | None],
-        teacher_params: Params,
+        weights: list[Params],
+        heads: list[jax.Array],
         clock: Clock,
     ) -> Update:
-        devices, shape = self._devices, part.shape
-        responses = [experience.response_ids[i] for i in part.rows]
-        teacher_ids = [ids for i in part.rows if (ids := teacher_prompts[i]) is not None]
-        clock.count("teacher", _tokens(teacher_ids, responses))
-        hidden, head = self._teacher_forward(
-            teacher_params, make_rows(teacher_ids, responses, shape, devices)
-        )
+        """`weights`: the teacher's; with a trust region the student's, too, for the same prompt."""
+        pairs = [
+            Pair(ids, experience.response_ids[i])
+            for i in part.rows
+            if (ids := teacher_prompts[i]) is not None
+        ]
+        clock.count("teacher", _tokens(pairs))
         old = [experience.log_probs[i] for i in part.rows]
-        tokens = SdpoTokens(
-            teacher_hidden=hidden,
-            targets=make_tokens(responses, shape, np.int32, devices),
-            old_log_probs=make_tokens(old, shape, np.float32, devices),
-        )
-        constants = SdpoConstants(head, jnp.float32(self._config.rollout.temperature))
-        return _update(experience, part, tokens, constants, devices)
+
+        def tokens(micro_batch: MicroBatchPlan) -> SdpoTokens:
+            sequences = make_sequences(pairs, micro_batch, self._form, self._devices)
+            place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
+            hidden = [self._teacher_forward(x, sequences) for x in weights]
+            return SdpoTokens(
+                teacher_hidden=hidden[0],
+                targets=place([p.response for p in pairs], dtype=np.int32),
+                old_log_probs=place(old, dtype=np.float32),
+                live_hidden=hidden[1] if len(hidden) > 1 else None,
+            )
+
+        temperature = jnp.float32(self._config.rollout.temperature)
+        constants = SdpoConstants(heads[0], temperature)
+        if len(heads) > 1:
+            coefficient = jnp.float32(self._config.teacher.trust_region)
+            constants = SdpoConstants(heads[0], temperature, heads[1], coefficient)
+        return make_update(part, tokens, constants, self._form, self._devices)
 
 
 class GrpoUpdates:
     """Group-relative advantages on every token of a response."""
 
-    def __init__(self, config: Config, objective: GrpoObjective, devices: Devices):
-        self._config, self._objective, self._devices = config, objective, devices
+    def __init__(self, config: Config, objective: GrpoObjective, devices: Devices, form: Form):
+        self._config, self._objective = config, objective
+        self._devices, self._form = devices, form
 
     def __call__(
-        self, experience: Experience, teacher_params: Params, *, step: int, clock: Clock
+        self,
+        experience: Experience,
+        params: Params,
+        teacher_params: Params,
+        *,
+        step: int,
+        clock: Clock,
     ) -> tuple[list[Update], dict[str, float]]:
         """Updates of one generation batch, and how much of it had an advantage."""
-        del teacher_params, step
+        del params, teacher_params, step
         with clock.phase("advantages"):
             rewards = jnp.asarray([o.reward for o in experience.outcomes], jnp.float32)
             advantages = np.asarray(group_advantages(rewards, experience.group))
             active, worth = np.ones(len(advantages), np.bool_), advantages != 0.0
             parts = cut_into_parts(
-                self._config, experience, active, worth, self._objective.reduction, self._devices
+                self._config, experience, active, worth, self._objective.reduction, self._form
             )
             updates = [self._update(experience, part, advantages) for part in parts]
         return updates, {"advantage_signal": float(np.mean(worth))}
@@ -194,29 +226,42 @@ class GrpoUpdates:
     def _update(
         self, experience: Experience, part: Part, advantages: NDArray[np.float32]
     ) -> Update:
-        devices, shape = self._devices, part.shape
         responses = [experience.response_ids[i] for i in part.rows]
         old = [experience.log_probs[i] for i in part.rows]
-        spread = [np.full(len(experience.response_ids[i]), advantages[i]) for i in part.rows]
-        tokens = GrpoTokens(
-            targets=make_tokens(responses, shape, np.int32, devices),
-            old_log_probs=make_tokens(old, shape, np.float32, devices),
-            advantages=make_tokens(spread, shape, np.float32, devices),
-        )
+        repeated = [np.full(len(experience.response_ids[i]), advantages[i]) for i in part.rows]
+
+        def tokens(micro_batch: MicroBatchPlan) -> GrpoTokens:
+            place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
+            return GrpoTokens(
+                targets=place(responses, dtype=np.int32),
+                old_log_probs=place(old, dtype=np.float32),
+                advantages=place(repeated, dtype=np.float32),
+            )
+
         constants = GrpoConstants(jnp.float32(self._config.rollout.temperature))
-        return _update(experience, part, tokens, constants, devices)
+        return make_update(part, tokens, constants, self._form, self._devices)
 
 
-def _update(
-    experience: Experience, part: Part, tokens: Any, constants: Any, devices: Devices
+def make_update(
+    part: Part,
+    tokens: Callable[[MicroBatchPlan], Any],
+    constants: Any,
+    form: Form,
+    devices: Devices,
 ) -> Update:
-    prompts = [experience.prompt_ids[i] for i in part.rows]
-    responses = [experience.response_ids[i] for i in part.rows]
-    rows = make_rows(prompts, responses, part.shape, devices)
-    weights = cut_rows(part.weights, part.shape, devices)
-    batch = Batch(rows, weights, tokens, jnp.float32(part.denominator))
-    return Update(batch, constants, _tokens(prompts, responses))
+    """The student's side of an update; `tokens` makes what the objective knows of each token."""
+    micro_batches = [
+        MicroBatch(
+            make_sequences(part.pairs, micro_batch, form, devices),
+            make_tokens(part.weights, micro_batch, np.float32, devices),
+            tokens(micro_batch),
+            np.int32(micro_batch.filled),  # pyright: ignore[reportArgumentType]
+        )
+        for micro_batch in part.micro_batches
+    ]
+    batch = Batch(micro_batches, jnp.float32(part.denominator))
+    return Update(batch, constants, _tokens(part.pairs))
 
 
-def _tokens(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> int:
-    return sum(map(len, prompts)) + sum(map(len, responses))
+def _tokens(pairs: Sequence[Pair]) -> int:
+    return sum(len(prompt) + len(response) for prompt, response in pairs)

@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax.config import Config, SftObjective
 from sdpo_jax.data.jsonl import Demonstration
-from sdpo_jax.data.packing import bucket, pack_rows
 from sdpo_jax.data.pipeline import PromptBatches
 from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Environment, Prompt
@@ -17,18 +15,30 @@ from sdpo_jax.losses.objectives import SftTokens
 from sdpo_jax.model import Params
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.batch import RESPONSE_MULTIPLE, Layout, cut_rows, layout, reduction_weights
+from sdpo_jax.training.batch import (
+    Form,
+    MicroBatchPlan,
+    Pair,
+    make_tokens,
+    plan,
+    reduction_weights,
+)
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience, collect
-from sdpo_jax.training.objectives import Update
-from sdpo_jax.training.step import Batch, Rows
+from sdpo_jax.training.objectives import Part, Update, make_update
 
 
 class UpdateMaker(Protocol):
     """`SdpoUpdates` or `GrpoUpdates`."""
 
     def __call__(
-        self, experience: Experience, teacher_params: Params, *, step: int, clock: Clock
+        self,
+        experience: Experience,
+        params: Params,
+        teacher_params: Params,
+        *,
+        step: int,
+        clock: Clock,
     ) -> tuple[list[Update], dict[str, float]]:
         """The updates of a generation batch, with metrics."""
         ...
@@ -82,7 +92,7 @@ class RolloutSource:
             step=step,
             clock=clock,
         )
-        updates, more = self._updates(experience, teacher_params, step=step, clock=clock)
+        updates, more = self._updates(experience, params, teacher_params, step=step, clock=clock)
         return updates, metrics | more | {"generations": step * len(experience.texts)}
 
     def get_state(self) -> dict[str, Any]:
@@ -95,7 +105,7 @@ class RolloutSource:
 
 
 class DemonstrationSource:
-    """Demonstrations, packed into rows of `data.max_tokens`; the loss is on the responses."""
+    """Demonstrations; the loss is on the responses."""
 
     def __init__(
         self,
@@ -104,9 +114,11 @@ class DemonstrationSource:
         demonstrations: PromptBatches[Demonstration],
         tokenizer: Tokenizer,
         devices: Devices,
+        form: Form,
     ):
         self._config, self._objective = config, objective
-        self._demonstrations, self._tokenizer, self._devices = demonstrations, tokenizer, devices
+        self._demonstrations, self._tokenizer = demonstrations, tokenizer
+        self._devices, self._form = devices, form
 
     def __call__(
         self, params: Params, teacher_params: Params, step: int, clock: Clock
@@ -122,56 +134,26 @@ class DemonstrationSource:
     def _update(self, demonstrations: list[Demonstration]) -> Update:
         end = self._tokenizer.end_id
         pairs = [
-            (
+            Pair(
                 self._tokenizer.render(d.messages),
                 [*self._tokenizer.encode_response(d.response), end],
             )
             for d in demonstrations
         ]
         self._check_lengths(demonstrations, pairs)
-        width = self._config.data.max_tokens
-        packed = pack_rows(pairs, row_tokens=width, rows_multiple=1)
-        filled = packed.tokens.shape[0]
-        row, column = np.divmod(packed.response_index, width)
-        per_row = np.bincount(row, minlength=filled)
-        shape = layout(
-            len(pairs),  # Packed or not, so that every step has the same shapes.
-            bucket(int(per_row.max()), 2 * RESPONSE_MULTIPLE),
-            micro_batch_rows=self._config.train.micro_batch_rows,
-            shards=self._devices.row_shards,
-        )
-        order = np.argsort(packed.response_index, kind="stable")
-        row, column, owner = row[order], column[order], packed.response_owner[order]
-        slot = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-        lengths = np.asarray([len(response) for _, response in pairs], np.int32)
-        per_pair, denominator = reduction_weights(
+        lengths = np.asarray([len(pair.response) for pair in pairs], np.int32)
+        weights, denominator = reduction_weights(
             lengths, np.ones(len(pairs), np.bool_), int(lengths.max()), self._objective.reduction
         )
-        put = self._scatter(row, slot, shape)
-        grid = self._pad(packed, shape)
-        rows = Rows(
-            *(cut_rows(x, shape, self._devices) for x in grid),
-            take=put(column - 1, np.int32),
-            filled=np.int32(-(-filled // shape.rows)),  # pyright: ignore[reportArgumentType]
-        )
-        tokens = SftTokens(put(packed.tokens[row, column], np.int32))
-        weights = put(per_pair[owner, 0], np.float32)
-        batch = Batch(rows, weights, tokens, jnp.float32(denominator))
-        return Update(batch, None, sum(len(prompt) + len(response) for prompt, response in pairs))
+        spread = [row[:length] for row, length in zip(weights, lengths, strict=True)]
+        rows = list(range(len(pairs)))
+        part = Part(rows, pairs, plan(pairs, self._form), spread, denominator)
 
-    def _scatter(self, row: Any, slot: Any, shape: Layout) -> Any:
-        def put(values: Any, dtype: Any) -> Any:
-            out = np.zeros((shape.micro_batches * shape.rows, shape.response_tokens), dtype)
-            out[row, slot] = values
-            return cut_rows(out, shape, self._devices)
+        def tokens(micro_batch: MicroBatchPlan) -> SftTokens:
+            responses = [pair.response for pair in pairs]
+            return SftTokens(make_tokens(responses, micro_batch, np.int32, self._devices))
 
-        return put
-
-    @staticmethod
-    def _pad(packed: Any, shape: Layout) -> list[Any]:
-        missing = shape.micro_batches * shape.rows - packed.tokens.shape[0]
-        pad = ((0, missing), (0, 0))
-        return [np.pad(x, pad) for x in (packed.tokens, packed.positions, packed.segments)]
+        return make_update(part, tokens, None, self._form, self._devices)
 
     def _check_lengths(self, demonstrations: list[Demonstration], pairs: Any) -> None:
         limit = self._config.data.max_tokens

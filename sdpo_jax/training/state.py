@@ -11,7 +11,7 @@ from flax import struct
 from sdpo_jax.config import Config, OptimizerConfig, SdpoObjective
 from sdpo_jax.devices import Devices
 from sdpo_jax.model import Model, Params
-from sdpo_jax.teacher.weights import Teacher, ema, frozen, live
+from sdpo_jax.teacher.weights import Teacher, ema, frozen, live, trust_region
 from sdpo_jax.training.parameters import Parameters, full, lora
 
 
@@ -61,13 +61,18 @@ def make_teacher(config: Config) -> Teacher | None:
         return None
     if base_is_teacher(config):
         return live()
-    kinds = {"ema": ema(config.teacher.ema_rate), "frozen": frozen(), "live": live()}
+    kinds = {
+        "ema": ema(config.teacher.ema_rate),
+        "frozen": frozen(),
+        "live": live(),
+        "trust_region": trust_region(config.teacher.trust_region),
+    }
     return kinds[config.teacher.weights]
 
 
 def base_is_teacher(config: Config) -> bool:
     """Adapters start at nothing: a frozen teacher is then the base itself, without a copy."""
-    return config.lora.rank > 0 and config.teacher.weights == "frozen"
+    return config.lora.rank > 0 and config.teacher.weights in ("frozen", "trust_region")
 
 
 def state_shardings(

@@ -1,12 +1,14 @@
 """One update, compiled: the algorithm on arrays.
 
     teacher_forward   h_t = the teacher's hidden states at the student's tokens, after the re-prompt
-    train_step        student forward, chunked head (divergence and gradient), one AdamW update
+    accumulate        student forward, chunked head (divergence and gradient) of one micro-batch
+    finish            one AdamW update with what has been accumulated
     follow            the teacher moves towards the student, once per generation batch
 
-Rows come in micro-batches `[A, R, ...]` of which the first `filled` hold rows; `filled` is traced,
-so one program serves every number of rows and pays only for those that are there. Loss and metrics
-are sums with weights, divided once: the result does not depend on how rows were cut into
+Tokens of a micro-batch lie in rows or bins `[B, S]` (`sdpo_jax.data.packing`); response tokens in
+`[D, n, c]`: shards of the rows, chunks of the head, tokens of a chunk, of which the first `chunks`
+are filled. That number is traced, so the head is paid for the tokens that are there. Loss and
+metrics are sums with weights, divided once: the result does not depend on how rows were cut into
 micro-batches, nor on the mesh.
 
 Departures from the paper: none in the objective. The old log-probs are the sampler's own; the
@@ -14,38 +16,55 @@ sampler and the trainer run the same model code on the same weights, so the pape
 between two engines has nothing to correct.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
+from sdpo_jax.devices import ROWS
 from sdpo_jax.losses.chunked_head import PerTokenLoss, chunked_head
-from sdpo_jax.model import Model, Params
+from sdpo_jax.model import Blocks, Model, Params
 from sdpo_jax.teacher.weights import Teacher
 from sdpo_jax.training.parameters import Parameters
 from sdpo_jax.training.state import TrainState
 
 
-class Rows(NamedTuple):
-    """Sequences in micro-batches, and where their response tokens are predicted."""
+class Sequences(NamedTuple):
+    """The tokens of a pass, and where those of the responses are predicted."""
 
-    tokens: jax.Array  # [A, R, S] int32
-    positions: jax.Array  # [A, R, S] int32
-    segments: jax.Array  # [A, R, S] int32, 0 is padding
-    take: jax.Array  # [A, R, T] int32, column whose hidden state predicts response token t
-    filled: jax.Array  # [] int32, micro-batches that hold rows
+    tokens: jax.Array  # [B, S] int32
+    positions: jax.Array  # [B, S] int32
+    attention: jax.Array | Blocks  # segments [B, S] int32, 0 is padding; or shared prompts
+    take: jax.Array  # [D, n, c] int32, place among the shard's tokens, row after row
+
+
+class MicroBatch(NamedTuple):
+    """What one pass forward and backward learns from."""
+
+    sequences: Sequences
+    weights: jax.Array  # [D, n, c] float32, 0 where there is no token
+    tokens: Any  # a NamedTuple of sdpo_jax.losses.objectives with leading [D, n, c]
+    chunks: jax.Array  # [] int32, how many of the n hold tokens
 
 
 class Batch(NamedTuple):
     """What one update learns from."""
 
-    rows: Rows
-    weights: jax.Array  # [A, R, T] float32, 0 where there is no token
-    tokens: Any  # a NamedTuple of sdpo_jax.losses.objectives with leading [A, R, T]
+    micro_batches: list[MicroBatch]
     denominator: jax.Array  # [] float32, of the reduction, over the whole batch
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up to."""
+
+    gradient: Params
+    metrics: dict[str, jax.Array]  # over active tokens
+    tokens: jax.Array  # [] float32, active tokens
+    loss: jax.Array  # [] float32
 
 
 class Metrics(NamedTuple):
@@ -59,78 +78,120 @@ class Metrics(NamedTuple):
     skipped: jax.Array  # [] int32, consecutive skipped updates
 
 
-def _at_responses(model: Model, params: Params, rows: Rows, index: jax.Array) -> jax.Array:
-    """Hidden states `[R, T, D]` that predict the response tokens of micro-batch `index`."""
-    tokens, positions, segments, take = (x[index] for x in rows[:4])
-    hidden = model.hidden(params, tokens, positions, segments)
-    return jnp.take_along_axis(hidden, take[..., None], axis=1)
+def at_predictions(model: Model, params: Params, sequences: Sequences) -> jax.Array:
+    """Hidden states `[D, n, c, width]` that predict the response tokens."""
+    tokens, positions, attention, take = sequences
+    hidden = model.hidden(params, tokens, positions, attention)
+    hidden = hidden.reshape(take.shape[0], -1, hidden.shape[-1])
+    taken = jnp.take_along_axis(hidden, take.reshape(take.shape[0], -1, 1), axis=1)
+    return taken.reshape(*take.shape, -1)
 
 
-def teacher_forward(model: Model, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array]:
-    """The teacher's hidden states at the student's tokens `[A, R, T, D]`, and its head `[D, V]`.
+def head_on_shards(
+    summed: Callable[..., tuple[jax.Array, Any]], rows: Any, head: jax.Array, whole: Any
+) -> tuple[jax.Array, Any]:
+    """`chunked_head` on each shard of the rows alone, with the head `[D, V]` gathered once.
+
+    Left to XLA, every chunk would gather the head anew, twice, and sum its gradient over the
+    shards. `rows` are its hidden states, aux and weights; `whole` its constants and `filled`.
+    """
+
+    def local(rows: Any, head: jax.Array, whole: Any) -> tuple[jax.Array, Any]:
+        (hidden, aux, weights), (constants, filled) = rows, whole
+        return summed(hidden, head, aux, weights, constants=constants, filled=filled)
+
+    def on_shard(*arguments: Any) -> tuple[jax.Array, Any]:
+        total, metrics = local(*arguments)
+        return jax.lax.psum(total, ("data", "fsdp")), metrics
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not {"data", "fsdp"} <= set(mesh.axis_names) - set(mesh.manual_axes):
+        return local(rows, head, whole)
+    return jax.shard_map(
+        on_shard,
+        in_specs=(ROWS, P(), P()),
+        out_specs=(P(), ROWS),
+        axis_names={"data", "fsdp"},
+    )(rows, jax.lax.with_sharding_constraint(head, P(None, "tensor")), whole)
+
+
+def teacher_forward(model: Model, params: Params, sequences: Sequences) -> jax.Array:
+    """The teacher's hidden states at the student's tokens, `[D, n, c, width]`.
 
     Forward only, no logits: they are made a chunk at a time inside the loss. Run once per
     generation batch, however many updates follow.
     """
-    params = jax.lax.stop_gradient(params)
-    shape = jax.eval_shape(partial(_at_responses, model), params, rows, jnp.zeros((), jnp.int32))
-    out = jnp.zeros((rows.tokens.shape[0], *shape.shape), shape.dtype)
+    return jax.lax.stop_gradient(at_predictions(model, params, sequences))
 
-    def one(index: jax.Array, out: jax.Array) -> jax.Array:
-        return out.at[index].set(_at_responses(model, params, rows, index))
 
-    return jax.lax.fori_loop(0, rows.filled, one, out), model.head(params)
+class TrainStep(NamedTuple):
+    """The programs of an update; `train_step` runs them."""
+
+    start: Callable[[Params], Sums]
+    """`start(params) -> sums` of zeros."""
+    accumulate: Callable[[Sums, Params, Params, MicroBatch, Any], Sums]
+    """`accumulate(sums (donated), params, base, micro_batch, constants) -> sums`."""
+    finish: Callable[[TrainState, Sums, jax.Array], tuple[TrainState, Metrics]]
+    """`finish(state (donated), sums (donated), denominator) -> (state, metrics)`."""
+
+
+def train_step(
+    programs: TrainStep, state: TrainState, batch: Batch, constants: Any
+) -> tuple[TrainState, Metrics]:
+    """One update: the gradient of all micro-batches, then the optimiser. `state` is used up."""
+    sums = programs.start(state.params)
+    for micro_batch in batch.micro_batches:
+        sums = programs.accumulate(sums, state.params, state.base, micro_batch, constants)
+    return programs.finish(state, sums, batch.denominator)
 
 
 def make_train_step(
     model: Model,
     per_token_loss: PerTokenLoss,
+    metric_names: Sequence[str],
     optimizer: optax.GradientTransformation,
     parameters: Parameters,
-    *,
-    head_chunk_tokens: int,
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
-    """Returns `train_step(state, batch, constants) -> (state, metrics)`, see `chunked_head`."""
+) -> TrainStep:
+    """The functions of an update, not yet compiled; see `chunked_head` for the loss."""
 
     def loss_of(
-        trained: Params, base: Params, batch: Batch, constants: Any, index: jax.Array
-    ) -> Any:
+        trained: Params, base: Params, micro_batch: MicroBatch, constants: Any
+    ) -> tuple[jax.Array, Any]:
         params = parameters.forward(base, trained)
-        hidden = _at_responses(model, params, batch.rows, index)
-        flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
-        tokens, weights = jax.tree.map(lambda x: x[index], (batch.tokens, batch.weights))
-        total, metrics = chunked_head(
-            per_token_loss,
-            flat(hidden),
+        hidden = at_predictions(model, params, micro_batch.sequences)
+        piece = micro_batch.weights.shape[2]
+        flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
+        weights = flat(micro_batch.weights)
+        total, metrics = head_on_shards(
+            partial(chunked_head, per_token_loss, chunk=piece, block=piece),
+            (flat(hidden), flat(micro_batch.tokens), weights),
             model.head(params),
-            flat(tokens),
-            flat(weights),
-            chunk=head_chunk_tokens,
-            constants=constants,
+            (constants, micro_batch.chunks),
         )
-        active = flat(weights) > 0
-        sums = {k: jnp.sum(jnp.where(active, v, 0.0)) for k, v in metrics.items()}
+        active = weights > 0
+        sums = {k: jnp.sum(jnp.where(active, metrics[k], 0.0)) for k in metric_names}
         return total, (sums, jnp.sum(active.astype(jnp.float32)))
 
-    def train_step(state: TrainState, batch: Batch, constants: Any) -> tuple[TrainState, Metrics]:
+    def start(trained: Params) -> Sums:
+        zero = jnp.zeros((), jnp.float32)
+        gradient = jax.tree.map(jnp.zeros_like, trained)
+        return Sums(gradient, dict.fromkeys(metric_names, zero), zero, zero)
+
+    def accumulate(
+        sums: Sums, trained: Params, base: Params, micro_batch: MicroBatch, constants: Any
+    ) -> Sums:
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        first = jnp.zeros((), jnp.int32)
-        arguments = state.params, state.base, batch, constants
-        shapes = jax.eval_shape(gradient_of, *arguments, first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (loss, (metrics, tokens)), gradient = gradient_of(trained, base, micro_batch, constants)
+        return jax.tree.map(jnp.add, sums, Sums(gradient, metrics, tokens, loss))
 
-        def accumulate(index: jax.Array, sums: Any) -> Any:
-            return jax.tree.map(jnp.add, sums, gradient_of(*arguments, index))
+    def finish(state: TrainState, sums: Sums, denominator: jax.Array) -> Any:
+        denominator = jnp.maximum(denominator, 1.0)
+        gradient = jax.tree.map(lambda g: g / denominator, sums.gradient)
+        state, norm, finite = _update(optimizer, state, gradient, sums.loss)
+        loss = sums.loss / denominator
+        return state, Metrics(sums.metrics, sums.tokens, loss, norm, finite, state.skipped)
 
-        (total, (sums, tokens)), gradient = jax.lax.fori_loop(
-            0, batch.rows.filled, accumulate, zeros
-        )
-        denominator = jnp.maximum(batch.denominator, 1.0)
-        gradient = jax.tree.map(lambda g: g / denominator, gradient)
-        state, norm, finite = _update(optimizer, state, gradient, total)
-        return state, Metrics(sums, tokens, total / denominator, norm, finite, state.skipped)
-
-    return train_step
+    return TrainStep(start, accumulate, finish)
 
 
 def _update(

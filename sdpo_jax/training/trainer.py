@@ -19,6 +19,7 @@ from sdpo_jax.model import Model, Params
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.batch import Form
 from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
@@ -34,7 +35,15 @@ from sdpo_jax.training.state import (
     make_teacher,
     state_shardings,
 )
-from sdpo_jax.training.step import Metrics, follow, make_train_step, teacher_forward
+from sdpo_jax.training.step import (
+    Metrics,
+    Sums,
+    TrainStep,
+    follow,
+    make_train_step,
+    teacher_forward,
+    train_step,
+)
 
 LoadParams: TypeAlias = Callable[[], Params]
 """Loads a run's initial weights."""
@@ -54,33 +63,45 @@ class Trainer:
         self.config, self.tokenizer, self._model = config, tokenizer, model
         self.devices = Devices(make_mesh(config.mesh))
         self.teacher, self.parameters = make_teacher(config), make_parameters(config)
+        self.form = Form(
+            share_prompts=shares_prompts(config),
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            head_chunk_tokens=config.train.head_chunk_tokens,
+            shards=self.devices.row_shards,
+        )
         updates = config.train.steps * config.train.mini_batches
         self.optimizer = make_optimizer(config.optimizer, updates)
         self.shardings = state_shardings(
             model, self.devices, self.optimizer, self.teacher, self.parameters
         )
-        self._merged = jax.jit(self.parameters.merged)
-        self.sampler = Sampler(model, self.devices, tokenizer.stop_ids)
+        self._merged = self.devices.jit(self.parameters.merged)
+        self.sampler = Sampler(model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots)
         teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
         self.evaluator = Evaluator(config, self.sampler, tokenizer, environment, teacher_prompts)
-        self._train_step = jax.jit(
-            make_train_step(
-                model,
-                _per_token_loss(config),
-                self.optimizer,
-                self.parameters,
-                head_chunk_tokens=config.train.head_chunk_tokens,
-            ),
-            donate_argnums=0,
-            out_shardings=(self.shardings, self.devices.replicated),
-        )
+        self._train_step = self._compiled_train_step()
         if self.teacher is not None:
-            self._follow = jax.jit(
+            self._follow = self.devices.jit(
                 partial(follow, self.teacher, self.parameters),
                 donate_argnums=0,
                 out_shardings=self.shardings,
             )
         self.source = self._source(model, environment, demonstrations, teacher_prompts)
+
+    def _compiled_train_step(self) -> TrainStep:
+        config, devices = self.config, self.devices
+        loss, metrics = _per_token_loss(config)
+        step = make_train_step(self._model, loss, metrics, self.optimizer, self.parameters)
+        whole: Any = devices.replicated
+        sums = Sums(self.shardings.params, {name: whole for name in metrics}, whole, whole)
+        return TrainStep(
+            devices.jit(step.start, out_shardings=sums),
+            devices.jit(step.accumulate, donate_argnums=0, out_shardings=sums),
+            devices.jit(
+                step.finish,
+                donate_argnums=0,
+                out_shardings=(self.shardings, devices.replicated),
+            ),
+        )
 
     def _source(
         self,
@@ -94,15 +115,17 @@ class Trainer:
             batches = prompt_batches(
                 demonstrations, batch_size=config.data.rows_per_step, seed=config.seed
             )
-            return DemonstrationSource(config, objective, batches, self.tokenizer, devices)
-        if isinstance(objective, SdpoObjective):
-            forward = jax.jit(
-                partial(teacher_forward, model),
-                out_shardings=(devices.micro_batches, devices.replicated),
+            return DemonstrationSource(
+                config, objective, batches, self.tokenizer, devices, self.form
             )
-            updates = SdpoUpdates(config, objective, devices, teacher_prompts, forward)
+        if isinstance(objective, SdpoObjective):
+            forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)
+            head = devices.jit(model.head, out_shardings=devices.head)
+            updates = SdpoUpdates(
+                config, objective, devices, self.form, teacher_prompts, forward, head
+            )
         else:
-            updates = GrpoUpdates(config, objective, devices)
+            updates = GrpoUpdates(config, objective, devices, self.form)
         prompts = prompt_batches(
             environment.train, batch_size=config.rollout.prompts_per_step, seed=config.seed
         )
@@ -154,7 +177,7 @@ class Trainer:
         with clock.phase("train"):
             measured: list[Metrics] = []
             for update in updates:
-                state, metrics = self._train_step(state, update.batch, update.constants)
+                state, metrics = train_step(self._train_step, state, update.batch, update.constants)
                 clock.count("train", update.tokens)
                 measured.append(metrics)
             if self.teacher is not None and measured:
@@ -174,7 +197,22 @@ class Trainer:
         return self.evaluator(student, teacher, step)
 
 
-def _per_token_loss(config: Config) -> Any:
+def shares_prompts(config: Config) -> bool:
+    """Whether siblings share their prompt in the passes over whole sequences.
+
+    On a CPU that is the faster form. Packed rows are what the TPU's attention kernel reads.
+    """
+    if config.train.share_prompts == "auto":
+        return jax.default_backend() == "cpu" and config.model.attention != "splash"
+    return config.train.share_prompts == "on"
+
+
+SAMPLED = ("log_prob", "student_entropy")
+PAIRS = ("teacher_entropy", "forward_kl", "reverse_kl", "jsd", "teacher_log_prob")
+
+
+def _per_token_loss(config: Config) -> tuple[Any, tuple[str, ...]]:
+    """The loss, and which of its by-products are reported; others are not computed."""
     objective = config.objective
     if isinstance(objective, SdpoObjective):
         divergence = partial(full_vocabulary_loss, alpha=objective.alpha)
@@ -182,14 +220,16 @@ def _per_token_loss(config: Config) -> Any:
             divergence = partial(
                 top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True
             )
-        return sdpo_per_token(divergence, importance_cap=objective.importance_cap)
+        loss = sdpo_per_token(divergence, importance_cap=objective.importance_cap)
+        return loss, ("divergence", *SAMPLED, *PAIRS, "ratio")
     if isinstance(objective, GrpoObjective):
-        return grpo_per_token(
+        loss = grpo_per_token(
             clip_low=objective.clip_low,
             clip_high=objective.clip_high,
             dual_clip=objective.dual_clip,
         )
-    return sft_per_token()
+        return loss, (*SAMPLED, "ratio", "clipped")
+    return sft_per_token(), (*SAMPLED, "correct")
 
 
 def _summarise(measured: list[Metrics]) -> dict[str, Any]:
