@@ -75,12 +75,12 @@ def spread(pairs: Sequence[Pair], *, bins: int) -> list[list[int]]:
     """
     if bins == 1:
         return [list(range(len(pairs)))]
+    groups = shared_prompts(pairs)
     total = sum(
-        len(pairs[group[0]].prompt) + sum(len(pairs[i].response) for i in group)
-        for group in shared_prompts(pairs)
+        len(pairs[group[0]].prompt) + sum(len(pairs[i].response) for i in group) for group in groups
     )
     pieces: list[tuple[int, list[int]]] = []
-    for group in shared_prompts(pairs):
+    for group in groups:
         prompt = len(pairs[group[0]].prompt)
         size, piece = prompt, list[int]()
         for index in group:
