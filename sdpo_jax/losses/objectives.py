@@ -7,6 +7,7 @@ the rollouts were drawn at, so that log-probabilities are those of the sampler.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,6 +19,7 @@ from sdpo_jax.losses.distillation import sampled_token_loss
 from sdpo_jax.losses.divergences import entropy
 from sdpo_jax.losses.likelihood import cross_entropy
 from sdpo_jax.losses.policy_gradient import clip_ratio, policy_gradient_loss, reference_kl
+from sdpo_jax.losses.rows import by_rows
 from sdpo_jax.losses.vocabulary import (
     log_softmax,
     select_targets,
@@ -180,7 +182,7 @@ def grpo_per_token(
     """
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
 
-    def loss(
+    def of_rows(
         logits: jax.Array, tokens: GrpoTokens, constants: GrpoConstants
     ) -> tuple[jax.Array, Metrics]:
         logits = shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
@@ -196,7 +198,7 @@ def grpo_per_token(
             raise ValueError(f"kl_coefficient {kl_coefficient} needs reference_log_probs, got None")
         return value, metrics
 
-    return loss
+    return partial(by_rows, of_rows, vocabulary_axis=vocabulary_axis)
 
 
 def sft_per_token(
@@ -273,6 +275,15 @@ def _sampled(logits: jax.Array, targets: jax.Array, vocabulary_axis: str | None)
     }
 
 
+class _Rows(NamedTuple):
+    """What a distillation loss knows of each row besides the student's logits."""
+
+    teacher_logits: jax.Array  # [C, V], as the head gives them
+    live_logits: jax.Array | None  # [C, V]
+    targets: jax.Array  # [C]
+    old_log_probs: jax.Array | None  # [C]
+
+
 def _distillation(
     estimate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     importance_cap: float | None,
@@ -280,44 +291,68 @@ def _distillation(
     soft_cap: float | None,
     vocabulary_axis: str | None,
 ) -> PerTokenLoss:
-    def loss(
-        logits: jax.Array, tokens: SdpoTokens, constants: SdpoConstants
+    def of_rows(
+        logits: jax.Array, rows: _Rows, constants: SdpoConstants
     ) -> tuple[jax.Array, Metrics]:
         student = shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
-        teacher = jax.lax.stop_gradient(_teacher_logits(tokens, constants, soft_cap))
-        value = estimate(student, teacher, tokens.targets)
+        teacher = jax.lax.stop_gradient(_teacher_logits(rows, constants, soft_cap))
+        value = estimate(student, teacher, rows.targets)
         products = by_products(
             log_softmax(student, vocabulary_axis=vocabulary_axis),
             log_softmax(teacher, vocabulary_axis=vocabulary_axis),
-            tokens.targets,
+            rows.targets,
             vocabulary_axis=vocabulary_axis,
         )
         metrics = {"divergence": value, **products._asdict()}
-        if importance_cap is not None:
-            if tokens.old_log_probs is None:
-                raise ValueError(f"importance_cap {importance_cap} needs old_log_probs, got None")
-            pair = products.log_prob, tokens.old_log_probs
-            metrics["ratio"] = probability_ratio(*pair)
-            value = value * truncated_importance_weights(*pair, cap=importance_cap)
-        if weigh is not None:
-            metrics["weight"] = jax.lax.stop_gradient(weigh(products))
-            value = value * metrics["weight"]
-        return value, metrics
+        weights = _weights(products, rows.old_log_probs, importance_cap, weigh)
+        for weight in weights.values():
+            value = value * weight.by
+        return value, metrics | {name: weight.metric for name, weight in weights.items()}
+
+    def loss(
+        logits: jax.Array, tokens: SdpoTokens, constants: SdpoConstants
+    ) -> tuple[jax.Array, Metrics]:
+        live, live_head = tokens.live_hidden, constants.live_head
+        if live is not None and (live_head is None or constants.coefficient is None):
+            raise ValueError("live_hidden needs live_head and coefficient, got None")
+        rows = _Rows(
+            head_logits(tokens.teacher_hidden, constants.teacher_head),
+            None if live is None or live_head is None else head_logits(live, live_head),
+            tokens.targets,
+            tokens.old_log_probs,
+        )
+        return by_rows(of_rows, logits, rows, constants, vocabulary_axis=vocabulary_axis)
 
     return loss
 
 
-def _teacher_logits(
-    tokens: SdpoTokens, constants: SdpoConstants, soft_cap: float | None
-) -> jax.Array:
-    def shaped(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        logits = head_logits(hidden, head)
-        return shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
+class _Weight(NamedTuple):
+    by: jax.Array  # [C], what the loss is multiplied by
+    metric: jax.Array  # [C]
 
-    logits = shaped(tokens.teacher_hidden, constants.teacher_head)
-    if tokens.live_hidden is None:
-        return logits
-    if constants.live_head is None or constants.coefficient is None:
-        raise ValueError("live_hidden needs live_head and coefficient, got None")
-    live = shaped(tokens.live_hidden, constants.live_head)
-    return trust_region_logits(logits, live, constants.coefficient)
+
+def _weights(
+    products: ByProducts,
+    old_log_probs: jax.Array | None,
+    importance_cap: float | None,
+    weigh: Weigh | None,
+) -> dict[str, _Weight]:
+    weights: dict[str, _Weight] = {}
+    if importance_cap is not None:
+        if old_log_probs is None:
+            raise ValueError(f"importance_cap {importance_cap} needs old_log_probs, got None")
+        pair = products.log_prob, old_log_probs
+        capped = truncated_importance_weights(*pair, cap=importance_cap)
+        weights["ratio"] = _Weight(capped, probability_ratio(*pair))
+    if weigh is not None:
+        given = jax.lax.stop_gradient(weigh(products))
+        weights["weight"] = _Weight(given, given)
+    return weights
+
+
+def _teacher_logits(rows: _Rows, constants: SdpoConstants, soft_cap: float | None) -> jax.Array:
+    shaped = partial(shape_logits, temperature=constants.temperature, soft_cap=soft_cap)
+    if rows.live_logits is None or constants.coefficient is None:
+        return shaped(rows.teacher_logits)
+    pair = shaped(rows.teacher_logits), shaped(rows.live_logits)
+    return trust_region_logits(*pair, constants.coefficient)
