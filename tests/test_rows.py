@@ -69,7 +69,9 @@ def test_tiles_keep_the_memory_of_a_chunk_small():
 
     def memory(function):
         gradient = jax.jit(jax.grad(partial(_summed, function), has_aux=True))
-        return gradient.lower(*arguments, jnp.float32(1)).compile().memory_analysis()
+        analysis = gradient.lower(*arguments, jnp.float32(1)).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     tiled, plain = memory(partial(by_rows, _loss)), memory(_loss)
-    assert tiled.temp_size_in_bytes < 1.5 * plain.temp_size_in_bytes
+    assert tiled < 1.5 * plain

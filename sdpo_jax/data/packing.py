@@ -37,20 +37,20 @@ def pad_rows(
     return tokens, lengths
 
 
-def size_bucket(n: int, step: int = 64) -> int:
-    """Returns the smallest size that holds `n`, of multiples of `step`, eight to a power of two.
+def size_bucket(n: int, step: int = 64, *, sizes: int = 8) -> int:
+    """Returns the smallest size that holds `n`, of multiples of `step`, `sizes` to a power of two.
 
-    Beyond `8 * step`, at most an eighth is added.
+    `sizes` is a power of two itself. Beyond `sizes * step`, at most a share of `1 / sizes` is added.
 
     >>> [size_bucket(n) for n in (0, 65, 4608, 4609)]
     [64, 128, 4608, 5120]
     """
-    return bucket(n, max(step, 1 << max(0, (max(n, 1) - 1).bit_length() - 4)))
+    return bucket(n, max(step, (1 << (max(n, 1) - 1).bit_length()) // (2 * sizes)))
 
 
-TOKEN_STEP = 512
-"""Of the tokens laid end to end: fewer shapes for small batches, where compiling would cost more
-than the padding."""
+TOKEN_STEP, TOKEN_SIZES = 512, 16
+"""Of the tokens laid end to end: few shapes for small batches, where compiling would cost more than
+the padding, and little padding for large ones."""
 
 
 class Pair(NamedTuple):
@@ -128,7 +128,7 @@ class Laid(NamedTuple):
 def lay_end_to_end(bins: Sequence[Sequence[Pair]]) -> Laid:
     """Lays the pairs of each bin end to end, a shared prompt once; one row to a bin."""
     laid = [_end_to_end(pairs) for pairs in bins]
-    width = size_bucket(max(len(tokens) for tokens, *_ in laid), TOKEN_STEP)
+    width = size_bucket(max(len(tokens) for tokens, *_ in laid), TOKEN_STEP, sizes=TOKEN_SIZES)
     # Sequences of 16 tokens or more fit into the first size; others ask for a larger one.
     rows = max(width // 16, size_bucket(max(len(table) for _, _, table, _ in laid)))
     shape = (len(laid), width)
