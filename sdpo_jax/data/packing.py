@@ -40,7 +40,7 @@ def pad_rows(
 def size_bucket(n: int, step: int = 64, *, sizes: int = 8) -> int:
     """Returns the smallest size that holds `n`, of multiples of `step`, `sizes` to a power of two.
 
-    `sizes` is a power of two itself. Beyond `sizes * step`, at most a share of `1 / sizes` is added.
+    `sizes` is a power of two, too. Beyond `sizes * step`, at most `1 / sizes` is added.
 
     >>> [size_bucket(n) for n in (0, 65, 4608, 4609)]
     [64, 128, 4608, 5120]
