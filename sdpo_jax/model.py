@@ -116,6 +116,34 @@ class DecodeFn(Protocol):
     ) -> tuple[jax.Array, SuffixCache]: ...
 
 
+class EnterFn(Protocol):
+    """`enter(params, prefix, cache)`: the three as a loop over `decode` is to read them.
+
+    Called once before the loop, so that each token finds what it needs where it lies. The form is a
+    matter between the model's `enter`, `decode` and `leave`.
+    """
+
+    def __call__(
+        self, params: Params, prefix: Prefix, cache: SuffixCache, /
+    ) -> tuple[Any, Any, Any]: ...
+
+
+class LeaveFn(Protocol):
+    """`leave(cache) -> SuffixCache`: what `enter` made of a cache, back in the common form."""
+
+    def __call__(self, cache: Any, /) -> SuffixCache: ...
+
+
+def _as_they_are(
+    params: Params, prefix: Prefix, cache: SuffixCache, /
+) -> tuple[Params, Prefix, SuffixCache]:
+    return params, prefix, cache
+
+
+def _as_it_is(cache: SuffixCache, /) -> SuffixCache:
+    return cache
+
+
 class Model(NamedTuple):
     """A decoder-only language model as pure functions."""
 
@@ -127,3 +155,5 @@ class Model(NamedTuple):
     suffix_cache: CacheFn
     decode: DecodeFn
     vocabulary: int
+    enter: EnterFn = _as_they_are
+    leave: LeaveFn = _as_it_is

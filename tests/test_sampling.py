@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.model import Prefix, SuffixCache
+from sdpo_jax.model import Model, Prefix, SuffixCache
 from sdpo_jax.sampling.draw import Filters, draw, nucleus
 from sdpo_jax.sampling.generate import rollout_keys
 from sdpo_jax.sampling.sampler import Sampler
@@ -314,8 +314,8 @@ def counting_model(lengths):
 
     # Token 0, the stop, is the likelier one once a single token is left.
     head = jnp.array([[-1.0, 0.0], [1.5, 0.0]])
-    return MODEL._replace(
-        prefill=prefill, decode=decode, suffix_cache=empty, head=lambda params: head, vocabulary=2
+    return Model(
+        MODEL.init, MODEL.logical_axes, MODEL.hidden, lambda params: head, prefill, empty, decode, 2
     )
 
 

@@ -49,12 +49,15 @@ def one_token_attention(
     prefix: tuple[jax.Array, jax.Array, jax.Array],
     suffix: tuple[jax.Array, jax.Array, jax.Array],
     own: tuple[jax.Array, jax.Array],
+    *,
+    keys_last: bool = False,
 ) -> jax.Array:
     """One query per rollout over its prompt, its past tokens and itself, in one softmax.
 
     `q: [N, Q, d]`; prefix keys and values `[P, H, S, d]`, read once for all `G` rollouts of a
     prompt, with a mask `[P, G, S]` (or `[P, 1, S]`); suffix keys and values `[N, H, T, d]` with a
-    mask `[N, T]`; the tokens' own keys and values `[N, H, d]`. Returns `[N, Q, d]`.
+    mask `[N, T]`, where `keys_last` keys are `[N, H, d, T]`; the tokens' own keys and values
+    `[N, H, d]`. Returns `[N, Q, d]`.
     """
     (pk, pv, p_mask), (sk, sv, s_mask), (k, v) = prefix, suffix, own
     n, heads, d = q.shape
@@ -63,7 +66,8 @@ def one_token_attention(
     q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(n, kv, r, d)
     a = _dot("pghrd,phsd->pghrs", q.reshape(p, g, kv, r, d), pk)
     a = jnp.where(p_mask[:, :, None, None], a, NEVER)
-    b = jnp.where(s_mask[:, None, None], _dot("nhrd,nhtd->nhrt", q, sk), NEVER)
+    scores = _dot("nhrd,nhdt->nhrt" if keys_last else "nhrd,nhtd->nhrt", q, sk)
+    b = jnp.where(s_mask[:, None, None], scores, NEVER)
     c = _dot("nhrd,nhd->nhr", q, k)
     top = jnp.maximum(jnp.maximum(a.max(-1).reshape(n, kv, r), b.max(-1)), c)
     a, b = jnp.exp(a - top.reshape(p, g, kv, r)[..., None]), jnp.exp(b - top[..., None])

@@ -3,12 +3,12 @@
 Blocks of grouped-query attention with rotary positions and of a gated MLP. Switches: norms before
 both or after both (OLMo 3), query-key norm per head (Qwen 3) or over the whole projection (OLMo 3),
 projection biases (Qwen 2), sliding-window layers with rotary parameters of their own. One block
-serves three passes that differ only in how they attend: `hidden` (whole sequences, segments),
-`prefill` (prompts, keys and values kept) and `decode` (one token per rollout against the shared
-prompt and its own cache). Layers run under `lax.scan`, so that compile time does not grow with
-depth; whether a layer slides is scanned with its weights.
+(`layers.py`) serves three passes that differ only in how they attend: `hidden` (whole sequences,
+segments), `prefill` (prompts, keys and values kept) and `decode` (`decoding.py`: one token per
+rollout against the shared prompt and its own cache). Layers run under `lax.scan`, so that compile
+time does not grow with depth; whether a layer slides is scanned with its weights.
 
-Dimension key: sdpo_jax/model.py; here also `Q` query heads, `F` MLP width, `R = Q / H`.
+Dimension key: sdpo_jax/model.py; here also `Q` query heads.
 Validated against a second implementation in float64 numpy (tests/test_transformer.py) and against
 `transformers` (tests/test_families.py, tests/live_transformers.py).
 """
@@ -19,18 +19,22 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from sdpo_jax.model import Blocks, Model, Params, Prefix, SuffixCache
+from sdpo_jax.model import Blocks, Model, Params, Prefix
 from sdpo_models.architecture import Architecture
-from sdpo_models.attention import (
-    blocks_attention,
-    masked_attention,
-    one_token_attention,
+from sdpo_models.attention import blocks_attention, masked_attention
+from sdpo_models.decoding import UNROLLED_LAYERS, decode, enter, leave, suffix_cache
+from sdpo_models.layers import (
+    Layer,
+    Settings,
+    block,
+    in_window,
+    rms_norm,
+    rotations,
+    stacked_layers,
 )
 from sdpo_models.remat import LAYER_INPUT, Remat, recomputed
-from sdpo_models.rope import inverse_frequencies
 
 
 class Leaf(NamedTuple):
@@ -95,129 +99,11 @@ def init(a: Architecture, key: jax.Array) -> Params:
     return jax.tree.unflatten(tree, values)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return (normed * _like(scale.astype(jnp.float32), x)).astype(x.dtype)
-
-
-def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector over the last axis of `x`, with ones for the others (rank promotion is an error)."""
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
-class Rotations(NamedTuple):
-    """Cosines and sines `[K, ..., 1, d / 2]`; `K` is 2 where sliding layers turn differently."""
-
-    cos: jax.Array
-    sin: jax.Array
-
-
-def rotations(a: Architecture, positions: jax.Array) -> Rotations:
-    """The angles of every position in `[...]`, once for all layers."""
-    scalings = [a.rope_scaling]
-    if a.sliding_layers and a.sliding_rope_scaling != a.rope_scaling:
-        scalings.append(a.sliding_rope_scaling)
-    shape = (len(scalings), *(1,) * (positions.ndim + 1))
-    frequency = np.stack([inverse_frequencies(a.head_size, a.rope_theta, s) for s in scalings])
-    factor = np.array([1.0 if s is None else s.attention_factor for s in scalings], np.float32)
-    # The angle is computed in float32 whatever x is: bfloat16 cannot tell position 257 from 258.
-    angle = positions[None, ..., None, None].astype(jnp.float32) * frequency.reshape(*shape, -1)
-    size = factor.reshape(*shape, 1)
-    return Rotations(jnp.cos(angle) * size, jnp.sin(angle) * size)
-
-
-def rotate(x: jax.Array, turns: Rotations, slides: jax.Array | None) -> jax.Array:
-    """Turns `x: [..., heads, d]` as the layer's kind asks; halves pair up, as in Hugging Face."""
-    if slides is not None and turns.cos.shape[0] == 2:
-        cos, sin = (jnp.where(slides, sliding, full) for full, sliding in turns)
-    else:
-        cos, sin = turns.cos[0], turns.sin[0]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-class Layer(NamedTuple):
-    """What a scan hands to one layer."""
-
-    weights: Params
-    slides: jax.Array | None  # [] bool; None where no layer does, which costs nothing
-
-
-def stacked_layers(a: Architecture, params: Params) -> Layer:
-    """All layers, leading axis `L`."""
-    return Layer(params["layers"], jnp.array(a.sliding_layers) if a.sliding_layers else None)
-
-
-def in_window(a: Architecture, slides: jax.Array | None, distance: jax.Array) -> jax.Array:
-    """Which `distance`s back from a token's position its layer sees; broadcasts against a mask."""
-    if slides is None:
-        return jnp.ones((1,) * distance.ndim, bool)
-    return (distance < a.sliding_window) | ~slides
-
-
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""`attend(q[..., Q, d], k[..., H, d], v[..., H, d]) -> (out[..., Q, d], kept)`."""
-
-
-def block(
-    a: Architecture, layer: Layer, x: jax.Array, turns: Rotations, attend: Attend
-) -> tuple[jax.Array, Any]:
-    """One layer on `x: [..., D]`; returns what `attend` kept, too."""
-    weights = layer.weights
-    norm_in = partial(_norm_if, not a.post_norm, a, weights)
-    norm_out = partial(_norm_if, a.post_norm, a, weights)
-    with jax.named_scope("attention"):
-        h = norm_in("attention_norm", x)
-        q, k, v = (_project(a, weights, h, name) for name in ("query", "key", "value"))
-        out, kept = attend(rotate(q, turns, layer.slides), rotate(k, turns, layer.slides), v)
-        out = out.reshape(*x.shape[:-1], -1) @ weights["output"].astype(x.dtype)
-        x = x + norm_out("attention_norm", out)
-    with jax.named_scope("mlp"):
-        out = mlp(a, weights, norm_in("mlp_norm", x))
-        return x + norm_out("mlp_norm", out), kept
-
-
-def mlp(a: Architecture, weights: Params, h: jax.Array) -> jax.Array:
-    """What a layer makes of each token alone, `[..., D] -> [..., D]`: a gated MLP."""
-    del a  # a mixture of experts would ask it how many
-    gate, up = h @ weights["gate"].astype(h.dtype), h @ weights["up"].astype(h.dtype)
-    return (jax.nn.silu(gate) * up) @ weights["down"].astype(h.dtype)
-
-
-def _norm_if(
-    condition: bool, a: Architecture, weights: Params, name: str, x: jax.Array
-) -> jax.Array:
-    return rms_norm(x, weights[name], a.norm_epsilon) if condition else x
-
-
-def _project(a: Architecture, weights: Params, h: jax.Array, name: str) -> jax.Array:
-    """`[..., heads, d]`: query, key or value, with bias and norm where there are such."""
-    out = h @ weights[name].astype(h.dtype)
-    if a.attention_bias:
-        out = out + _like(weights[f"{name}_bias"].astype(h.dtype), out)
-    by_head = (*h.shape[:-1], -1, a.head_size)
-    if a.query_key_norm and name != "value":
-        out = out if a.norm_whole_projection else out.reshape(by_head)
-        out = rms_norm(out, weights[f"{name}_norm"], a.norm_epsilon)
-    return out.reshape(by_head)
-
-
 def causal_mask(segments: jax.Array) -> jax.Array:
     """`[B, S] -> [B, S, S]`: same segment and not after."""
     order = jnp.arange(segments.shape[1])
     same = segments[:, :, None] == segments[:, None, :]
     return same & (order[None, :, None] >= order[None, None, :])
-
-
-class Settings(NamedTuple):
-    """How to compute, as against what: static under jit."""
-
-    dtype: Any
-    remat: Remat
-    attention: Literal["xla", "splash"]
 
 
 def hidden(
@@ -306,60 +192,6 @@ def prefill(
     )
 
 
-def suffix_cache(a: Architecture, settings: Settings, rows: int, max_tokens: int) -> SuffixCache:
-    """An empty cache, head before position: the layout that a TPU decodes in place."""
-    shape = (a.layers, rows, a.kv_heads, max_tokens, a.head_size)
-    return SuffixCache(jnp.zeros(shape, settings.dtype), jnp.zeros(shape, settings.dtype))
-
-
-def decode(
-    a: Architecture,
-    settings: Settings,
-    params: Params,
-    prefix: Prefix,
-    cache: SuffixCache,
-    tokens: jax.Array,
-    step: jax.Array,
-    place: jax.Array,
-    *,
-    prompts: jax.Array | None = None,
-) -> tuple[jax.Array, SuffixCache]:
-    """One token for every rollout; see `sdpo_jax.model.DecodeFn`.
-
-    Layers only read the cache: the new keys and values are attended to apart and written once,
-    after the last layer, in one slice. XLA:TPU then neither copies a layer nor moves the cache.
-    """
-    groups = prefix.lengths.shape[0] if prompts is None else tokens.shape[0]
-    lengths = prefix.lengths if prompts is None else prefix.lengths[prompts]
-    positions = jnp.repeat(lengths, tokens.shape[0] // groups) + step
-    turns, places = rotations(a, positions), cache.keys.shape[3]
-    index = jnp.arange(prefix.keys.shape[3])
-    real = (index[None] < lengths[:, None])[:, None]
-    distance = positions.reshape(groups, -1, 1) - index[None, None]
-    age = (place - jnp.arange(places))[None] % places
-    past = (age > 0) & (age <= step[:, None])
-
-    def layer_step(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-        number, layer, *shared = xs
-        shared = shared if prompts is None else [y[prompts] for y in shared]
-        # Sliced here: as inputs of the scan they would be copied out, layer by layer.
-        own = (jax.lax.dynamic_index_in_dim(y, number, keepdims=False) for y in cache)
-        before = (*shared, real & in_window(a, layer.slides, distance))
-        after = (*own, past & in_window(a, layer.slides, age))
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            return one_token_attention(q, before, after, (k, v)), (k, v)
-
-        return block(a, layer, x, turns, attend)
-
-    x = params["embedding"].astype(settings.dtype)[tokens]
-    xs = (jnp.arange(a.layers), stacked_layers(a, params), prefix.keys, prefix.values)
-    x, new = jax.lax.scan(layer_step, x, xs)
-    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=3)
-    keys, values = (write(old, y[:, :, :, None]) for old, y in zip(cache, new, strict=True))
-    return rms_norm(x, params["final_norm"], a.norm_epsilon), SuffixCache(keys, values)
-
-
 def build_model(
     a: Architecture,
     *,
@@ -378,7 +210,7 @@ def build_model(
     """
     settings = Settings(dtype, remat, attention)
     axes = jax.tree.map(lambda leaf: leaf.axes, parameter_table(a), is_leaf=_is_leaf)
-    return Model(
+    model = Model(
         init=partial(init, a),
         logical_axes=axes,
         hidden=partial(hidden, a, settings),
@@ -388,3 +220,5 @@ def build_model(
         decode=partial(decode, a, settings),
         vocabulary=a.vocabulary,
     )
+    unrolled = a.layers <= UNROLLED_LAYERS and attention != "splash"
+    return model._replace(enter=partial(enter, a, settings), leave=leave) if unrolled else model

@@ -39,7 +39,7 @@ class Slots(NamedTuple):
     rollout: jax.Array  # [B] int32, which row of the rollouts; N where the slot is idle
     step: jax.Array  # [B] int32, tokens that the slot's rollout has
     hidden: jax.Array  # [B, D], predicts its next token
-    cache: SuffixCache  # [L, B, H, C, d]
+    cache: SuffixCache  # [L, B, H, C, d]; inside the loop as `Model.enter` leaves it
     written: jax.Array  # [1] int32, places written so far; the next is `written % C`
     started: jax.Array  # [1] int32, rollouts that have had a slot
     decoded: jax.Array  # [1] int32, passes of the loop
@@ -106,6 +106,7 @@ def advance(model: Model, params: Params, job: Job, slots: Slots, plan: Plan) ->
     """Decodes until every rollout is done, or one has filled the cache or this is as long as it."""
     n, places = job.keys.shape[0], slots.cache.keys.shape[3]
     head, pause = model.head(params), slots.decoded + places
+    params, prefix, cache = model.enter(params, job.prefix, slots.cache)
 
     def unfinished(s: Slots) -> jax.Array:
         live = s.rollout < n
@@ -122,7 +123,7 @@ def advance(model: Model, params: Params, job: Job, slots: Slots, plan: Plan) ->
         place = (s.written % places)[0]
         prompts = None if plan.grouped else row // (n // job.prefix.lengths.shape[0])
         hidden, cache = model.decode(
-            params, job.prefix, s.cache, tokens, s.step, place, prompts=prompts
+            params, prefix, s.cache, tokens, s.step, place, prompts=prompts
         )
         s = s._replace(hidden=hidden, cache=cache, rollouts=rollouts, step=s.step + 1)
         s = s._replace(written=s.written + 1, decoded=s.decoded + 1)
@@ -131,7 +132,8 @@ def advance(model: Model, params: Params, job: Job, slots: Slots, plan: Plan) ->
             return _refill(job, s, ended)
         return s._replace(rollout=jnp.where(ended, n, s.rollout))
 
-    return jax.lax.while_loop(unfinished, one_token, slots)
+    slots = jax.lax.while_loop(unfinished, one_token, slots._replace(cache=cache))
+    return slots._replace(cache=model.leave(slots.cache))
 
 
 def _record(s: Slots, tokens: jax.Array, log_probs: jax.Array, stop: jax.Array) -> Rollouts:

@@ -1,0 +1,136 @@
+"""One layer of the transformer, as all its passes share it: norms, rotary positions, MLP.
+
+`transformer.py` runs it over whole sequences and prompts, `decoding.py` over one token at a time.
+Dimension key: sdpo_jax/model.py; here also `Q` query heads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdpo_jax.model import Params
+from sdpo_models.architecture import Architecture
+from sdpo_models.remat import Remat
+from sdpo_models.rope import inverse_frequencies
+
+
+class Settings(NamedTuple):
+    """How to compute, as against what: static under jit."""
+
+    dtype: Any
+    remat: Remat
+    attention: Literal["xla", "splash"]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return (normed * _like(scale.astype(jnp.float32), x)).astype(x.dtype)
+
+
+def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector over the last axis of `x`, with ones for the others (rank promotion is an error)."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+class Rotations(NamedTuple):
+    """Cosines and sines `[K, ..., 1, d / 2]`; `K` is 2 where sliding layers turn differently."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotations(a: Architecture, positions: jax.Array) -> Rotations:
+    """The angles of every position in `[...]`, once for all layers."""
+    scalings = [a.rope_scaling]
+    if a.sliding_layers and a.sliding_rope_scaling != a.rope_scaling:
+        scalings.append(a.sliding_rope_scaling)
+    shape = (len(scalings), *(1,) * (positions.ndim + 1))
+    frequency = np.stack([inverse_frequencies(a.head_size, a.rope_theta, s) for s in scalings])
+    factor = np.array([1.0 if s is None else s.attention_factor for s in scalings], np.float32)
+    # The angle is computed in float32 whatever x is: bfloat16 cannot tell position 257 from 258.
+    angle = positions[None, ..., None, None].astype(jnp.float32) * frequency.reshape(*shape, -1)
+    size = factor.reshape(*shape, 1)
+    return Rotations(jnp.cos(angle) * size, jnp.sin(angle) * size)
+
+
+def rotate(x: jax.Array, turns: Rotations, slides: jax.Array | None) -> jax.Array:
+    """Turns `x: [..., heads, d]` as the layer's kind asks; halves pair up, as in Hugging Face."""
+    if slides is not None and turns.cos.shape[0] == 2:
+        cos, sin = (jnp.where(slides, sliding, full) for full, sliding in turns)
+    else:
+        cos, sin = turns.cos[0], turns.sin[0]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Layer(NamedTuple):
+    """What a scan hands to one layer."""
+
+    weights: Params
+    slides: jax.Array | None  # [] bool; None where no layer does, which costs nothing
+
+
+def stacked_layers(a: Architecture, params: Params) -> Layer:
+    """All layers, leading axis `L`."""
+    return Layer(params["layers"], jnp.array(a.sliding_layers) if a.sliding_layers else None)
+
+
+def in_window(a: Architecture, slides: jax.Array | None, distance: jax.Array) -> jax.Array:
+    """Which `distance`s back from a token's position its layer sees; broadcasts against a mask."""
+    if slides is None:
+        return jnp.ones((1,) * distance.ndim, bool)
+    return (distance < a.sliding_window) | ~slides
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""`attend(q[..., Q, d], k[..., H, d], v[..., H, d]) -> (out[..., Q, d], kept)`."""
+
+
+def block(
+    a: Architecture, layer: Layer, x: jax.Array, turns: Rotations, attend: Attend
+) -> tuple[jax.Array, Any]:
+    """One layer on `x: [..., D]`; returns what `attend` kept, too."""
+    weights = layer.weights
+    norm_in = partial(_norm_if, not a.post_norm, a, weights)
+    norm_out = partial(_norm_if, a.post_norm, a, weights)
+    with jax.named_scope("attention"):
+        h = norm_in("attention_norm", x)
+        q, k, v = (_project(a, weights, h, name) for name in ("query", "key", "value"))
+        out, kept = attend(rotate(q, turns, layer.slides), rotate(k, turns, layer.slides), v)
+        out = out.reshape(*x.shape[:-1], -1) @ weights["output"].astype(x.dtype)
+        x = x + norm_out("attention_norm", out)
+    with jax.named_scope("mlp"):
+        out = mlp(a, weights, norm_in("mlp_norm", x))
+        return x + norm_out("mlp_norm", out), kept
+
+
+def mlp(a: Architecture, weights: Params, h: jax.Array) -> jax.Array:
+    """What a layer makes of each token alone, `[..., D] -> [..., D]`: a gated MLP."""
+    del a  # a mixture of experts would ask it how many
+    gate, up = h @ weights["gate"].astype(h.dtype), h @ weights["up"].astype(h.dtype)
+    return (jax.nn.silu(gate) * up) @ weights["down"].astype(h.dtype)
+
+
+def _norm_if(
+    condition: bool, a: Architecture, weights: Params, name: str, x: jax.Array
+) -> jax.Array:
+    return rms_norm(x, weights[name], a.norm_epsilon) if condition else x
+
+
+def _project(a: Architecture, weights: Params, h: jax.Array, name: str) -> jax.Array:
+    """`[..., heads, d]`: query, key or value, with bias and norm where there are such."""
+    out = h @ weights[name].astype(h.dtype)
+    if a.attention_bias:
+        out = out + _like(weights[f"{name}_bias"].astype(h.dtype), out)
+    by_head = (*h.shape[:-1], -1, a.head_size)
+    if a.query_key_norm and name != "value":
+        out = out if a.norm_whole_projection else out.reshape(by_head)
+        out = rms_norm(out, weights[f"{name}_norm"], a.norm_epsilon)
+    return out.reshape(by_head)
