@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_models import transformer
+from sdpo_models import layers, transformer
 
 # Float32 against float64 over two layers, on logits of size about one.
 FLOAT32 = 1e-5
@@ -39,8 +39,9 @@ def test_the_decoder_agrees_with_its_formulas_in_numpy(family):
     np.testing.assert_allclose(logits, expected, atol=FLOAT32, rtol=FLOAT32)
 
 
+@pytest.mark.parametrize("entered", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family):
+def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family, entered):
     architecture = tiny.FAMILIES[family]
     model, params = tiny.make_model(architecture), tiny.make_params(architecture)
     lengths, group, max_tokens = np.array([5, 2, 8]), 2, 4
@@ -59,6 +60,9 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family):
     last = expected[::group][np.arange(3), lengths - 1]
     np.testing.assert_allclose(prefix.last_hidden @ head, last, atol=FLOAT32)
     cache, decode = model.suffix_cache(6, max_tokens), tiny.quick_jit(model.decode)
+    before = params, prefix
+    if entered:
+        params, prefix, cache = model.enter(params, prefix, cache)
     # Rows need not march together: half of them start one call later.
     late = np.array([0, 1, 0, 1, 0, 1])
     for call in range(max_tokens + 1):
@@ -70,6 +74,9 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family):
         going = call - late < max_tokens  # the others are done
         logits = np.asarray(hidden @ head)
         np.testing.assert_allclose(logits[going], whole_forward[going], atol=FLOAT32)
+    if entered:
+        again = model.enter(*before, model.leave(cache))[2]
+        jax.tree.map(np.testing.assert_array_equal, again, cache)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "olmo3"])
@@ -112,7 +119,7 @@ def test_every_pass_takes_its_mlp_from_one_function(family, monkeypatch):
     """The seam for another MLP: the one of zero weights, put in its place, serves all passes."""
     architecture = tiny.FAMILIES[family]
     params = tiny.make_params(architecture)
-    layers = params["layers"] | {"down": jnp.zeros_like(params["layers"]["down"])}
+    without = params["layers"] | {"down": jnp.zeros_like(params["layers"]["down"])}
     tokens, lengths = jnp.asarray(random_rows(2, 6), jnp.int32), jnp.array([6, 6])
 
     def passes(params):
@@ -122,8 +129,8 @@ def test_every_pass_takes_its_mlp_from_one_function(family, monkeypatch):
         decoded, _ = model.decode(params, prefix, cache, tokens[:, 0], step, jnp.int32(0))
         return [model.hidden(params, *as_one_segment(tokens)), prefix.last_hidden, decoded]
 
-    expected = tiny.quick_jit(passes)(params | {"layers": layers})
-    monkeypatch.setattr(transformer, "mlp", lambda a, weights, h: jnp.zeros_like(h))
+    expected = tiny.quick_jit(passes)(params | {"layers": without})
+    monkeypatch.setattr(layers, "mlp", lambda a, weights, h: jnp.zeros_like(h))
     # A new function: jit would give the old one's program again.
     for a, b in zip(tiny.quick_jit(lambda p: passes(p))(params), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=FLOAT32)
