@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdpo_jax.config import Config
+from sdpo_jax.environments.base import Environment
 from sdpo_jax.errors import UserError
 
+_HELP = ("-h", "--help")
 USAGE = """usage: sdpo COMMAND ...
 
   sdpo train RECIPE [--run-dir DIR] [--SECTION.KEY VALUE ...]   train, or go on with a run
@@ -23,6 +25,8 @@ USAGE = """usage: sdpo COMMAND ...
   sdpo eval RUN_DIR [--samples K]                               held-out accuracy of a run
   sdpo convert RUN_DIR OUT [--dtype float32|bfloat16]           weights, in Hugging Face layout
   sdpo convert FILE.gguf OUT [--dtype float32|bfloat16]         the same, from a GGUF file
+  sdpo env check FILE.py|RECIPE [--SECTION.KEY VALUE ...]       is this environment sound?
+  sdpo env template [FILE.py]                                   an environment to start from
 
 Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir says otherwise.
 """
@@ -55,16 +59,15 @@ def _leave(code: int) -> NoReturn:
 
 
 def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in (*_HELP, "help"):
         print(USAGE)
         return 0 if words else 2
-    commands = {"train": _train, "eval": _eval, "convert": _convert}
+    commands = {"train": _train, "eval": _eval, "convert": _convert, "env": _env}
     if words[0] not in commands:
         raise UserError(
             f"unknown command {words[0]!r}; expected one of {', '.join(commands)}\n\n{USAGE}"
         )
-    commands[words[0]](words[1:])
-    return 0
+    return commands[words[0]](words[1:]) or 0
 
 
 def _train(words: list[str]) -> None:
@@ -78,42 +81,48 @@ def _train(words: list[str]) -> None:
         config = replace(config, run_dir=str(Path("runs") / recipe.stem))
     _quiet_libraries()
     from sdpo_jax.compilation import persistent_cache
+    from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.training import run_directory
     from sdpo_jax.training.console import Console
     from sdpo_jax.training.distributed import initialize_from_environment, is_leader
     from sdpo_jax.training.loop import show_summary, train
     from sdpo_models.gguf_convert import cache_folder
 
-    initialize_from_environment()
     run_dir = Path(config.run_dir)
+    summary = run_directory.read_summary(run_dir)
+    complete = summary is not None and summary["steps"] >= config.train.steps
+    # Before there is a device: an environment may start processes of its own.
+    environment = None if complete else make_environment(config.environment)
+    initialize_from_environment()
     stream = None if is_leader() else open(os.devnull, "w")  # noqa: SIM115, lives as long as we do
     console = Console(config.objective.name, steps=config.train.steps, stream=stream)
-    summary = run_directory.read_summary(run_dir)
     if summary is not None:
         run_directory.claim(run_dir, config)
-    if summary is not None and summary["steps"] >= config.train.steps:
+    if summary is not None and complete:
         console.note(
             f"complete  {run_dir} holds this run, finished. To train anew: rm -r {run_dir}"
         )
         show_summary(config, summary, console, run_dir)
         return
     with persistent_cache(cache_folder, console.note):
-        parts = load_parts(config)
+        parts = load_parts(config, environment)
         train(config, **parts, console=console)
 
 
 def _eval(words: list[str]) -> None:
     from sdpo_jax.compilation import persistent_cache
     from sdpo_jax.devices import fitting_mesh
+    from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.evaluation.command import evaluate_run
     from sdpo_models.gguf_convert import cache_folder
 
     options = _options(words, {"--samples": 4}, "sdpo eval RUN_DIR [--samples K]", positional=1)
     _quiet_libraries()
     run_dir, config = _run_config(words[0])
+    environment = make_environment(config.environment)  # before there is a device
     config = replace(config, mesh=fitting_mesh(config.mesh))
     with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
-        evaluate_run(run_dir, config, load_parts(config), samples=options["--samples"])
+        evaluate_run(run_dir, config, load_parts(config, environment), samples=options["--samples"])
 
 
 def _convert(words: list[str]) -> None:
@@ -138,6 +147,57 @@ def _convert(words: list[str]) -> None:
     step, params = _student(run_dir, config)
     save_run(out, params, source=model_folder(config), dtype=dtype)
     print(f"wrote {out}: the student of {run_dir} after step {step}, as {dtype}")
+
+
+def _env(words: list[str]) -> int:
+    usage = "sdpo env check FILE.py|RECIPE, or sdpo env template [FILE.py]"
+    if any(word in _HELP for word in words):
+        print(f"usage: {usage}")
+        return 0
+    if not words or words[0] not in ("check", "template"):
+        raise UserError(f"expected `{usage}`")
+    if words[0] == "check":
+        if len(words) < 2 or words[1].startswith("-"):
+            raise UserError(f"expected `{usage}`")
+        return _env_check(Path(words[1]), words[2:])
+    if len(words) > 2:
+        raise UserError(f"{words[2]}: unexpected argument; expected `{usage}`")
+    text = (Path(__file__).parent / "environments" / "template.py").read_text(encoding="utf-8")
+    if len(words) == 1:
+        print(text, end="")
+        return 0
+    out = Path(words[1])
+    if out.suffix != ".py" or out.exists() or not out.parent.is_dir():
+        raise UserError(
+            f"{out}: expected the name of a new file, with .py, in a folder that is there"
+        )
+    out.write_text(text.replace("THIS_FILE", str(out)), encoding="utf-8")
+    print(f"wrote {out}; next: sdpo env check {out}")
+    return 0
+
+
+def _env_check(path: Path, options: list[str]) -> int:
+    """Prints the table; 2 if there is a problem."""
+    from sdpo_jax.environments.check import check, report
+    from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.environments.settings import (
+        CodeEnvironment,
+        FileEnvironment,
+        NanoCodeEnvironment,
+    )
+    from sdpo_jax.recipe import load_recipe
+
+    _quiet_libraries()
+    if path.suffix == ".toml":
+        settings = load_recipe(path, options).environment
+    elif options:
+        raise UserError(f"{options[0]}: options go with a recipe; expected `sdpo env check {path}`")
+    else:
+        settings = FileEnvironment(path=str(path))
+    runs_programs = isinstance(settings, CodeEnvironment | NanoCodeEnvironment)
+    lines = check(make_environment(settings), runs_programs=runs_programs)
+    print(report(lines))
+    return 2 if any(line.problem for line in lines) else 0
 
 
 def _options(
@@ -196,9 +256,10 @@ def model_folder(config: Config) -> Path:
     return folder
 
 
-def load_parts(config: Config) -> dict[str, Any]:
+def load_parts(config: Config, environment: Environment | None = None) -> dict[str, Any]:
     """What a recipe names, loaded; keys are the argument names of `train`.
 
+    `environment` is the recipe's, if the caller has built it already.
     `params` is a function: nobody but the run holds what it loads.
     """
     from sdpo_jax.config import SftObjective
@@ -206,7 +267,8 @@ def load_parts(config: Config) -> dict[str, Any]:
     from sdpo_jax.environments.registry import make_environment
     from sdpo_models.tokenizer import ChatTokenizer
 
-    environment = make_environment(config.environment)
+    if environment is None:
+        environment = make_environment(config.environment)
     is_sft = isinstance(config.objective, SftObjective)
     demonstrations = load_demonstrations(config.data, environment) if is_sft else ()
     folder = model_folder(config)

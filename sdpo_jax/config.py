@@ -1,11 +1,13 @@
 """Every setting of a run, as frozen dataclasses; `sdpo_jax.recipe` reads and writes the TOML.
 
-A name carries its unit (`prompts_per_step`, `max_response_tokens`). The objective is a tagged
-union: each objective has its own settings, and a setting of another objective is an unknown key.
+A name carries its unit (`prompts_per_step`, `max_response_tokens`). Objective and environment are
+tagged unions: each has its own settings, and a setting of another one is a problem.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from sdpo_jax.environments.settings import EnvironmentConfig, ToolCallsEnvironment
 
 
 @dataclass(frozen=True)
@@ -39,27 +41,6 @@ class LoraConfig:
     """Adapters count alpha / rank."""
     targets: tuple[str, ...] = ("query", "key", "value", "output", "gate", "up", "down")
     """Which matrices of each layer get one."""
-
-
-@dataclass(frozen=True)
-class EnvironmentConfig:
-    """Who asks the questions and grades the answers."""
-
-    kind: Literal["tool_calls", "bfcl"] = "tool_calls"
-    """`tool_calls`: generated requests, answered by one structured call; `bfcl`: the simple Python
-    calls of the Berkeley Function-Calling Leaderboard, from the package bfcl-eval."""
-    train_prompts: int = 2048
-    """Number of distinct training prompts."""
-    held_out_prompts: int = 256
-    """Number of distinct held-out prompts, disjoint from the training prompts."""
-    families: tuple[str, ...] = ()
-    """Task families to draw from; empty means all."""
-    seed: int = 0
-    """Seed of the prompts, apart from the run's seed: every run sees the same tasks."""
-    max_prompt_characters: int = 0
-    """`bfcl`: leaves out longer questions with their documentation; 0 leaves out none."""
-    reveal_expected: bool = False
-    """`bfcl`: whether feedback on a wrong value says the right one, which hands out the answer."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +222,7 @@ class Config:
     objective: Objective = field(default_factory=SdpoObjective)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    environment: EnvironmentConfig = field(default_factory=ToolCallsEnvironment)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)

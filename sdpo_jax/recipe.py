@@ -16,12 +16,30 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
-from sdpo_jax.config import Config, GrpoObjective, Objective, SdpoObjective, SftObjective
+from sdpo_jax.config import (
+    Config,
+    EnvironmentConfig,
+    GrpoObjective,
+    Objective,
+    SdpoObjective,
+    SftObjective,
+)
 from sdpo_jax.errors import UserError
 
 Tree = dict[str, Any]
 
-_OBJECTIVES: dict[str, type[Any]] = {cls().name: cls for cls in get_args(Objective)}
+
+class _Union(NamedTuple):
+    """A section of which each kind has its own settings; the first kind is the default."""
+
+    tag: str
+    kinds: dict[str, type[Any]]
+
+
+_UNIONS = {
+    "objective": _Union("name", {cls().name: cls for cls in get_args(Objective)}),
+    "environment": _Union("kind", {cls().kind: cls for cls in get_args(EnvironmentConfig)}),
+}
 _TYPE_NAMES: dict[Any, str] = {
     **{bool: "a boolean", int: "an integer", float: "a number"},
     **{str: "a string", list: "a list", dict: "a table"},
@@ -33,7 +51,9 @@ _MAY_CHANGE = {
     *("run_dir", "checkpoint.every_steps", "checkpoint.keep", "optimizer.max_skipped_updates"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.attention"),
     *("train.micro_batch_tokens", "train.share_prompts", "train.head_chunk_tokens"),
-    *("rollout.slots", "evaluation.batch_prompts"),
+    *("rollout.slots", "evaluation.batch_prompts", "environment.slots", "environment.workers"),
+    *("environment.deadline_seconds", "environment.max_failed_share"),
+    *("environment.sandbox", "environment.sandbox_url"),
 }
 
 _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prompts_per_step
@@ -51,23 +71,28 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "optimizer.warmup_steps evaluation.every_steps evaluation.prompts "
         "environment.max_prompt_characters lora.rank objective.top_k rollout.slots "
-        "evaluation.top_k",
+        "evaluation.top_k environment.slots environment.workers",
         lambda v: v >= 0,
         "0 or more",
     ),
     ("seed environment.seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
     (
-        "objective.alpha teacher.ema_rate teacher.trust_region evaluation.min_p",
+        "objective.alpha teacher.ema_rate teacher.trust_region evaluation.min_p "
+        "environment.max_failed_share",
         lambda v: 0 <= v <= 1,
         "from 0 to 1",
     ),
     ("optimizer.b1 optimizer.b2", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("evaluation.top_p", lambda v: 0 < v <= 1, "above 0, at most 1"),
-    ("objective.clip_low", lambda v: 0 < v < 1, "above 0 and below 1"),
+    ("evaluation.top_p environment.public_share", lambda v: 0 < v <= 1, "above 0, at most 1"),
+    (
+        "objective.clip_low environment.held_out_share",
+        lambda v: 0 < v < 1,
+        "above 0 and below 1",
+    ),
     (_CAPS, lambda v: v > 0, "above 0"),
     ("objective.dual_clip", lambda v: v > 1, "above 1"),
     (
-        "rollout.temperature optimizer.learning_rate lora.alpha",
+        "rollout.temperature optimizer.learning_rate lora.alpha environment.deadline_seconds",
         lambda v: 0 < v < math.inf,
         "above 0, finite",
     ),
@@ -235,31 +260,33 @@ def _build(tree: Tree) -> tuple[Config, list[_Problem]]:
         table = tree[section]
         if not isinstance(table, dict):
             found.append(_Problem(f"{_describe(table)}, expected a table [{section}]", section))
-        elif section == "objective":
-            values[section] = _objective(cast(Tree, table), found)
+        elif section in _UNIONS:
+            values[section] = _one_of(section, cast(Tree, table), found)
         else:
             leaves = get_type_hints(kinds[section])
             values[section] = kinds[section](**_table(cast(Tree, table), leaves, section, found))
     return Config(**values), found
 
 
-def _objective(table: Tree, found: list[_Problem]) -> Objective:
-    """Builds the objective that `name` picks; a setting of another objective is a problem."""
-    kinds = {name: get_type_hints(cls) for name, cls in _OBJECTIVES.items()}
-    name = table.get("name", SdpoObjective.name)
+def _one_of(section: str, table: Tree, found: list[_Problem]) -> Any:
+    """Builds the kind that the tag picks; a setting of another kind is a problem."""
+    tag, classes = _UNIONS[section]
+    kinds = {name: get_type_hints(cls) for name, cls in classes.items()}
+    default = next(iter(kinds))
+    name = table.get(tag, default)
     if name not in list(kinds):
         every = {key: kind for own in kinds.values() for key, kind in own.items()}
-        _table(table, every | {"name": Literal[tuple(kinds)]}, "objective", found)
-        return SdpoObjective()
+        _table(table, every | {tag: Literal[tuple(kinds)]}, section, found)
+        return classes[default]()
     own = dict(table)
     for key in table:
         owners = [other for other in kinds if key in kinds[other]]
         if owners and name not in owners:
             del own[key]
-            default = "" if "name" in table else " (the default; set objective.name)"
-            text = f"a setting of {' and '.join(owners)}, but the objective is {name}{default}"
-            found.append(_Problem(text, f"objective.{key}"))
-    return _OBJECTIVES[name](**_table(own, kinds[name], "objective", found))
+            hint = "" if tag in table else f" (the default; set {section}.{tag})"
+            text = f"a setting of {' and '.join(owners)}, but the {section} is {name}{hint}"
+            found.append(_Problem(text, f"{section}.{key}"))
+    return classes[name](**_table(own, kinds[name], section, found))
 
 
 def _table(
@@ -301,12 +328,13 @@ def _checks(config: Config) -> Iterator[_Problem]:
                 yield _Problem(f"{_toml(leaves[key])}, expected {expectation}", key)
     for key, others, expectation in _cross_checks(config):
         text = f"{_toml(leaves[key])}, expected {expectation}"
-        yield _Problem(text, key, (*others.split(), "objective.name"))
+        tags = [f"{section}.{union.tag}" for section, union in _UNIONS.items()]
+        yield _Problem(text, key, (*others.split(), *tags))
 
 
 def _cross_checks(c: Config) -> Iterator[tuple[str, str, str]]:
     """Yields key, the other keys that take part, expectation."""
-    prompts, total = c.rollout.prompts_per_step, c.environment.train_prompts
+    prompts, (total, held_out) = c.rollout.prompts_per_step, _prompt_counts(c.environment)
     rows, rows_key = prompts, "rollout.prompts_per_step"
     if isinstance(c.objective, SftObjective):
         rows, rows_key = c.data.rows_per_step, "data.rows_per_step"
@@ -314,7 +342,6 @@ def _cross_checks(c: Config) -> Iterator[tuple[str, str, str]]:
         yield rows_key, "environment.train_prompts", f"at most environment.train_prompts ({total})"
     if c.train.mini_batches > 0 and rows % c.train.mini_batches:
         yield "train.mini_batches", rows_key, f"a divisor of {rows_key} ({rows})"
-    held_out = c.environment.held_out_prompts
     if c.evaluation.prompts > held_out:
         others = "environment.held_out_prompts"
         yield "evaluation.prompts", others, f"at most {others} ({held_out})"
@@ -328,6 +355,12 @@ def _cross_checks(c: Config) -> Iterator[tuple[str, str, str]]:
         yield "rollout.rollouts_per_prompt", "", text
     if isinstance(c.objective, SdpoObjective):
         yield from _teacher_checks(c)
+
+
+def _prompt_counts(environment: EnvironmentConfig) -> tuple[float, float]:
+    """Prompts to learn from and to evaluate on; those of a file are not known before it is read."""
+    own = {f.name: getattr(environment, f.name) for f in fields(environment)}
+    return own.get("train_prompts", math.inf), own.get("held_out_prompts", math.inf)
 
 
 def _teacher_checks(c: Config) -> Iterator[tuple[str, str, str]]:
@@ -347,10 +380,10 @@ def _teacher_checks(c: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def _kinds() -> Tree:
-    """Maps every dotted key, of all objectives, to its type."""
-    found: Tree = {"objective.name": Literal[tuple(_OBJECTIVES)]}
+    """Maps every dotted key, of all objectives and environments, to its type."""
+    found: Tree = {f"{s}.{u.tag}": Literal[tuple(u.kinds)] for s, u in _UNIONS.items()}
     for name, kind in get_type_hints(Config).items():
-        for cls in _OBJECTIVES.values() if name == "objective" else (kind,):
+        for cls in _UNIONS[name].kinds.values() if name in _UNIONS else (kind,):
             leaves = get_type_hints(cls) if is_dataclass(cls) else {}
             own = {f"{name}.{leaf}": of for leaf, of in leaves.items()} or {name: kind}
             found = own | found
@@ -430,5 +463,9 @@ def _print_help(config: Config, path: Path) -> None:
     import tyro  # only --help needs it
 
     text = f"Every setting of {path}; an option replaces the recipe's value, shown as the default."
+    for section, union in _UNIONS.items():
+        flag, own = _flag(f"{section}.{union.tag}"), getattr(config, section)
+        others = [name for name, kind in union.kinds.items() if not isinstance(own, kind)]
+        text += f" {flag} may also be {', '.join(others)}, each with settings of its own."
     kind = tyro.conf.AvoidSubcommands[Config]
     tyro.cli(kind, default=config, args=["--help"], prog=f"sdpo train {path}", description=text)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdpo_jax.config import EnvironmentConfig
 from sdpo_jax.environments import bfcl
+from sdpo_jax.environments.base import Outcome
 from sdpo_jax.environments.bfcl import Bfcl, Row, is_held_out, load_rows, question, reference_call
 from sdpo_jax.environments.function_calls import (
     MALFORMED,
@@ -22,6 +22,7 @@ from sdpo_jax.environments.function_calls import (
     write_call,
 )
 from sdpo_jax.environments.registry import make_environment
+from sdpo_jax.environments.settings import BfclEnvironment
 from sdpo_jax.errors import UserError
 
 FUNCTION = {
@@ -141,7 +142,7 @@ def test_values_of_every_kind_are_read():
 def test_what_is_no_call_says_why(answer, feedback, recwarn):
     assert parse_call(answer) == feedback
     outcome = environment().grade(environment().train[0], answer)
-    assert outcome == (0.0, False, feedback, {"well_formed": 0.0})
+    assert outcome == Outcome(0.0, False, feedback, {"well_formed": 0.0})
     assert not recwarn
 
 
@@ -224,7 +225,8 @@ def test_nothing_in_an_answer_is_evaluated(tmp_path):
 def test_every_complaint_word_by_word(given, feedback):
     assert complaints(given, FUNCTION, ACCEPTED) == feedback
     outcome = environment().grade(environment().train[0], write_call(*given))
-    assert outcome == (float(not feedback), not feedback, "\n".join(feedback), {"well_formed": 1.0})
+    expected = (float(not feedback), not feedback, "\n".join(feedback), {"well_formed": 1.0})
+    assert outcome == Outcome(*expected)
 
 
 def test_accepted_values_of_another_type_than_documented_decide():
@@ -336,7 +338,7 @@ def test_other_data_than_expected_is_refused_with_its_place(change, message, tmp
 def test_without_the_package_one_message_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps 'bfcl-eval>="):
-        make_environment(EnvironmentConfig(kind="bfcl"))
+        make_environment(BfclEnvironment())
     with pytest.raises(UserError, match=r"cannot be read .*another version of bfcl-eval"):
         load_rows(tmp_path)
 
@@ -344,15 +346,8 @@ def test_without_the_package_one_message_says_how_to_get_it(monkeypatch, tmp_pat
 def test_a_recipe_names_the_environment(monkeypatch, tmp_path):
     write_data(tmp_path, *([line] for line in lines()))
     monkeypatch.setattr(bfcl, "data_folder", lambda: tmp_path)
-    config = EnvironmentConfig(kind="bfcl", train_prompts=1, held_out_prompts=0)
+    config = BfclEnvironment(train_prompts=1, held_out_prompts=0)
     assert [p.id for p in make_environment(config).train] == ["trip"]
-    for wrong, key in (
-        ({"kind": "bfcl", "families": ("alarm",)}, "families"),
-        ({"kind": "tool_calls", "reveal_expected": True}, "reveal_expected"),
-        ({"kind": "tool_calls", "max_prompt_characters": 800}, "max_prompt_characters"),
-    ):
-        with pytest.raises(UserError, match=rf"environment\.{key}: .*{wrong['kind']}"):
-            make_environment(EnvironmentConfig(train_prompts=1, held_out_prompts=0, **wrong))
 
 
 def test_every_setting_of_a_recipe_reaches_the_environment(monkeypatch, tmp_path):
@@ -362,7 +357,7 @@ def test_every_setting_of_a_recipe_reaches_the_environment(monkeypatch, tmp_path
     limit = sorted(len(question(row)) for row in rows())[30]
     made = {"train_prompts": 7, "held_out_prompts": 3, "seed": 5, "max_prompt_characters": limit}
     for reveal, hint in ((True, "; expected 3"), (False, "")):
-        there = make_environment(EnvironmentConfig(kind="bfcl", reveal_expected=reveal, **made))
+        there = make_environment(BfclEnvironment(reveal_expected=reveal, **made))
         here = Bfcl(rows(), **made)
         assert (there.train, there.held_out) == (here.train, here.held_out)
         assert there.train != Bfcl(rows(), **made | {"seed": 0}).train
@@ -370,7 +365,7 @@ def test_every_setting_of_a_recipe_reaches_the_environment(monkeypatch, tmp_path
         feedback = there.grade(there.train[0], wrong).feedback
         assert feedback == f"days: wrong value 4{hint}"
     with pytest.raises(UserError, match=rf"train_prompts: 40, .*max_prompt_characters = {limit};"):
-        make_environment(EnvironmentConfig(kind="bfcl", **made | {"train_prompts": 40}))
+        make_environment(BfclEnvironment(**made | {"train_prompts": 40}))
 
 
 # The real rows
@@ -393,7 +388,7 @@ def test_every_real_row_accepts_its_reference_in_both_syntaxes_and_nothing_less(
         assert isinstance(call, Call)
         as_json = json.dumps({"name": call.name, "arguments": call.arguments})
         for right in (answer, as_json):
-            assert made.grade(prompt, right) == (1.0, True, "", {"well_formed": 1.0})
+            assert made.grade(prompt, right) == Outcome(1.0, True, "", {"well_formed": 1.0})
         for name in call.arguments:
             less = {k: v for k, v in call.arguments.items() if k != name}
             outcome = made.grade(prompt, write_call(call.name, less))

@@ -13,6 +13,7 @@ import tiny
 
 from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.grading import grade_all
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import (
     EVALUATION_STREAM,
@@ -21,7 +22,6 @@ from sdpo_jax.evaluation.accuracy import (
     Graded,
     accuracy_metrics,
     environment_metrics,
-    grade_all,
 )
 from sdpo_jax.evaluation.command import evaluate_run
 from sdpo_jax.sampling.generate import rollout_keys

@@ -12,7 +12,6 @@ from sdpo_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    EnvironmentConfig,
     EvaluationConfig,
     GrpoObjective,
     MeshConfig,
@@ -24,6 +23,7 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
+from sdpo_jax.environments.settings import ToolCallsEnvironment
 from sdpo_jax.errors import UserError
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -208,7 +208,7 @@ def test_options_replace_the_values_of_the_recipe(tmp_path: Path):
         objective=SdpoObjective(alpha=1.0),
         train=TrainConfig(steps=40),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
-        environment=EnvironmentConfig(families=("a", "b")),
+        environment=ToolCallsEnvironment(families=("a", "b")),
         teacher=TeacherConfig(feedback=False, remove_thinking=False),
     )
     assert config == expected
@@ -316,7 +316,7 @@ UNSOUND = [
         "evaluation.prompts: 257, expected at most e",
     ),
     (
-        Config(environment=EnvironmentConfig(train_prompts=8)),
+        Config(environment=ToolCallsEnvironment(train_prompts=8)),
         "rollout.prompts_per_step: 16, expecte",
     ),
     (
@@ -381,7 +381,7 @@ ROUND_TRIPS = [
         run_dir='C:\\runs\\"ä"\t\x7f\u2028 #',
         seed=7,
         objective=GrpoObjective(clip_low=1e-7),
-        environment=EnvironmentConfig(families=("a", 'b"', "")),
+        environment=ToolCallsEnvironment(families=("a", 'b"', "")),
         optimizer=OptimizerConfig(learning_rate=1e22, clip_norm=float("inf")),
         teacher=TeacherConfig(feedback=False),
     ),

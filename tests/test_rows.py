@@ -1,77 +1,97 @@
-"""Laws of losses computed a few rows at a time."""
+"""Reading rows: problems by place, ids, sides. The demonstrations' messages are in test_data.py."""
 
-from functools import partial
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from sdpo_jax.losses import rows as rows_module
-from sdpo_jax.losses.rows import by_rows
-
-V = 96
-
-
-def _loss(logits, rows, constants):
-    log_probs = jax.nn.log_softmax(logits * constants)
-    target, weights = rows
-    value = -weights * jnp.sum(target * log_probs, axis=-1)
-    return value, {"top": log_probs.max(axis=-1)}
-
-
-def _arguments(count):
-    key, other = jax.random.split(jax.random.key(count))
-    target = jax.nn.softmax(jax.random.normal(other, (count, V)))
-    return (
-        jax.random.normal(key, (count, V)),
-        (target, jnp.linspace(0.0, 1.0, count)),
-        jnp.float32(1.5),
-    )
+from sdpo_jax.environments.base import Prompt
+from sdpo_jax.environments.rows import (
+    BadRow,
+    Rows,
+    chat,
+    check_sides,
+    get,
+    is_held_out,
+    read_rows,
+    row_id,
+)
+from sdpo_jax.errors import UserError
 
 
-def _summed(function, logits, rows, constants):
-    value, metrics = function(logits, rows, constants)
-    return jnp.sum(jnp.sin(value)), (value, metrics)  # not linear: the cotangents differ by row
+class Item(NamedTuple):
+    id: str
+    value: int
 
 
-@pytest.mark.parametrize("count", [1, 3, 8, 12, 64])
-@pytest.mark.parametrize("entries", [1, 4 * V, 1 << 20])
-def test_rows_together_are_the_rows_alone(monkeypatch, count, entries):
-    monkeypatch.setattr(rows_module, "ENTRIES", entries)
-    arguments = _arguments(count)
-    pair = [
-        jax.jit(jax.value_and_grad(partial(_summed, f), has_aux=True))(*arguments)
-        for f in (partial(by_rows, _loss), _loss)
+def parse(row: dict[str, Any], place: str) -> Item:
+    value = get(row, "value")
+    if value < 0:
+        raise BadRow(f"value is {value}, expected 0 or more")
+    return Item(row_id(row, place), value)
+
+
+def read(path, on_error="stop"):
+    return read_rows(path, parse, on_error, form='{"value": 1}', content="items")
+
+
+def test_noise_is_tolerated_and_a_row_without_id_is_named_by_its_place(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"value": 1}\r\n\r\n  \n{"id": 7, "value": 2, "more": []}')
+    assert read(path) == Rows([Item("f.jsonl:1", 1), Item("7", 2)], [])
+
+
+def test_one_error_lists_every_bad_row_and_skipping_keeps_the_good_ones(tmp_path):
+    path = tmp_path / "f.jsonl"
+    lines = [
+        '{"id": "a", "value": 1}',
+        "{",
+        '{"Value": 1}',
+        '{"value": -1}',
+        '{"id": "a", "value": 2}',
     ]
-    for ours, plain in zip(*map(jax.tree.leaves, pair), strict=True):
-        np.testing.assert_allclose(ours, plain, rtol=2e-6, atol=2e-6)
+    path.write_text("\n".join(lines))
+    problems = [
+        f"{path}:2: invalid JSON: Expecting property name enclosed in double quotes at column 2",
+        f'{path}:3: "value" is missing; found "Value"',
+        f"{path}:4: value is -1, expected 0 or more",
+        f'{path}:5: id "a" is taken by line 1',
+    ]
+    assert read(path, "skip") == Rows([Item("a", 1)], problems)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    listed = "\n".join(f"  {problem}" for problem in problems)
+    remedy = 'mend them, or set on_error = "skip" to leave them out'
+    assert str(caught.value) == f"{path}: 4 bad rows\n{listed}\n{remedy}"
 
 
-def test_only_the_logits_get_a_gradient():
-    logits, rows, constants = _arguments(4)
-
-    def total(rows, constants):
-        return jnp.sum(by_rows(_loss, logits, rows, constants)[0])
-
-    for gradient in jax.tree.leaves(jax.grad(total, argnums=(0, 1))(rows, constants)):
-        assert not np.any(gradient)
-
-
-def test_metrics_are_detached():
-    _, rows, constants = _arguments(4)
-    gradient = jax.grad(lambda z: by_rows(_loss, z, rows, constants)[1]["top"].sum())
-    assert not np.any(gradient(_arguments(4)[0]))
+def test_a_missing_or_empty_file_says_what_was_expected(tmp_path):
+    with pytest.raises(UserError, match="no such file, expected JSONL with items"):
+        read(tmp_path / "f.jsonl")
+    (tmp_path / "f.jsonl").write_text("\n")
+    with pytest.raises(
+        UserError, match='no rows, expected {"value": 1} a line'.replace("{", "\\{")
+    ):
+        read(tmp_path / "f.jsonl")
 
 
-def test_tiles_keep_the_memory_of_a_chunk_small():
-    arguments = jax.tree.map(lambda x: jnp.tile(x, (64,) + (1,) * (x.ndim - 1)), _arguments(64)[:2])
+def test_a_prompt_is_text_or_messages():
+    assert chat("Hi", "prompt") == ({"role": "user", "content": "Hi"},)
+    with pytest.raises(BadRow, match=r"prompt\[0\]\.role is \"x\", expected one of system, user"):
+        chat([{"role": "x", "content": "Hi"}], "prompt")
 
-    def memory(function):
-        gradient = jax.jit(jax.grad(partial(_summed, function), has_aux=True))
-        analysis = gradient.lower(*arguments, jnp.float32(1)).compile().memory_analysis()
-        assert analysis is not None
-        return analysis.temp_size_in_bytes
 
-    tiled, plain = memory(partial(by_rows, _loss)), memory(_loss)
-    assert tiled < 1.5 * plain
+def test_a_quarter_is_held_out_and_the_seed_decides_which():
+    sides = [[is_held_out(f"row {i}", seed) for i in range(4000)] for seed in (0, 0, 1)]
+    assert sides[0] == sides[1] != sides[2]
+    assert 900 < sum(sides[0]) < 1100
+
+
+def test_a_prompt_on_both_sides_is_refused_by_id_and_by_its_words():
+    def prompt(name, words):
+        return Prompt(name, ({"role": "user", "content": words},), {})
+
+    check_sides([prompt("a", "x")], [prompt("b", "y")])
+    with pytest.raises(UserError, match="held-out id of 'a' stands among the train rows"):
+        check_sides([prompt("a", "x")], [prompt("a", "y")])
+    with pytest.raises(UserError, match="held-out prompt of 'b' stands among the train rows"):
+        check_sides([prompt("a", "x")], [prompt("b", "x")])

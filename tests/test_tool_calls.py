@@ -3,7 +3,7 @@ import random
 import pytest
 
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
-from sdpo_jax.environments.base import Prompt
+from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.tool_apis import FAMILIES, TODAY
 from sdpo_jax.environments.tool_calls import (
     Task,
@@ -141,7 +141,7 @@ def test_the_right_call_is_rewarded_and_any_other_is_not() -> None:
     environment = ToolCalls(train_prompts=60, held_out_prompts=60)
     for prompt in [*environment.train, *environment.held_out]:
         right = write_call(prompt.data["task"], TODAY)
-        assert environment.grade(prompt, right) == (1.0, True, "", {"well_formed": 1.0})
+        assert environment.grade(prompt, right) == Outcome(1.0, True, "", {"well_formed": 1.0})
         outcome = environment.grade(prompt, right[:-1])
         assert (outcome.reward, outcome.passed) == (0.0, False)
         assert outcome.feedback

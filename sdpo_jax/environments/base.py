@@ -1,6 +1,8 @@
 """The environment protocol: prompts go out, an `Outcome` with feedback in words comes back.
 
-Everything here is host-side Python; no array crosses this boundary.
+Everything here is host-side Python; no array crosses this boundary. An environment has `train`,
+`held_out` and `grade`. What else it may have are the small protocols below: each is recognised by
+its method, none is needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +27,23 @@ class Outcome(NamedTuple):
     `reward` is what policy gradients see, and decides against `teacher.success_threshold` whether
     the response may serve as a demonstration; `passed` is what accuracy counts; `feedback` says in
     words what went wrong and is blank if nothing did.
+
+    `graded` is False where the environment could not judge: a sandbox that did not start, a worker
+    that died, a judge that cannot be reached. It says nothing about the response. Such a rollout
+    has no part in loss, advantages, demonstrations and accuracy; `environment/failed` counts it;
+    its `feedback` says what failed and is shown to the user, never to a model.
     """
 
     reward: float
     passed: bool
     feedback: str
     metrics: Mapping[str, float]
+    graded: bool = True
+
+
+def not_graded(reason: str) -> Outcome:
+    """The outcome of a response that could not be judged."""
+    return Outcome(0.0, False, reason, {}, graded=False)
 
 
 class Environment(Protocol):
@@ -47,7 +60,10 @@ class Environment(Protocol):
         ...
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Judges one response, given as decoded text without control tokens."""
+        """Judges one response, given as decoded text without control tokens.
+
+        An exception that leaves it is a bug of the environment and stops the run.
+        """
         ...
 
 
@@ -57,4 +73,35 @@ class HasReferences(Protocol):
 
     def reference(self, prompt: Prompt) -> str:
         """An answer that `grade` passes."""
+        ...
+
+
+@runtime_checkable
+class GradesBatches(Protocol):
+    """An environment that grades several responses at a time, as one with a sandbox does."""
+
+    def grade_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
+        """One outcome for each pair `(prompts[i], responses[i])`, in order; `grade` of each."""
+        ...
+
+
+@runtime_checkable
+class GradesTruncated(Protocol):
+    """An environment that says something else of a response that was cut at the token limit."""
+
+    def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
+        """Judges a response that did not come to its end."""
+        ...
+
+
+@runtime_checkable
+class NeedsWorker(Protocol):
+    """An environment whose `grade` may not come back, or must run in a main thread of its own.
+
+    A recipe's environment with `needs_worker` true is graded in worker processes, with a deadline.
+    """
+
+    @property
+    def needs_worker(self) -> bool:
+        """Whether it does."""
         ...

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
+from sdpo_jax.environments.grading import agreed, failed_share, grade_all, refuse_failures
 from sdpo_jax.model import Params
 from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import Sampler
@@ -29,14 +30,6 @@ class Graded(NamedTuple):
     outcomes: list[Outcome]
     lengths: list[int]
     stopped: list[bool]
-
-
-def grade_all(
-    environment: Environment, prompts: Sequence[Prompt], responses: Sequence[str]
-) -> list[Outcome]:
-    """Grades `N` responses of `P` prompts, `G = N / P` of each."""
-    group = len(responses) // len(prompts)
-    return [environment.grade(prompts[i // group], text) for i, text in enumerate(responses)]
 
 
 class Evaluator:
@@ -103,13 +96,13 @@ class Evaluator:
         shown: list[TeacherContext] = [c for c in contexts if c is not None]
         ids, _ = self._teacher_prompts([p.messages for p in prompts], shown)
         answers = self._sample_rows(params, prompts, ids, TEACHER_STREAM + step)
-        passed = [outcome.passed for outcome in answers.outcomes]
-        metrics = {"teacher_accuracy": _mean(passed)}
+        metrics = {"teacher_accuracy": _mean([o.passed for o in answers.outcomes if o.graded])}
         for name, chosen in (
             ("demonstration", [c.demonstration is not None for c in shown]),
             ("feedback", [c.demonstration is None for c in shown]),
         ):
-            of_kind = [p for p, is_kind in zip(passed, chosen, strict=True) if is_kind]
+            pairs = zip(answers.outcomes, chosen, strict=True)
+            of_kind = [o.passed for o, is_kind in pairs if is_kind and o.graded]
             if of_kind:
                 metrics[f"teacher_accuracy/{name}"] = _mean(of_kind)
         return metrics
@@ -150,33 +143,44 @@ class Evaluator:
             )
             texts = [self._tokenizer.decode(ids) for ids in rollouts.responses()]
             graded.responses.extend(texts)
-            graded.outcomes.extend(
-                grade_all(self._environment, prompts[start : start + size], texts)
-            )
+            asked = prompts[start : start + size]
+            truncated = [not stopped for stopped in rollouts.stopped.tolist()]
+            outcomes = agreed(grade_all(self._environment, asked, texts, truncated))
+            limit = self._config.environment.max_failed_share
+            refuse_failures(asked, outcomes, limit, "evaluation")
+            graded.outcomes.extend(outcomes)
             graded.lengths.extend(rollouts.lengths.tolist())
             graded.stopped.extend(rollouts.stopped.tolist())
         return graded
 
 
 def accuracy_metrics(graded: Graded, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Accuracy overall and by family, response length and truncation."""
+    """Accuracy overall and by family, response length and truncation.
+
+    Responses that could not be graded have no part in accuracy; `environment/failed`, there only
+    where there are some, says how many.
+    """
     group = len(graded.responses) // len(prompts)
     families: dict[str, list[bool]] = {}
     for i, outcome in enumerate(graded.outcomes):
         family = str(prompts[i // group].data.get("family", ""))
-        families.setdefault(family, []).append(outcome.passed)
+        if outcome.graded:
+            families.setdefault(family, []).append(outcome.passed)
     metrics = {
-        "accuracy": _mean([outcome.passed for outcome in graded.outcomes]),
+        "accuracy": _mean([outcome.passed for outcome in graded.outcomes if outcome.graded]),
         "response_tokens": _mean(graded.lengths),
         "truncated": 1.0 - _mean(graded.stopped),
     }
     if len(families) > 1:
         metrics |= {f"accuracy/{name}": _mean(v) for name, v in sorted(families.items())}
+    if failed := failed_share(graded.outcomes):
+        metrics["environment/failed"] = failed
     return metrics
 
 
 def environment_metrics(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
-    """Means of what the environment reports besides reward."""
+    """Means of what the environment reports besides reward, of what it could grade."""
+    outcomes = [outcome for outcome in outcomes if outcome.graded]
     names = sorted({name for outcome in outcomes for name in outcome.metrics})
     return {
         f"environment/{name}": _mean([o.metrics[name] for o in outcomes if name in o.metrics])

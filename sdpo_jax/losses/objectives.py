@@ -19,7 +19,7 @@ from sdpo_jax.losses.distillation import sampled_token_loss
 from sdpo_jax.losses.divergences import entropy
 from sdpo_jax.losses.likelihood import cross_entropy
 from sdpo_jax.losses.policy_gradient import clip_ratio, policy_gradient_loss, reference_kl
-from sdpo_jax.losses.rows import by_rows
+from sdpo_jax.losses.tiles import by_rows
 from sdpo_jax.losses.vocabulary import (
     log_softmax,
     select_targets,

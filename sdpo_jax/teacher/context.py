@@ -84,7 +84,8 @@ def choose_context(
     """Chooses what the teacher of each rollout sees.
 
     A rollout is a success if its reward reaches the threshold. Demonstrations are successes of the
-    same prompt, without the rollout itself if so configured: a lone success then has none.
+    same prompt, without the rollout itself if so configured: a lone success then has none. What
+    could not be graded has no context and is none.
 
     Args:
         outcomes: [N], rollout `i` belongs to prompt `i // group_size`.
@@ -100,11 +101,15 @@ def choose_context(
     shown = [_shown(response, config) for response in responses]
     contexts: list[TeacherContext | None] = []
     for row, outcome in enumerate(outcomes):
+        if not outcome.graded:
+            contexts.append(None)
+            continue
         start = row - row % group_size
         candidates = [
             text
             for sibling in range(start, start + group_size)
-            if outcomes[sibling].reward >= config.success_threshold
+            if outcomes[sibling].graded
+            and outcomes[sibling].reward >= config.success_threshold
             and not (config.exclude_own_success and sibling == row)
             and (text := shown[sibling]) is not None
         ]

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from sdpo_jax.config import RolloutConfig
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
-from sdpo_jax.evaluation.accuracy import environment_metrics, grade_all
+from sdpo_jax.environments.grading import Grader, agreed, failed_share
+from sdpo_jax.evaluation.accuracy import environment_metrics
 from sdpo_jax.model import Params
 from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import HostRollouts, Sampler
@@ -27,6 +28,11 @@ class Experience(NamedTuple):
     lengths: NDArray[np.int32]  # [N]
     texts: list[str]  # [N]
     outcomes: list[Outcome]  # [N]
+
+    @property
+    def graded(self) -> NDArray[np.bool_]:
+        """[N], whether the environment could judge; all else of a row that it could not is void."""
+        return np.asarray([outcome.graded for outcome in self.outcomes])
 
     @property
     def longest(self) -> int:
@@ -66,7 +72,7 @@ def collect(
             on_done=graded,
         )
     clock.count("rollout", int(rollouts.lengths.sum()))
-    outcomes = graded.outcomes
+    outcomes = agreed(graded.outcomes)
     experience = Experience(
         prompts=list(prompts),
         group=group,
@@ -78,13 +84,23 @@ def collect(
         outcomes=outcomes,
     )
     metrics = {
-        "reward": float(np.mean([outcome.reward for outcome in outcomes])),
-        "success": float(np.mean([outcome.passed for outcome in outcomes])),
+        **_means([outcome for outcome in outcomes if outcome.graded]),
+        "environment/failed": failed_share(outcomes),
         "response_tokens": float(np.mean(rollouts.lengths)),
         "truncated": float(1.0 - np.mean(rollouts.stopped)),
         **environment_metrics(outcomes),
     }
     return experience, metrics
+
+
+def _means(graded: Sequence[Outcome]) -> dict[str, float]:
+    """Of reward and success; nothing to report where nothing could be graded."""
+    if not graded:
+        return {}
+    return {
+        "reward": float(np.mean([outcome.reward for outcome in graded])),
+        "success": float(np.mean([outcome.passed for outcome in graded])),
+    }
 
 
 class _Grading:
@@ -98,7 +114,7 @@ class _Grading:
         group: int,
         clock: Clock,
     ):
-        self._environment, self._tokenizer = environment, tokenizer
+        self._grader, self._tokenizer = Grader(environment), tokenizer
         self._prompts, self._group, self._clock = prompts, group, clock
         self._done: dict[int, tuple[str, Outcome]] = {}
 
@@ -107,7 +123,8 @@ class _Grading:
             responses = rollouts.responses()
             texts = [self._tokenizer.decode(responses[i]) for i in rows]
             asked = [self._prompts[i // self._group] for i in rows]
-            outcomes = grade_all(self._environment, asked, texts)
+            truncated = [not rollouts.stopped[i] for i in rows]
+            outcomes = self._grader(asked, texts, truncated)
             self._done |= dict(zip(rows, zip(texts, outcomes, strict=True), strict=True))
 
     @property

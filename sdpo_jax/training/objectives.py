@@ -66,20 +66,20 @@ def cut_into_parts(
     """Mini-batches of the rows that are `worth` computing; an empty one makes no update.
 
     `active` rows count in the reduction; a row that is active but not worth computing has zero
-    gradient.
+    gradient. Rows that could not be graded are absent: no denominator knows them.
     """
-    total, parts = len(experience.texts), list[Part]()
+    total, parts, graded = len(experience.texts), list[Part](), experience.graded
     size = total // config.train.mini_batches
     for start in range(0, total, size):
-        block = slice(start, start + size)
+        block = start + np.flatnonzero(graded[start : start + size])
+        kept = np.flatnonzero(worth[block] & active[block])
+        if len(kept) == 0:
+            continue
         lengths = experience.lengths[block]
         weights, denominator = reduction_weights(
             lengths, active[block], int(lengths.max()), reduction
         )
-        kept = np.flatnonzero(worth[block] & active[block])
-        if len(kept) == 0:
-            continue
-        rows = [start + int(i) for i in kept]
+        rows = block[kept].tolist()
         pairs = [Pair(experience.prompt_ids[i], experience.response_ids[i]) for i in rows]
         spread = [weights[i, : lengths[i]] for i in kept]
         parts.append(Part(rows, pairs, plan(pairs, form), spread, denominator))
@@ -151,7 +151,7 @@ class SdpoUpdates:
         prompts: list[list[int] | None] = [None] * len(contexts)
         for i, row, signal in zip(rows, ids, survived, strict=True):
             prompts[i] = row if signal else None
-        count = len(contexts)
+        count = max(1, int(experience.graded.sum()))
         return prompts, {
             "teacher_signal": sum(p is not None for p in prompts) / count,
             "shown/demonstration": sum(c.demonstration is not None for c in shown) / count,
@@ -214,14 +214,14 @@ class GrpoUpdates:
         """Updates of one generation batch, and how much of it had an advantage."""
         del params, teacher_params, step
         with clock.phase("advantages"):
-            rewards = jnp.asarray([o.reward for o in experience.outcomes], jnp.float32)
-            advantages = np.asarray(group_advantages(rewards, experience.group))
+            advantages = graded_advantages(experience)
             active, worth = np.ones(len(advantages), np.bool_), advantages != 0.0
             parts = cut_into_parts(
                 self._config, experience, active, worth, self._objective.reduction, self._form
             )
             updates = [self._update(experience, part, advantages) for part in parts]
-        return updates, {"advantage_signal": float(np.mean(worth))}
+        signal = worth[experience.graded]
+        return updates, {"advantage_signal": float(np.mean(signal)) if len(signal) else 0.0}
 
     def _update(
         self, experience: Experience, part: Part, advantages: NDArray[np.float32]
@@ -240,6 +240,18 @@ class GrpoUpdates:
 
         constants = GrpoConstants(jnp.float32(self._config.rollout.temperature))
         return make_update(part, tokens, constants, self._form, self._devices)
+
+
+def graded_advantages(experience: Experience) -> NDArray[np.float32]:
+    """Advantages [N] among the graded siblings; 0 for a rollout that could not be graded."""
+    rewards = np.asarray([o.reward for o in experience.outcomes], np.float32)
+    graded = experience.graded.reshape(-1, experience.group)
+    siblings = np.repeat(graded.sum(axis=1), experience.group)  # [N]
+    advantages = np.zeros(len(rewards), np.float32)
+    for count in np.unique(siblings[experience.graded]).tolist():
+        rows = np.flatnonzero(experience.graded & (siblings == count))
+        advantages[rows] = np.asarray(group_advantages(jnp.asarray(rewards[rows]), count))
+    return advantages
 
 
 def make_update(

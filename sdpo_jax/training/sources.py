@@ -10,6 +10,7 @@ from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import PromptBatches
 from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Environment, Prompt
+from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
 from sdpo_jax.losses.objectives import SftTokens
 from sdpo_jax.model import Params
@@ -92,6 +93,8 @@ class RolloutSource:
             step=step,
             clock=clock,
         )
+        limit = self._config.environment.max_failed_share
+        refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
         updates, more = self._updates(experience, params, teacher_params, step=step, clock=clock)
         return updates, metrics | more | {"generations": step * len(experience.texts)}
 

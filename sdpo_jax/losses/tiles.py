@@ -4,7 +4,7 @@ A divergence and its gradient read and write a dozen arrays of `[C, V]`. A TPU f
 sends each through memory, unless a few rows at a time stay in the processor's cache. The result is
 the same: every row of a loss depends on its own logits alone.
 
-Validated against the plain form, values and gradients (tests/test_rows.py).
+Validated against the plain form, values and gradients (tests/test_tiles.py).
 """
 
 import math

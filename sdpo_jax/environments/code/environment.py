@@ -1,0 +1,184 @@
+"""Programming as an environment: programs run in a sandbox, the verdict is made outside of it.
+
+Departures from the SDPO reference (`feedback/code.py`, whose grader shares a process with the code
+it judges, so that a program can read the expected values or write its own verdict):
+
+* The sandbox returns observations; expected values never enter it. Tests that cannot be split so
+  (`InBox`) still run inside, and the metric `trust_in_box` says how large a share they are.
+* Python is whole: no list of allowed builtins and imports, which fails honest programs.
+* Training and feedback use half of each problem's tests, as in the paper; evaluation uses all.
+* Processor time decides the time limit, not the wall clock, and a failure of the sandbox itself is
+  no wrong answer: such a response is not graded.
+* A response without a program is told from one that was cut off by whoever sampled it
+  (`grade_truncated`), and by a code block that never closes.
+
+A program that draws random numbers without a seed may be graded otherwise in another process.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.environments.code.compare import passes
+from sdpo_jax.environments.code.extract import extract
+from sdpo_jax.environments.code.feedback import CUT_OFF, NO_PROGRAM, Record, write_feedback
+from sdpo_jax.environments.code.problems import InBox, Problem, public_cases
+from sdpo_jax.environments.sandbox.protocol import Observation, Program, Sandbox
+from sdpo_jax.errors import UserError
+
+Reward = Literal["sparse", "fraction"]
+
+
+class Task(NamedTuple):
+    """`data["task"]` of a prompt: a problem, the cases that run, and those feedback may show."""
+
+    problem: Problem
+    graded: tuple[int, ...]
+    visible: frozenset[int]
+
+
+class Code:
+    """The environment: problems in words, answered by a program in a fenced block.
+
+    Metrics of an outcome: `tests_passed` (a share), `well_formed` (there was a program),
+    `trust_in_box` (the share of tests that ran as `InBox`), `timed_out`.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Problem],
+        held_out: Sequence[Problem],
+        *,
+        sandbox: Sandbox,
+        reward: Reward = "sparse",
+        public_share: float = 0.5,
+        show_expected: bool = True,
+        seed: int = 0,
+    ):
+        """Makes prompts of problems.
+
+        Args:
+          train: graded by their public tests. The paper trains and evaluates on the same questions;
+            `problems.split` makes two sides that share none.
+          held_out: graded by all their tests; feedback shows the public ones alone.
+          sandbox: runs the programs; whoever opened it closes it.
+          reward: `sparse`, 1 if all tests pass; `fraction`, the share that passes.
+          public_share: of each problem's tests; drawn with `seed` and the problem's id.
+          show_expected: whether feedback on a wrong answer shows the expected one.
+          seed: of the public tests.
+
+        Raises:
+          UserError: a share outside (0, 1], another reward, or a problem without tests.
+        """
+        if not 0 < public_share <= 1:
+            raise UserError(f"public_share: {public_share}, expected more than 0 and at most 1")
+        if reward not in ("sparse", "fraction"):
+            raise UserError(f'reward: {reward!r}, expected "sparse" or "fraction"')
+        self._sandbox, self._reward, self._show_expected = sandbox, reward, show_expected
+        self.train = [_prompt(p, public_share, seed, all_tests=False) for p in train]
+        self.held_out = [_prompt(p, public_share, seed, all_tests=True) for p in held_out]
+
+    def grade(self, prompt: Prompt, response: str) -> Outcome:
+        """Runs a response's program and judges what was seen of it."""
+        return self.grade_many([prompt], [response])[0]
+
+    def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
+        """Judges a response that was cut at the token limit; without a program it is told so."""
+        if extract(response).program is None:
+            return _no_program(prompt, cut_off=True)
+        return self.grade(prompt, response)
+
+    def grade_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
+        """One outcome for each pair, in order; all programs run at once."""
+        found = [extract(response) for response in responses]
+        programs = {
+            i: make_program(prompt.data["task"], part.program)
+            for i, (prompt, part) in enumerate(zip(prompts, found, strict=True))
+            if part.program is not None
+        }
+        seen = dict(zip(programs, self._sandbox.run(list(programs.values())), strict=True))
+        return [
+            self._judge(prompt.data["task"], programs[i], seen[i])
+            if i in programs
+            else _no_program(prompt, cut_off=found[i].cut_off)
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def reference(self, prompt: Prompt) -> str:
+        """A response that `grade` passes.
+
+        Raises:
+          UserError: the problem's source holds no solution.
+        """
+        problem: Problem = prompt.data["task"].problem
+        if not problem.reference:
+            raise UserError(
+                f"problem {problem.id!r} has no known solution; a warm-up by SFT needs problems "
+                "that have one"
+            )
+        return problem.reference
+
+    def _judge(self, task: Task, program: Program, seen: Sequence[Observation]) -> Outcome:
+        cases = [task.problem.cases[i] for i in task.graded]
+        records = [
+            Record(i + 1, case, observation, passes(case, observation), i in task.visible)
+            for i, case, observation in zip(task.graded, cases, seen, strict=True)
+        ]
+        broken = [r for r in records if r.observation.status == "infrastructure"]
+        failed = [r for r in records if not r.passed and r not in broken]
+        # One failed test settles a sparse reward, whatever became of the others.
+        if broken and not (failed and self._reward == "sparse"):
+            return not_graded(f"sandbox: {broken[0].observation.error or 'no result'}")
+        share = sum(r.passed for r in records) / len(records)
+        passed = not failed and not broken
+        feedback = write_feedback(
+            [*failed, *(r for r in records if r.passed)],
+            limits=program.limits,
+            show_expected=self._show_expected,
+            skip_lines=_skipped(task.problem, program.source),
+        )
+        reward = share if self._reward == "fraction" else float(passed)
+        return Outcome(reward, passed, feedback, _metrics(task, share, True, records))
+
+
+def make_program(task: Task, source: str) -> Program:
+    """What goes into the sandbox for a response's program.
+
+    A program that begins with `from __future__` runs without the prelude, which may not come first.
+    """
+    prelude = task.problem.prelude
+    whole = source if not prelude or "from __future__" in source else f"{prelude}\n{source}"
+    tests = tuple(task.problem.cases[i].test for i in task.graded)
+    return Program(whole, tests, task.problem.limits)
+
+
+def _skipped(problem: Problem, source: str) -> int:
+    has_prelude = problem.prelude and source.startswith(f"{problem.prelude}\n")
+    return problem.prelude.count("\n") + 1 if has_prelude else 0
+
+
+def _prompt(problem: Problem, share: float, seed: int, *, all_tests: bool) -> Prompt:
+    if not problem.cases:
+        raise UserError(f"problem {problem.id!r}: no tests; leave it out")
+    visible = public_cases(problem, share, seed)
+    graded = tuple(range(len(problem.cases))) if all_tests else visible
+    task = Task(problem, graded, frozenset(visible))
+    return Prompt(problem.id, ({"role": "user", "content": problem.question},), {"task": task})
+
+
+def _no_program(prompt: Prompt, *, cut_off: bool) -> Outcome:
+    metrics = _metrics(prompt.data["task"], 0.0, False, ())
+    return Outcome(0.0, False, CUT_OFF if cut_off else NO_PROGRAM, metrics)
+
+
+def _metrics(
+    task: Task, share: float, well_formed: bool, records: Sequence[Record]
+) -> dict[str, float]:
+    in_box = [isinstance(task.problem.cases[i].verdict, InBox) for i in task.graded]
+    timed_out = any(record.observation.status == "time_limit" for record in records)
+    return {
+        "tests_passed": share,
+        "well_formed": float(well_formed),
+        "trust_in_box": sum(in_box) / len(in_box),
+        "timed_out": float(timed_out),
+    }

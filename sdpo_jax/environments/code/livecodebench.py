@@ -1,0 +1,303 @@
+"""Programming problems from JSONL: LiveCodeBench's own files, and the plain rows of SDPO's data.
+
+LiveCodeBench's row: `question_id`, `question_content`, `starter_code`, `public_test_cases`,
+`private_test_cases`, `metadata`. The plain row: `prompt` (and `idx` or `id`), and `tests`, an
+object or its JSON text: `{"inputs": [...], "outputs": [...], "testtype": ..., "fn_name": ...,
+"time_limit": ...}`, with the test type `stdin`, `functional` or `code`.
+
+The whole file is read and validated before anything is compiled; a bad row is named with its place.
+
+Hidden tests of LiveCodeBench are pickled, compressed and in base64. Unpickling runs whatever a file
+says, so they are never unpickled: `hidden_tests` reads the opcodes and takes one single string.
+
+Departures from the SDPO reference: arguments of a function are JSON values one after the other,
+where the reference splits at white space, so that no argument may hold a blank; methods of
+`class Solution` are called as such; the public tests of a row count as tests and stay public, where
+the reference uses the hidden ones alone; the question states the true time limit.
+"""
+
+import base64
+import binascii
+import json
+import pickletools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from sdpo_jax.environments.code.asserts import convert_asserts
+from sdpo_jax.environments.code.problems import Case, Equals, Prints, Problem
+from sdpo_jax.environments.sandbox.protocol import Call, Limits, Run
+from sdpo_jax.errors import UserError
+
+MAX_BYTES = 512 * 2**20
+"""Of one row's hidden tests, unpacked: a small file can unpack to any size."""
+DEFAULT_LIMITS = Limits()
+SECONDS = 6.0
+"""For each test where the row says nothing, as in LiveCodeBench."""
+_SHOWN = 20
+_FRAMES = ("PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT")
+_STRINGS = ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE")
+_FORM = (
+    "Answer with one code block that starts with ```python and holds the whole program. {task} "
+    "Each test may use {seconds:g} s of processor time."
+)
+_STDIN = "It reads standard input and writes standard output."
+_FUNCTION = "It defines `{name}`, which the tests call."
+
+
+class Problems(NamedTuple):
+    """The good rows of a file, and a line for each bad one: `file:line: reason`."""
+
+    rows: list[Problem]
+    problems: list[str]
+
+
+class _BadRow(Exception):
+    """Why a row cannot be used."""
+
+
+def read_problems(
+    path: str | Path, on_error: Literal["stop", "skip"] = "stop", *, limits: Limits = DEFAULT_LIMITS
+) -> Problems:
+    """Reads and validates a whole file; rows of both kinds may be mixed.
+
+    Args:
+      path: UTF-8, one JSON object a line.
+      on_error: `stop` raises one error that lists the bad rows; `skip` leaves them out and returns
+        the list.
+      limits: of every test; the row's own `time_limit`, or 6 s, takes the place of `cpu_seconds`.
+
+    Raises:
+      UserError: the file cannot be read, has no usable row, or has a bad row under `stop`.
+    """
+    path = Path(path)
+    rows: list[Problem] = []
+    problems: list[str] = []
+    first_line: dict[str, int] = {}
+    for number, raw in enumerate(_read(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            row = _problem(_json(raw, "the line"), f"{path.name}:{number}", limits)
+            if row.id in first_line:
+                raise _BadRow(f'id "{row.id}" is taken by line {first_line[row.id]}')
+        except _BadRow as reason:
+            problems.append(f"{path}:{number}: {reason}")
+        else:
+            first_line[row.id] = number
+            rows.append(row)
+    if not rows and not problems:
+        raise UserError(f"{path}: no rows, expected one problem a line, as JSON")
+    if problems and (on_error == "stop" or not rows):
+        raise UserError(_summary(path, problems, bool(rows)))
+    return Problems(rows, problems)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}), expected JSONL with problems"
+        ) from error
+
+
+def _summary(path: Path, problems: list[str], some_good: bool) -> str:
+    lines = [f"{path}: {len(problems)} bad row{'s' if len(problems) > 1 else ''}"]
+    lines += [f"  {problem}" for problem in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        lines.append(f"  ... and {len(problems) - _SHOWN} more")
+    remedy = 'mend them, or leave them out with on_error = "skip"'
+    return "\n".join([*lines, remedy if some_good else "no usable row is left"])
+
+
+def _json(raw: bytes | str, what: str) -> Any:
+    try:
+        return json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise _BadRow(f"{what} is not JSON ({error})") from None
+
+
+def _no_constant(name: str) -> None:
+    # Nothing equals NaN, and no program can return it: such a test could never pass.
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _get(row: Mapping[str, Any], key: str, kind: type[str] | type[list]) -> Any:
+    if not isinstance(row.get(key), kind):
+        expected = {str: "a string", list: "a list"}[kind]
+        raise _BadRow(f"{key}: expected {expected}, got {type(row.get(key)).__name__}")
+    return row[key]
+
+
+def _problem(row: Any, place: str, limits: Limits) -> Problem:
+    if not isinstance(row, dict):
+        raise _BadRow(f"expected an object, got {type(row).__name__}")
+    fields = cast("dict[str, Any]", row)
+    if "question_content" in fields:
+        return _live_code_bench(fields, limits)
+    if "tests" in fields:
+        return _plain(fields, place, limits)
+    raise _BadRow("expected question_content (LiveCodeBench) or tests (plain), found neither")
+
+
+def _live_code_bench(row: Mapping[str, Any], limits: Limits) -> Problem:
+    name, content = _get(row, "question_id", str), _get(row, "question_content", str)
+    metadata = row.get("metadata") or {}
+    metadata = _json(metadata, "metadata") if isinstance(metadata, str) else metadata
+    if not isinstance(metadata, dict):
+        raise _BadRow("metadata: expected an object or its JSON text")
+    function = cast("dict[str, Any]", metadata).get("func_name")
+    cases = [
+        _tested(test, function, public)
+        for public, tests in (
+            (True, _json(_get(row, "public_test_cases", str), "public_test_cases")),
+            (False, hidden_tests(_get(row, "private_test_cases", str))),
+        )
+        for test in _list(tests)
+    ]
+    limits = limits._replace(cpu_seconds=SECONDS, wall_seconds=max(limits.wall_seconds, 30.0))
+    starter = row.get("starter_code") or ""
+    code = f"\n\nBegin with:\n\n```python\n{starter.rstrip()}\n```" if starter.strip() else ""
+    return _made(name, f"{content.strip()}{code}", cases, function, limits)
+
+
+def _list(tests: Any) -> list[Any]:
+    if not isinstance(tests, list):
+        raise _BadRow(f"test cases: expected a list, got {type(tests).__name__}")
+    return cast("list[Any]", tests)
+
+
+def _tested(test: Any, function: Any, public: bool) -> Case:
+    if not isinstance(test, dict):
+        raise _BadRow("a test: expected an object with input, output and testtype")
+    fields = cast("dict[str, Any]", test)
+    given, expected = _get(fields, "input", str), _get(fields, "output", str)
+    return _case(fields.get("testtype"), given, expected, function)._replace(public=public)
+
+
+def _plain(row: Mapping[str, Any], place: str, limits: Limits) -> Problem:
+    tests = row["tests"]
+    tests = _json(tests, "tests") if isinstance(tests, str) else tests
+    if not isinstance(tests, dict):
+        raise _BadRow("tests: expected an object or its JSON text")
+    fields = cast("dict[str, Any]", tests)
+    inputs, outputs = _get(fields, "inputs", list), _get(fields, "outputs", list)
+    if len(inputs) != len(outputs):
+        raise _BadRow(f"tests: {len(inputs)} inputs, {len(outputs)} outputs; expected as many")
+    kind, function = fields.get("testtype"), fields.get("fn_name")
+    if kind == "code":
+        cases = [case for text in inputs for case in _assert_cases(text, function)]
+    else:
+        cases = [_case(kind, *pair, function) for pair in zip(inputs, outputs, strict=True)]
+    seconds = fields.get("time_limit") or SECONDS
+    if type(seconds) not in (int, float) or not 0 < seconds <= 600:
+        raise _BadRow(f"time_limit: {seconds!r}, expected seconds above 0 and up to 600")
+    limits = limits._replace(
+        cpu_seconds=float(seconds), wall_seconds=max(limits.wall_seconds, 5.0 * seconds)
+    )
+    name = row.get("idx", row.get("id", place))
+    return _made(str(name), _get(row, "prompt", str).strip(), cases, function, limits)
+
+
+def _made(name: str, content: str, cases: Sequence[Case], function: Any, limits: Limits) -> Problem:
+    if not cases:
+        raise _BadRow("no tests")
+    task = _FUNCTION.format(name=function) if function else _STDIN
+    form = _FORM.format(task=task, seconds=limits.cpu_seconds)
+    return Problem(name, f"{content}\n\n{form}", tuple(cases), limits=limits)
+
+
+def _case(kind: Any, given: Any, expected: Any, function: Any) -> Case:
+    if kind == "stdin":
+        if not isinstance(given, str) or not isinstance(expected, str):
+            raise _BadRow("a stdin test: expected input and output as strings")
+        return Case(Run(given), Prints(expected), given, expected)
+    if kind != "functional":
+        raise _BadRow(f"testtype: {kind!r}, expected stdin, functional or code")
+    if not isinstance(function, str) or not function.isidentifier():
+        raise _BadRow(f"a functional test needs the function's name, got {function!r}")
+    value = _json(expected, "an output") if isinstance(expected, str) else expected
+    arguments, keywords = _arguments(given)
+    shown = given if isinstance(given, str) else json.dumps(given)
+    return Case(Call(function, arguments, keywords), Equals(value), shown, json.dumps(value))
+
+
+def _arguments(given: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and keyword arguments: of JSON values one after the other, or of an object.
+
+    An object that is no text is keywords; a list that is no text is the arguments.
+    """
+    if isinstance(given, dict):
+        return (), cast("dict[str, Any]", given)
+    if isinstance(given, list):
+        return tuple(cast("list[Any]", given)), {}
+    if not isinstance(given, str):
+        raise _BadRow("an input: expected JSON values as text, a list or an object")
+    decoder, values, at = json.JSONDecoder(), list[Any](), 0
+    while at < len(given):
+        if given[at].isspace():
+            at += 1
+            continue
+        try:
+            value, at = decoder.raw_decode(given, at)
+        except (ValueError, RecursionError) as error:
+            raise _BadRow(f"an input is not JSON values one after the other ({error})") from None
+        values.append(value)
+    return tuple(values), {}
+
+
+def _assert_cases(text: Any, function: Any) -> list[Case]:
+    if not isinstance(text, str) or not isinstance(function, str):
+        raise _BadRow("a code test: expected Python text and fn_name")
+    try:
+        return convert_asserts(text, [function])
+    except (SyntaxError, ValueError) as error:
+        raise _BadRow(f"a code test is no Python that can be read ({error})") from None
+
+
+def hidden_tests(packed: str) -> Any:
+    """LiveCodeBench's `private_test_cases`: JSON, or JSON that was pickled, packed and encoded."""
+    if packed.lstrip()[:1] in ("[", "{"):
+        return _json(packed, "private_test_cases")
+    steps: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+        ("base64", lambda data: base64.b64decode(data, validate=True)),
+        ("zlib", _unpacked),
+        ("a pickled string", pickled_string),
+    )
+    data: Any = packed.strip()
+    for what, step in steps:
+        try:
+            data = step(data)
+        except (ValueError, binascii.Error, zlib.error) as error:
+            raise _BadRow(f"private_test_cases is neither JSON nor {what} ({error})") from None
+    return _json(data, "private_test_cases")
+
+
+def _unpacked(data: bytes) -> bytes:
+    stream = zlib.decompressobj()
+    whole = stream.decompress(data, MAX_BYTES)
+    if not stream.eof:
+        raise ValueError(f"cut off, or more than {MAX_BYTES} bytes")
+    return whole
+
+
+def pickled_string(data: bytes) -> str:
+    """The string that a pickle of a single string holds; nothing is unpickled.
+
+    Raises:
+      ValueError: the pickle is damaged, or holds anything else.
+    """
+    found: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in _STRINGS:
+                found.append(str(argument))
+            elif opcode.name not in (*_FRAMES, "STOP"):
+                raise ValueError(f"opcode {opcode.name}: only a single string is read")
+    except (IndexError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"damaged pickle ({error})") from None
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} strings, expected one")
+    return found[0]

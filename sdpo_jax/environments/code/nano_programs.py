@@ -1,0 +1,154 @@
+"""Programs that the embedded model can write: one call, run for real, judged by what it did.
+
+The embedded model was pre-trained on calls `tool(argument=value, ...)`. Such a call is a program:
+it runs in the sandbox after a small API (`nano_api.py`), whose functions check their arguments,
+raise errors in words and note what they did. The state observed is then compared, outside, with the
+request's. So all of the code environment runs, at a size where a run takes minutes: sandbox, real
+errors, observation, verdict outside. The tasks, their drift and the split are those of
+`tool_calls`; only the judge is another.
+
+What was chosen, and why:
+
+* The response is the program, without a fenced block: the model never saw one.
+* The API's messages use the words of `tool_calls` (`time: expected 24-hour HH:MM`), which the
+  model's pre-training text taught it to read. They reach the teacher as Python raised them, without
+  the place (a call is one line) and the exception's type, a word that the model never met: with
+  `TypeError: ` in front, the teacher answers 55 % of the requests after feedback, without it 66 %
+  (120 held-out requests, 4 attempts each, the model as it comes).
+* A call that runs but does the wrong thing raises nothing: its feedback names the argument, made
+  outside from the state observed; never the wanted value.
+* A program of several calls is allowed to run; its state is not the one of one call, and it fails.
+* Equal programs of one batch run once.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.environments.code.values import same_value
+from sdpo_jax.environments.hygiene import clean
+from sdpo_jax.environments.sandbox.protocol import (
+    Evaluate,
+    Limits,
+    Observation,
+    Program,
+    Sandbox,
+)
+from sdpo_jax.environments.tool_apis import FAMILIES, TODAY
+from sdpo_jax.environments.tool_calls import Task, ToolCalls, complaints, write_call
+
+LIMITS = Limits(cpu_seconds=1.0, wall_seconds=10.0, memory_mb=256)
+NOTHING_DONE = "nothing was called: expected tool(argument=value, ...)"
+_ENDED = {
+    "time_limit": "time limit exceeded",
+    "memory_limit": "memory limit exceeded",
+    "output_limit": "output limit exceeded",
+    "died": "the program ended without a result",
+}
+
+
+class NanoCode:
+    """The environment: requests of `tool_calls`, answered by a program.
+
+    Reward is 1 if the program leaves exactly the wanted call done, else 0. Metrics: `well_formed`
+    (Python could read it), `tests_passed`, `trust_in_box` (always 0), `timed_out`.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_prompts: int,
+        held_out_prompts: int,
+        sandbox: Sandbox,
+        families: Sequence[str] = (),
+        seed: int = 0,
+    ):
+        asked = ToolCalls(
+            train_prompts=train_prompts,
+            held_out_prompts=held_out_prompts,
+            families=families,
+            seed=seed,
+        )
+        self.train, self.held_out = asked.train, asked.held_out
+        self._sandbox = sandbox
+        self._prelude = api_source()
+
+    def grade(self, prompt: Prompt, response: str) -> Outcome:
+        """Runs a response and judges the state that it leaves."""
+        return self.grade_many([prompt], [response])[0]
+
+    def grade_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
+        """One outcome for each pair, in order; all programs run at once."""
+        sources = list(dict.fromkeys(responses))
+        programs = [
+            Program(f"{self._prelude}\n{source}", (Evaluate("done"),), LIMITS) for source in sources
+        ]
+        seen = {s: o[0] for s, o in zip(sources, self._sandbox.run(programs), strict=True)}
+        pairs = zip(prompts, responses, strict=True)
+        return [_judge(prompt.data["task"], seen[text]) for prompt, text in pairs]
+
+    def reference(self, prompt: Prompt) -> str:
+        """A program that `grade` passes."""
+        return write_call(prompt.data["task"], TODAY)
+
+
+def api_source() -> str:
+    """The source of the API."""
+    return Path(__file__).with_name("nano_api.py").read_text(encoding="utf-8")
+
+
+def wanted_state(task: Task) -> list[Any]:
+    """What `done` has to hold after the program."""
+    slots = FAMILIES[task.family].slots
+    forms = {slot.name: slot.forms[TODAY[task.family, slot.name]] for slot in slots}
+    arguments = {n: f.write(task.values[n]) for n, f in forms.items() if f.write is not None}
+    return [[FAMILIES[task.family].tool, arguments]]
+
+
+def _judge(task: Task, seen: Observation) -> Outcome:
+    if seen.status == "infrastructure":
+        return not_graded(f"sandbox: {seen.error or 'no result'}")
+    passed = seen.status == "done" and same_value(seen.value, wanted_state(task))
+    metrics = {
+        "tests_passed": float(passed),
+        "well_formed": float(not seen.error.startswith(("SyntaxError", "IndentationError"))),
+        "trust_in_box": 0.0,
+        "timed_out": float(seen.status == "time_limit"),
+    }
+    return Outcome(float(passed), passed, "" if passed else _feedback(task, seen), metrics)
+
+
+def _feedback(task: Task, seen: Observation) -> str:
+    if seen.status == "error":
+        return _message(seen.error)
+    if seen.status != "done":
+        return _ENDED[seen.status]
+    calls: Any = seen.value
+    if not isinstance(calls, list) or not calls:
+        return NOTHING_DONE
+    items = cast("list[Any]", calls)
+    if len(items) != 1:
+        return f"expected one call, got {len(items)}"
+    return _wrong_state(task, items[0])
+
+
+def _message(error: str) -> str:
+    """The exception's message, without its type and the places below it."""
+    lines = [line for line in error.split("\n") if not line.endswith("(Solution.py)")]
+    kind, _, message = "\n".join(lines).partition(": ")
+    text = message or kind
+    return clean(text, max_lines=6, max_line_characters=120, max_characters=400)
+
+
+def _wrong_state(task: Task, call: Any) -> str:
+    """Which argument of a call that ran is not the one of the request."""
+    match call:
+        case [str(tool), dict(arguments)]:
+            named = cast("Mapping[str, Any]", arguments)
+            text = ", ".join(f"{n}={json.dumps(v, ensure_ascii=False)}" for n, v in named.items())
+            found = complaints(task, f"{tool}({text})", TODAY)
+            return clean("\n".join(found), max_lines=6, max_line_characters=120, max_characters=400)
+        case _:
+            return NOTHING_DONE

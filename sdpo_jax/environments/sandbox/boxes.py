@@ -1,0 +1,319 @@
+"""How each tier starts a box: a process that reads frames on 0 and answers on 1."""
+
+import base64
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from sdpo_jax.environments.sandbox import frames, seccomp
+
+_UIDS = range(64001, 65534)
+"""Where the daemon is root, each slot runs under one of these: no account of a distribution."""
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONHASHSEED": "0",
+    # Each thread of a BLAS takes memory before it does anything.
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+
+class Plan(NamedTuple):
+    """What a tier is made of; the daemon gets it as its first frame."""
+
+    tier: str
+    python: str
+    """The interpreter of the boxes."""
+    mounts: tuple[str, ...]
+    """Paths bound or granted read-only, besides the system's."""
+    paths: tuple[str, ...]
+    """Entries for `sys.path` in the box."""
+    runner: str
+    """The program text that starts the runner."""
+    code: str
+    """What that text reads first: the runner's compiled modules, in base64."""
+    bwrap: str = ""
+    disable_userns: bool = False
+    landlock: bool = False
+    deny_signals: bool = False
+    work_root: str = ""
+    """Where the directories of the tests lie, for a tier without a file system of its own."""
+    environment: Mapping[str, str] = {}
+
+
+class BoxError(Exception):
+    """A box that could not start; says what its start printed."""
+
+
+class Box:
+    """One box of one slot; `close` ends it and everything in it."""
+
+    def __init__(self, plan: Plan, uid: int, program: Mapping[str, Any]):
+        self._plan, self._uid = plan, uid
+        self._own_uid = os.getuid() == 0 and plan.tier != "unsafe-local"
+        self._work = "/tmp" if plan.bwrap else self._new_directory()
+        self.expired = False
+        limits = program["limits"]
+        with _filter_file(plan) as filter_fd, _starting:
+            self.process = self._start(filter_fd, limits)
+            _running.add(self.process.pid)
+        assert self.process.stdin and self.process.stdout
+        self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
+        try:
+            frames.write_all(self._in, base64.b64decode(plan.code))
+            frames.write(self._in, self._setup(program))
+            self.greeting = frames.read(self._out)
+        except (OSError, frames.FrameError) as error:
+            self.greeting = None
+            self._complaint = str(error)
+        if self.greeting is None:
+            raise BoxError(self.close() or "the box ended at its start and said nothing")
+
+    def _start(self, filter_fd: int, limits: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        command = [self._plan.python, "-s", "-S", "-B", "-c", self._plan.runner]
+        if self._plan.bwrap:
+            size = limits["file_mb"] << 20
+            command = _bubblewrap(self._plan, size, filter_fd) + command
+        uid = self._uid if self._own_uid else None
+        return subprocess.Popen(
+            command,
+            env={} if self._plan.bwrap else self._environment(),
+            cwd="/" if self._plan.bwrap else self._work,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(filter_fd,) if filter_fd >= 0 else (),
+            start_new_session=True,
+            user=uid,
+            group=uid,
+            extra_groups=None if uid is None else [],
+        )
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **_ENVIRONMENT,
+            **self._plan.environment,
+            "HOME": self._work,
+            "TMPDIR": self._work,
+        }
+
+    def _new_directory(self) -> str:
+        # A new name each time: what could not be removed must not greet the next program.
+        path = f"{self._plan.work_root}/{next(_numbers)}"
+        os.mkdir(path, mode=0o700)
+        if self._own_uid:
+            os.chown(path, self._uid, self._uid)
+        return path
+
+    def _setup(self, program: Mapping[str, Any]) -> dict[str, Any]:
+        plan = self._plan
+        filtered = plan.tier == "landlock" and seccomp.supported()
+        code = seccomp.program(deny_signals=plan.deny_signals) if filtered else b""
+        return {
+            "source": program["source"],
+            "limits": program["limits"],
+            "work": self._work,
+            "paths": plan.paths,
+            "landlock": plan.landlock,
+            "readable": ["/usr", "/lib", "/lib64", "/bin", *plan.mounts]
+            + (["/proc"] if plan.bwrap else []),
+            "filter": base64.b64encode(code).decode(),
+            # A limit on the number of processes counts a uid's: sense only where it is the slot's.
+            "count_processes": bool(plan.bwrap) or self._own_uid,
+            "watch_files": not plan.bwrap,
+        }
+
+    def run(self, test: Mapping[str, Any], seconds: float) -> dict[str, Any] | None:
+        """The runner's answer; None where the box ended; `TimeoutError` where it gave none."""
+        timer = threading.Timer(seconds, self._expire)
+        timer.start()
+        try:
+            frames.write(self._in, test)
+            return frames.read(self._out)
+        except (OSError, frames.FrameError):
+            return None
+        finally:
+            timer.cancel()
+
+    def _expire(self) -> None:
+        self.expired = True
+        self.process.kill()
+
+    def close(self) -> str:
+        """Ends the box; returns what its start-up wrote to standard error, at most 2,000 bytes."""
+        process = self.process
+        if self._plan.bwrap:
+            process.kill()
+        else:
+            self._kill_tree()
+        assert process.stdin and process.stdout and process.stderr
+        os.set_blocking(process.stderr.fileno(), False)
+        process.wait()
+        with _starting:
+            _running.discard(process.pid)
+            # What lost its runner or its bwrap is the daemon's child now, if only to be reaped.
+            _end(lambda: [p for p in children(os.getpid()) if p not in _running])
+        said = ""
+        with suppress(OSError):
+            said = os.read(process.stderr.fileno(), 2000).decode("utf-8", "replace").strip()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            with suppress(OSError):
+                stream.close()
+        if not self._plan.bwrap:
+            remove(self._work)
+        return said
+
+    def _kill_tree(self) -> None:
+        """Ends the runner and its descendants where no PID namespace does it."""
+        pid = self.process.pid
+        _end(lambda: _below(pid))
+        self.process.kill()
+        if self._own_uid:
+            _end(lambda: _owned_by(self._uid))
+
+
+_END_SECONDS = 5.0
+_claims: list[socket.socket] = []
+_numbers = itertools.count()
+_starting = threading.Lock()
+_running: set[int] = set()
+"""Processes that the daemon itself started, so that an orphan can be told from a box."""
+
+
+def _bubblewrap(plan: Plan, size: int, filter_fd: int) -> list[str]:
+    """The command that closes a process off; order matters, later mounts lie over earlier ones."""
+    command = [plan.bwrap, "--unshare-user", "--unshare-all", "--uid", "65534", "--gid", "65534"]
+    command += ["--disable-userns"] if plan.disable_userns else []
+    command += ["--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv"]
+    for name, value in {**_ENVIRONMENT, "HOME": "/tmp", "TMPDIR": "/tmp"}.items():
+        command += ["--setenv", name, value]
+    command += ["--ro-bind", "/usr", "/usr"]
+    for path in ("/lib", "/lib64", "/bin"):
+        if os.path.islink(path):
+            command += ["--symlink", os.readlink(path).lstrip("/"), path]
+        elif os.path.isdir(path):
+            command += ["--ro-bind", path, path]
+    for path in plan.mounts:
+        command += ["--ro-bind", path, path]
+    # The root and /dev are a tmpfs of their own, and /dev/shm would carry state to the next test.
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    command += ["--size", str(size), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+    command += ["--hostname", "box"]
+    if filter_fd >= 0:
+        command += ["--seccomp", str(filter_fd)]
+    return [*command, "--"]
+
+
+@contextmanager
+def _filter_file(plan: Plan) -> Iterator[int]:
+    """A descriptor to read the BPF program from, or -1."""
+    if not (plan.bwrap and seccomp.supported()):
+        yield -1
+        return
+    fd = os.memfd_create("seccomp")
+    try:
+        os.write(fd, seccomp.program())
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def remove(path: str) -> None:
+    """Removes a directory that a program filled; `rm` copes with folders deeper than a path."""
+    try:
+        shutil.rmtree(path)
+    except (OSError, RecursionError):
+        with _starting:
+            subprocess.run(["/bin/rm", "-rf", "--", path], env={}, check=False, capture_output=True)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` is the parent of."""
+    found: list[int] = []
+    with suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb") as listing:
+                found += [int(word) for word in listing.read().split()]
+    return found
+
+
+def _below(pid: int) -> list[int]:
+    found, queue = [], [pid]
+    while queue:
+        below = children(queue.pop())
+        found += below
+        queue += below
+    # The dead wait for their parent to look, and cannot be killed again.
+    return [pid for pid in found if _alive(str(pid))]
+
+
+def _owned_by(uid: int) -> list[int]:
+    found: list[int] = []
+    for name in os.listdir("/proc"):
+        with suppress(OSError):
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid and _alive(name):
+                found.append(int(name))
+    return found
+
+
+def _alive(name: str) -> bool:
+    with suppress(OSError), open(f"/proc/{name}/stat", "rb") as stat:
+        return stat.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    return False
+
+
+def _end(listed: Callable[[], Sequence[int]]) -> None:
+    """Kills what `listed()` names until it names nothing: stopped first, so that none forks on."""
+    deadline = time.monotonic() + _END_SECONDS
+    while (pids := listed()) and time.monotonic() < deadline:
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                with suppress(OSError):
+                    os.kill(pid, number)
+        for pid in pids:
+            with suppress(OSError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.001)
+
+
+def close_all(plan: Plan) -> None:
+    """Ends every box of this process, for the executor's own end."""
+    with _starting:
+        _end(lambda: _below(os.getpid()))
+    if plan.work_root:
+        shutil.rmtree(plan.work_root, ignore_errors=True)
+
+
+def claim_uids(count: int) -> list[int]:
+    """A uid for each slot that no other executor uses, since a box's end kills all of its uid.
+
+    The claim is an abstract socket, which the kernel drops with the process. Raises `BoxError`
+    where all are taken.
+    """
+    found: list[int] = []
+    for uid in _UIDS:
+        if len(found) == count:
+            break
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0sdpo-sandbox-uid-{uid}")
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        found.append(uid)
+    if len(found) < count:
+        raise BoxError(f"no uid is free for {count} slots")
+    return found

@@ -1,0 +1,147 @@
+"""What a box takes away from itself: prctl, limits, Landlock and seccomp, through ctypes.
+
+Everything here only narrows, so a program that calls it again gains nothing. Numbers are the
+kernel's (`include/uapi/linux`): prctl.h, landlock.h, seccomp.h.
+"""
+
+import ctypes
+import math
+import os
+import resource
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_SECCOMP_MODE_FILTER = 2
+_LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
+_FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1}
+"""Rights over files by Landlock ABI; 3 adds truncation and 5 device ioctls."""
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Ruleset(ctypes.Structure):
+    _fields_ = (
+        ("handled_access_fs", ctypes.c_uint64),
+        ("handled_access_net", ctypes.c_uint64),
+        ("scoped", ctypes.c_uint64),
+    )
+
+
+class _PathBeneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
+
+
+class _Filter(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def _prctl(option: int, *arguments: Any) -> None:
+    padded = (*arguments, 0, 0, 0, 0)[:4]
+    if _libc.prctl(option, *(a if not isinstance(a, int) else ctypes.c_ulong(a) for a in padded)):
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}): {os.strerror(error)}")
+
+
+def harden_runner() -> None:
+    """Makes the runner opaque to its children and the parent of their orphans.
+
+    Without `PR_SET_DUMPABLE` 0 a child opens the runner's descriptors under /proc and forges
+    frames; without the subreaper a daemonised process leaves the box's tree.
+    """
+    _prctl(_PR_SET_DUMPABLE, 0)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def die_with_parent() -> None:
+    """Kills this process when its parent ends."""
+    _prctl(_PR_SET_PDEATHSIG, 9)
+
+
+def set_limits(limits: Mapping[str, Any], count_processes: bool) -> None:
+    """The kernel's limits per process; soft is hard, so none can be raised or caught."""
+    cpu = math.ceil(limits["cpu_seconds"]) + 1
+    wanted = {
+        resource.RLIMIT_AS: limits["memory_mb"] << 20,
+        resource.RLIMIT_CPU: cpu,
+        resource.RLIMIT_FSIZE: limits["file_mb"] << 20,
+        resource.RLIMIT_NOFILE: 256,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 64 << 10,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    if count_processes:
+        # The runner and, outside a PID namespace of its own, bwrap's two processes count as well.
+        wanted[resource.RLIMIT_NPROC] = limits["processes"] + 3
+    for kind, value in wanted.items():
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def landlock_abi() -> int:
+    """The kernel's Landlock version; 0 where it has none."""
+    found = _libc.syscall(_LANDLOCK["create"], None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    return max(found, 0)
+
+
+def landlock_ruleset(readable: Sequence[str], work: str) -> int:
+    """A ruleset's descriptor: read and execute beneath `readable`, all beneath `work`; or -1.
+
+    It also denies TCP (ABI 4), and signals and abstract sockets to the outside (ABI 6).
+    """
+    abi = landlock_abi()
+    if not abi:
+        return -1
+    rights = _FILE_RIGHTS.get(abi, (1 << 15) - 1 if abi < 5 else (1 << 16) - 1)
+    rules = _Ruleset(rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    size = 8 if abi < 4 else 16 if abi < 6 else 24
+    fd = _libc.syscall(
+        _LANDLOCK["create"], ctypes.byref(rules), ctypes.c_size_t(size), ctypes.c_uint32(0)
+    )
+    if fd < 0:
+        return -1
+    reading = _EXECUTE | _READ_FILE | _READ_DIR
+    for path in readable:
+        _allow(fd, path, reading & rights)
+    for device in ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"):
+        _allow(fd, device, (_READ_FILE | _WRITE_FILE) & rights)
+    # No device nodes, sockets or FIFOs that would outlive the test in another shape.
+    _allow(fd, work, rights & ~(1 << 6 | 1 << 11))
+    return fd
+
+
+def _allow(ruleset: int, path: str, rights: int) -> None:
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        # A path that is absent cannot be granted; the program sees it as absent too.
+        return
+    if not os.path.isdir(path):
+        rights &= ~_READ_DIR
+    rule = _PathBeneath(rights, fd)
+    _libc.syscall(
+        _LANDLOCK["add"], ruleset, ctypes.c_int(1), ctypes.byref(rule), ctypes.c_uint32(0)
+    )
+    os.close(fd)
+
+
+def restrict(ruleset: int) -> None:
+    """Applies a Landlock ruleset to this process for good; raises `OSError` if it cannot."""
+    if _libc.syscall(_LANDLOCK["restrict"], ruleset, ctypes.c_uint32(0)):
+        error = ctypes.get_errno()
+        raise OSError(error, f"landlock_restrict_self: {os.strerror(error)}")
+
+
+def filter_system_calls(program: bytes) -> None:
+    """Applies a BPF program of `seccomp.py` to this process for good; raises `OSError`."""
+    assembled = _Filter(len(program) // 8, program)
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(assembled))
+
+
+def become_subreaper() -> None:
+    """Makes orphaned descendants the children of this process."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -1,0 +1,139 @@
+"""The forked child of a box: runs one test of one program and writes one record.
+
+A record is a status, a line break and a text: the JSON value after `done`, else the error. All of
+it is written beside the program, so the reader takes it as data that the program chose.
+
+Departures from the reference grader (lasgroup/SDPO, `feedback/code.py`): all builtins and the whole
+standard library, where it has a list that lacks exceptions, `super` and more, since the box holds
+the program and not its names; expected values are not here; methods of `Solution` can be called; a
+script's `sys.exit(0)` is an end like any other, while a called function that exits has `died`. What
+does not work here: sockets, POSIX semaphores (so `multiprocessing` locks and pools), packages that
+are not mounted.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from sdpo_jax.environments.sandbox import values
+
+SOLUTION = "Solution.py"
+_MAX_MESSAGE = 2000
+
+
+def run_test(source: str, test: Mapping[str, Any], limit: int, result_fd: int) -> None:
+    """Runs the test, writes its record to `result_fd` and ends the process; never returns."""
+    process = os.getpid()
+    try:
+        record = _observe(source, test, limit)
+    except BaseException as error:
+        record = _failure(error)
+    _flush()
+    # A copy of this process that the program forked has no say in the outcome.
+    if os.getpid() == process:
+        data = record.encode("utf-8", "replace")
+        while data:
+            data = data[os.write(result_fd, data) :]
+    os._exit(0)
+
+
+def _observe(source: str, test: Mapping[str, Any], limit: int) -> str:
+    kind = test["kind"]
+    namespace = _module("__main__" if kind == "run" else "Solution").__dict__
+    try:
+        code = compile(source, SOLUTION, "exec", dont_inherit=True)
+        if kind == "run":
+            return _run_main(code, namespace)
+        exec(code, namespace)
+        if kind == "check":
+            exec(compile(test["source"], "<test>", "exec", dont_inherit=True), namespace)
+            return "done\nnull"
+        value = _call(namespace, test) if kind == "call" else _evaluate(namespace, test)
+    except SystemExit as error:
+        return f"died\nSystemExit: {error.code!r}\n{_frames(error)}".rstrip()
+    try:
+        return "done\n" + values.dumps(value, limit)
+    except values.NotJsonError as error:
+        return f"error\nTypeError: {error}"
+
+
+def _run_main(code: Any, namespace: dict[str, Any]) -> str:
+    """Runs the program as a script, with what the interpreter does at the end of one."""
+    import atexit
+    import threading
+
+    outcome = "done\nnull"
+    try:
+        exec(code, namespace)
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            outcome = f"error\nSystemExit: {error.code!r}\n{_frames(error)}"
+    except BaseException as error:
+        outcome = _failure(error)
+    # What an interpreter does at its end: waits for the threads, then calls the exit functions.
+    wait_for_threads: Any = threading.__dict__["_shutdown"]
+    wait_for_threads()
+    run_exit_functions: Any = atexit.__dict__["_run_exitfuncs"]
+    run_exit_functions()
+    return outcome
+
+
+def _call(namespace: dict[str, Any], test: Mapping[str, Any]) -> Any:
+    name = test["function"]
+    function = namespace.get(name)
+    if function is None and "Solution" in namespace:
+        function = getattr(namespace["Solution"](), name, None)
+    if function is None:
+        raise NameError(f"the program defines no function {name!r}")
+    return function(*test["arguments"], **test["keywords"])
+
+
+def _evaluate(namespace: dict[str, Any], test: Mapping[str, Any]) -> Any:
+    if test["setup"]:
+        exec(compile(test["setup"], "<test>", "exec", dont_inherit=True), namespace)
+    expression = test["expression"].strip()
+    return eval(compile(expression, "<test>", "eval", dont_inherit=True), namespace)
+
+
+def _module(name: str) -> ModuleType:
+    """A fresh module under its name: dataclasses and pickle look a class's module up."""
+    module = ModuleType(name)
+    sys.modules[name] = module
+    return module
+
+
+def _failure(error: BaseException) -> str:
+    kind = type(error)
+    status = "memory_limit" if kind is MemoryError else "error"
+    try:
+        message = str(error.msg) if isinstance(error, SyntaxError) else str(error)
+    except BaseException:
+        # A program's own __str__ may raise; the class still tells what happened.
+        message = ""
+    head = f"{kind.__name__}: {message[:_MAX_MESSAGE]}" if message else f"{kind.__name__}"
+    return f"{status}\n{head}\n{_frames(error)}".rstrip()
+
+
+def _frames(error: BaseException) -> str:
+    """The last three frames in the program's own text, outermost first."""
+    lines: list[str] = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_filename == SOLUTION:
+            lines.append(f"Line {trace.tb_lineno} in {code.co_name} ({SOLUTION})")
+        trace = trace.tb_next
+    if isinstance(error, SyntaxError) and error.filename == SOLUTION and error.lineno:
+        lines.append(f"Line {error.lineno} in <module> ({SOLUTION})")
+    return "\n".join(lines[-3:])
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BaseException:
+            # The program may have closed or replaced its streams: then there is nothing to save.
+            continue

@@ -1,0 +1,99 @@
+"""What goes into the sandbox and what comes out.
+
+In: a program and inputs. Out: what was observed (output, value, error, CPU time). Expected results
+and the comparison never enter the sandbox, so nothing inside can forge a verdict; the one exception
+is `Check`, whose outcome is decided where the program could tamper with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+Status = Literal[
+    "done", "error", "time_limit", "memory_limit", "output_limit", "died", "infrastructure"
+]
+"""How a test ended: with a result; with an exception; by more CPU time, memory or output than
+allowed; by an exit without a result (`os._exit`, a signal); by a failure of ours (a box that could
+not start, a wall clock far beyond the CPU limit), which says nothing about the program."""
+
+
+class Limits(NamedTuple):
+    """What each test of a program may use."""
+
+    cpu_seconds: float = 2.0
+    """CPU time decides `time_limit`, so that a loaded machine changes no verdict."""
+    wall_seconds: float = 10.0
+    """Waiting (a sleep, a lock) longer than this is a `time_limit` where the CPU was idle, too."""
+    memory_mb: int = 1024
+    output_bytes: int = 65_536
+    """Of standard output and of standard error, each; and of a returned value, as JSON."""
+    processes: int = 64
+    file_mb: int = 16
+
+
+class Call(NamedTuple):
+    """Calls a function of the program (or `Solution().function`) with JSON values."""
+
+    function: str
+    arguments: tuple[Any, ...] = ()
+    keywords: Mapping[str, Any] = {}
+
+
+class Evaluate(NamedTuple):
+    """Runs `setup` and evaluates `expression`, in the program's namespace."""
+
+    expression: str
+    setup: str = ""
+
+
+class Run(NamedTuple):
+    """Runs the program as `__main__` with this standard input."""
+
+    stdin: str
+
+
+class Check(NamedTuple):
+    """Runs `source` in the program's namespace: `done` if no exception leaves it."""
+
+    source: str
+
+
+Test = Call | Evaluate | Run | Check
+
+
+class Program(NamedTuple):
+    """A program with its tests; each test starts from a fresh copy of the process."""
+
+    source: str
+    tests: tuple[Test, ...]
+    limits: Limits = Limits()
+
+
+class Observation(NamedTuple):
+    """What was seen of one test."""
+
+    status: Status
+    stdout: str = ""
+    value: Any = None
+    """What `Call` or `Evaluate` returned, through strict JSON: tuples become lists; a value that is
+    not JSON (a set, an object, NaN, a subclass of int) is an `error` that says so."""
+    error: str = ""
+    """`Type: message` and the program's own frames as `Line N in name (Solution.py)`, last 3."""
+    stderr: str = ""
+    cpu_seconds: float = 0.0
+
+
+class Sandbox(Protocol):
+    """Runs programs, several at a time."""
+
+    @property
+    def tier(self) -> str:
+        """What holds the programs: `bubblewrap`, `landlock`, `unsafe-local` or `remote`."""
+        ...
+
+    def run(self, programs: Sequence[Program]) -> list[list[Observation]]:
+        """The observations of every test of every program, in order."""
+        ...
+
+    def close(self) -> None:
+        """Ends every process of the sandbox."""
+        ...

@@ -1,0 +1,128 @@
+"""The trusted process inside a box: forks a child per test, watches it, reports what it saw.
+
+It reads frames from descriptor 0 and answers on descriptor 1. The program runs only in the forked
+children, so nothing it does to its interpreter reaches the runner or the next test. The runner
+holds one test at a time: a child that searches its memory finds no other test's input.
+"""
+
+import base64
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, TextIO, cast
+
+from sdpo_jax.environments.sandbox import confine, frames, inside, watch
+
+_ROOM_FOR_RECORD = 4096
+_RULESET = 9
+"""Where the ruleset's descriptor lies: above the four that a test gets."""
+
+
+class Runner:
+    """One box: its set-up, and a fresh directory and a fork for each test."""
+
+    def __init__(self, setup: Mapping[str, Any]):
+        self._source: str = setup["source"]
+        self._limits: Mapping[str, Any] = setup["limits"]
+        self.work: str = setup["work"]
+        self._count: bool = setup["count_processes"]
+        self._filter = base64.b64decode(setup["filter"])
+        self._ruleset = -1
+        # A tmpfs of the box's own bounds the files by itself.
+        self._watched: str = self.work if setup["watch_files"] else ""
+        confine.harden_runner()
+        if setup["landlock"]:
+            ruleset = confine.landlock_ruleset(setup["readable"], self.work)
+            self._ruleset = ruleset if ruleset < 0 else os.dup2(ruleset, _RULESET)
+
+    def run(self, test: Mapping[str, Any]) -> dict[str, Any]:
+        """Forks the child, watches it to its end, kills what it left."""
+        stdin = test["stdin"].encode("utf-8", "replace") if test["kind"] == "run" else b""
+        pipes = {name: os.pipe() for name in ("stdin", "stdout", "stderr", "result")}
+        child = os.fork()
+        if child == 0:
+            self._become_child(pipes, test)
+        os.close(pipes["stdin"][0])
+        for name in ("stdout", "stderr", "result"):
+            os.close(pipes[name][1])
+        output = self._limits["output_bytes"]
+        readers = {
+            pipes["stdout"][0]: watch.Reader("stdout", output),
+            pipes["stderr"][0]: watch.Reader("stderr", output),
+            # JSON escapes a character to six at most.
+            pipes["result"][0]: watch.Reader("result", 6 * output + _ROOM_FOR_RECORD),
+        }
+        seen = watch.watch(child, readers, (pipes["stdin"][1], stdin), self._limits, self._watched)
+        return seen.observation()
+
+    def _become_child(self, pipes: Mapping[str, tuple[int, int]], test: Mapping[str, Any]) -> None:
+        try:
+            result = self._take_descriptors(pipes)
+            os.chdir(self.work)
+            confine.set_limits(self._limits, self._count)
+            if self._ruleset >= 0:
+                confine.restrict(self._ruleset)
+            # The ruleset's descriptor would let the program widen nothing, but it is not its own.
+            os.closerange(4, 256)
+            if self._filter:
+                confine.filter_system_calls(self._filter)
+        except BaseException as error:
+            os.write(2, f"the box could not be closed: {error}".encode())
+            os._exit(watch.SETUP_FAILED)
+        inside.run_test(self._source, test, self._limits["output_bytes"], result)
+
+    def _take_descriptors(self, pipes: Mapping[str, tuple[int, int]]) -> int:
+        """Puts the pipes on 0 to 3 and renews the standard streams; the runner's own are gone."""
+        # Above 9, so that no target of dup2 is a source still to come.
+        ends = [
+            _raised(pipes["stdin"][0]),
+            _raised(pipes["stdout"][1]),
+            _raised(pipes["stderr"][1]),
+            _raised(pipes["result"][1]),
+        ]
+        for target, end in enumerate(ends):
+            os.dup2(end, target)
+        os.closerange(_RULESET + 1, 256)
+        os.setsid()
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdin = sys.__stdin__ = _stream(0, "r", "replace")
+        sys.stdout = sys.__stdout__ = _stream(1, "w", "backslashreplace")
+        sys.stderr = sys.__stderr__ = _stream(2, "w", "backslashreplace")
+        sys.argv = [inside.SOLUTION]
+        return 3
+
+
+def _stream(fd: int, mode: str, errors: str) -> TextIO:
+    """A standard stream on a new descriptor: the old object holds what its predecessor buffered."""
+    return cast(TextIO, open(fd, mode, encoding="utf-8", errors=errors, closefd=False))
+
+
+def _raised(fd: int) -> int:
+    import fcntl
+
+    return fcntl.fcntl(fd, fcntl.F_DUPFD, 20)
+
+
+def main() -> None:
+    """Answers frames until the stream ends: first the set-up, then one test after the other."""
+    setup = frames.read(0)
+    if setup is None:
+        return
+    sys.path[:0] = setup["paths"]
+    if setup["paths"] and "numpy" in setup["source"]:
+        # Before the forks: an import in each test would cost more than most tests.
+        with suppress(Exception):
+            import_module("numpy")
+    runner = Runner(setup)
+    frames.write(1, {"ready": True, "python": sys.version.split()[0], "prefix": sys.base_prefix})
+    while (test := frames.read(0)) is not None:
+        answer = runner.run(test)
+        answer["clean"] = watch.empty(runner.work)
+        frames.write(1, answer)
+        if not answer["clean"]:
+            return

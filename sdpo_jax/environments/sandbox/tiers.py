@@ -1,0 +1,162 @@
+"""What each tier needs of this machine, and what to do where it is missing.
+
+A box runs under a uid of its own where this process is root, so its interpreter and its mounts have
+to be readable by everybody. An interpreter below a closed home directory is not: then the system's
+`/usr/bin/python3` runs the programs, and the report says so.
+"""
+
+import base64
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sdpo_jax.environments.sandbox import boot, boxes, confine, seccomp
+
+_SYSTEM = ("/usr/bin/python3", "/usr/local/bin/python3")
+
+
+class TierError(Exception):
+    """A tier that this machine cannot give; the message says what is missing and the remedy."""
+
+
+class Interpreter(NamedTuple):
+    """The Python that runs the programs."""
+
+    path: str
+    version: str
+    prefix: str
+
+
+def bubblewrap(mounts: Sequence[str]) -> boxes.Plan:
+    """Namespaces of their own by bwrap, with seccomp and Landlock; raises `TierError`."""
+    bwrap = shutil.which("bwrap")
+    if not bwrap:
+        raise TierError("bwrap is not installed; `apt install bubblewrap` (or dnf) gives it")
+    found = interpreter()
+    needed = _readable_by_all(mounts)
+    if not _beneath(found.prefix, "/usr"):
+        needed = (found.prefix, *needed)
+    known = subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False).stdout
+    return _plan("bubblewrap", found, needed, mounts)._replace(
+        bwrap=bwrap, disable_userns="--disable-userns" in known, landlock=True
+    )
+
+
+def landlock(mounts: Sequence[str]) -> boxes.Plan:
+    """Landlock, seccomp and an own uid, without namespaces; raises `TierError`."""
+    abi = confine.landlock_abi()
+    if not abi:
+        raise TierError("the kernel has no Landlock; it needs Linux 5.13 with lsm=landlock")
+    if not seccomp.supported():
+        raise TierError("the system-call filter knows x86_64 and aarch64 only")
+    found = interpreter()
+    needed = (found.prefix, *_readable_by_all(mounts))
+    # Without signal scopes a program that shares the trainer's uid could end the trainer.
+    return _plan("landlock", found, needed, mounts)._replace(
+        landlock=True, deny_signals=abi < 6, work_root=_work_root()
+    )
+
+
+def unsafe_local(mounts: Sequence[str]) -> boxes.Plan:
+    """This user's rights and this interpreter: limits and fresh directories, no protection."""
+    found = _probe(sys.executable)
+    if found is None:
+        raise TierError(f"the interpreter {sys.executable} does not run")
+    return _plan("unsafe-local", found, (), mounts)._replace(work_root=_work_root())
+
+
+def interpreter() -> Interpreter:
+    """This interpreter's base where a box's uid can read it, else the system's."""
+    candidates = [getattr(sys, "_base_executable", "") or sys.executable, *_SYSTEM]
+    for path in candidates:
+        real = os.path.realpath(path)
+        if not os.path.exists(real):
+            continue
+        found = _probe(real)
+        if found and all(_open_to_all(p) for p in (real, found.prefix)):
+            return found
+    raise TierError(
+        f"no interpreter is readable by an unprivileged user: {sys.base_prefix} is closed to it "
+        "and there is no /usr/bin/python3; `apt install python3`, or chmod o+x its folders"
+    )
+
+
+def user_namespaces_remedy() -> str:
+    """What to change so that bwrap may make a user namespace."""
+    return (
+        "allow user namespaces: `sysctl -w user.max_user_namespaces=15000`, on Debian also "
+        "`sysctl -w kernel.unprivileged_userns_clone=1`, on Ubuntu 24.04 "
+        "`sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`; in a pod, a securityContext "
+        "with `procMount: Unmasked` and `seccompProfile: {type: Unconfined}`"
+    )
+
+
+def _plan(
+    tier: str, found: Interpreter, needed: Sequence[str], mounts: Sequence[str]
+) -> boxes.Plan:
+    program, payload = boot.compiled(found.path, boot.RUNNER)
+    return boxes.Plan(
+        tier=tier,
+        python=found.path,
+        mounts=tuple(needed),
+        paths=tuple(os.path.abspath(mount) for mount in mounts),
+        runner=program,
+        code=base64.b64encode(payload).decode(),
+    )
+
+
+def _probe(path: str) -> Interpreter | None:
+    """Asks an interpreter for its version and prefix; None if it does not run."""
+    question = "import sys; print(sys.version.split()[0]); print(sys.base_prefix)"
+    try:
+        answer = subprocess.run(
+            [path, "-I", "-S", "-c", question],
+            env={},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    version, prefix = answer.stdout.splitlines()
+    return Interpreter(path, version, prefix)
+
+
+def _readable_by_all(mounts: Sequence[str]) -> tuple[str, ...]:
+    for mount in mounts:
+        if not os.path.exists(mount):
+            raise TierError(f"the mount {mount} does not exist")
+        if not _open_to_all(mount):
+            raise TierError(
+                f"the mount {mount} is not readable by other users, and programs run as another "
+                "user; copy it to an open place, or chmod o+rx it and the folders above"
+            )
+    return tuple(os.path.abspath(mount) for mount in mounts)
+
+
+def _open_to_all(path: str) -> bool:
+    """Whether the box's user reaches a path: all do where this process has no other uid to take."""
+    if os.getuid() != 0:
+        return os.access(path, os.R_OK)
+    real = Path(path).resolve()
+    return bool(real.stat().st_mode & stat.S_IROTH) and all(
+        parent.stat().st_mode & stat.S_IXOTH for parent in real.parents
+    )
+
+
+def _beneath(path: str, folder: str) -> bool:
+    return os.path.commonpath([os.path.realpath(path), folder]) == folder
+
+
+def _work_root() -> str:
+    """A folder for the tests' directories: passable for the slots' uids, listable by none."""
+    path = tempfile.mkdtemp(prefix="sdpo-sandbox-")
+    os.chmod(path, 0o711)
+    return path

@@ -1,0 +1,343 @@
+"""Watches one test from the runner: bounded reads, CPU time, the wall clock, and the end of all.
+
+CPU time of the child and its descendants decides `time_limit`. The wall clock counts against a
+program only while it sleeps: time spent waiting for a processor is the machine's, not its own.
+"""
+
+import itertools
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+SETUP_FAILED = 113
+"""Exit status of a child that could not be confined: a failure of ours."""
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_POLL_SECONDS = 0.05
+_WALL_FACTOR = 5
+_PROCESS_FACTOR = 2
+"""Only where the kernel does not count (a uid shared with others): its own limit comes first."""
+_RECORD_STATUSES = ("done", "error", "memory_limit", "died")
+_CLEANABLE_ENTRIES, _CLEANABLE_PATH = 2000, 500
+"""A test that leaves more or deeper files costs its box: a walk would take longer than a start."""
+
+
+class Reader:
+    """Collects a stream up to a limit; what comes after it is not kept."""
+
+    def __init__(self, name: str, limit: int):
+        self.name = name
+        self.data = bytearray()
+        self._limit = limit
+        self.overflow = False
+
+    def read(self, fd: int) -> bool:
+        """Reads once; False at the end of the stream."""
+        part = os.read(fd, 65_536)
+        room = self._limit - len(self.data)
+        self.data += part[:room]
+        self.overflow |= len(part) > room
+        return bool(part)
+
+    @property
+    def text(self) -> str:
+        """What was read, as UTF-8 with replacement."""
+        return self.data.decode("utf-8", "replace")
+
+
+class Usage(NamedTuple):
+    """What the test's living processes use at one moment."""
+
+    pids: tuple[int, ...]
+    cpu_seconds: float
+    memory_bytes: int
+
+
+class Seen(NamedTuple):
+    """How a test ended, before it is read as an observation."""
+
+    verdict: str
+    exit_status: int
+    cpu_seconds: float
+    readers: Mapping[str, Reader]
+    limits: Mapping[str, Any]
+
+    def observation(self) -> dict[str, Any]:
+        """The fields of an `Observation`; `value` is still JSON text."""
+        status, error, value = self._ending()
+        return {
+            "status": status,
+            "stdout": self.readers["stdout"].text,
+            "stderr": self.readers["stderr"].text,
+            "value": value,
+            "error": error,
+            "cpu_seconds": round(self.cpu_seconds, 3),
+        }
+
+    def _ending(self) -> tuple[str, str, str]:
+        limits = self.limits
+        over = [r.name for r in self.readers.values() if r.overflow]
+        if self.verdict == "time_limit" or self.cpu_seconds > limits["cpu_seconds"]:
+            return "time_limit", "", "null"
+        if over or self.verdict == "output_limit":
+            what = "the returned value" if over == ["result"] else (over or ["a file"])[0]
+            return "output_limit", f"more output than allowed on {what}", "null"
+        if self.verdict == "memory_limit":
+            return "memory_limit", f"more than {limits['memory_mb']} MB", "null"
+        if self.verdict == "process_limit":
+            return "memory_limit", f"more than {limits['processes']} processes", "null"
+        if self.verdict == "infrastructure" or self.exit_status == SETUP_FAILED << 8:
+            return "infrastructure", self.readers["stderr"].text[:500], "null"
+        status, _, rest = self.readers["result"].text.partition("\n")
+        if status not in _RECORD_STATUSES:
+            return "died", _exit_words(self.exit_status), "null"
+        return (status, "", rest) if status == "done" else (status, rest, "null")
+
+
+def _exit_words(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"the process was ended by signal {os.WTERMSIG(status)}"
+    return f"the process exited with code {os.WEXITSTATUS(status)} and gave no result"
+
+
+def watch(
+    child: int,
+    readers: Mapping[int, Reader],
+    stdin: tuple[int, bytes],
+    limits: Mapping[str, Any],
+    files: str = "",
+) -> Seen:
+    """Waits for the child or the first limit, kills every descendant, drains the pipes."""
+    streams = _Streams(readers, stdin, child)
+    started, before = time.monotonic(), _reaped_seconds()
+    verdict, status = "", 0
+    wait = 0.0
+    while not verdict:
+        streams.turn(wait)
+        pid, exit_status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            status = exit_status
+            break
+        used = usage()
+        cpu = used.cpu_seconds + _reaped_seconds() - before
+        wall = time.monotonic() - started
+        verdict = _over(streams, used, cpu, wall, limits)
+        if files and not verdict and not _small(files, limits["file_mb"] << 20):
+            verdict = "output_limit"
+        left = (limits["cpu_seconds"] - cpu) / max(len(used.pids), 1)
+        wait = min(_POLL_SECONDS, max(left, 0.005))
+    kill_all()
+    streams.drain()
+    by_name = {reader.name: reader for reader in readers.values()}
+    return Seen(verdict, status, _reaped_seconds() - before, by_name, limits)
+
+
+def _over(
+    streams: "_Streams", used: Usage, cpu: float, wall: float, limits: Mapping[str, Any]
+) -> str:
+    """The limit that the test has gone over, or nothing."""
+    if streams.closed_by_daemon:
+        return "infrastructure"
+    if any(reader.overflow for reader in streams.readers.values()):
+        return "output_limit"
+    if cpu > limits["cpu_seconds"]:
+        return "time_limit"
+    if used.memory_bytes > limits["memory_mb"] << 20:
+        return "memory_limit"
+    if len(used.pids) > _PROCESS_FACTOR * limits["processes"]:
+        return "process_limit"
+    if wall > limits["wall_seconds"]:
+        idle = wall - cpu - sum(map(_waited_for_processor, used.pids))
+        if idle > limits["wall_seconds"] / 2:
+            return "time_limit"
+        if wall > _WALL_FACTOR * limits["wall_seconds"]:
+            return "infrastructure"
+    return ""
+
+
+class _Streams:
+    """The pipes of a test: output is read as it comes, input is written as it is taken."""
+
+    def __init__(self, readers: Mapping[int, Reader], stdin: tuple[int, bytes], child: int):
+        self.readers = dict(readers)
+        # Wakes the poll at the child's end, which its pipes announce a moment too early or never.
+        self._child = os.pidfd_open(child)
+        self.closed_by_daemon = False
+        self._input, self._left = stdin[0], memoryview(stdin[1])
+        self._poll = select.poll()
+        for fd in self.readers:
+            os.set_blocking(fd, False)
+            self._poll.register(fd, select.POLLIN)
+        os.set_blocking(self._input, False)
+        self._poll.register(self._input, select.POLLOUT)
+        # The daemon's end: if it is gone, nobody waits for this test any more.
+        self._poll.register(0, 0)
+        self._poll.register(self._child, select.POLLIN)
+        if not self._left:
+            self._close_input()
+
+    def turn(self, seconds: float) -> None:
+        """Waits for traffic, at most so long, and moves what can be moved."""
+        for fd, _ in self._poll.poll(int(seconds * 1000)):
+            if fd == 0:
+                self.closed_by_daemon = True
+            elif fd == self._input:
+                self._write()
+            elif fd != self._child and not self._read(fd):
+                self._close(fd)
+
+    def drain(self) -> None:
+        """Reads what dead processes left in the pipes, then closes them."""
+        self._poll.unregister(self._child)
+        os.close(self._child)
+        for fd, reader in list(self.readers.items()):
+            while not reader.overflow and self._read(fd):
+                pass
+            self._close(fd)
+        if self._input >= 0:
+            self._close_input()
+
+    def _read(self, fd: int) -> bool:
+        try:
+            return self.readers[fd].read(fd)
+        except BlockingIOError:
+            # A descendant killed in this moment still holds the pipe: nothing more is coming.
+            return False
+
+    def _write(self) -> None:
+        try:
+            self._left = self._left[os.write(self._input, self._left[:65_536]) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            # The program closed its standard input: the rest is not wanted.
+            self._left = memoryview(b"")
+        if not self._left:
+            self._close_input()
+
+    def _close_input(self) -> None:
+        self._poll.unregister(self._input)
+        os.close(self._input)
+        self._input = -1
+
+    def _close(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        os.close(fd)
+        self.readers.pop(fd)
+
+
+def usage() -> Usage:
+    """CPU time and memory of all living descendants of the runner."""
+    pids = descendants()
+    cpu = memory = 0.0
+    for pid in pids:
+        fields = _stat(pid)
+        if fields:
+            cpu += sum(int(field) for field in fields[11:15]) * _TICK
+            memory += int(fields[21]) * _PAGE
+    return Usage(pids, cpu, int(memory))
+
+
+def descendants() -> tuple[int, ...]:
+    """Every process below the runner; orphans are its children, since it is a subreaper."""
+    found: list[int] = []
+    queue = [os.getpid()]
+    while queue:
+        below = _children(queue.pop())
+        found += below
+        queue += below
+    return tuple(found)
+
+
+def _children(pid: int) -> list[int]:
+    children: list[int] = []
+    with suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb") as listing:
+                children += [int(word) for word in listing.read().split()]
+    return children
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name, which may hold anything; empty if it is gone."""
+    with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as stat:
+        return stat.read().rpartition(b")")[2].decode().split()
+    return []
+
+
+def _waited_for_processor(pid: int) -> float:
+    """Seconds that the process was ready to run and had no processor."""
+    with suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/schedstat", "rb") as stat:
+        return int(stat.read().split()[1]) / 1e9
+    return 0.0
+
+
+def _reaped_seconds() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def kill_all() -> None:
+    """Ends every descendant: stops them first, so that none forks a successor meanwhile."""
+    while pids := descendants():
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                with suppress(OSError):
+                    os.kill(pid, number)
+            if number == signal.SIGSTOP:
+                pids = tuple(set(pids) | set(descendants()))
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+
+
+def _small(path: str, limit: int) -> bool:
+    """Whether a directory holds less than `limit` bytes in a bounded number of entries."""
+    entries, directories = _CLEANABLE_ENTRIES, [path]
+    for directory in directories:
+        # The program renames and removes beside us: what is gone is not counted.
+        with suppress(OSError):
+            for entry in os.scandir(directory):
+                entries -= 1
+                limit -= entry.stat(follow_symlinks=False).st_blocks * 512
+                if limit < 0 or entries < 0 or len(entry.path) > _CLEANABLE_PATH:
+                    return False
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(entry.path)
+    return True
+
+
+def empty(path: str) -> bool:
+    """Empties a directory; False if too much is left in it, so that a new box is due."""
+    left = _CLEANABLE_ENTRIES
+    directories = [path]
+    for directory in directories:
+        try:
+            os.chmod(directory, 0o700)
+            if len(directory) > _CLEANABLE_PATH:
+                return False
+            entries = list(itertools.islice(os.scandir(directory), left + 1))
+            left -= len(entries)
+            if left < 0:
+                return False
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(entry.path)
+                else:
+                    os.unlink(entry.path)
+        except OSError:
+            return False
+    try:
+        for directory in reversed(directories[1:]):
+            os.rmdir(directory)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,310 @@
+r"""Tool use as in ToolAlpaca: one or more calls, each `Action: name` and `Action Input: {JSON}`.
+
+The prompt, from the data, holds the tools' documentation, the request and this form. An answer
+passes if its calls are the expected ones in any order. Reward is 1 or 0; `metrics` holds
+`well_formed`: every call could be read.
+
+Departures from the reference's grader (lasgroup/SDPO, `verl/utils/reward_score/feedback/
+tooluse.py`):
+
+* Inputs are decoded as JSON; its pattern ends at the first `}`, so that it never reads a nested
+  object.
+* Calls are compared one with one; it merges the inputs of all calls, so that a later one overwrites
+  an earlier one, and inputs at the wrong action pass.
+* Feedback names the call and the argument and what is wrong, all of it, and not what was expected,
+  which the reference prints, unless `reveal_expected`.
+* An argument given twice, NaN, and `true` for 1 are refused; 1 and 1.0 are equal, as there.
+* Text up to `</think>` does not count.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from sdpo_jax.environments.answer_forms import cut_off, shown, without_thinking
+from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.function_calls import MAX_DEPTH
+from sdpo_jax.environments.rows import (
+    BadRow,
+    Split,
+    chat,
+    check_sides,
+    get,
+    joined,
+    read_rows,
+    row_id,
+    text,
+    type_name,
+)
+
+MAX_CHARACTERS, MAX_CALLS = 20_000, 16
+FORM = 'lines "Action: name" and "Action Input: {JSON object}" for each call'
+_ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*)$", re.MULTILINE)
+_INPUT = re.compile(r"^[ \t]*Action Input:\s*", re.MULTILINE)
+_ROW_FORM = '{"prompt": "...", "answer": [{"action": "...", "input": {...}}]}'
+
+
+class ToolCall(NamedTuple):
+    """One call: the tool's name and its arguments, as decoded from JSON."""
+
+    action: str
+    input: Mapping[str, Any]
+
+
+class Task(NamedTuple):
+    """A prompt and the calls that answer it."""
+
+    id: str
+    messages: tuple[Mapping[str, str], ...]
+    calls: tuple[ToolCall, ...]
+
+
+class ToolUse:
+    """The environment: every task given, in order."""
+
+    def __init__(
+        self, train: Sequence[Task], held_out: Sequence[Task], *, reveal_expected: bool = False
+    ):
+        """Checks that no task is on both sides.
+
+        Args:
+          train: tasks to learn from.
+          held_out: tasks to evaluate on.
+          reveal_expected: whether feedback holds what was expected, which the teacher then copies.
+
+        Raises:
+          UserError: an id or a prompt occurs twice.
+        """
+        self.train = [Prompt(task.id, task.messages, {"task": task}) for task in train]
+        self.held_out = [Prompt(task.id, task.messages, {"task": task}) for task in held_out]
+        check_sides(self.train, self.held_out)
+        self._reveal = reveal_expected
+
+    def grade(self, prompt: Prompt, response: str) -> Outcome:
+        """Passes the expected calls in any order; feedback lists every complaint."""
+        calls = parse_calls(response)
+        if isinstance(calls, str):
+            return Outcome(0.0, False, calls, {"well_formed": 0.0})
+        found = complaints(calls, prompt.data["task"].calls, reveal=self._reveal)
+        return Outcome(float(not found), not found, "\n".join(found), {"well_formed": 1.0})
+
+    def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
+        """The verdict of `grade`; feedback on a failure says that the response was cut."""
+        return cut_off(self.grade(prompt, response), FORM)
+
+    def reference(self, prompt: Prompt) -> str:
+        """The expected calls."""
+        return write_calls(prompt.data["task"].calls)
+
+
+def write_calls(calls: Sequence[ToolCall]) -> str:
+    """Calls in the form that `parse_calls` reads."""
+    return "\n".join(
+        f"Action: {call.action}\nAction Input: {json.dumps(call.input, ensure_ascii=False)}"
+        for call in calls
+    )
+
+
+class _Refused(Exception):
+    """Why an answer cannot be read; the message is the feedback."""
+
+
+def parse_calls(response: str) -> list[ToolCall] | str:
+    """Reads the calls of a response; a string instead says why it cannot."""
+    text = without_thinking(response)
+    if len(text) > MAX_CHARACTERS:  # Decoding and comparing must not be at the model's mercy.
+        return f"The answer is longer than {MAX_CHARACTERS} characters."
+    calls: list[ToolCall] = []
+    position = 0
+    try:
+        while action := _ACTION.search(text, position):
+            if len(calls) == MAX_CALLS:
+                return f"More than {MAX_CALLS} calls."
+            call, position = _call(text, action, len(calls) + 1)
+            calls.append(call)
+    except _Refused as refused:
+        return str(refused)
+    return calls or f"No call found: expected {FORM}."
+
+
+def _call(text: str, action: re.Match[str], number: int) -> tuple[ToolCall, int]:
+    """One call and where it ends: the next action is searched behind the decoded input."""
+    name = action[1].strip().strip("`*\"'")
+    where = f"Call {number}" + (f" ({shown(name)})" if name else "")
+    if not name:
+        raise _Refused(f'{where}: no name after "Action:".')
+    following = _ACTION.search(text, action.end())
+    given = _INPUT.search(text, action.end(), following.start() if following else len(text))
+    if given is None:
+        raise _Refused(f'{where}: no "Action Input:" follows, expected {FORM}.')
+    decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
+    start = given.end()
+    start += len(fence[0]) if (fence := re.match(r"```(?:json)?\s*", text[start:])) else 0
+    try:
+        value, end = decoder.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        at = error.pos - start + 1
+        raise _Refused(f"{where}: the input is not JSON: {error.msg}, character {at}.") from None
+    except _Refused as refused:
+        raise _Refused(f"{where}: {refused}") from None
+    except (RecursionError, ValueError):
+        raise _Refused(f"{where}: the input is nested too deep or holds a huge number.") from None
+    if not isinstance(value, dict):
+        raise _Refused(f"{where}: the input is {type_name(value)}, expected a JSON object.")
+    if _deeper(value, MAX_DEPTH):
+        raise _Refused(f"{where}: the input is nested deeper than {MAX_DEPTH} levels.")
+    return ToolCall(name, cast(dict[str, Any], value)), end
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise _Refused(f"the argument {shown(name)} is given twice.")
+        made[name] = value
+    return made
+
+
+def _no_constant(name: str) -> None:
+    raise _Refused(f"{name} is not a JSON value.")
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(item, levels - 1) for item in items)
+
+
+def complaints(
+    given: Sequence[ToolCall], expected: Sequence[ToolCall], *, reveal: bool = False
+) -> list[str]:
+    """All that is wrong with some calls; empty: they are the expected ones in some order.
+
+    Equal calls are paired first, then calls of the same action, those with the most arguments in
+    common before others. No complaint holds an expected value or name, unless `reveal`.
+    """
+    # By position: `remove` would take the equal of a call in Python's sense, where True is 1.
+    left: list[ToolCall] = []
+    wanted = list(expected)
+    for call in given:
+        match = next((i for i, other in enumerate(wanted) if _same_call(call, other)), None)
+        if match is None:
+            left.append(call)
+        else:
+            del wanted[match]
+    found: list[str] = []
+    while pair := _closest(left, wanted):
+        found += _differences(left.pop(pair[0]), wanted.pop(pair[1]), reveal)
+    found += [f"{shown(call.action)}: this call is not wanted here." for call in left]
+    for call in wanted:
+        found.append(f"A call is missing{f': {write_calls([call])}' if reveal else '.'}")
+    return found
+
+
+def _same_call(call: ToolCall, other: ToolCall) -> bool:
+    return call.action == other.action and _key(call.input) == _key(other.input)
+
+
+def _key(value: Any) -> Any:
+    """Equal for what is equal in JSON: 1 is 1.0, and is not true."""
+    if isinstance(value, dict):
+        return {name: _key(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_key(item) for item in value]
+    return (type(value) is bool, value)
+
+
+def _closest(left: Sequence[ToolCall], wanted: Sequence[ToolCall]) -> tuple[int, int] | None:
+    """The positions of two calls of the same action that have most in common."""
+    pairs = [
+        (_shared(call, other), -i, -j)
+        for i, call in enumerate(left)
+        for j, other in enumerate(wanted)
+        if call.action == other.action
+    ]
+    _, i, j = max(pairs, default=(0, 1, 1))
+    return None if i > 0 else (-i, -j)
+
+
+def _shared(call: ToolCall, other: ToolCall) -> int:
+    names = call.input.keys() & other.input.keys()
+    return sum(_key(call.input[name]) == _key(other.input[name]) for name in names)
+
+
+def _differences(call: ToolCall, expected: ToolCall, reveal: bool) -> list[str]:
+    """What is wrong with the arguments, in the order of the expected ones."""
+    found: list[str] = []
+    for name, value in expected.input.items():
+        hint = f"; expected {json.dumps(value, ensure_ascii=False)}" if reveal else ""
+        if name not in call.input:
+            found.append(f"missing argument {shown(name)}{hint}")
+        elif _key(call.input[name]) != _key(value):
+            wrong = call.input[name]
+            if type_name(wrong) != type_name(value):
+                kinds = f"expected {type_name(value)}, got {type_name(wrong)}"
+                found.append(f"{shown(name)}: {kinds}{hint}")
+            else:
+                written = shown(json.dumps(wrong, ensure_ascii=False))
+                found.append(f"{shown(name)}: wrong value {written}{hint}")
+    extra = [name for name in call.input if name not in expected.input]
+    found += [f"unknown argument {shown(name)}" for name in extra]
+    return [f"{shown(call.action)}: {complaint}" for complaint in found]
+
+
+def load_tool_use(
+    train: str | Path, held_out: str | Path, on_error: Literal["stop", "skip"] = "stop"
+) -> Split[Task]:
+    """Reads two JSONL files in the form of ToolAlpaca.
+
+    A row has a `prompt` (a string or chat messages) and an `answer` (or `golden_answer`): a list of
+    `{"action": ..., "input": ...}` (or `Action`, `Action_Input`), or such a list as a JSON string.
+    An input is an object, or one as a JSON string.
+
+    Raises:
+      UserError: a file is missing, or holds bad rows.
+    """
+    first, second = (
+        read_rows(path, parse_row, on_error, form=_ROW_FORM, content="tool-use tasks")
+        for path in (train, held_out)
+    )
+    return joined(first, second)
+
+
+def parse_row(row: dict[str, Any], place: str) -> Task:
+    """One row as `load_tool_use` expects it."""
+    name = row_id(row, place, "idx" if "idx" in row and "id" not in row else "id")
+    messages = chat(get(row, "prompt"), "prompt")
+    if isinstance(system := row.get("system"), str) and system.strip():
+        messages = ({"role": "system", "content": text(system, "system")}, *messages)
+    key = "golden_answer" if "golden_answer" in row and "answer" not in row else "answer"
+    items = _decoded(get(row, key), key)
+    if not isinstance(items, list) or not items:
+        raise BadRow(f"{key} is {type_name(items) if items else 'empty'}, expected a list of calls")
+    calls = tuple(_expected(item, f"{key}[{i}]") for i, item in enumerate(cast(list[Any], items)))
+    if len(calls) > MAX_CALLS:
+        raise BadRow(f"{key} has {len(calls)} calls, expected at most {MAX_CALLS}")
+    if parse_calls(text(write_calls(calls), key)) != list(calls):
+        raise BadRow(f"{key} cannot be written as {FORM}")
+    return Task(name, messages, calls)
+
+
+def _expected(item: Any, where: str) -> ToolCall:
+    if not isinstance(item, dict):
+        raise BadRow(f"{where} is {type_name(item)}, expected an object")
+    call = cast(dict[str, Any], item)
+    names = {name.lower().removeprefix("action_"): name for name in call}
+    action = text(get(call, names.get("action", "action"), where), f"{where}.action")
+    arguments = _decoded(get(call, names.get("input", "input"), where), f"{where}.input")
+    if not isinstance(arguments, dict):
+        raise BadRow(f"{where}.input is {type_name(arguments)}, expected an object")
+    return ToolCall(action.strip(), cast(dict[str, Any], arguments))
+
+
+def _decoded(value: Any, key: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (RecursionError, ValueError) as error:
+        raise BadRow(f"{key} is no JSON: {error}") from None

@@ -1,0 +1,430 @@
+"""Grading has one home; what could not be graded is absent; files and recipes name environments."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import tiny
+
+from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
+from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.environments.grading import Grader, grade_all, refuse_failures
+from sdpo_jax.environments.registry import ENVIRONMENTS, make_environment, settings_of
+from sdpo_jax.environments.settings import (
+    BfclEnvironment,
+    EnvironmentConfig,
+    FileEnvironment,
+    MathEnvironment,
+    McqEnvironment,
+    ToolCallsEnvironment,
+    ToolUseEnvironment,
+)
+from sdpo_jax.errors import UserError
+from sdpo_jax.evaluation.accuracy import Graded, accuracy_metrics, environment_metrics
+from sdpo_jax.losses.policy_gradient import group_advantages
+from sdpo_jax.recipe import _kinds, load_recipe, problems, to_toml
+from sdpo_jax.sampling.sampler import HostRollouts
+from sdpo_jax.teacher.context import choose_context
+from sdpo_jax.training.batch import Form
+from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.experience import Experience
+from sdpo_jax.training.objectives import cut_into_parts, graded_advantages
+from sdpo_jax.training.sources import RolloutSource
+
+TOKENIZER = tiny.ByteTokenizer()
+GROUP = 4
+RIGHT, WRONG = Outcome(1.0, True, "", {"m": 1.0}), Outcome(0.0, False, "wrong", {"m": 0.0})
+FAILED = not_graded("the box did not start")
+
+
+def prompt(name, role="user"):
+    return Prompt(name, ({"role": role, "content": f"{name}?"},), {})
+
+
+class Quiz:
+    """`y` passes; `fail` cannot be judged; `raise` is a bug."""
+
+    train = (prompt("p"), prompt("q"))
+    held_out = (prompt("h"),)
+
+    def grade(self, prompt, response):
+        if response == "raise":
+            raise ZeroDivisionError(response)
+        return {"y": RIGHT, "fail": FAILED}.get(response, WRONG)
+
+
+class Batches(Quiz):
+    """Counts its calls; says of cut responses that they were cut."""
+
+    def __init__(self):
+        self.calls = []
+
+    def grade_many(self, prompts, responses):
+        self.calls.append(len(prompts))
+        return [self.grade(p, r) for p, r in zip(prompts, responses, strict=True)]
+
+    def grade_truncated(self, prompt, response):
+        return Outcome(0.0, False, f"cut: {prompt.id} {response}", {})
+
+
+# One home for grading
+
+
+def test_a_batch_is_graded_at_once_and_the_cut_responses_by_themselves():
+    environment, prompts = Batches(), [*Quiz.train, *Quiz.held_out]
+    outcomes = Grader(environment)(prompts, ["y", "a", "n"], [False, True, False])
+    assert outcomes == [RIGHT, Outcome(0.0, False, "cut: q a", {}), WRONG]
+    assert environment.calls == [2]
+    assert Grader(environment)(prompts[:1], ["a"], [True])[0].feedback == "cut: p a"
+    assert environment.calls == [2]  # nothing is left to ask for
+
+
+def test_an_environment_without_more_than_grade_is_asked_one_by_one():
+    texts = ["y", "n", "fail"]
+    assert Grader(Quiz())([*Quiz.train, *Quiz.held_out], texts, [True] * 3) == [
+        RIGHT,
+        WRONG,
+        FAILED,
+    ]
+    assert grade_all(Quiz(), Quiz.train, ["y", "n", "n", "y"]) == [RIGHT, WRONG, WRONG, RIGHT]
+
+
+@pytest.mark.parametrize("environment", [Quiz(), Batches()], ids=["grade", "grade_many"])
+def test_an_exception_of_grade_is_one_error_with_prompt_place_and_traceback(environment):
+    with pytest.raises(UserError) as caught:
+        Grader(environment)([Quiz.train[1]], ["raise"])
+    message = str(caught.value)
+    assert "prompt 'q'" in message and "ZeroDivisionError: raise" in message
+    assert re.search(rf"at \S*{Path(__file__).name}:\d+: a bug of the environment", message)
+    assert "sdpo_jax/environments/grading.py" not in message
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (None, "returned None for prompt 'p'"),
+        ((1.0, True, "", {}), "returned (1.0, True, '', {})"),
+        (Outcome(float("nan"), False, "", {}), "returned the reward nan"),
+        (Outcome("1", True, "", {}), "returned Outcome(reward='1'"),
+        (Outcome(0.0, False, None, {}), "returned the feedback None"),
+        (Outcome(0.0, False, "", {"m": float("inf")}), "returned a metric 'm' that is not finite"),
+        (Outcome(0.0, False, "", None), "returned Outcome("),
+    ],
+)
+def test_what_is_no_outcome_is_refused_before_it_is_a_number_of_the_run(returned, expected):
+    class Odd(Quiz):
+        def grade(self, prompt, response):
+            return returned
+
+    with pytest.raises(UserError) as caught:
+        Grader(Odd())([Quiz.train[0]], ["x"])
+    assert expected in str(caught.value)
+
+
+def test_a_batch_with_too_few_outcomes_is_refused():
+    class Short(Batches):
+        def grade_many(self, prompts, responses):
+            return super().grade_many(prompts, responses)[1:]
+
+    with pytest.raises(UserError, match="1 outcomes for 2 responses"):
+        Grader(Short())(Quiz.train, ["y", "n"])
+
+
+# What could not be graded is absent
+
+
+def experience(outcomes, lengths=None):
+    rng, n = np.random.default_rng(0), len(outcomes)
+    lengths = rng.integers(2, 9, n).astype(np.int32) if lengths is None else lengths
+    return Experience(
+        prompts=[prompt(str(i)) for i in range(n // GROUP)],
+        group=GROUP,
+        prompt_ids=[[7, 8]] * n,
+        response_ids=[[9] * int(k) for k in lengths],
+        log_probs=[np.zeros(k, np.float32) for k in lengths],
+        lengths=lengths,
+        texts=["t"] * n,
+        outcomes=outcomes,
+    )
+
+
+def random_rewards(n):
+    return [Outcome(float(x), False, "", {}) for x in np.random.default_rng(1).normal(size=n)]
+
+
+def test_with_every_outcome_graded_advantages_are_those_of_the_whole_batch_bit_for_bit():
+    outcomes = random_rewards(6 * GROUP)
+    rewards = np.asarray([o.reward for o in outcomes], np.float32)
+    expected = np.asarray(group_advantages(rewards, GROUP))
+    np.testing.assert_array_equal(graded_advantages(experience(outcomes)), expected)
+
+
+def test_the_mean_of_a_group_is_over_its_graded_siblings():
+    outcomes = random_rewards(3 * GROUP)
+    for row in (1, 4, 6, 8, 9, 10, 11):
+        outcomes[row] = FAILED._replace(reward=99.0)
+    found = graded_advantages(experience(outcomes))
+    for rows in ([0, 2, 3], [5, 7]):
+        rewards = np.asarray([outcomes[i].reward for i in rows], np.float32)
+        np.testing.assert_array_equal(found[rows], np.asarray(group_advantages(rewards, len(rows))))
+    assert not found[[1, 4, 6, 8, 9, 10, 11]].any()
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_graded(reduction):
+    config, form = Config(), Form(False, 64, 8, 1)
+    failed = [2, 5, 6]
+    outcomes = [FAILED if i in failed else RIGHT for i in range(2 * GROUP)]
+    whole = experience(outcomes)
+    kept = [i for i in range(2 * GROUP) if i not in failed]
+    lengths = whole.lengths.copy()
+    lengths[2] = 50  # the longest of all: it may not widen anything either
+    whole = experience(outcomes, lengths)
+    active = np.arange(2 * GROUP) != 3
+
+    def parts(batch, rows):
+        on = active[rows]
+        return cut_into_parts(config, batch, on, np.ones_like(on), reduction, form)
+
+    alone = whole._replace(
+        prompt_ids=[whole.prompt_ids[i] for i in kept],
+        response_ids=[whole.response_ids[i] for i in kept],
+        lengths=lengths[kept],
+        texts=["t"] * len(kept),
+        outcomes=[RIGHT] * len(kept),
+    )
+    (found,), (expected,) = parts(whole, np.arange(2 * GROUP)), parts(alone, kept)
+    assert found.rows == [kept[i] for i in expected.rows]
+    assert (found.pairs, found.micro_batches) == (expected.pairs, expected.micro_batches)
+    assert found.denominator == expected.denominator
+    for one, other in zip(found.weights, expected.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_batch_of_which_nothing_could_be_graded_makes_no_update():
+    batch, rows = experience([FAILED] * GROUP), np.ones(GROUP, np.bool_)
+    assert cut_into_parts(Config(), batch, rows, rows, "sequence_mean", Form(False, 64, 8, 1)) == []
+    assert not graded_advantages(batch).any()
+
+
+def test_what_could_not_be_graded_is_no_demonstration_and_is_shown_nothing():
+    config = TeacherConfig(feedback_only_without_demonstration=False)
+    outcomes = [FAILED._replace(reward=1.0), WRONG, FAILED, RIGHT]
+    contexts = choose_context(outcomes, ["a", "b", "c", "d"], GROUP, config)
+    assert contexts[0] is None and contexts[2] is None
+    assert contexts[1] is not None and contexts[1].demonstration == "d"
+    assert contexts[3] is None  # its graded sibling failed, and it is told nothing of itself
+
+
+def test_accuracy_and_metrics_are_means_over_what_could_be_graded():
+    outcomes = [RIGHT, FAILED, WRONG, FAILED]
+    graded = Graded(["x"] * 4, outcomes, [1] * 4, [True] * 4)
+    metrics = accuracy_metrics(graded, [prompt("p")])
+    assert metrics["accuracy"] == 0.5 and metrics["environment/failed"] == 0.5
+    sound = Graded(["x"] * 2, [RIGHT, WRONG], [1] * 2, [True] * 2)
+    assert "environment/failed" not in accuracy_metrics(sound, [prompt("p")])
+    assert environment_metrics(outcomes) == {"environment/m": 0.5}
+
+
+def test_a_run_stops_above_the_share_that_it_allows_and_not_at_it():
+    outcomes = [RIGHT, RIGHT, RIGHT, FAILED]
+    refuse_failures([prompt("p")], outcomes, 0.25, "step 3")
+    with pytest.raises(UserError) as caught:
+        refuse_failures([prompt("p"), prompt("q")], outcomes, 0.2, "step 3")
+    message = str(caught.value)
+    assert message.startswith("step 3: the environment could not grade 1 of 4 responses (25%)")
+    assert "environment.max_failed_share" in message and "'q': the box did not start" in message
+
+
+class Script:
+    """A sampler: the same answers to every prompt, all cut at the limit but the last."""
+
+    def __init__(self, *answers):
+        self._answers = answers
+
+    def __call__(self, params, prompts, *, group, on_done, **settings):
+        rows = [TOKENIZER.encode(text) for _ in prompts for text in self._answers]
+        width = max(map(len, rows))
+        rollouts = HostRollouts(
+            tokens=np.array([row + [0] * (width - len(row)) for row in rows], np.int32),
+            log_probs=np.zeros((len(rows), width), np.float32),
+            lengths=np.array([len(row) for row in rows], np.int32),
+            stopped=np.arange(len(rows)) % group == group - 1,
+        )
+        on_done(list(range(len(rows))), rollouts)
+        return rollouts
+
+
+def step_of(environment, *answers, share=0.2):
+    """What the rows of one step are, and its metrics."""
+    seen = []
+
+    def updates(experience, params, teacher_params, *, step, clock):
+        seen.append(experience)
+        return [], {}
+
+    config = Config(
+        rollout=RolloutConfig(rollouts_per_prompt=len(answers)),
+        environment=ToolCallsEnvironment(max_failed_share=share),
+    )
+    batches = iter([list(Quiz.train)])
+    source = RolloutSource(config, batches, environment, TOKENIZER, Script(*answers), updates)
+    return seen, source(None, None, 1, Clock())[1]
+
+
+def test_a_step_counts_failures_and_means_over_the_rest():
+    (seen,), metrics = step_of(Quiz(), "y", "n", "n", "fail", share=0.25)
+    assert metrics["environment/failed"] == 0.25
+    assert metrics["reward"] == metrics["success"] == pytest.approx(1 / 3)
+    assert seen.graded.tolist() == [True, True, True, False] * 2
+    assert step_of(Quiz(), "y", "n")[1]["environment/failed"] == 0.0
+    assert "reward" not in step_of(Quiz(), "fail", share=1.0)[1]
+
+
+def test_a_step_above_the_share_makes_no_update():
+    with pytest.raises(UserError, match=r"step 1: the environment could not grade 2 of 8 "):
+        step_of(Quiz(), "y", "n", "n", "fail")
+
+
+def test_the_environment_is_told_which_responses_were_cut():
+    (seen,), _ = step_of(Batches(), "a", "y")
+    assert [o.feedback for o in seen.outcomes] == ["cut: p a", "", "cut: q a", ""]
+
+
+# Settings
+
+
+def test_every_kind_has_a_maker_and_its_defaults_round_trip(tmp_path):
+    kinds = [cls() for cls in get_args(EnvironmentConfig)]
+    assert {kind.kind for kind in kinds} == set(ENVIRONMENTS)
+    path = tmp_path / "x.toml"
+    for kind in kinds:
+        config = Config(environment=kind, evaluation=EvaluationConfig(prompts=1))
+        assert problems(config) == []
+        path.write_text(to_toml(config))
+        assert load_recipe(path) == config
+        assert settings_of(vars(kind)) == kind
+
+
+def test_a_setting_of_another_kind_is_said_to_be_one(tmp_path):
+    path = tmp_path / "x.toml"
+    for text, expected in (
+        ('kind = "bfcl"\nfamilies = ["a"]', "families: a setting of tool_calls and nano_code, but"),
+        ("reveal_expected = true", "the environment is tool_calls (the default; set environment.k"),
+        ('kind = "tool_cals"', 'environment.kind: "tool_cals" (a string), expected one of "tool_c'),
+        (
+            'kind = "file"\npth = "x"',
+            "environment.pth: unknown key; did you mean environment.path?",
+        ),
+        ('kind = "math"\ndeadline_seconds = 0', "environment.deadline_seconds: 0.0, expected abov"),
+        ("max_failed_share = 1.5", "environment.max_failed_share: 1.5, expected from 0 to 1"),
+    ):
+        path.write_text(f"[environment]\n{text}\n")
+        with pytest.raises(UserError) as caught:
+            load_recipe(path)
+        assert expected in str(caught.value)
+
+
+def test_an_option_may_choose_the_environment(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text("")
+    words = ["--environment.kind=file", "--environment.path", "a.py", "--environment.workers=3"]
+    assert load_recipe(path, words).environment == FileEnvironment(path="a.py", workers=3)
+    assert "environment.kind" in _kinds()
+
+
+def test_help_shows_the_settings_of_the_recipes_kind(tmp_path, capsys):
+    path = tmp_path / "x.toml"
+    path.write_text('[environment]\nkind = "file"\npath = "somewhere.py"')
+    with pytest.raises(SystemExit):
+        load_recipe(path, ["--help"])
+    text = capsys.readouterr().out
+    assert "somewhere.py" in text and "--environment.deadline-seconds" in text
+    assert "--environment.families" not in text
+
+
+@pytest.mark.parametrize("kind", [MathEnvironment(), ToolUseEnvironment()])
+def test_a_kind_that_needs_files_says_which_setting_names_them(kind):
+    with pytest.raises(UserError, match=r'environment\.train = "": expected a path'):
+        make_environment(kind)
+    with pytest.raises(UserError, match=r'environment\.held_out = "": expected a path'):
+        make_environment(replace(kind, train="x.jsonl"))
+
+
+def test_a_folder_that_is_not_there_is_told_by_the_kind_that_reads_it(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        make_environment(McqEnvironment(source=str(tmp_path / "none")))
+
+
+def test_bfcl_takes_all_its_rows_by_default():
+    assert (BfclEnvironment().train_prompts, BfclEnvironment().held_out_prompts) == (311, 89)
+
+
+# Files
+
+
+def made(folder, text, seed=0):
+    path = folder / "mine.py"
+    path.write_text(text)
+    return make_environment(FileEnvironment(path=str(path), seed=seed))
+
+
+HEAD = """
+from dataclasses import dataclass
+from sdpo_jax.environments.base import Outcome, Prompt
+
+@dataclass
+class Mine:
+    train: list
+    held_out: list
+    def grade(self, prompt, response):
+        return Outcome(0.0, False, "no", {})
+
+P = Prompt("p", ({"role": "user", "content": "?"},), {})
+"""
+
+
+def test_a_file_holds_an_environment_or_makes_one_with_the_seed(tmp_path):
+    assert [p.id for p in made(tmp_path, f"{HEAD}\nenvironment = Mine([P], [])").train] == ["p"]
+    function = "def make_environment(seed): return Mine([P._replace(id=str(seed))], [])"
+    assert made(tmp_path, f"{HEAD}\n{function}", seed=5).train[0].id == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1", r"mine\.py: expected `environment = \.\.\.` or a function"),
+        ("environment = None", "found neither"),
+        ("\n\n1 / 0", r"(?s)mine\.py failed at \S*mine\.py:3 .*ZeroDivisionError"),
+        ("import no_such_module", r"(?s)failed at \S*mine\.py:1 .*No module named"),
+        ("x = 1\ndef f(:\n", r"(?s)mine\.py failed at \S*mine\.py:2 .*SyntaxError"),
+        ("environment = object()", "has no train and no held_out and no grade"),
+        (
+            f"{HEAD}\nenvironment = Mine((P for _ in 'a'), [])",
+            "train is a generator, expected a li",
+        ),
+        (f"{HEAD}\nenvironment = Mine([P], ['q'])", r"held_out\[0\]: 'q', expected Prompt"),
+        (f"{HEAD}\nenvironment = Mine([P._replace(id=3)], [])", "the id is 3, expected text"),
+        (f"{HEAD}\nenvironment = Mine([P._replace(messages=())], [])", "messages is "),
+        (
+            HEAD + "\nenvironment = Mine([P._replace(messages=({'role': 'system', "
+            "'content': 'x'},))], [])",
+            "from 'system', expected the user",
+        ),
+        (HEAD + "\nenvironment = Mine([P._replace(messages=('x',))], [])", "the message 'x'"),
+        (f"{HEAD}\nenvironment = Mine([P._replace(data=None)], [])", "data is None, expected a di"),
+    ],
+)
+def test_a_file_that_holds_no_environment_says_what_is_missing(text, expected, tmp_path):
+    with pytest.raises(UserError, match=expected):
+        made(tmp_path, text)
+
+
+def test_a_file_that_is_not_there_tells_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match=r"no such file.*`sdpo env template mine\.py`"):
+        make_environment(FileEnvironment(path=str(tmp_path / "mine.py")))
+    assert os.listdir(tmp_path) == []
