@@ -8,7 +8,6 @@ one error lists every problem of both. The rules stand in `_RANGES` (one value) 
 import difflib
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -19,12 +18,10 @@ from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_typ
 from sdpo_jax.config import (
     Config,
     EnvironmentConfig,
-    GrpoObjective,
     Objective,
-    SdpoObjective,
-    SftObjective,
 )
 from sdpo_jax.errors import UserError
+from sdpo_jax.recipe_checks import contradictions, out_of_range
 
 Tree = dict[str, Any]
 
@@ -55,50 +52,6 @@ _MAY_CHANGE = {
     *("environment.deadline_seconds", "environment.max_failed_share"),
     *("environment.sandbox", "environment.sandbox_url"),
 }
-
-_COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prompts_per_step
-    rollout.rollouts_per_prompt rollout.max_prompt_tokens rollout.max_response_tokens
-    teacher.max_prompt_tokens teacher.max_feedback_tokens data.rows_per_step data.max_tokens
-    optimizer.max_skipped_updates train.steps train.mini_batches train.micro_batch_tokens
-    train.head_chunk_tokens mesh.fsdp mesh.tensor evaluation.samples_per_prompt
-    evaluation.batch_prompts checkpoint.every_steps checkpoint.keep"""
-_CAPS = "objective.importance_cap objective.clip_high optimizer.clip_norm"
-
-# Keys, test, expectation in words. Every number of the config stands here once; nan fails all.
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (_COUNTS, lambda v: v >= 1, "at least 1"),
-    ("mesh.data", lambda v: v >= 1 or v == -1, "at least 1, or -1 for what is left"),
-    (
-        "optimizer.warmup_steps evaluation.every_steps evaluation.prompts "
-        "environment.max_prompt_characters lora.rank objective.top_k rollout.slots "
-        "evaluation.top_k environment.slots environment.workers",
-        lambda v: v >= 0,
-        "0 or more",
-    ),
-    ("seed environment.seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
-    (
-        "objective.alpha teacher.ema_rate teacher.trust_region evaluation.min_p "
-        "environment.max_failed_share",
-        lambda v: 0 <= v <= 1,
-        "from 0 to 1",
-    ),
-    ("optimizer.b1 optimizer.b2", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("evaluation.top_p environment.public_share", lambda v: 0 < v <= 1, "above 0, at most 1"),
-    (
-        "objective.clip_low environment.held_out_share",
-        lambda v: 0 < v < 1,
-        "above 0 and below 1",
-    ),
-    (_CAPS, lambda v: v > 0, "above 0"),
-    ("objective.dual_clip", lambda v: v > 1, "above 1"),
-    (
-        "rollout.temperature optimizer.learning_rate lora.alpha environment.deadline_seconds",
-        lambda v: 0 < v < math.inf,
-        "above 0, finite",
-    ),
-    ("evaluation.temperature optimizer.weight_decay", lambda v: 0 <= v < math.inf, "0 or more"),
-    ("teacher.success_threshold", math.isfinite, "a finite number"),
-)
 
 
 class _Problem(NamedTuple):
@@ -322,61 +275,12 @@ def _convert(kind: Any, raw: Any) -> Any:
 
 def _checks(config: Config) -> Iterator[_Problem]:
     leaves = _leaves(config)
-    for keys, holds, expectation in _RANGES:
-        for key in keys.split():
-            if key in leaves and not holds(leaves[key]):
-                yield _Problem(f"{_toml(leaves[key])}, expected {expectation}", key)
-    for key, others, expectation in _cross_checks(config):
+    for key, expectation in out_of_range(leaves):
+        yield _Problem(f"{_toml(leaves[key])}, expected {expectation}", key)
+    for key, others, expectation in contradictions(config):
         text = f"{_toml(leaves[key])}, expected {expectation}"
         tags = [f"{section}.{union.tag}" for section, union in _UNIONS.items()]
         yield _Problem(text, key, (*others.split(), *tags))
-
-
-def _cross_checks(c: Config) -> Iterator[tuple[str, str, str]]:
-    """Yields key, the other keys that take part, expectation."""
-    prompts, (total, held_out) = c.rollout.prompts_per_step, _prompt_counts(c.environment)
-    rows, rows_key = prompts, "rollout.prompts_per_step"
-    if isinstance(c.objective, SftObjective):
-        rows, rows_key = c.data.rows_per_step, "data.rows_per_step"
-    elif prompts > total:
-        yield rows_key, "environment.train_prompts", f"at most environment.train_prompts ({total})"
-    if c.train.mini_batches > 0 and rows % c.train.mini_batches:
-        yield "train.mini_batches", rows_key, f"a divisor of {rows_key} ({rows})"
-    if c.evaluation.prompts > held_out:
-        others = "environment.held_out_prompts"
-        yield "evaluation.prompts", others, f"at most {others} ({held_out})"
-    updates = c.train.steps * c.train.mini_batches
-    if c.optimizer.schedule == "cosine" and c.optimizer.warmup_steps >= updates:
-        text = f"below the run's {updates} updates with the cosine schedule"
-        others = "train.steps train.mini_batches optimizer.schedule"
-        yield "optimizer.warmup_steps", others, text
-    if isinstance(c.objective, GrpoObjective) and c.rollout.rollouts_per_prompt < 2:
-        text = "at least 2 with grpo: an advantage compares siblings"
-        yield "rollout.rollouts_per_prompt", "", text
-    if isinstance(c.objective, SdpoObjective):
-        yield from _teacher_checks(c)
-
-
-def _prompt_counts(environment: EnvironmentConfig) -> tuple[float, float]:
-    """Prompts to learn from and to evaluate on; those of a file are not known before it is read."""
-    own = {f.name: getattr(environment, f.name) for f in fields(environment)}
-    return own.get("train_prompts", math.inf), own.get("held_out_prompts", math.inf)
-
-
-def _teacher_checks(c: Config) -> Iterator[tuple[str, str, str]]:
-    shown, question = c.teacher.demonstration != "none", c.rollout.max_prompt_tokens
-    if not shown and not c.teacher.feedback:
-        text = '"first", "shortest" or "random", or teacher.feedback = true: '
-        text += "the teacher would see what the student sees"
-        yield "teacher.demonstration", "teacher.feedback", text
-    if shown and c.teacher.exclude_own_success and c.rollout.rollouts_per_prompt < 2:
-        others = "teacher.demonstration teacher.exclude_own_success"
-        text = 'at least 2 (a demonstration is a sibling\'s), or teacher.demonstration = "none"'
-        yield "rollout.rollouts_per_prompt", others, text
-    if c.teacher.max_prompt_tokens < question:
-        others = "rollout.max_prompt_tokens"
-        text = f"at least {others} ({question}): the re-prompt repeats the question"
-        yield "teacher.max_prompt_tokens", others, text
 
 
 def _kinds() -> Tree:

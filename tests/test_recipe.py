@@ -106,7 +106,7 @@ def test_values_land_where_they_are_named(tmp_path: Path):
     assert config.seed == 3
     assert config.objective == GrpoObjective(clip_low=0.1)
     assert type(config.optimizer.learning_rate) is float
-    assert config.environment.families == ("a", "b")
+    assert config.environment == ToolCallsEnvironment(families=("a", "b"))
     assert config.teacher.feedback is False
 
 
@@ -219,7 +219,7 @@ def test_an_option_may_choose_the_objective_or_empty_a_list(tmp_path: Path):
     for words in (["--environment.families"], ["--environment.families="]):
         config = recipe.load_recipe(path, ["--objective.name", "grpo", *words])
         assert config.objective == GrpoObjective()
-        assert config.environment.families == ()
+        assert config.environment == ToolCallsEnvironment()
 
 
 @pytest.mark.parametrize(

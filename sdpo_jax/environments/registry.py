@@ -131,6 +131,7 @@ def _mcq(config: McqEnvironment) -> Environment:
         sides = load_quartz(config.seed)
     else:
         sides = load_sciknoweval(config.source, config.on_error, own_wording=config.own_wording)
+        _tell(sides.problems)
     return Mcq(sides.train, sides.held_out, say_wrong=config.say_wrong)
 
 
@@ -139,6 +140,7 @@ def _math(config: MathEnvironment) -> Environment:
     from sdpo_jax.environments.math_answers import Math, load_math
 
     sides = load_math(config.train, config.held_out, config.on_error)
+    _tell(sides.problems)
     return Math(
         sides.train,
         sides.held_out,
@@ -152,6 +154,7 @@ def _tool_use(config: ToolUseEnvironment) -> Environment:
     from sdpo_jax.environments.tool_use import ToolUse, load_tool_use
 
     sides = load_tool_use(config.train, config.held_out, config.on_error)
+    _tell(sides.problems)
     return ToolUse(sides.train, sides.held_out, reveal_expected=config.reveal_expected)
 
 
