@@ -178,13 +178,13 @@ def _env(words: list[str]) -> int:
 
 def _env_check(path: Path, options: list[str]) -> int:
     """Prints the table; 2 if there is a problem."""
-    from sdpo_jax.environments.check import check, report
-    from sdpo_jax.environments.registry import make_environment
-    from sdpo_jax.environments.settings import (
+    from sdpo_jax.config_environments import (
         CodeEnvironment,
         FileEnvironment,
         NanoCodeEnvironment,
     )
+    from sdpo_jax.environments.check import check, report
+    from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.recipe import load_recipe
 
     _quiet_libraries()

@@ -7,7 +7,7 @@ tagged unions: each has its own settings, and a setting of another one is a prob
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sdpo_jax.environments.settings import EnvironmentConfig, ToolCallsEnvironment
+from sdpo_jax.config_environments import EnvironmentConfig, ToolCallsEnvironment
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sdpo_jax.config_environments import BfclEnvironment
 from sdpo_jax.environments import bfcl
 from sdpo_jax.environments.base import Outcome
 from sdpo_jax.environments.bfcl import Bfcl, Row, is_held_out, load_rows, question, reference_call
@@ -22,7 +23,6 @@ from sdpo_jax.environments.function_calls import (
     write_call,
 )
 from sdpo_jax.environments.registry import make_environment
-from sdpo_jax.environments.settings import BfclEnvironment
 from sdpo_jax.errors import UserError
 
 FUNCTION = {

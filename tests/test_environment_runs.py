@@ -1,40 +1,15 @@
 """Environments through the command line: training, evaluation, feedback, the sandbox."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib import util
-from pathlib import Path
 
 import pytest
+from command import ROOT, need, sdpo
 
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 
-ROOT = Path(__file__).parent.parent
 GENERATORS = ["basic_arithmetic", "chain_sum", "count_bits", "letter_counting", "number_sorting"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def need(*packages):
-    missing = [name for name in packages if util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-
-
-def sdpo(*words):
-    """Its output; one device, as on a user's machine."""
-    paths = [str(ROOT), str(ROOT / "models"), os.environ.get("PYTHONPATH", "")]
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, "-m", "sdpo_jax.cli", *map(str, words)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def rows(run_dir):

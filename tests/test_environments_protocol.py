@@ -11,10 +11,7 @@ import pytest
 import tiny
 
 from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
-from sdpo_jax.environments.base import Outcome, Prompt, not_graded
-from sdpo_jax.environments.grading import Grader, grade_all, refuse_failures
-from sdpo_jax.environments.registry import ENVIRONMENTS, make_environment, settings_of
-from sdpo_jax.environments.settings import (
+from sdpo_jax.config_environments import (
     BfclEnvironment,
     EnvironmentConfig,
     FileEnvironment,
@@ -23,6 +20,9 @@ from sdpo_jax.environments.settings import (
     ToolCallsEnvironment,
     ToolUseEnvironment,
 )
+from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.environments.grading import Grader, grade_all, refuse_failures
+from sdpo_jax.environments.registry import ENVIRONMENTS, make_environment, settings_of
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import Graded, accuracy_metrics, environment_metrics
 from sdpo_jax.losses.policy_gradient import group_advantages

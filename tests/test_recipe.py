@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_jax import recipe
+from sdpo_jax import recipe, recipe_checks
 from sdpo_jax.config import (
     CheckpointConfig,
     Config,
@@ -23,7 +23,7 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.environments.settings import ToolCallsEnvironment
+from sdpo_jax.config_environments import ToolCallsEnvironment
 from sdpo_jax.errors import UserError
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -370,7 +370,7 @@ def test_the_ends_of_the_ranges_are_sound(config: Config):
 
 
 def test_every_number_has_exactly_one_range():
-    ranged = [key for keys, _, _ in recipe._RANGES for key in keys.split()]
+    ranged = [key for keys, _, _ in recipe_checks._RANGES for key in keys.split()]
     numbers = [key for key, kind in recipe._kinds().items() if kind in (int, float)]
     assert sorted(ranged) == sorted(numbers)
 

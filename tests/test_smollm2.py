@@ -5,17 +5,13 @@ and bfcl-eval (tasks), which `.ci/run` installs.
 """
 
 import json
-import os
-import subprocess
-import sys
 from importlib import util
-from pathlib import Path
 
 import pytest
+from command import ROOT, sdpo
 
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 
-ROOT = Path(__file__).parent.parent
 SHORT = """--train.steps 2 --optimizer.warmup-steps 1 --evaluation.prompts 4
     --evaluation.samples-per-prompt 1 --evaluation.batch-prompts 4"""
 SIBLINGS = "--rollout.prompts-per-step 2 --rollout.rollouts-per-prompt 4"
@@ -26,19 +22,6 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
 ]
-
-
-def sdpo(*words):
-    """One device: on the eight of the tests, weights would lie in memory eight times."""
-    paths = [str(ROOT), str(ROOT / "models"), os.environ.get("PYTHONPATH", "")]
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, "-m", "sdpo_jax.cli", *map(str, words)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def train(recipe, run_dir, *more):

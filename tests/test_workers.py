@@ -7,10 +7,10 @@ import time
 
 import pytest
 
+from sdpo_jax.config_environments import FileEnvironment
 from sdpo_jax.environments import workers
 from sdpo_jax.environments.grading import Grader
 from sdpo_jax.environments.registry import build, make_environment
-from sdpo_jax.environments.settings import FileEnvironment
 from sdpo_jax.errors import UserError
 
 SOURCE = """

@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from sdpo_jax.environments.base import Environment, NeedsWorker, Prompt
-from sdpo_jax.environments.grading import own_traceback, place_of
-from sdpo_jax.environments.settings import (
+from sdpo_jax.config_environments import (
     BfclEnvironment,
     CodeEnvironment,
     EnvironmentConfig,
@@ -23,6 +21,8 @@ from sdpo_jax.environments.settings import (
     ToolCallsEnvironment,
     ToolUseEnvironment,
 )
+from sdpo_jax.environments.base import Environment, NeedsWorker, Prompt
+from sdpo_jax.environments.grading import own_traceback, place_of
 from sdpo_jax.errors import UserError
 
 

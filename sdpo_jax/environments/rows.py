@@ -142,13 +142,18 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 def _json(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8").strip())
+        return json.loads(raw.decode("utf-8").strip(), parse_constant=no_constant)
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
         raise BadRow(f"invalid JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; a number with too many digits
         raise BadRow(f"unreadable JSON: {error}") from None
+
+
+def no_constant(name: str) -> None:
+    """For `json.loads`: NaN and the infinities are no JSON, and a test on NaN can never pass."""
+    raise ValueError(f"{name} is no JSON value")
 
 
 def get(row: Mapping[str, Any], key: str, where: str = "") -> Any:

@@ -23,19 +23,18 @@ import pickletools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from sdpo_jax.environments.code.asserts import convert_asserts
 from sdpo_jax.environments.code.problems import Case, Equals, Prints, Problem
+from sdpo_jax.environments.rows import BadRow, Rows, no_constant, read_rows
 from sdpo_jax.environments.sandbox.protocol import Call, Limits, Run
-from sdpo_jax.errors import UserError
 
 MAX_BYTES = 512 * 2**20
 """Of one row's hidden tests, unpacked: a small file can unpack to any size."""
 DEFAULT_LIMITS = Limits()
 SECONDS = 6.0
 """For each test where the row says nothing, as in LiveCodeBench."""
-_SHOWN = 20
 _FRAMES = ("PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT")
 _STRINGS = ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE")
 _FORM = (
@@ -46,20 +45,9 @@ _STDIN = "It reads standard input and writes standard output."
 _FUNCTION = "It defines `{name}`, which the tests call."
 
 
-class Problems(NamedTuple):
-    """The good rows of a file, and a line for each bad one: `file:line: reason`."""
-
-    rows: list[Problem]
-    problems: list[str]
-
-
-class _BadRow(Exception):
-    """Why a row cannot be used."""
-
-
 def read_problems(
     path: str | Path, on_error: Literal["stop", "skip"] = "stop", *, limits: Limits = DEFAULT_LIMITS
-) -> Problems:
+) -> Rows[Problem]:
     """Reads and validates a whole file; rows of both kinds may be mixed.
 
     Args:
@@ -71,75 +59,35 @@ def read_problems(
     Raises:
       UserError: the file cannot be read, has no usable row, or has a bad row under `stop`.
     """
-    path = Path(path)
-    rows: list[Problem] = []
-    problems: list[str] = []
-    first_line: dict[str, int] = {}
-    for number, raw in enumerate(_read(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            row = _problem(_json(raw, "the line"), f"{path.name}:{number}", limits)
-            if row.id in first_line:
-                raise _BadRow(f'id "{row.id}" is taken by line {first_line[row.id]}')
-        except _BadRow as reason:
-            problems.append(f"{path}:{number}: {reason}")
-        else:
-            first_line[row.id] = number
-            rows.append(row)
-    if not rows and not problems:
-        raise UserError(f"{path}: no rows, expected one problem a line, as JSON")
-    if problems and (on_error == "stop" or not rows):
-        raise UserError(_summary(path, problems, bool(rows)))
-    return Problems(rows, problems)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}), expected JSONL with problems"
-        ) from error
-
-
-def _summary(path: Path, problems: list[str], some_good: bool) -> str:
-    lines = [f"{path}: {len(problems)} bad row{'s' if len(problems) > 1 else ''}"]
-    lines += [f"  {problem}" for problem in problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        lines.append(f"  ... and {len(problems) - _SHOWN} more")
-    remedy = 'mend them, or leave them out with on_error = "skip"'
-    return "\n".join([*lines, remedy if some_good else "no usable row is left"])
+    return read_rows(
+        path,
+        lambda row, place: _problem(row, place, limits),
+        on_error,
+        form="one problem, as JSON,",
+        content="problems",
+    )
 
 
 def _json(raw: bytes | str, what: str) -> Any:
     try:
-        return json.loads(raw, parse_constant=_no_constant)
+        return json.loads(raw, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise _BadRow(f"{what} is not JSON ({error})") from None
-
-
-def _no_constant(name: str) -> None:
-    # Nothing equals NaN, and no program can return it: such a test could never pass.
-    raise ValueError(f"{name} is no JSON value")
+        raise BadRow(f"{what} is not JSON ({error})") from None
 
 
 def _get(row: Mapping[str, Any], key: str, kind: type[str] | type[list]) -> Any:
     if not isinstance(row.get(key), kind):
         expected = {str: "a string", list: "a list"}[kind]
-        raise _BadRow(f"{key}: expected {expected}, got {type(row.get(key)).__name__}")
+        raise BadRow(f"{key}: expected {expected}, got {type(row.get(key)).__name__}")
     return row[key]
 
 
-def _problem(row: Any, place: str, limits: Limits) -> Problem:
-    if not isinstance(row, dict):
-        raise _BadRow(f"expected an object, got {type(row).__name__}")
-    fields = cast("dict[str, Any]", row)
+def _problem(fields: dict[str, Any], place: str, limits: Limits) -> Problem:
     if "question_content" in fields:
         return _live_code_bench(fields, limits)
     if "tests" in fields:
         return _plain(fields, place, limits)
-    raise _BadRow("expected question_content (LiveCodeBench) or tests (plain), found neither")
+    raise BadRow("expected question_content (LiveCodeBench) or tests (plain), found neither")
 
 
 def _live_code_bench(row: Mapping[str, Any], limits: Limits) -> Problem:
@@ -147,7 +95,7 @@ def _live_code_bench(row: Mapping[str, Any], limits: Limits) -> Problem:
     metadata = row.get("metadata") or {}
     metadata = _json(metadata, "metadata") if isinstance(metadata, str) else metadata
     if not isinstance(metadata, dict):
-        raise _BadRow("metadata: expected an object or its JSON text")
+        raise BadRow("metadata: expected an object or its JSON text")
     function = cast("dict[str, Any]", metadata).get("func_name")
     cases = [
         _tested(test, function, public)
@@ -165,13 +113,13 @@ def _live_code_bench(row: Mapping[str, Any], limits: Limits) -> Problem:
 
 def _list(tests: Any) -> list[Any]:
     if not isinstance(tests, list):
-        raise _BadRow(f"test cases: expected a list, got {type(tests).__name__}")
+        raise BadRow(f"test cases: expected a list, got {type(tests).__name__}")
     return cast("list[Any]", tests)
 
 
 def _tested(test: Any, function: Any, public: bool) -> Case:
     if not isinstance(test, dict):
-        raise _BadRow("a test: expected an object with input, output and testtype")
+        raise BadRow("a test: expected an object with input, output and testtype")
     fields = cast("dict[str, Any]", test)
     given, expected = _get(fields, "input", str), _get(fields, "output", str)
     return _case(fields.get("testtype"), given, expected, function)._replace(public=public)
@@ -181,11 +129,11 @@ def _plain(row: Mapping[str, Any], place: str, limits: Limits) -> Problem:
     tests = row["tests"]
     tests = _json(tests, "tests") if isinstance(tests, str) else tests
     if not isinstance(tests, dict):
-        raise _BadRow("tests: expected an object or its JSON text")
+        raise BadRow("tests: expected an object or its JSON text")
     fields = cast("dict[str, Any]", tests)
     inputs, outputs = _get(fields, "inputs", list), _get(fields, "outputs", list)
     if len(inputs) != len(outputs):
-        raise _BadRow(f"tests: {len(inputs)} inputs, {len(outputs)} outputs; expected as many")
+        raise BadRow(f"tests: {len(inputs)} inputs, {len(outputs)} outputs; expected as many")
     kind, function = fields.get("testtype"), fields.get("fn_name")
     if kind == "code":
         cases = [case for text in inputs for case in _assert_cases(text, function)]
@@ -193,7 +141,7 @@ def _plain(row: Mapping[str, Any], place: str, limits: Limits) -> Problem:
         cases = [_case(kind, *pair, function) for pair in zip(inputs, outputs, strict=True)]
     seconds = fields.get("time_limit") or SECONDS
     if type(seconds) not in (int, float) or not 0 < seconds <= 600:
-        raise _BadRow(f"time_limit: {seconds!r}, expected seconds above 0 and up to 600")
+        raise BadRow(f"time_limit: {seconds!r}, expected seconds above 0 and up to 600")
     limits = limits._replace(
         cpu_seconds=float(seconds), wall_seconds=max(limits.wall_seconds, 5.0 * seconds)
     )
@@ -203,7 +151,7 @@ def _plain(row: Mapping[str, Any], place: str, limits: Limits) -> Problem:
 
 def _made(name: str, content: str, cases: Sequence[Case], function: Any, limits: Limits) -> Problem:
     if not cases:
-        raise _BadRow("no tests")
+        raise BadRow("no tests")
     task = _FUNCTION.format(name=function) if function else _STDIN
     form = _FORM.format(task=task, seconds=limits.cpu_seconds)
     return Problem(name, f"{content}\n\n{form}", tuple(cases), limits=limits)
@@ -212,12 +160,12 @@ def _made(name: str, content: str, cases: Sequence[Case], function: Any, limits:
 def _case(kind: Any, given: Any, expected: Any, function: Any) -> Case:
     if kind == "stdin":
         if not isinstance(given, str) or not isinstance(expected, str):
-            raise _BadRow("a stdin test: expected input and output as strings")
+            raise BadRow("a stdin test: expected input and output as strings")
         return Case(Run(given), Prints(expected), given, expected)
     if kind != "functional":
-        raise _BadRow(f"testtype: {kind!r}, expected stdin, functional or code")
+        raise BadRow(f"testtype: {kind!r}, expected stdin, functional or code")
     if not isinstance(function, str) or not function.isidentifier():
-        raise _BadRow(f"a functional test needs the function's name, got {function!r}")
+        raise BadRow(f"a functional test needs the function's name, got {function!r}")
     value = _json(expected, "an output") if isinstance(expected, str) else expected
     arguments, keywords = _arguments(given)
     shown = given if isinstance(given, str) else json.dumps(given)
@@ -234,7 +182,7 @@ def _arguments(given: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(given, list):
         return tuple(cast("list[Any]", given)), {}
     if not isinstance(given, str):
-        raise _BadRow("an input: expected JSON values as text, a list or an object")
+        raise BadRow("an input: expected JSON values as text, a list or an object")
     decoder, values, at = json.JSONDecoder(), list[Any](), 0
     while at < len(given):
         if given[at].isspace():
@@ -243,18 +191,18 @@ def _arguments(given: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         try:
             value, at = decoder.raw_decode(given, at)
         except (ValueError, RecursionError) as error:
-            raise _BadRow(f"an input is not JSON values one after the other ({error})") from None
+            raise BadRow(f"an input is not JSON values one after the other ({error})") from None
         values.append(value)
     return tuple(values), {}
 
 
 def _assert_cases(text: Any, function: Any) -> list[Case]:
     if not isinstance(text, str) or not isinstance(function, str):
-        raise _BadRow("a code test: expected Python text and fn_name")
+        raise BadRow("a code test: expected Python text and fn_name")
     try:
         return convert_asserts(text, [function])
     except (SyntaxError, ValueError) as error:
-        raise _BadRow(f"a code test is no Python that can be read ({error})") from None
+        raise BadRow(f"a code test is no Python that can be read ({error})") from None
 
 
 def hidden_tests(packed: str) -> Any:
@@ -271,7 +219,7 @@ def hidden_tests(packed: str) -> Any:
         try:
             data = step(data)
         except (ValueError, binascii.Error, zlib.error) as error:
-            raise _BadRow(f"private_test_cases is neither JSON nor {what} ({error})") from None
+            raise BadRow(f"private_test_cases is neither JSON nor {what} ({error})") from None
     return _json(data, "private_test_cases")
 
 
