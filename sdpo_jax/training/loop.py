@@ -187,7 +187,8 @@ def show_summary(config: Config, summary: dict[str, Any], console: Console, run_
 def next_steps(config: Config, run_dir: Path) -> list[str]:
     """Commands that make sense after this run."""
     steps = [f"sdpo eval {run_dir}", f"tensorboard --logdir {run_dir}/tensorboard"]
-    if config.objective.name == "sdpo" and config.model.path == "nano":
+    requests = config.model.path == "nano" and config.environment.kind == "tool_calls"
+    if config.objective.name == "sdpo" and requests:
         steps.insert(0, "sdpo train configs/nano_grpo.toml   # the baseline on the same budget")
     if config.objective.name == "sft":
         steps.append(f"sdpo train RECIPE --model.path {run_dir}   # a second stage from here")
