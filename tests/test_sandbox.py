@@ -28,7 +28,9 @@ from sdpo_jax.errors import UserError
 
 MARK = "sdpo-secret-7f3a91"
 LIMITS = Limits(cpu_seconds=0.4, wall_seconds=1.5, memory_mb=256, processes=32, file_mb=8)
-TIERS = ["bubblewrap", "landlock"]
+# The fallback runs with the slow tests where bubblewrap is there.
+_fallback = [pytest.mark.slow] if shutil.which("bwrap") else []
+TIERS = ["bubblewrap", pytest.param("landlock", marks=_fallback)]
 
 
 class World:

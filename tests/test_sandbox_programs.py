@@ -21,7 +21,9 @@ from sdpo_jax.environments.sandbox import (
 from sdpo_jax.environments.sandbox.client import LocalSandbox
 from sdpo_jax.errors import UserError
 
-TIERS = ["bubblewrap", "landlock", "unsafe-local"]
+# The fallback runs with the slow tests where bubblewrap is there.
+_fallback = [pytest.mark.slow] if shutil.which("bwrap") else []
+TIERS = ["bubblewrap", pytest.param("landlock", marks=_fallback), "unsafe-local"]
 QUICK = Limits(cpu_seconds=1.0, wall_seconds=5.0)
 
 HONEST = {
