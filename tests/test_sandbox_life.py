@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -244,6 +245,18 @@ def test_a_failing_bwrap_names_the_user_namespaces(
         open_sandbox("bubblewrap")
     for words in ("No permissions", "max_user_namespaces", "securityContext"):
         assert words in str(refused.value)
+
+
+def test_a_mount_that_the_boxes_own_tmp_would_hide_is_refused() -> None:
+    if not shutil.which("bwrap"):
+        pytest.skip("bwrap is not installed: the bubblewrap tier is NOT tested here")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        with pytest.raises(UserError, match=rf"{folder} lies below /tmp"):
+            open_sandbox("bubblewrap", mounts=(str(folder),))
+    finally:
+        folder.rmdir()
 
 
 def test_unsafe_local_warns_each_time(caplog: pytest.LogCaptureFixture) -> None:

@@ -42,6 +42,11 @@ def bubblewrap(mounts: Sequence[str]) -> boxes.Plan:
     needed = _readable_by_all(mounts)
     if not _beneath(found.prefix, "/usr"):
         needed = (found.prefix, *needed)
+    for path in needed:
+        if _beneath(path, "/tmp"):
+            raise TierError(
+                f"{path} lies below /tmp, which each box has for itself; take a folder elsewhere"
+            )
     known = subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False).stdout
     return _plan("bubblewrap", found, needed, mounts)._replace(
         bwrap=bwrap, disable_userns="--disable-userns" in known, landlock=True
