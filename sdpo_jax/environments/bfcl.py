@@ -15,7 +15,6 @@ deeply nested answers are refused. What makes the checker itself fail is refused
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from sdpo_jax.environments.function_calls import (
     parse_call,
     write_call,
 )
+from sdpo_jax.environments.packages import package_folder
 from sdpo_jax.errors import UserError
 
 QUESTIONS = "BFCL_v4_simple_python.json"
@@ -145,12 +145,8 @@ def load_rows(folder: Path | None = None) -> list[Row]:
 
 def data_folder() -> Path:
     """The package's data, found without importing it."""
-    spec = util.find_spec("bfcl_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f'environment.kind = "bfcl" reads its data from the package bfcl-eval: {_INSTALL}'
-        )
-    return Path(spec.submodule_search_locations[0]) / "data"
+    missing = f'environment.kind = "bfcl" reads its data from the package bfcl-eval: {_INSTALL}'
+    return package_folder("bfcl_eval", missing) / "data"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from sdpo_jax.environments.base import Environment, HasReferences, Outcome, Prompt
 from sdpo_jax.environments.grading import Grader
+from sdpo_jax.environments.hygiene import ADDRESS
 
 SAMPLE = 16
 """Prompts of each side that are tried, evenly spread."""
 LONG_FEEDBACK = 4000
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+|\b0x[0-9a-fA-F]{9,}")
 
 WRONG: tuple[tuple[str, Callable[[Prompt], str]], ...] = (
     ("empty", lambda prompt: ""),
@@ -199,7 +199,7 @@ def _feedback(
     blank = sum(not text.strip() for _, text in said)
     problem = ""
     for prompt, text in said:
-        dirty = _CONTROLS.search(text) or _ADDRESS.search(text)
+        dirty = _CONTROLS.search(text) or ADDRESS.search(text)
         if dirty and not problem:
             problem = (
                 f"feedback to {prompt.id!r} holds {dirty[0]!r}; clean what you quote "

@@ -29,8 +29,10 @@ _CONTROLS = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
+ADDRESS = re.compile(r"(?<=\bat )0x[0-9a-fA-F]+|\b0x[0-9a-fA-F]{9,}")
+"""Of an object in memory, which changes from run to run."""
 _NOISE = (
-    (re.compile(r"(?<=\bat )0x[0-9a-fA-F]+|\b0x[0-9a-fA-F]{9,}"), "0x..."),
+    (ADDRESS, "0x..."),
     (
         re.compile(r"/(?:(?:private/)?(?:var/)?(?:tmp|folders)|dev/shm)/[^\s\"'`<>():;,]+"),
         "/tmp/...",

@@ -34,8 +34,7 @@ from sdpo_jax.environments.rows import (
     Split,
     check_sides,
     get,
-    joined,
-    read_rows,
+    read_sides,
     row_id,
     text,
     type_name,
@@ -261,11 +260,7 @@ def load_math(
     Raises:
       UserError: a file is missing, or holds bad rows.
     """
-    first, second = (
-        read_rows(path, parse_row, on_error, form=_FORM, content="problems")
-        for path in (train, held_out)
-    )
-    return joined(first, second)
+    return read_sides(train, held_out, parse_row, on_error, form=_FORM, content="problems")
 
 
 def parse_row(row: dict[str, Any], place: str) -> Problem:

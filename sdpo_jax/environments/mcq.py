@@ -20,7 +20,6 @@ Departures from the reference's graders (lasgroup/SDPO, `verl/utils/reward_score
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib import util
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
@@ -33,18 +32,18 @@ from sdpo_jax.environments.answer_forms import (
     without_thinking,
 )
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.packages import package_folder
 from sdpo_jax.environments.rows import (
     BadRow,
     Split,
     check_sides,
     get,
     is_held_out,
-    joined,
     read_rows,
+    read_sides,
     row_id,
     text,
 )
-from sdpo_jax.errors import UserError
 
 _OPTION = re.compile(r" ?([A-Z]): ?(.*)")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
@@ -171,11 +170,8 @@ def load_sciknoweval(
         return question if own_wording else question._replace(messages=())
 
     form = '{"idx": ..., "prompt": "...\\n\\nA: ...\\nB: ...", "answer": "A"}'
-    train, held_out = (
-        read_rows(folder / f"{side}.jsonl", parse, on_error, form=form, content="questions")
-        for side in ("train", "test")
-    )
-    return joined(train, held_out)
+    files = folder / "train.jsonl", folder / "test.jsonl"
+    return read_sides(*files, parse, on_error, form=form, content="questions")
 
 
 def _sciknoweval(row: Mapping[str, Any], name: str) -> Question:
@@ -223,12 +219,8 @@ def load_quartz(seed: int = 0) -> Split[Question]:
     Raises:
       UserError: the package or the file is missing, or a row is not as expected.
     """
-    spec = util.find_spec("evals")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f'environment.kind = "quartz" reads its data from the package evals: {_INSTALL}'
-        )
-    path = Path(spec.submodule_search_locations[0]) / _QUARTZ
+    missing = f'environment.source = "quartz" reads its data from the package evals: {_INSTALL}'
+    path = package_folder("evals", missing) / _QUARTZ
     form = '{"input": [..., {"content": "..."}], "ideal": "A"}'
     rows = read_rows(path, _quartz, "stop", form=form, content=f"QuaRTz ({_INSTALL})").rows
     seen: dict[str, int] = {}

@@ -9,6 +9,7 @@ import difflib
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
 
@@ -86,9 +87,19 @@ def read_rows(
     return Rows(rows, problems)
 
 
-def joined(train: Rows[Row], held_out: Rows[Row]) -> Split[Row]:
-    """Two files as the sides of a split."""
-    return Split(train.rows, held_out.rows, [*train.problems, *held_out.problems])
+def read_sides(
+    train: str | Path,
+    held_out: str | Path,
+    parse: Callable[[dict[str, Any], str], Row],
+    on_error: Literal["stop", "skip"],
+    *,
+    form: str,
+    content: str,
+) -> Split[Row]:
+    """`read_rows` of a file to learn from and one to evaluate on."""
+    read = partial(read_rows, parse=parse, on_error=on_error, form=form, content=content)
+    first, second = read(train), read(held_out)
+    return Split(first.rows, second.rows, [*first.problems, *second.problems])
 
 
 def _parsed(

@@ -32,8 +32,7 @@ from sdpo_jax.environments.rows import (
     chat,
     check_sides,
     get,
-    joined,
-    read_rows,
+    read_sides,
     row_id,
     text,
     type_name,
@@ -264,11 +263,8 @@ def load_tool_use(
     Raises:
       UserError: a file is missing, or holds bad rows.
     """
-    first, second = (
-        read_rows(path, parse_row, on_error, form=_ROW_FORM, content="tool-use tasks")
-        for path in (train, held_out)
-    )
-    return joined(first, second)
+    content = "tool-use tasks"
+    return read_sides(train, held_out, parse_row, on_error, form=_ROW_FORM, content=content)
 
 
 def parse_row(row: dict[str, Any], place: str) -> Task:

