@@ -47,7 +47,7 @@ from sdpo_jax.training.batch import (
 )
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience
-from sdpo_jax.training.objectives import GrpoUpdates, Part, SdpoUpdates, make_update
+from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
 from sdpo_jax.training.parameters import full
 from sdpo_jax.training.sources import DemonstrationSource
 from sdpo_jax.training.state import (
@@ -66,6 +66,8 @@ from sdpo_jax.training.step import (
     teacher_forward,
     train_step,
 )
+from sdpo_jax.training.teacher_pass import TeacherPass
+from sdpo_jax.training.updates import Part, make_update
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
@@ -190,7 +192,8 @@ SIGNAL = [1, 2, 3, 5]
 def sdpo_updates(run, prompts=None, reduction: Reduction = "token_mean"):
     prompts = prompts or TeacherPrompts(run.config.teacher, TOKENIZER)
     objective = SdpoObjective(alpha=ALPHA, reduction=reduction)
-    return SdpoUpdates(run.config, objective, run.devices, run.form, prompts, run.forward, run.head)
+    passes = TeacherPass(run.config, run.devices, run.form, run.forward, run.head)
+    return SdpoUpdates(run.config, objective, prompts, passes)
 
 
 def the_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = "token_mean"):

@@ -26,7 +26,7 @@ from sdpo_jax.training.batch import (
 )
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience, collect
-from sdpo_jax.training.objectives import Part, Update, make_update
+from sdpo_jax.training.updates import Part, Update, make_update
 
 
 class UpdateMaker(Protocol):

@@ -44,6 +44,7 @@ from sdpo_jax.training.step import (
     teacher_forward,
     train_step,
 )
+from sdpo_jax.training.teacher_pass import TeacherPass
 
 LoadParams: TypeAlias = Callable[[], Params]
 """Loads a run's initial weights."""
@@ -121,9 +122,8 @@ class Trainer:
         if isinstance(objective, SdpoObjective):
             forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)
             head = devices.jit(model.head, out_shardings=devices.head)
-            updates = SdpoUpdates(
-                config, objective, devices, self.form, teacher_prompts, forward, head
-            )
+            teacher_pass = TeacherPass(config, devices, self.form, forward, head)
+            updates = SdpoUpdates(config, objective, teacher_prompts, teacher_pass)
         else:
             updates = GrpoUpdates(config, objective, devices, self.form)
         prompts = prompt_batches(

@@ -1,0 +1,104 @@
+"""The teacher's forward over the student's own responses, and the update that distils it."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdpo_jax.config import Config
+from sdpo_jax.devices import Devices
+from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
+from sdpo_jax.model import Params
+from sdpo_jax.training.batch import Form, MicroBatchPlan, Pair, make_sequences, make_tokens
+from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.experience import Experience
+from sdpo_jax.training.step import Sequences
+from sdpo_jax.training.updates import Part, Update, make_update, token_count
+
+TeacherForward = Callable[[Params, Sequences], jax.Array]
+"""`(params, sequences) -> [D, n, c, width]`, compiled: `step.teacher_forward` of a model."""
+
+TeacherHead = Callable[[Params], jax.Array]
+"""`params -> [width, V]`, compiled, as the loss wants the head to lie."""
+
+
+class TeacherPass:
+    """Re-scores responses after other prompts; knows nothing of where those come from."""
+
+    def __init__(
+        self,
+        config: Config,
+        devices: Devices,
+        form: Form,
+        forward: TeacherForward,
+        head: TeacherHead,
+    ):
+        self.form = form
+        self._config, self._devices = config, devices
+        self._forward, self._head = forward, head
+
+    def __call__(
+        self,
+        experience: Experience,
+        parts: Sequence[Part],
+        prompts: Sequence[list[int] | None],
+        teacher_params: Params,
+        params: Params,
+        clock: Clock,
+    ) -> list[Update]:
+        """One update for each part.
+
+        All passes run before the first update: the teacher may be the student.
+
+        Args:
+          experience: the responses.
+          parts: their rows that are worth computing.
+          prompts: ids of each row's teacher prompt, `[N]`; those of the parts' rows exist.
+          teacher_params: the teacher's weights.
+          params: the student's; read with a trust region, whose teacher mixes both.
+          clock: counts the teacher's tokens.
+        """
+        weights = [teacher_params]
+        if self._config.teacher.weights == "trust_region":
+            weights.append(params)
+        heads = [self._head(x) for x in weights] if parts else []
+        updates = [self._update(experience, part, prompts, weights, heads, clock) for part in parts]
+        jax.block_until_ready(updates)
+        return updates
+
+    def _update(
+        self,
+        experience: Experience,
+        part: Part,
+        prompts: Sequence[list[int] | None],
+        weights: list[Params],
+        heads: list[jax.Array],
+        clock: Clock,
+    ) -> Update:
+        pairs = [
+            Pair(ids, experience.response_ids[i])
+            for i in part.rows
+            if (ids := prompts[i]) is not None
+        ]
+        clock.count("teacher", token_count(pairs))
+        old = [experience.log_probs[i] for i in part.rows]
+
+        def tokens(micro_batch: MicroBatchPlan) -> SdpoTokens:
+            sequences = make_sequences(pairs, micro_batch, self.form, self._devices)
+            place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
+            hidden = [self._forward(x, sequences) for x in weights]
+            return SdpoTokens(
+                teacher_hidden=hidden[0],
+                targets=place([p.response for p in pairs], dtype=np.int32),
+                old_log_probs=place(old, dtype=np.float32),
+                live_hidden=hidden[1] if len(hidden) > 1 else None,
+            )
+
+        temperature = jnp.float32(self._config.rollout.temperature)
+        constants = SdpoConstants(heads[0], temperature)
+        if len(heads) > 1:
+            coefficient = jnp.float32(self._config.teacher.trust_region)
+            constants = SdpoConstants(heads[0], temperature, heads[1], coefficient)
+        return make_update(part, tokens, constants, self.form, self._devices)

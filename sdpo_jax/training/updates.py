@@ -1,0 +1,99 @@
+"""What one optimiser update is made of: the rows worth computing, packed, with their weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from sdpo_jax.config import Config
+from sdpo_jax.devices import Devices
+from sdpo_jax.training.batch import (
+    Form,
+    MicroBatchPlan,
+    Pair,
+    Reduction,
+    make_sequences,
+    make_tokens,
+    plan,
+    reduction_weights,
+)
+from sdpo_jax.training.experience import Experience
+from sdpo_jax.training.step import Batch, MicroBatch
+
+
+class Update(NamedTuple):
+    """What one optimiser update needs."""
+
+    batch: Batch
+    constants: Any
+    tokens: int
+    """Of prompts and responses, without padding."""
+
+
+class Part(NamedTuple):
+    """The rows of one mini-batch that are worth computing, with their weights."""
+
+    rows: list[int]
+    pairs: list[Pair]  # of the student
+    micro_batches: list[MicroBatchPlan]
+    weights: list[NDArray[np.float32]]  # of each row's tokens
+    denominator: float
+
+
+def cut_into_parts(
+    config: Config,
+    experience: Experience,
+    active: NDArray[np.bool_],
+    worth: NDArray[np.bool_],
+    reduction: Reduction,
+    form: Form,
+) -> list[Part]:
+    """Mini-batches of the rows that are `worth` computing; an empty one makes no update.
+
+    `active` rows count in the reduction; a row that is active but not worth computing has zero
+    gradient. Rows that could not be graded are absent: no denominator knows them.
+    """
+    total, parts, graded = len(experience.texts), list[Part](), experience.graded
+    size = total // config.train.mini_batches
+    for start in range(0, total, size):
+        block = start + np.flatnonzero(graded[start : start + size])
+        kept = np.flatnonzero(worth[block] & active[block])
+        if len(kept) == 0:
+            continue
+        lengths = experience.lengths[block]
+        weights, denominator = reduction_weights(
+            lengths, active[block], int(lengths.max()), reduction
+        )
+        rows = block[kept].tolist()
+        pairs = [Pair(experience.prompt_ids[i], experience.response_ids[i]) for i in rows]
+        spread = [weights[i, : lengths[i]] for i in kept]
+        parts.append(Part(rows, pairs, plan(pairs, form), spread, denominator))
+    return parts
+
+
+def make_update(
+    part: Part,
+    tokens: Callable[[MicroBatchPlan], Any],
+    constants: Any,
+    form: Form,
+    devices: Devices,
+) -> Update:
+    """The student's side of an update; `tokens` makes what the objective knows of each token."""
+    micro_batches = [
+        MicroBatch(
+            make_sequences(part.pairs, micro_batch, form, devices),
+            make_tokens(part.weights, micro_batch, np.float32, devices),
+            tokens(micro_batch),
+            np.int32(micro_batch.filled),  # pyright: ignore[reportArgumentType]
+        )
+        for micro_batch in part.micro_batches
+    ]
+    batch = Batch(micro_batches, jnp.float32(part.denominator))
+    return Update(batch, constants, token_count(part.pairs))
+
+
+def token_count(pairs: Sequence[Pair]) -> int:
+    """Tokens of prompts and responses, without padding."""
+    return sum(len(prompt) + len(response) for prompt, response in pairs)
