@@ -56,6 +56,10 @@ class RolloutConfig:
     slots: int = 0
     """Rollouts decoded at a time, evaluation's too; one that is done hands its slot to the next. 0
     decodes all at once. The result does not depend on it, memory does."""
+    ahead: bool = False
+    """Draw the next step's responses before this step's update and grade them while it runs, for
+    environments that are slow to judge. They are one update old: the ratio to the old probability,
+    capped or clipped by the objective, makes up for it."""
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def compiled(name, mesh, alpha):
         teacher=teacher,
         shardings=shardings,
         step=TrainStep(
+            jit(step.gradient, out_shardings=sums),
             jit(step.start, out_shardings=sums),
             jit(step.accumulate, out_shardings=sums),
             jit(step.finish, out_shardings=(shardings, whole)),

@@ -22,6 +22,11 @@ class Clock:
             spent = time.perf_counter() - start
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
+    def add(self, name: str, other: "Clock") -> None:
+        """Counts what another clock has of a phase, too."""
+        spent = other._seconds.pop(name, 0.0)
+        self._seconds[name] = self._seconds.get(name, 0.0) + spent
+
     def count(self, name: str, tokens: int) -> None:
         """Adds real tokens, without padding, to what phase `name` got through."""
         self._tokens[name] = self._tokens.get(name, 0) + tokens

@@ -1,6 +1,8 @@
 """Where updates come from: graded rollouts of the current student, or demonstrations."""
 
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +27,7 @@ from sdpo_jax.training.batch import (
     reduction_weights,
 )
 from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import Experience, collect
+from sdpo_jax.training.experience import Drawn, Experience, draw, redraw
 from sdpo_jax.training.updates import Part, Update, make_update
 
 
@@ -54,6 +56,10 @@ class Source(Protocol):
         """The updates of a step, with metrics."""
         ...
 
+    def wait(self) -> None:
+        """Returns when no thread uses the environment any more."""
+        ...
+
     def get_state(self) -> dict[str, Any]:
         """The position, JSON-serialisable."""
         ...
@@ -64,7 +70,12 @@ class Source(Protocol):
 
 
 class RolloutSource:
-    """Prompts from the environment, answered by the student, judged by the environment."""
+    """Prompts from the environment, answered by the student, judged by the environment.
+
+    With `rollout.ahead` the next step's responses are drawn before this step's update, and graded
+    in a thread while it runs. The thread calls the environment alone: programs of the device are
+    launched from one thread, in the same order in all processes.
+    """
 
     def __init__(
         self,
@@ -77,12 +88,29 @@ class RolloutSource:
     ):
         self._config, self._prompts, self._environment = config, prompts, environment
         self._tokenizer, self._sampler, self._updates = tokenizer, sampler, updates
+        self._ahead = _Ahead(ThreadPoolExecutor(1)) if config.rollout.ahead else None
 
     def __call__(
         self, params: Params, teacher_params: Params, step: int, clock: Clock
     ) -> tuple[list[Update], dict[str, float]]:
         """Samples, grades, and makes the updates of one generation batch."""
-        experience, metrics = collect(
+        experience, metrics = self._next(params, step, clock).finish(clock)
+        limit = self._config.environment.max_failed_share
+        refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
+        if self._ahead is not None and step < self._config.train.steps:
+            self._ahead.position = self._prompts.get_state()
+            self._ahead.drawn = self._draw(params, step + 1, clock, self._ahead.executor)
+        updates, more = self._updates(experience, params, teacher_params, step=step, clock=clock)
+        return updates, metrics | more | {"generations": step * len(experience.texts)}
+
+    def _next(self, params: Params, step: int, clock: Clock) -> Drawn:
+        if self._ahead is None or self._ahead.drawn is None:
+            return self._draw(params, step, clock, None)
+        drawn, self._ahead.drawn = self._ahead.drawn, None
+        return drawn
+
+    def _draw(self, params: Params, step: int, clock: Clock, executor: Executor | None) -> Drawn:
+        return draw(
             self._config.rollout,
             self._sampler,
             self._tokenizer,
@@ -92,19 +120,43 @@ class RolloutSource:
             seed=self._config.seed,
             step=step,
             clock=clock,
+            executor=executor,
         )
-        limit = self._config.environment.max_failed_share
-        refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
-        updates, more = self._updates(experience, params, teacher_params, step=step, clock=clock)
-        return updates, metrics | more | {"generations": step * len(experience.texts)}
+
+    def wait(self) -> None:
+        """Returns when what was drawn ahead is graded."""
+        if self._ahead is not None and self._ahead.drawn is not None:
+            self._ahead.drawn.wait()
 
     def get_state(self) -> dict[str, Any]:
-        """Position in the prompts."""
-        return self._prompts.get_state()
+        """Position in the prompts; with responses drawn ahead, the one before them, and they."""
+        if self._ahead is None or self._ahead.drawn is None:
+            return self._prompts.get_state()
+        return {**self._ahead.position, "ahead": self._ahead.drawn.to_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved position."""
-        self._prompts.set_state(state)
+        """Goes to a saved position, and takes up what was drawn ahead."""
+        position = {name: value for name, value in state.items() if name != "ahead"}
+        self._prompts.set_state(position)
+        if self._ahead is not None and "ahead" in state:
+            self._ahead.position = position
+            self._ahead.drawn = redraw(
+                self._config.rollout,
+                self._tokenizer,
+                self._environment,
+                next(self._prompts),
+                state["ahead"],
+                clock=Clock(),
+            )
+
+
+@dataclass
+class _Ahead:
+    """What has been drawn for the next step, and where the prompts stood before."""
+
+    executor: Executor
+    drawn: Drawn | None = None
+    position: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class DemonstrationSource:
@@ -167,6 +219,9 @@ class DemonstrationSource:
                     f"demonstration {demonstration.id!r} has {size} tokens; expected at most "
                     f"data.max_tokens = {limit}. Raise it to at least {size} or remove the row."
                 )
+
+    def wait(self) -> None:
+        """Nothing runs here."""
 
     def get_state(self) -> dict[str, Any]:
         """Position in the demonstrations."""

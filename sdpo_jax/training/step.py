@@ -1,7 +1,8 @@
 """One update, compiled: the algorithm on arrays.
 
     teacher_forward   h_t = the teacher's hidden states at the student's tokens, after the re-prompt
-    accumulate        student forward, chunked head (divergence and gradient) of one micro-batch
+    gradient          student forward, chunked head (divergence and gradient) of a micro-batch;
+                      `accumulate` adds it to those before
     finish            one AdamW update with what has been accumulated
     follow            the teacher moves towards the student, once per generation batch
 
@@ -127,6 +128,8 @@ def teacher_forward(model: Model, params: Params, sequences: Sequences) -> jax.A
 class TrainStep(NamedTuple):
     """The programs of an update; `train_step` runs them."""
 
+    gradient: Callable[[Params, Params, MicroBatch, Any], Sums]
+    """`gradient(params, base, micro_batch, constants) -> sums` of a micro-batch that is alone."""
     start: Callable[[Params], Sums]
     """`start(params) -> sums` of zeros."""
     accumulate: Callable[[Sums, Params, Params, MicroBatch, Any], Sums]
@@ -139,9 +142,13 @@ def train_step(
     programs: TrainStep, state: TrainState, batch: Batch, constants: Any
 ) -> tuple[TrainState, Metrics]:
     """One update: the gradient of all micro-batches, then the optimiser. `state` is used up."""
+    whole = (state.params, state.base)
+    if len(batch.micro_batches) == 1:  # spares two passes over an array the size of the weights
+        sums = programs.gradient(*whole, batch.micro_batches[0], constants)
+        return programs.finish(state, sums, batch.denominator)
     sums = programs.start(state.params)
     for micro_batch in batch.micro_batches:
-        sums = programs.accumulate(sums, state.params, state.base, micro_batch, constants)
+        sums = programs.accumulate(sums, *whole, micro_batch, constants)
     return programs.finish(state, sums, batch.denominator)
 
 
@@ -174,24 +181,28 @@ def make_train_step(
 
     def start(trained: Params) -> Sums:
         zero = jnp.zeros((), jnp.float32)
-        gradient = jax.tree.map(jnp.zeros_like, trained)
-        return Sums(gradient, dict.fromkeys(metric_names, zero), zero, zero)
+        return Sums(
+            jax.tree.map(jnp.zeros_like, trained), dict.fromkeys(metric_names, zero), zero, zero
+        )
+
+    def gradient(trained: Params, base: Params, micro_batch: MicroBatch, constants: Any) -> Sums:
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (metrics, tokens)), found = gradient_of(trained, base, micro_batch, constants)
+        return Sums(found, metrics, tokens, loss)
 
     def accumulate(
         sums: Sums, trained: Params, base: Params, micro_batch: MicroBatch, constants: Any
     ) -> Sums:
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (metrics, tokens)), gradient = gradient_of(trained, base, micro_batch, constants)
-        return jax.tree.map(jnp.add, sums, Sums(gradient, metrics, tokens, loss))
+        return jax.tree.map(jnp.add, sums, gradient(trained, base, micro_batch, constants))
 
     def finish(state: TrainState, sums: Sums, denominator: jax.Array) -> Any:
         denominator = jnp.maximum(denominator, 1.0)
-        gradient = jax.tree.map(lambda g: g / denominator, sums.gradient)
-        state, norm, finite = _update(optimizer, state, gradient, sums.loss)
+        mean = jax.tree.map(lambda g: g / denominator, sums.gradient)
+        state, norm, finite = _update(optimizer, state, mean, sums.loss)
         loss = sums.loss / denominator
         return state, Metrics(sums.metrics, sums.tokens, loss, norm, finite, state.skipped)
 
-    return TrainStep(start, accumulate, finish)
+    return TrainStep(gradient, start, accumulate, finish)
 
 
 def _update(

@@ -95,6 +95,7 @@ class Trainer:
         whole: Any = devices.replicated
         sums = Sums(self.shardings.params, {name: whole for name in metrics}, whole, whole)
         return TrainStep(
+            devices.jit(step.gradient, out_shardings=sums),
             devices.jit(step.start, out_shardings=sums),
             devices.jit(step.accumulate, donate_argnums=0, out_shardings=sums),
             devices.jit(
@@ -194,6 +195,7 @@ class Trainer:
         is_sft = isinstance(self.config.objective, SftObjective)
         student = self.student(state)
         teacher = student if is_sft else self.teacher_params(state, student)
+        self.source.wait()  # an environment is never asked by two threads at a time
         return self.evaluator(student, teacher, step)
 
 

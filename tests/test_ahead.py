@@ -1,0 +1,142 @@
+"""`rollout.ahead`: the next batch is drawn before an update and graded while it runs."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import test_loop
+from test_loop import BASE, MODEL, TOKENIZER, Toy, rows_of, start_params
+
+from sdpo_jax.config import GrpoObjective, SdpoObjective
+from sdpo_jax.errors import UserError
+from sdpo_jax.training import loop
+from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.experience import draw, redraw
+from sdpo_jax.training.trainer import Trainer
+
+OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
+
+
+quick_programs = test_loop.quick_programs
+
+
+def config_of(folder, name="sdpo", rate=3e-3, ahead=True):
+    return replace(
+        BASE,
+        run_dir=str(folder),
+        objective=OBJECTIVES[name],
+        rollout=replace(BASE.rollout, ahead=ahead),
+        optimizer=replace(BASE.optimizer, learning_rate=rate),
+    )
+
+
+class Watched(Toy):
+    """Knows which threads asked it, and whether two did at a time."""
+
+    def __init__(self, fails_in=None):
+        self.threads, self.fails_in = set(), fails_in
+        self._asked = threading.Lock()
+
+    def grade(self, prompt, response):
+        assert self._asked.acquire(blocking=False), "asked by two threads at a time"
+        try:
+            name = threading.current_thread().name.split("-")[0]
+            self.threads.add(name)
+            if name == self.fails_in:
+                raise ValueError("out of order")
+            return super().grade(prompt, response)
+        finally:
+            self._asked.release()
+
+
+def train(config, environment=None, console=None):
+    environment = Watched() if environment is None else environment
+    return loop.train(config, MODEL, start_params(), TOKENIZER, environment, console=console)
+
+
+def batches(config):
+    """What each step says of the responses that it learns from."""
+    names = ("reward", "success", "response_tokens", "log_prob", "generations")
+    return [{name: row[name] for name in names} for row in rows_of(config, "train")]
+
+
+def test_without_updates_the_batches_are_those_of_a_run_that_draws_in_time(tmp_path):
+    """At a rate of 0 old weights are the new ones: any other batch would be a wrong one."""
+    early, late = (config_of(tmp_path / str(a), rate=0.0, ahead=a) for a in (True, False))
+    train(early)
+    train(late)
+    assert batches(early) == batches(late)
+    assert len({row["log_prob"] for row in batches(late)}) == late.train.steps
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_all_batches_but_the_first_are_one_update_old(name, tmp_path):
+    """The ratio of new to old probability is 1 where a batch was drawn with the same weights."""
+    config = config_of(tmp_path, name)
+    train(config)
+    first, *others = [row["ratio"] for row in rows_of(config, "train")]
+    np.testing.assert_allclose(first, 1.0, rtol=1e-6)
+    assert all(abs(ratio - 1.0) > 1e-5 for ratio in others)
+
+
+def test_stopped_after_any_step_a_run_repeats_the_whole_one(tmp_path):
+    whole, broken = config_of(tmp_path / "whole"), config_of(tmp_path / "broken")
+    expected = train(whole)
+    for step in range(1, whole.train.steps):
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(
+                broken,
+                MODEL,
+                start_params(),
+                TOKENIZER,
+                Watched(),
+                console=_Stops(broken, step + 1),
+            )
+    summary = train(broken)
+    assert rows_of(broken) == rows_of(whole)
+    assert summary["after"] == expected["after"]
+
+
+class _Stops(loop.Console):
+    """Ends the run once the row of a step is written; its checkpoint is not."""
+
+    def __init__(self, config, step):
+        super().__init__(config.objective.name, steps=config.train.steps, live=False)
+        self._last = step
+
+    def step(self, row):
+        super().step(row)
+        if row["step"] == self._last:
+            raise KeyboardInterrupt
+
+
+def test_a_thread_grades_the_batches_to_come_and_never_beside_the_evaluation(tmp_path):
+    environment = Watched()
+    train(config_of(tmp_path), environment)  # the environment asserts that it is asked by one
+    assert environment.threads == {"MainThread", "ThreadPoolExecutor"}
+
+
+def test_a_failure_in_the_thread_stops_the_run_with_the_environments_own_words(tmp_path):
+    with pytest.raises(UserError, match="out of order"):
+        train(config_of(tmp_path), Watched(fails_in="ThreadPoolExecutor"))
+
+
+def test_a_draw_that_was_kept_is_the_same_to_the_bit():
+    config = config_of("unused")
+    trainer = Trainer(config, MODEL, TOKENIZER, Toy())
+    prompts, clock = list(Toy.train[:2]), Clock()
+    parts = (config.rollout, trainer.sampler, TOKENIZER, Toy(), start_params(), prompts)
+    drawn = draw(*parts, seed=0, step=3, clock=clock)
+    again = redraw(config.rollout, TOKENIZER, Toy(), prompts, drawn.to_state(), clock=clock)
+    (old, metrics), (new, same) = drawn.finish(clock), again.finish(clock)
+    assert metrics == same
+    assert (old.response_ids, old.texts, old.outcomes) == (
+        new.response_ids,
+        new.texts,
+        new.outcomes,
+    )
+    for a, b in zip(old.log_probs, new.log_probs, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(UserError, match="rollouts of other prompts"):
+        redraw(config.rollout, TOKENIZER, Toy(), prompts[:1], drawn.to_state(), clock=clock)
