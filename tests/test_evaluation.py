@@ -246,9 +246,16 @@ def real_sampler():
     return sampler, tiny.make_params(architecture, scale=0.5)
 
 
-def test_evaluation_does_not_depend_on_how_many_prompts_are_decoded_at_a_time(monkeypatch):
-    monkeypatch.setattr(jax, "jit", tiny.quick_jit)
-    sampler, params = real_sampler()
+@pytest.fixture(scope="module")
+def real():
+    """A sampler that compiles each program once for the whole file, and parameters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", tiny.quick_jit)
+        return real_sampler()
+
+
+def test_evaluation_does_not_depend_on_how_many_prompts_are_decoded_at_a_time(real):
+    sampler, params = real
     answers = {}
     for size in (2, 5):
         evaluator = make_evaluator(sampler, batch_prompts=size, temperature=0.8)
@@ -273,11 +280,11 @@ class Strict(Quiz):
 
 
 @pytest.mark.parametrize("blind", [True, False])
-def test_a_greedy_teacher_that_cannot_see_its_context_repeats_every_attempt(blind, monkeypatch):
-    monkeypatch.setattr(jax, "jit", tiny.quick_jit)
-    sampler, params = real_sampler()
+def test_a_greedy_teacher_that_cannot_see_its_context_repeats_every_attempt(blind, real):
+    sampler, params = real
     if blind:  # Without attention a token sees itself alone, and all prompts end alike.
-        params["layers"]["output"] = jnp.zeros_like(params["layers"]["output"])
+        silent = jnp.zeros_like(params["layers"]["output"])
+        params = {**params, "layers": {**params["layers"], "output": silent}}
     config = make_config(temperature=0.0, prompts=2, samples_per_prompt=1)
     prompts = TeacherPrompts(config.teacher, TOKENIZER)
     evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts)
@@ -288,9 +295,8 @@ def test_a_greedy_teacher_that_cannot_see_its_context_repeats_every_attempt(blin
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_entropy_is_that_of_the_sampling_distribution_within_its_error(temperature, monkeypatch):
-    monkeypatch.setattr(jax, "jit", tiny.quick_jit)
-    sampler, params = real_sampler()
+def test_entropy_is_that_of_the_sampling_distribution_within_its_error(temperature, real):
+    sampler, params = real
     config = replace(
         make_config(prompts=1, temperature=temperature),
         rollout=RolloutConfig(max_response_tokens=2),
