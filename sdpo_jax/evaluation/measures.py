@@ -85,8 +85,7 @@ def student_measures(
     for name, rows in groups(prompts).items():
         measures[f"accuracy/{name}"] = accuracy.of(rows)
     rows_of = [np.flatnonzero(ok & (owner == i)).tolist() for i in range(len(prompts))]
-    for k in ks:
-        measures |= _at_k(graded, rows_of, answers, k)
+    measures |= _at_k(graded, rows_of, answers, ks)
     if len(graded.log_probs):
         negative = -np.asarray(graded.log_probs)
         measures["entropy"] = mean(negative, np.asarray(graded.lengths), share=False)
@@ -101,26 +100,35 @@ def student_measures(
 
 
 def _at_k(
-    graded: Graded, rows_of: Sequence[list[int]], answers: Sequence[str | None] | None, k: int
+    graded: Graded,
+    rows_of: Sequence[list[int]],
+    answers: Sequence[str | None] | None,
+    ks: Sequence[int],
 ) -> Measures:
-    """Estimates for `k` of each prompt's samples, over prompts that have so many."""
+    """Estimates for each number of samples `k`, over prompts that have so many."""
     passed = [float(outcome.passed) for outcome in graded.outcomes]
     rewards = [float(outcome.reward) for outcome in graded.outcomes]
-    enough = np.asarray([len(rows) >= k for rows in rows_of])
 
-    def of(estimator: Callable[[list[int]], float], share: bool = True) -> Measure:
-        found = [estimator(rows) if len(rows) >= k else 0.0 for rows in rows_of]
-        return Measure(np.asarray(found), enough.astype(np.float64), share)
+    def of(estimator: Callable[[list[int], int], float], k: int, share: bool = True) -> Measure:
+        found = [estimator(rows, k) if len(rows) >= k else 0.0 for rows in rows_of]
+        enough = [float(len(rows) >= k) for rows in rows_of]
+        return Measure(np.asarray(found), np.asarray(enough), share)
 
-    measures = {
-        f"pass_at_{k}": of(lambda rows: pass_at_k(len(rows), sum(passed[i] > 0 for i in rows), k))
-    }
-    if answers is not None and k > 2:
-        measures[f"maj_at_{k}"] = of(
-            lambda rows: majority_at_k([answers[i] for i in rows], [passed[i] for i in rows], k)
-        )
+    def passes(rows: list[int], k: int) -> float:
+        return pass_at_k(len(rows), sum(passed[i] > 0 for i in rows), k)
+
+    def majority(rows: list[int], k: int) -> float:
+        votes = [None if answers is None else answers[i] for i in rows]
+        return majority_at_k(votes, [passed[i] for i in rows], k)
+
+    def best(rows: list[int], k: int) -> float:
+        return best_at_k([rewards[i] for i in rows], k)
+
+    measures = {f"pass_at_{k}": of(passes, k) for k in ks}
+    if answers is not None:
+        measures |= {f"maj_at_{k}": of(majority, k) for k in ks if k > 2}
     if any(rewards[i] not in (0.0, 1.0) for rows in rows_of for i in rows):
-        measures[f"best_at_{k}"] = of(lambda rows: best_at_k([rewards[i] for i in rows], k), False)
+        measures |= {f"best_at_{k}": of(best, k, share=False) for k in ks}
     return measures
 
 
