@@ -256,7 +256,7 @@ def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished, tmp_path)
         assert row["metrics"]["pass_at_1"]["value"] == pytest.approx(accuracy)
         assert row["metrics"]["pass_at_4"]["value"] >= accuracy
     # All that training reports is there, for as many samples.
-    assert set(run_directory.read_summary(run_dir)["after"]) <= set(
+    assert set((run_directory.read_summary(run_dir) or {})["after"]) <= set(
         made["rows"]["start"]["metrics"]
     )
     assert {path: data for path, data in bytes_of(run_dir, without=["eval.json"]).items()} == kept

@@ -1,12 +1,13 @@
 """Estimators against enumeration of all subsets, intervals against simulation."""
 
+import doctest
 import math
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from sdpo_jax.evaluation import estimators
+from sdpo_jax.evaluation import estimators, measures, report
 from sdpo_jax.evaluation.estimators import (
     Measure,
     best_at_k,
@@ -25,6 +26,18 @@ def by_enumeration(items, k, value):
 
 def measure(sums, weights, share=True):
     return Measure(np.asarray(sums, np.float64), np.asarray(weights, np.float64), share)
+
+
+def bounds(found):
+    """The interval of an estimate that has one."""
+    assert found.low is not None and found.high is not None
+    return found.low, found.high
+
+
+@pytest.mark.parametrize("module", [estimators, measures, report])
+def test_examples_in_docstrings_run(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0 and result.attempted > 0
 
 
 # pass@k and best@k
@@ -154,7 +167,7 @@ def coverage(samples, runs=300, prompts=60):
         chance = random.beta(0.6, 0.9, size=prompts)
         sums = random.binomial(samples, chance)
         found = estimate(measure(sums, [samples] * prompts), seed=run, resamples=400)
-        held += found.low <= 0.4 <= found.high
+        held += bounds(found)[0] <= 0.4 <= bounds(found)[1]
         low, high = wilson_interval(sums.mean() / samples, prompts * samples)
         naive += low <= 0.4 <= high
     return held / runs, naive / runs
@@ -179,7 +192,7 @@ def test_one_sample_of_each_prompt_has_wilsons_interval():
 def test_no_success_at_all_still_has_an_upper_bound():
     found = estimate(measure([0] * 20, [4] * 20))
     assert found.value == found.low == 0.0
-    assert found.high == pytest.approx(wilson_interval(0.0, 20)[1]) and found.high > 0.1
+    assert bounds(found)[1] == pytest.approx(wilson_interval(0.0, 20)[1]) and bounds(found)[1] > 0.1
 
 
 def test_the_bootstrap_agrees_with_the_normal_approximation_of_a_ratio():
@@ -220,10 +233,11 @@ def test_a_paired_difference_is_far_surer_than_two_intervals_apart():
     after = measure(random.binomial(8, np.minimum(1.0, chance + 0.08)), [8] * 200)
     found = paired_difference(before, after)
     assert found.value == pytest.approx(after.value - before.value)
-    assert 0 < found.low < found.value < found.high
-    first, second = estimate(before), estimate(after)
-    assert first.high > second.low  # apart, the two overlap
-    assert found.high - found.low < 0.6 * (second.high - second.low)
+    low, high = bounds(found)
+    assert 0 < low < found.value < high
+    first, second = bounds(estimate(before)), bounds(estimate(after))
+    assert first[1] > second[0]  # apart, the two overlap
+    assert high - low < 0.6 * (second[1] - second[0])
     per_prompt = (after.sums - before.sums) / 8
     error = per_prompt.std() / math.sqrt(200)
     assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.25 * error)

@@ -132,13 +132,11 @@ class Evaluator:
         """Decodes in batches of a fixed number of prompts, so that one program serves all."""
         prompts = self._prompts if prompts is None else prompts
         size = max(1, self._config.evaluation.batch_prompts * (1 if group > 1 else 2))
-        graded = Graded([], [], [], [])
-        log_probs, repetition = list[float](), list[float]()
+        graded, log_probs, repetition = Graded([], [], [], []), list[float](), list[float]()
         for start in range(0, len(ids), size):
-            batch = [list(x) for x in ids[start : start + size]]
             rollouts = self._sampler(
                 params,
-                batch,
+                [list(x) for x in ids[start : start + size]],
                 group=group,
                 max_tokens=self._config.rollout.max_response_tokens,
                 temperature=temperature,
@@ -155,14 +153,14 @@ class Evaluator:
             asked = prompts[start : start + size]
             truncated = [not stopped for stopped in rollouts.stopped.tolist()]
             outcomes = agreed(grade_all(self._environment, asked, texts, truncated))
-            limit = self._config.environment.max_failed_share
-            refuse_failures(asked, outcomes, limit, "evaluation")
+            refuse_failures(
+                asked, outcomes, self._config.environment.max_failed_share, "evaluation"
+            )
             graded.outcomes.extend(outcomes)
             graded.lengths.extend(rollouts.lengths.tolist())
             graded.stopped.extend(rollouts.stopped.tolist())
             log_probs.extend(rollouts.log_probs.sum(axis=-1, dtype=np.float64).tolist())
             repetition.extend(map(repeated_share, rollouts.responses()))
-        # Greedy choices have the log-probs of temperature 1, and no entropy.
         return graded._replace(log_probs=log_probs if temperature else (), repetition=repetition)
 
 

@@ -114,11 +114,8 @@ def majority_at_k(
     Args:
       answers: [n], equal texts are equal answers; None: there is none.
       values: [n], 1 where a sample passes, else 0.
-      k: at most n.
+      k: from 1 to n, or it is a ValueError.
       seed: of the draws.
-
-    Raises:
-      ValueError: not 1 ≤ k ≤ n, or answers and values differ in number.
 
     Source: Wang et al., arXiv 2203.11171 (self-consistency).
 

@@ -40,7 +40,8 @@ class Graded(NamedTuple):
     lengths: list[int]
     stopped: list[bool]
     log_probs: Sequence[float] = ()
-    """[N], of whole responses, under the sampling distribution; empty where greedy."""
+    """[N], of whole responses, under the sampling distribution. Empty where greedy: the sampler
+    then says those of temperature 1, which are no entropy."""
     repetition: Sequence[float] = ()
     """[N], see `repeated_share`."""
 
@@ -48,8 +49,8 @@ class Graded(NamedTuple):
 def repeated_share(ids: Sequence[int]) -> float:
     """Share of the 4-grams of a response that stand in it before; 0 if it has none.
 
-    >>> repeated_share([1, 2, 3, 4, 1, 2, 3, 4, 5])  # of six, the one at 4 has been before
-    0.16666666666666666
+    >>> repeated_share([7, 7, 7, 7, 7])  # of two, the second
+    0.5
     """
     grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
@@ -67,7 +68,7 @@ def student_measures(
     Args:
       graded: `G` samples of each prompt.
       prompts: [P].
-      answers: [N], what each sample votes for; None: the environment knows no answers.
+      answers: [N], what each sample votes for; None: unknown.
       ks: for pass@k, maj@k and best@k, each at most `G`.
     """
     ok = np.asarray([outcome.graded for outcome in graded.outcomes])
@@ -82,19 +83,17 @@ def student_measures(
         "response_tokens": mean(graded.lengths, share=False),
         "truncated": mean(~np.asarray(graded.stopped)),
     }
-    for name, rows in groups(prompts).items():
-        measures[f"accuracy/{name}"] = accuracy.of(rows)
+    measures |= {f"accuracy/{name}": accuracy.of(rows) for name, rows in groups(prompts).items()}
     rows_of = [np.flatnonzero(ok & (owner == i)).tolist() for i in range(len(prompts))]
     measures |= _at_k(graded, rows_of, answers, ks)
     if len(graded.log_probs):
-        negative = -np.asarray(graded.log_probs)
-        measures["entropy"] = mean(negative, np.asarray(graded.lengths), share=False)
+        lengths = np.asarray(graded.lengths)
+        measures["entropy"] = mean(-np.asarray(graded.log_probs), lengths, share=False)
     if len(graded.repetition):
         measures["repetition"] = mean(graded.repetition)
     if len(ok) > len(prompts):
-        most = [
-            max(Counter(graded.responses[i] for i in rows).values(), default=0) for rows in rows_of
-        ]
+        counts = [Counter(graded.responses[i] for i in rows) for rows in rows_of]
+        most = [max(count.values(), default=0) for count in counts]
         measures["most_common_output"] = Measure(np.asarray(most, np.float64), accuracy.weights)
     return {name: measure for name, measure in measures.items() if measure.weights.any()}
 
