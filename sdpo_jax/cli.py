@@ -22,7 +22,8 @@ USAGE = """usage: sdpo COMMAND ...
 
   sdpo train RECIPE [--run-dir DIR] [--SECTION.KEY VALUE ...]   train, or go on with a run
   sdpo train RECIPE --help                                      every setting and its value
-  sdpo eval RUN_DIR [--samples K]                               held-out accuracy of a run
+  sdpo eval RUN_DIR [--samples K] [--json FILE]                 held-out accuracy of a run
+  sdpo eval RECIPE [--samples K] [--SECTION.KEY VALUE ...]      the same of its start model
   sdpo convert RUN_DIR OUT [--dtype float32|bfloat16]           weights, in Hugging Face layout
   sdpo convert FILE.gguf OUT [--dtype float32|bfloat16]         the same, from a GGUF file
   sdpo env check FILE.py|RECIPE [--SECTION.KEY VALUE ...]       is this environment sound?
@@ -113,16 +114,25 @@ def _eval(words: list[str]) -> None:
     from sdpo_jax.compilation import persistent_cache
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_jax.evaluation.command import evaluate_run
+    from sdpo_jax.evaluation.command import evaluate_run, evaluate_start, parse_options
+    from sdpo_jax.recipe import load_recipe
     from sdpo_models.gguf_convert import cache_folder
 
-    options = _options(words, {"--samples": 4}, "sdpo eval RUN_DIR [--samples K]", positional=1)
+    options = parse_options(words)
     _quiet_libraries()
-    run_dir, config = _run_config(words[0])
+    if options.is_recipe:
+        config = load_recipe(Path(options.target), options.settings)
+    else:
+        config = _run_config(options.target)[1]
     environment = make_environment(config.environment)  # before there is a device
     config = replace(config, mesh=fitting_mesh(config.mesh))
+    asked: dict[str, Any] = {"samples": options.samples, "json_file": options.json_file}
     with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
-        evaluate_run(run_dir, config, load_parts(config, environment), samples=options["--samples"])
+        parts = load_parts(config, environment)
+        if options.is_recipe:
+            evaluate_start(options.target, config, parts, **asked)
+        else:
+            evaluate_run(Path(options.target), config, parts, **asked)
 
 
 def _convert(words: list[str]) -> None:
@@ -198,22 +208,6 @@ def _env_check(path: Path, options: list[str]) -> int:
     lines = check(make_environment(settings), runs_programs=runs_programs)
     print(report(lines))
     return 2 if any(line.problem for line in lines) else 0
-
-
-def _options(
-    words: list[str], defaults: dict[str, int], usage: str, *, positional: int
-) -> dict[str, int]:
-    """Positional words first, then `--name INTEGER` pairs."""
-    values, rest = dict(defaults), words[positional:]
-    if len(words) < positional or any(w.startswith("-") for w in words[:positional]):
-        raise UserError(f"expected `{usage}`")
-    if len(rest) % 2:
-        raise UserError(f"option {rest[-1]!r} has no value; expected `{usage}`")
-    for name, value in zip(rest[::2], rest[1::2], strict=True):
-        if name not in values or not value.isdigit() or int(value) < 1:
-            raise UserError(f"{name} {value}: expected `{usage}` with a positive integer")
-        values[name] = int(value)
-    return values
 
 
 def _run_config(run_dir: str) -> tuple[Path, Config]:

@@ -24,6 +24,7 @@ import pytest
 
 from sdpo_jax.cli import load_parts, main
 from sdpo_jax.config import ModelConfig
+from sdpo_jax.evaluation.report import table
 from sdpo_jax.recipe import _leaves, load_recipe
 from sdpo_jax.training import run_directory
 from sdpo_jax.training.clock import is_time
@@ -230,20 +231,44 @@ def test_a_finished_run_started_again_prints_its_result_and_changes_nothing(
 # Commands on a run
 
 
-def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished):
+def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished, tmp_path):
     run_dir, _ = finished
     kept = bytes_of(run_dir)
-    out, _ = sdpo.run("eval", str(run_dir), "--samples", "2")
-    rows = json.loads((run_dir / "eval.json").read_text())
-    assert list(rows) == ["start", f"step {STEPS}"]
-    for row in rows.values():
-        for name in ("accuracy", "accuracy_greedy", "teacher_accuracy", "response_tokens"):
-            assert row[name] >= 0
-    lines = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
-    for name, value in lines.items():
-        shown = [f"{row[name]:.3f}" if name in row else "-" for row in rows.values()]
-        assert value.split() == shown
+    copy = tmp_path / "copy.json"
+    out, _ = sdpo.run("eval", str(run_dir), "--samples", "4", "--json", str(copy))
+    text = (run_dir / "eval.json").read_text()
+    assert copy.read_text() == text
+    made = json.loads(text)
+    assert list(made["rows"]) == ["start", f"step {STEPS}"]
+    head, columns, *_ = out.splitlines()
+    assert head.startswith("avg@4 and greedy, 8 held-out prompts of tool_calls")
+    assert columns.split("  ") and "start" in columns and f"step {STEPS} - start" in columns
+    assert out.endswith(f"{table(made)}\n")
+    for row in made["rows"].values():
+        for name in ("accuracy", "accuracy_greedy", "teacher_accuracy", "same_output", "entropy"):
+            assert row["metrics"][name]["value"] >= 0
+        assert len(row["prompts"]) == 8
+        assert all(
+            p["samples"] == len(p["passed"]) == len(p["answers"]) == 4 for p in row["prompts"]
+        )
+        accuracy = row["metrics"]["accuracy"]["value"]
+        assert accuracy == sum(p["successes"] for p in row["prompts"]) / 32
+        assert row["metrics"]["pass_at_1"]["value"] == pytest.approx(accuracy)
+        assert row["metrics"]["pass_at_4"]["value"] >= accuracy
+    # All that training reports is there, for as many samples.
+    assert set((run_directory.read_summary(run_dir) or {})["after"]) <= set(
+        made["rows"]["start"]["metrics"]
+    )
     assert {path: data for path, data in bytes_of(run_dir, without=["eval.json"]).items()} == kept
+
+    # A recipe with the run's settings has the same start.
+    alone = tmp_path / "alone.json"
+    settings = ["--run-dir", "runs/none", "--train.steps", str(STEPS), *SETTINGS.split()]
+    out, _ = sdpo.run("eval", str(RECIPE), "--json", str(alone), *settings)
+    started = json.loads(alone.read_text())
+    assert started["rows"] == {"start": made["rows"]["start"]}
+    assert started["settings"] == made["settings"] and started["differences"] == {}
+    assert out.endswith(f"{table(started)}\n")
 
 
 def test_convert_writes_a_folder_that_loads_and_never_overwrites_one(
@@ -471,6 +496,13 @@ def test_a_bad_recipe_is_one_message(text, parts, tmp_path, capsys):
         (["eval", "configs"], ["configs", "the folder of a run", "sdpo train RECIPE"]),
         (["eval", "configs", "--samples"], ["--samples", "no value"]),
         (["eval", "configs", "--samples", "0"], ["--samples 0", "positive integer"]),
+        (["eval", "configs", "--seed", "1"], ["--seed", "settings for a recipe alone"]),
+        (["eval", "configs", "--json"], ["--json", "no value"]),
+        (["eval", "configs", "--json", "none/x.json"], ["none/x.json", "a folder that is there"]),
+        (["eval", "configs", "--json", "configs"], ["--json configs", "expected a file"]),
+        (["eval", "nanoo.toml", "--samples=2"], ["nanoo.toml: no such recipe"]),
+        (["eval", str(RECIPE), "--train.stpes", "3"], ["--train.stpes", "--train.steps"]),
+        (["eval", str(RECIPE), "--evaluation.prompts", "0"], ["nano.toml: evaluation.prompts = 0"]),
         (["convert", "configs"], ["sdpo convert RUN_DIR|FILE.gguf OUT"]),
     ],
 )  # fmt: skip

@@ -160,11 +160,17 @@ def test_rows_of_both_kinds_are_read(tmp_path):
         "time_limit": 2,
     }
     path = write(
-        tmp_path, live(), live("b", **METHOD), plain(), plain("q", calls), plain("r", code)
+        tmp_path,
+        live(difficulty="hard"),
+        live("b", **METHOD),
+        plain(),
+        plain("q", calls),
+        plain("r", code),
     )
     rows, problems = read_problems(path)
     assert problems == [] and [row.id for row in rows] == ["a", "b", "p", "q", "r"]
     first, method, script, called, asserted = rows
+    assert [row.difficulty for row in rows] == ["hard", "", "", "", ""]
     assert [c.test for c in first.cases] == [Run("1 2\n"), Run("4 5\n"), Run("7 7\n")]
     assert [c.public for c in first.cases] == [True, False, False]
     assert first.cases[0].verdict == Prints("3\n")

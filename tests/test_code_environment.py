@@ -86,6 +86,11 @@ HONEST = [
 ]
 
 
+def test_a_prompt_carries_the_difficulty_of_its_problem(sandbox):
+    made = Code([], [DOUBLE, SUM._replace(difficulty="hard")], sandbox=sandbox)
+    assert [prompt.data["difficulty"] for prompt in made.held_out] == ["", "hard"]
+
+
 def test_honest_programs_pass(sandbox):
     for (name, source), outcome in zip(HONEST, grade_all(make(sandbox), HONEST), strict=True):
         assert outcome.passed and outcome.reward == 1.0 and outcome.feedback == "", (

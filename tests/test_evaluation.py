@@ -99,8 +99,14 @@ def test_accuracy_is_the_mean_over_all_samples_of_all_prompts():
             "accuracy": 4 / 10,
             "accuracy/alarm": 3 / 4,
             "accuracy/money": 1 / 6,
+            "pass_at_2": 3 / 5,
             "response_tokens": 2.0,  # a letter and the stop token
+            "response_tokens/p50": 2.0,
+            "response_tokens/p95": 2.0,
             "truncated": 3 / 10,
+            "entropy": 0.0,  # the script is sure of every token
+            "repetition": 0.0,
+            "most_common_output": (1 + 0.5 + 0.5 + 1 + 0.5) / 5,
         }
     )
 
@@ -116,6 +122,34 @@ def test_teacher_accuracy_counts_only_attempts_that_have_a_context():
     asked = [call for call in script.calls if call["params"] == TEACHER]
     assert sum(len(call["prompts"]) for call in asked) == 5
     assert all(call["group"] == 1 for call in asked)
+
+
+def test_same_output_is_the_share_of_teacher_answers_that_repeat_the_attempt():
+    metrics = make_evaluator(Script(ANSWERS))(STUDENT, TEACHER, 0)
+    # The teacher says "y" to both "y" of prompt 0, to the "n" of 1 and of 4, and "n" to that of 2.
+    assert metrics["same_output/demonstration"] == 2 / 4
+    assert metrics["same_output/feedback"] == 1.0
+    assert metrics["same_output"] == 3 / 5
+
+
+class Votes(Quiz):
+    """A quiz whose answers are letters."""
+
+    def answer(self, prompt, response):
+        del prompt
+        return None if response == "-" else response
+
+
+def test_majorities_are_reported_where_the_environment_knows_answers():
+    answers = ["yyn", "ynn", "---", "-y-", "-ny"]
+    script = Script([list(row) for row in answers])
+    config = make_config(samples_per_prompt=3)
+    prompts = TeacherPrompts(config.teacher, TOKENIZER)
+    metrics = Evaluator(config, script, TOKENIZER, Votes(), prompts)(STUDENT, None, 0)
+    assert metrics["maj_at_3"] == (1 + 0 + 0 + 1 + 0.5) / 5
+    alone = Evaluator(config, script, TOKENIZER, Quiz(), prompts)(STUDENT, None, 0)
+    assert "maj_at_3" not in alone
+    assert alone == {name: v for name, v in metrics.items() if name != "maj_at_3"}
 
 
 def test_without_a_context_there_is_no_teacher_accuracy():
@@ -146,11 +180,8 @@ def test_the_teacher_is_not_asked_where_the_recipe_leaves_it_out():
 
 def test_one_family_alone_is_not_listed_beside_the_whole():
     graded = Graded(["y"], grade_all(Quiz(), PROMPTS[:1], ["y"]), [2], [True])
-    assert set(accuracy_metrics(graded, PROMPTS[:1])) == {
-        "accuracy",
-        "response_tokens",
-        "truncated",
-    }
+    metrics = accuracy_metrics(graded, PROMPTS[:1])
+    assert [name for name in metrics if name.startswith("accuracy")] == ["accuracy"]
 
 
 def test_without_prompts_nothing_is_sampled():
@@ -215,14 +246,86 @@ def real_sampler():
     return sampler, tiny.make_params(architecture, scale=0.5)
 
 
-def test_evaluation_does_not_depend_on_how_many_prompts_are_decoded_at_a_time(monkeypatch):
-    monkeypatch.setattr(jax, "jit", tiny.quick_jit)
-    sampler, params = real_sampler()
+@pytest.fixture(scope="module")
+def real():
+    """A sampler that compiles each program once for the whole file, and parameters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", tiny.quick_jit)
+        return real_sampler()
+
+
+def test_evaluation_does_not_depend_on_how_many_prompts_are_decoded_at_a_time(real):
+    sampler, params = real
     answers = {}
     for size in (2, 5):
         evaluator = make_evaluator(sampler, batch_prompts=size, temperature=0.8)
         graded = evaluator.attempts(params, 7)
         assert len(graded.responses) == 10
         answers[size] = graded
-    assert answers[2] == answers[5]
+    # Draws are the same; sums of log-probs round as the size of the batch has it.
+    two, five = (graded._replace(log_probs=()) for graded in (answers[2], answers[5]))
+    assert two == five
+    np.testing.assert_allclose(answers[2].log_probs, answers[5].log_probs, rtol=1e-5)
     assert len(set(answers[2].responses)) > 5  # it was really drawn
+
+
+# The model itself
+
+
+class Strict(Quiz):
+    """Nothing passes, and everything is told so: every attempt has a context."""
+
+    def grade(self, prompt, response):
+        return Outcome(0.0, False, "no", {})
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_greedy_teacher_that_cannot_see_its_context_repeats_every_attempt(blind, real):
+    sampler, params = real
+    if blind:  # Without attention a token sees itself alone, and all prompts end alike.
+        silent = jnp.zeros_like(params["layers"]["output"])
+        params = {**params, "layers": {**params["layers"], "output": silent}}
+    config = make_config(temperature=0.0, prompts=2, samples_per_prompt=1)
+    prompts = TeacherPrompts(config.teacher, TOKENIZER)
+    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts)
+    metrics = evaluator(params, params, 0)
+    assert (metrics["same_output"] == 1.0) == blind
+    assert metrics["same_output"] == metrics["same_output/feedback"]
+    assert "entropy" not in metrics  # a greedy choice has none
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_is_that_of_the_sampling_distribution_within_its_error(temperature, real):
+    sampler, params = real
+    config = replace(
+        make_config(prompts=1, temperature=temperature),
+        rollout=RolloutConfig(max_response_tokens=2),
+    )
+    prompts = TeacherPrompts(config.teacher, TOKENIZER)
+    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts)
+    graded = evaluator.attempts(params, 0, samples=600)
+    information, tokens = -np.asarray(graded.log_probs), np.asarray(graded.lengths)
+    expected = exact_entropy(params, TOKENIZER.render(PROMPTS[0].messages), temperature)
+    for found, exact in zip((information, tokens), expected, strict=True):
+        assert abs(found.mean() - exact) <= 4 * found.std() / np.sqrt(len(found))
+    value = accuracy_metrics(graded, PROMPTS[:1])["entropy"]
+    assert value == pytest.approx(information.sum() / tokens.sum())
+    assert abs(value - expected[0] / expected[1]) < 0.05 * value
+
+
+def exact_entropy(params, prompt, temperature):
+    """Entropy and mean length of responses of at most two tokens, by enumeration in float64."""
+    architecture = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
+
+    def chances(tokens):
+        logits = tiny.reference_logits(architecture, params, tokens)[-1] / temperature
+        shares = np.exp(logits - logits.max())
+        return shares / shares.sum()
+
+    def entropy(p):
+        return -np.sum(p * np.log(p))
+
+    first = chances(prompt)
+    goes_on = [i for i in range(len(first)) if i != TOKENIZER.END]
+    then = sum(first[i] * entropy(chances([*prompt, i])) for i in goes_on)
+    return entropy(first) + then, 1.0 + sum(first[i] for i in goes_on)

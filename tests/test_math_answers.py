@@ -55,6 +55,22 @@ def test_an_answer_counts_by_its_value(answer, box, right):
     assert outcome.metrics == {"well_formed": 1.0, "refused": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so \boxed{ 1 / 2 }", "1/2"),
+        (r"\boxed{1/2} no, \boxed{2}", "2"),
+        (r"<think>\boxed{1}</think>\boxed{\text{Evelyn}}", "evelyn"),
+        (r"\boxed{}", None),
+        ("1/2", None),
+        (r"\boxed{9^{9^{9^{9}}}}", "9^{9^{9^{9}}}"),  # read, not evaluated
+    ],
+)
+def test_the_answer_of_a_vote_is_the_last_box_by_its_letters(response, answer):
+    made = Math([Problem("p", "How many?", "1")], [])
+    assert made.answer(made.train[0], response) == answer
+
+
 def test_the_last_box_counts_wherever_it_stands_and_thinking_does_not():
     assert grade("2", r"\boxed{1} then \boxed{2}" + " words" * 100).passed
     assert not grade("2", r"\boxed{2} then \boxed{1}").passed

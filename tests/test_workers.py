@@ -9,7 +9,7 @@ import pytest
 
 from sdpo_jax.config_environments import FileEnvironment
 from sdpo_jax.environments import workers
-from sdpo_jax.environments.grading import Grader
+from sdpo_jax.environments.grading import Grader, answers_of
 from sdpo_jax.environments.registry import build, make_environment
 from sdpo_jax.errors import UserError
 
@@ -49,6 +49,9 @@ SOURCE = """
         def reference(self, prompt):
             return prompt.id
 
+        def answer(self, prompt, response):
+            return response.strip() or None
+
     def make_environment(seed):
         return Odd(seed)
 """
@@ -87,6 +90,7 @@ def test_workers_say_what_the_environment_says_here_in_the_same_order(odd, tmp_p
     cut = [i % 7 == 0 for i in range(len(texts))]
     assert Grader(odd)(prompts, texts, cut) == Grader(here)(prompts, texts, cut)
     assert odd.reference(odd.held_out[0]) == "h0"
+    assert answers_of(odd, odd.train[:1], [" a", " "]) == ["a", None]
 
 
 def test_no_token_of_the_trainer_reaches_a_worker(tmp_path, monkeypatch):

@@ -77,6 +77,18 @@ class HasReferences(Protocol):
 
 
 @runtime_checkable
+class HasAnswers(Protocol):
+    """An environment whose responses end in an answer that several may share, for majority votes.
+
+    It is called in the trainer's process: it reads, and evaluates nothing.
+    """
+
+    def answer(self, prompt: Prompt, response: str) -> str | None:
+        """The answer in a form that equal answers share; None: the response has none."""
+        ...
+
+
+@runtime_checkable
 class GradesBatches(Protocol):
     """An environment that grades several responses at a time, as one with a sandbox does."""
 

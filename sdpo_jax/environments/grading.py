@@ -17,6 +17,7 @@ from sdpo_jax.environments.base import (
     Environment,
     GradesBatches,
     GradesTruncated,
+    HasAnswers,
     Outcome,
     Prompt,
     not_graded,
@@ -111,6 +112,30 @@ def grade_all(
     return Grader(environment)(asked, responses, truncated)
 
 
+def answers_of(
+    environment: Environment, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> list[str | None] | None:
+    """The answers that `N` responses of `P` prompts end in; None: the environment knows none.
+
+    Raises:
+      UserError: `answer` raised, or returned something else than text or None.
+    """
+    if not isinstance(environment, HasAnswers):
+        return None
+    group, found = len(responses) // len(prompts), list[str | None]()
+    for i, response in enumerate(responses):
+        prompt = prompts[i // group]
+        with _explained("answer", [prompt], "text or None"):
+            given: Any = environment.answer(prompt, response)
+        if given is not None and not isinstance(given, str):
+            raise UserError(
+                f"answer of the environment returned {_short(given)} for prompt {prompt.id!r}; "
+                "expected text, or None where a response has no answer"
+            )
+        found.append(given)
+    return found
+
+
 def agreed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """What one process of a run could not grade counts as not graded in all of them.
 
@@ -170,7 +195,9 @@ def _grade(
 
 
 @contextmanager
-def _explained(name: str, prompts: Sequence[Prompt]) -> Iterator[None]:
+def _explained(
+    name: str, prompts: Sequence[Prompt], expected: str = "an Outcome"
+) -> Iterator[None]:
     """Turns an exception of the environment into one message; `UserError` is one already."""
     try:
         yield
@@ -180,7 +207,7 @@ def _explained(name: str, prompts: Sequence[Prompt]) -> Iterator[None]:
         which = _which(prompts)
         raise UserError(
             f"{name} of the environment failed for {which} at {place_of(error)}: a bug of the "
-            f"environment, expected an Outcome for every text.\n{own_traceback(error)}"
+            f"environment, expected {expected} for every text.\n{own_traceback(error)}"
         ) from error
 
 

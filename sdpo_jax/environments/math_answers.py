@@ -132,6 +132,15 @@ class Math:
         """The verdict of `grade`; feedback on a failure says that the response was cut."""
         return cut_off(self.grade(prompt, response), f"the final answer inside {FORM}")
 
+    def answer(self, prompt: Prompt, response: str) -> str | None:
+        r"""What the last box holds, without white space and marks of text.
+
+        By its letters, not its value: `1/2` and `\frac{1}{2}` are two answers of a vote.
+        """
+        del prompt
+        given = last_boxed(without_thinking(response))
+        return _plain(given) if given else None
+
     def reference(self, prompt: Prompt) -> str:
         """The worked solution, if there is one, and the true answer in a box."""
         problem: Problem = prompt.data["problem"]

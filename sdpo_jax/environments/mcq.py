@@ -102,6 +102,10 @@ class Mcq:
         """The verdict of `grade`; feedback on a failure says that the response was cut."""
         return cut_off(self.grade(prompt, response), _form(prompt.data["question"].options))
 
+    def answer(self, prompt: Prompt, response: str) -> str | None:
+        """The letter."""
+        return find_letter(response, prompt.data["question"].options)
+
     def reference(self, prompt: Prompt) -> str:
         """The right letter in its tags."""
         return f"<answer>\n{prompt.data['question'].answer}\n</answer>"

@@ -164,6 +164,12 @@ class ToolCalls:
         well_formed = float(isinstance(parse_call(response), Call))
         return Outcome(float(not found), not found, "\n".join(found), {"well_formed": well_formed})
 
+    def answer(self, prompt: Prompt, response: str) -> str | None:
+        """The call, its arguments in the order of their names."""
+        del prompt
+        call = parse_call(response)
+        return repr((call.tool, sorted(call.arguments.items()))) if isinstance(call, Call) else None
+
 
 def _prompts(families: Sequence[str], count: int, *, held_out: bool, seed: int) -> list[Prompt]:
     """`count` prompts with distinct questions, families in turn."""

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from sdpo_jax.environments.base import (
     Environment,
+    HasAnswers,
     HasReferences,
     Outcome,
     Prompt,
@@ -79,9 +80,11 @@ class InWorkers:
         hello = {"settings": dataclasses.asdict(settings), "folder": str(Path.cwd())}
         self._pool = _Pool(hello, fingerprint(environment), workers, deadline_seconds)
         self.close = weakref.finalize(self, self._pool.close)
-        # Only where there is one: whoever asks for references looks whether the method exists.
+        # Only where there is one: whoever asks for one looks whether the method exists.
         if isinstance(environment, HasReferences):
             self.reference = environment.reference
+        if isinstance(environment, HasAnswers):
+            self.answer = environment.answer
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
         """Grades one response."""

@@ -2,15 +2,32 @@
 
 The student answers each prompt `samples_per_prompt` times (avg@k). Where an attempt has a context
 (a sibling's success, feedback), the teacher answers the re-prompt once: teacher accuracy is the
-share of those answers that pass, the measure of the paper's figure 10.
+share of those answers that pass, the measure of the paper's figure 10. What is reported, and from
+what it is computed, stands in `measures`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+
+import numpy as np
 
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
-from sdpo_jax.environments.grading import agreed, failed_share, grade_all, refuse_failures
+from sdpo_jax.environments.grading import (
+    agreed,
+    answers_of,
+    failed_share,
+    grade_all,
+    refuse_failures,
+)
+from sdpo_jax.evaluation.measures import (
+    Graded,
+    Measures,
+    length_quantiles,
+    repeated_share,
+    student_measures,
+    teacher_measures,
+    values,
+)
 from sdpo_jax.model import Params
 from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import Sampler
@@ -21,15 +38,6 @@ from sdpo_jax.tokens import Tokenizer
 EVALUATION_STREAM = 1 << 30
 """Added to the step, so that evaluation never draws with the keys of training."""
 TEACHER_STREAM = 3 << 29
-
-
-class Graded(NamedTuple):
-    """Responses with what the environment says of them; row `n` belongs to prompt `n // G`."""
-
-    responses: list[str]
-    outcomes: list[Outcome]
-    lengths: list[int]
-    stopped: list[bool]
 
 
 class Evaluator:
@@ -64,7 +72,7 @@ class Evaluator:
         if not self._prompts:  # evaluation.prompts = 0
             return {}
         graded = self.attempts(params, step)
-        metrics = accuracy_metrics(graded, self._prompts)
+        metrics = accuracy_metrics(graded, self._prompts, self.answers(graded))
         if teacher_params is not None and self.asks_teacher:
             metrics |= self.teacher_metrics(teacher_params, graded, step)
         return metrics
@@ -83,8 +91,16 @@ class Evaluator:
         heat = settings.temperature if temperature is None else temperature
         return self._sample(params, self._ids, group, heat, EVALUATION_STREAM + step)
 
+    def answers(self, graded: Graded) -> list[str | None] | None:
+        """What each response votes for; None where the environment knows no answers."""
+        return answers_of(self._environment, self._prompts, graded.responses)
+
     def teacher_metrics(self, params: Params, graded: Graded, step: int) -> dict[str, float]:
-        """Teacher accuracy over the attempts that have a context, overall and by its kind."""
+        """Values of `teacher_measures`."""
+        return values(self.teacher_measures(params, graded, step))
+
+    def teacher_measures(self, params: Params, graded: Graded, step: int) -> Measures:
+        """Asks the teacher once for each attempt that has a context; overall and by its kind."""
         group = len(graded.responses) // len(self._prompts)
         contexts = choose_context(
             graded.outcomes, graded.responses, group, self._config.teacher, seed=self._config.seed
@@ -96,16 +112,8 @@ class Evaluator:
         shown: list[TeacherContext] = [c for c in contexts if c is not None]
         ids, _ = self._teacher_prompts([p.messages for p in prompts], shown)
         answers = self._sample_rows(params, prompts, ids, TEACHER_STREAM + step)
-        metrics = {"teacher_accuracy": _mean([o.passed for o in answers.outcomes if o.graded])}
-        for name, chosen in (
-            ("demonstration", [c.demonstration is not None for c in shown]),
-            ("feedback", [c.demonstration is None for c in shown]),
-        ):
-            pairs = zip(answers.outcomes, chosen, strict=True)
-            of_kind = [o.passed for o, is_kind in pairs if is_kind and o.graded]
-            if of_kind:
-                metrics[f"teacher_accuracy/{name}"] = _mean(of_kind)
-        return metrics
+        demonstrated = [context.demonstration is not None for context in shown]
+        return teacher_measures(graded, answers, rows, demonstrated, len(self._prompts))
 
     def _sample_rows(
         self, params: Params, prompts: Sequence[Prompt], ids: Sequence[list[int]], step: int
@@ -124,12 +132,11 @@ class Evaluator:
         """Decodes in batches of a fixed number of prompts, so that one program serves all."""
         prompts = self._prompts if prompts is None else prompts
         size = max(1, self._config.evaluation.batch_prompts * (1 if group > 1 else 2))
-        graded = Graded([], [], [], [])
+        graded, log_probs, repetition = Graded([], [], [], []), list[float](), list[float]()
         for start in range(0, len(ids), size):
-            batch = [list(x) for x in ids[start : start + size]]
             rollouts = self._sampler(
                 params,
-                batch,
+                [list(x) for x in ids[start : start + size]],
                 group=group,
                 max_tokens=self._config.rollout.max_response_tokens,
                 temperature=temperature,
@@ -146,33 +153,28 @@ class Evaluator:
             asked = prompts[start : start + size]
             truncated = [not stopped for stopped in rollouts.stopped.tolist()]
             outcomes = agreed(grade_all(self._environment, asked, texts, truncated))
-            limit = self._config.environment.max_failed_share
-            refuse_failures(asked, outcomes, limit, "evaluation")
+            refuse_failures(
+                asked, outcomes, self._config.environment.max_failed_share, "evaluation"
+            )
             graded.outcomes.extend(outcomes)
             graded.lengths.extend(rollouts.lengths.tolist())
             graded.stopped.extend(rollouts.stopped.tolist())
-        return graded
+            log_probs.extend(rollouts.log_probs.sum(axis=-1, dtype=np.float64).tolist())
+            repetition.extend(map(repeated_share, rollouts.responses()))
+        return graded._replace(log_probs=log_probs if temperature else (), repetition=repetition)
 
 
-def accuracy_metrics(graded: Graded, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Accuracy overall and by family, response length and truncation.
+def accuracy_metrics(
+    graded: Graded, prompts: Sequence[Prompt], answers: Sequence[str | None] | None = None
+) -> dict[str, float]:
+    """Values of `student_measures` for `k` = samples per prompt, and quantiles of the length.
 
-    Responses that could not be graded have no part in accuracy; `environment/failed`, there only
-    where there are some, says how many.
+    Responses that could not be graded have no part in it; `environment/failed`, there only where
+    there are some, says how many.
     """
     group = len(graded.responses) // len(prompts)
-    families: dict[str, list[bool]] = {}
-    for i, outcome in enumerate(graded.outcomes):
-        family = str(prompts[i // group].data.get("family", ""))
-        if outcome.graded:
-            families.setdefault(family, []).append(outcome.passed)
-    metrics = {
-        "accuracy": _mean([outcome.passed for outcome in graded.outcomes if outcome.graded]),
-        "response_tokens": _mean(graded.lengths),
-        "truncated": 1.0 - _mean(graded.stopped),
-    }
-    if len(families) > 1:
-        metrics |= {f"accuracy/{name}": _mean(v) for name, v in sorted(families.items())}
+    measures = student_measures(graded, prompts, answers, ks=(group,) if group > 1 else ())
+    metrics = values(measures) | length_quantiles(graded)
     if failed := failed_share(graded.outcomes):
         metrics["environment/failed"] = failed
     return metrics
@@ -188,5 +190,5 @@ def environment_metrics(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
     }
 
 
-def _mean(values: Sequence[float] | Sequence[bool] | Sequence[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0

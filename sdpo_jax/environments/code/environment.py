@@ -163,7 +163,8 @@ def _prompt(problem: Problem, share: float, seed: int, *, all_tests: bool) -> Pr
     visible = public_cases(problem, share, seed)
     graded = tuple(range(len(problem.cases))) if all_tests else visible
     task = Task(problem, graded, frozenset(visible))
-    return Prompt(problem.id, ({"role": "user", "content": problem.question},), {"task": task})
+    data = {"task": task, "difficulty": problem.difficulty}
+    return Prompt(problem.id, ({"role": "user", "content": problem.question},), data)
 
 
 def _no_program(prompt: Prompt, *, cut_off: bool) -> Outcome:

@@ -108,7 +108,8 @@ def _live_code_bench(row: Mapping[str, Any], limits: Limits) -> Problem:
     limits = limits._replace(cpu_seconds=SECONDS, wall_seconds=max(limits.wall_seconds, 30.0))
     starter = row.get("starter_code") or ""
     code = f"\n\nBegin with:\n\n```python\n{starter.rstrip()}\n```" if starter.strip() else ""
-    return _made(name, f"{content.strip()}{code}", cases, function, limits)
+    made = _made(name, f"{content.strip()}{code}", cases, function, limits)
+    return made._replace(difficulty=str(row.get("difficulty") or ""))
 
 
 def _list(tests: Any) -> list[Any]:

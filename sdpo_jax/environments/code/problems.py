@@ -63,6 +63,8 @@ class Problem(NamedTuple):
     limits: Limits = Limits()
     reference: str = ""
     """A response that passes, where one is known."""
+    difficulty: str = ""
+    """As the data say, such as `hard`; evaluation splits accuracy by it."""
 
 
 def public_cases(problem: Problem, share: float, seed: int) -> tuple[int, ...]:

@@ -1,0 +1,272 @@
+"""What a set of graded samples says: pass@k, majority and best of k, and how sure it is.
+
+Plain numpy on the host. A metric is a `Measure`: sums and weights of each prompt, so that samples
+of one prompt, which are alike, are never taken for independent: intervals resample whole prompts.
+
+`tests/test_estimators.py` compares each estimator with enumeration of all subsets, and the
+intervals' coverage with simulations.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVEL = 0.95
+RESAMPLES = 2000
+EXACT_SAMPLES = 128
+"""Samples of a prompt up to which majorities are summed over all subsets, not over drawn ones."""
+SUBSETS = 1000
+_DRAWS_AT_A_TIME = 1 << 20
+
+
+class Measure(NamedTuple):
+    """A mean in parts: prompt `i` adds `sums[i]` over `weights[i]`; no weight, no part in it."""
+
+    sums: NDArray[np.float64]  # [P]
+    weights: NDArray[np.float64]  # [P]
+    share: bool = True
+    """Whether it is a mean of numbers between 0 and 1."""
+
+    @property
+    def value(self) -> float:
+        """Σ sums / Σ weights; not a number where nothing has weight."""
+        weight = float(self.weights.sum())
+        return float(self.sums.sum()) / weight if weight else math.nan
+
+    def of(self, rows: NDArray[np.bool_]) -> "Measure":
+        """The same over the prompts that `rows: [P]` marks."""
+        return Measure(
+            np.where(rows, self.sums, 0.0), np.where(rows, self.weights, 0.0), self.share
+        )
+
+
+class Estimate(NamedTuple):
+    """A value with its interval; None where the data cannot give one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def pass_at_k(samples: int, successes: int, k: int) -> float:
+    """Chance that at least one of `k` samples drawn from these passes, without bias.
+
+        1 − C(n − c, k) / C(n, k) = 1 − Π_{i = n−c+1}^{n} (1 − k / i)
+
+    Args:
+      samples: graded samples of a prompt, n.
+      successes: how many of them pass, c.
+      k: at most n.
+
+    Raises:
+      ValueError: not 0 ≤ c ≤ n, or not 1 ≤ k ≤ n.
+
+    Source: Chen et al., arXiv 2107.03374, equation 1; the product never overflows.
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    if not (0 <= successes <= samples and 1 <= k <= samples):
+        raise ValueError(
+            f"expected 0 <= c <= n and 1 <= k <= n; got n={samples}, c={successes}, k={k}"
+        )
+    if samples - successes < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(samples - successes + 1, samples + 1))
+
+
+def best_at_k(rewards: Sequence[float], k: int) -> float:
+    """Mean of the largest of `k` rewards over all subsets of that size; unbiased.
+
+    With rewards in ascending order, Σ_i r_i · C(i − 1, k − 1) / C(n, k). For rewards of 0 and 1 it
+    is `pass_at_k`.
+
+    Raises:
+      ValueError: not 1 ≤ k ≤ n.
+
+    >>> best_at_k([0.0, 0.5, 1.0], 2)  # of 0.5, 1.0, 1.0
+    0.8333333333333333
+    """
+    n = len(rewards)
+    if not 1 <= k <= n:
+        raise ValueError(f"expected 1 <= k <= {n}, the number of rewards; got k={k}")
+    total, weight = 0.0, k / n
+    for i, reward in zip(range(n, k - 1, -1), sorted(rewards, reverse=True), strict=False):
+        total += weight * reward
+        weight *= (i - k) / (i - 1) if i > 1 else 0.0
+    return total
+
+
+def majority_at_k(
+    answers: Sequence[str | None], values: Sequence[float], k: int, *, seed: int = 0
+) -> float:
+    """Expected value of the answer that most of `k` samples give (maj@k, self-consistency).
+
+    Unbiased: the mean over all subsets of `k` of the `n` samples, computed by counting up to
+    `EXACT_SAMPLES` samples; above, over `SUBSETS` seeded draws of a subset. Among tied answers each
+    is as likely, so the value is their mean. A sample without an answer has no vote; where nobody
+    has one, the value is 0. An answer is worth the mean value of the samples that give it.
+
+    Args:
+      answers: [n], equal texts are equal answers; None: there is none.
+      values: [n], 1 where a sample passes, else 0.
+      k: from 1 to n, or it is a ValueError.
+      seed: of the draws.
+
+    Source: Wang et al., arXiv 2203.11171 (self-consistency).
+
+    >>> majority_at_k(["a", "b", "b"], [0.0, 1.0, 1.0], 3)
+    1.0
+    >>> majority_at_k(["a", "b", "b"], [0.0, 1.0, 1.0], 1) == 2 / 3
+    True
+    """
+    n = len(answers)
+    if len(values) != n or not 1 <= k <= n:
+        raise ValueError(f"expected {n} values and 1 <= k <= {n}; got {len(values)} and k={k}")
+    of_answer: dict[str, list[float]] = {}
+    for answer, value in zip(answers, values, strict=True):
+        if answer is not None:
+            of_answer.setdefault(answer, []).append(value)
+    worth = {answer: sum(v) / len(v) for answer, v in of_answer.items()}
+    if k == n:
+        return _elected(answers, worth)
+    if n <= EXACT_SAMPLES:
+        votes = [(len(v), worth[answer]) for answer, v in of_answer.items()]
+        return _over_subsets(votes, n, k)
+    draws = np.random.default_rng(seed)
+    subsets = (draws.permutation(n)[:k].tolist() for _ in range(SUBSETS))
+    return sum(_elected([answers[i] for i in s], worth) for s in subsets) / SUBSETS
+
+
+def _elected(answers: Sequence[str | None], worth: dict[str, float]) -> float:
+    """Mean worth of the answers that are given most often."""
+    counts: dict[str, int] = {}
+    for answer in answers:
+        if answer is not None:
+            counts[answer] = counts.get(answer, 0) + 1
+    most = max(counts.values(), default=0)
+    tied = [worth[answer] for answer, count in counts.items() if count == most]
+    return sum(tied) / len(tied) if tied else 0.0
+
+
+def _over_subsets(votes: Sequence[tuple[int, float]], n: int, k: int) -> float:
+    """Mean of `_elected` over all subsets of `k`; `votes` are (samples, worth) of each answer.
+
+    For each number of votes `top` that can win: in how many ways answers share `u` seats so that
+    none has more than `top` and `j` have just as many, and the sum of the worth of those `j`.
+    """
+    silent, total = n - sum(count for count, _ in votes), 0.0
+    for top in range(1, min(k, max((count for count, _ in votes), default=0)) + 1):
+        ways = np.zeros((k + 1, k // top + 1))  # [u, j]
+        ways[0, 0], worth = 1.0, np.zeros((k + 1, k // top + 1))
+        for count, value in votes:
+            more_ways, more_worth = np.zeros_like(ways), np.zeros_like(worth)
+            for given in range(min(count, top - 1, k) + 1):
+                chosen, left = math.comb(count, given), k + 1 - given
+                more_ways[given:] += chosen * ways[:left]
+                more_worth[given:] += chosen * worth[:left]
+            if count >= top:
+                chosen, left = math.comb(count, top), k + 1 - top
+                more_ways[top:, 1:] += chosen * ways[:left, :-1]
+                more_worth[top:, 1:] += chosen * (worth[:left, :-1] + value * ways[:left, :-1])
+            ways, worth = more_ways, more_worth
+        ties = np.arange(1, worth.shape[1])
+        for given in range(min(silent, k) + 1):
+            total += math.comb(silent, given) * float(np.sum(worth[k - given, 1:] / ties))
+    return total / math.comb(n, k)
+
+
+def wilson_interval(share: float, trials: int, *, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's score interval of a share of independent trials.
+
+        (p + z²/2n ± z √(p (1 − p) / n + z²/4n²)) / (1 + z²/n)
+
+    Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
+
+    >>> low, high = wilson_interval(0.0, 10)
+    >>> low, round(high, 3)
+    (0.0, 0.278)
+    """
+    if trials < 1 or not 0.0 <= share <= 1.0:
+        raise ValueError(f"expected a share of at least one trial; got {share} of {trials}")
+    z = NormalDist().inv_cdf((1.0 + level) / 2.0)
+    middle = share + z * z / (2 * trials)
+    half = z * math.sqrt(share * (1.0 - share) / trials + (z / (2 * trials)) ** 2)
+    scale = 1.0 + z * z / trials
+    # At the ends the formula gives 0 and 1 exactly, floating point does not.
+    low = (middle - half) / scale if share > 0.0 else 0.0
+    return low, (middle + half) / scale if share < 1.0 else 1.0
+
+
+def estimate(
+    measure: Measure, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> Estimate:
+    """Value and interval of a measure.
+
+    Where every prompt gives all or nothing (one sample of each, pass@n, no success at all), prompts
+    are trials and the interval is Wilson's: a bootstrap of nothing but zeros would end at zero.
+    Otherwise it is the percentile interval of a bootstrap that draws prompts with all their samples
+    (a cluster bootstrap). None where all prompts agree: they say nothing of how sure that is.
+    """
+    own = measure.weights > 0
+    sums, weights = measure.sums[own], measure.weights[own]
+    if measure.share and len(sums) and bool(np.all((sums == 0) | (sums == weights))):
+        return Estimate(measure.value, *wilson_interval(measure.value, len(sums), level=level))
+    drawn = [
+        sums[rows].sum(axis=-1) / weights[rows].sum(axis=-1)
+        for rows in _resampled(len(sums), seed, resamples)
+    ]
+    return Estimate(measure.value, *_percentiles(drawn, level))
+
+
+def paired_difference(
+    before: Measure,
+    after: Measure,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Estimate:
+    """`after − before` of two evaluations of the same prompts, in the same order.
+
+    Each draw of the bootstrap takes the same prompts of both, so that what makes a prompt hard
+    cancels out. Prompts that have no weight on one of the sides have no part.
+
+    Raises:
+      ValueError: the two have different numbers of prompts.
+    """
+    if len(before.sums) != len(after.sums):
+        raise ValueError(
+            f"expected the same prompts; got {len(before.sums)} and {len(after.sums)} of them"
+        )
+    both = (before.weights > 0) & (after.weights > 0)
+    a, b, c, d = (x[both] for x in (after.sums, after.weights, before.sums, before.weights))
+    drawn = [
+        a[rows].sum(axis=-1) / b[rows].sum(axis=-1) - c[rows].sum(axis=-1) / d[rows].sum(axis=-1)
+        for rows in _resampled(len(a), seed, resamples)
+    ]
+    value = after.of(both).value - before.of(both).value
+    return Estimate(value, *_percentiles(drawn, level))
+
+
+def _resampled(prompts: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
+    """`[some, P]` indices of prompts, `resamples` rows in all; few at a time, for memory."""
+    if prompts < 2:  # One prompt alone says nothing of others.
+        return
+    draws = np.random.default_rng(seed)
+    at_a_time = max(1, _DRAWS_AT_A_TIME // prompts)
+    for start in range(0, resamples, at_a_time):
+        yield draws.integers(prompts, size=(min(at_a_time, resamples - start), prompts))
+
+
+def _percentiles(
+    drawn: Sequence[NDArray[np.float64]], level: float
+) -> tuple[float | None, float | None]:
+    if not drawn or np.ptp(values := np.concatenate(drawn)) < 1e-12:
+        return None, None
+    low, high = np.quantile(values, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return float(low), float(high)

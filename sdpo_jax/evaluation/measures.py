@@ -1,0 +1,204 @@
+"""From graded responses to measures: what evaluation reports, as sums and weights of each prompt.
+
+Everything here is about responses that could be graded, lengths too, so that all numbers of an
+evaluation are about the same responses. Nothing needs another forward pass.
+
+* `accuracy`: avg@k, the share of samples that pass; `accuracy/FAMILY`, `accuracy/difficulty/NAME`.
+* `pass_at_K`, `maj_at_K`, `best_at_K`: see `estimators`; over prompts with K graded samples.
+  Majorities of one or two are accuracy, and left out; `best_at_K` is there where rewards lie
+  between 0 and 1.
+* `response_tokens`, `truncated`.
+* `entropy`: nats per token, Σ −log p(y_t) / Σ tokens over what was sampled. By the chain rule
+  −Σ_t log p(y_t | y_<t) is an unbiased estimate of the entropy of a response; p is the sampling
+  distribution, which is the model's own at temperature 1 without filters. Absent where greedy.
+* `repetition`: mean share of a response's 4-grams of tokens that it had before (seq-rep-4, Welleck
+  et al., arXiv 1908.04319).
+* `most_common_output`: share of a prompt's samples that equal its most frequent one.
+* `teacher_accuracy`, `same_output`: of the teacher's answers, one for each attempt with a context,
+  those that pass, and those that repeat the attempt (arXiv 2601.20802, table 6); also by context.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.evaluation.estimators import Measure, best_at_k, majority_at_k, pass_at_k
+
+NGRAM = 4
+Measures = dict[str, Measure]
+
+
+class Graded(NamedTuple):
+    """Responses with what the environment says of them; row `n` belongs to prompt `n // G`."""
+
+    responses: list[str]
+    outcomes: list[Outcome]
+    lengths: list[int]
+    stopped: list[bool]
+    log_probs: Sequence[float] = ()
+    """[N], of whole responses, under the sampling distribution. Empty where greedy: the sampler
+    then says those of temperature 1, which are no entropy."""
+    repetition: Sequence[float] = ()
+    """[N], see `repeated_share`."""
+
+
+def repeated_share(ids: Sequence[int]) -> float:
+    """Share of the 4-grams of a response that stand in it before; 0 if it has none.
+
+    >>> repeated_share([7, 7, 7, 7, 7])  # of two, the second
+    0.5
+    """
+    grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def student_measures(
+    graded: Graded,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str | None] | None = None,
+    *,
+    ks: Sequence[int] = (),
+) -> Measures:
+    """What the student's samples say.
+
+    Args:
+      graded: `G` samples of each prompt.
+      prompts: [P].
+      answers: [N], what each sample votes for; None: unknown.
+      ks: for pass@k, maj@k and best@k, each at most `G`.
+    """
+    ok = np.asarray([outcome.graded for outcome in graded.outcomes])
+    owner = np.arange(len(ok)) // (len(ok) // len(prompts))
+
+    def mean(values: ArrayLike, weights: ArrayLike = 1.0, *, share: bool = True) -> Measure:
+        return by_prompt(owner, np.where(ok, values, 0.0), ok * weights, len(prompts), share=share)
+
+    accuracy = mean([outcome.passed for outcome in graded.outcomes])
+    measures = {
+        "accuracy": accuracy,
+        "response_tokens": mean(graded.lengths, share=False),
+        "truncated": mean(~np.asarray(graded.stopped)),
+    }
+    measures |= {f"accuracy/{name}": accuracy.of(rows) for name, rows in groups(prompts).items()}
+    rows_of = [np.flatnonzero(ok & (owner == i)).tolist() for i in range(len(prompts))]
+    measures |= _at_k(graded, rows_of, answers, ks)
+    if len(graded.log_probs):
+        lengths = np.asarray(graded.lengths)
+        measures["entropy"] = mean(-np.asarray(graded.log_probs), lengths, share=False)
+    if len(graded.repetition):
+        measures["repetition"] = mean(graded.repetition)
+    if len(ok) > len(prompts):
+        counts = [Counter(graded.responses[i] for i in rows) for rows in rows_of]
+        most = [max(count.values(), default=0) for count in counts]
+        measures["most_common_output"] = Measure(np.asarray(most, np.float64), accuracy.weights)
+    return {name: measure for name, measure in measures.items() if measure.weights.any()}
+
+
+def _at_k(
+    graded: Graded,
+    rows_of: Sequence[list[int]],
+    answers: Sequence[str | None] | None,
+    ks: Sequence[int],
+) -> Measures:
+    """Estimates for each number of samples `k`, over prompts that have so many."""
+    passed = [float(outcome.passed) for outcome in graded.outcomes]
+    rewards = [float(outcome.reward) for outcome in graded.outcomes]
+
+    def of(estimator: Callable[[list[int], int], float], k: int, share: bool = True) -> Measure:
+        found = [estimator(rows, k) if len(rows) >= k else 0.0 for rows in rows_of]
+        enough = [float(len(rows) >= k) for rows in rows_of]
+        return Measure(np.asarray(found), np.asarray(enough), share)
+
+    def passes(rows: list[int], k: int) -> float:
+        return pass_at_k(len(rows), sum(passed[i] > 0 for i in rows), k)
+
+    def majority(rows: list[int], k: int) -> float:
+        votes = [None if answers is None else answers[i] for i in rows]
+        return majority_at_k(votes, [passed[i] for i in rows], k)
+
+    def best(rows: list[int], k: int) -> float:
+        return best_at_k([rewards[i] for i in rows], k)
+
+    measures = {f"pass_at_{k}": of(passes, k) for k in ks}
+    if answers is not None:
+        measures |= {f"maj_at_{k}": of(majority, k) for k in ks if k > 2}
+    if any(rewards[i] not in (0.0, 1.0) for rows in rows_of for i in rows):
+        measures |= {f"best_at_{k}": of(best, k, share=False) for k in ks}
+    return measures
+
+
+def teacher_measures(
+    graded: Graded,
+    answered: Graded,
+    rows: Sequence[int],
+    shown: Sequence[bool],
+    prompts: int,
+) -> Measures:
+    """What the teacher's answers say, over all of them and by what it was shown.
+
+    Args:
+      graded: the student's attempts, [N].
+      answered: the teacher's answers, one for each of `rows`.
+      rows: which attempts had a context.
+      shown: of each of these, whether it was a demonstration; otherwise feedback alone.
+      prompts: P.
+    """
+    owner = np.asarray(rows) // (len(graded.responses) // prompts)
+    ok = np.asarray([outcome.graded for outcome in answered.outcomes])
+    passed = [outcome.passed for outcome in answered.outcomes]
+    attempts = [graded.responses[i] for i in rows]
+    same = [a == b for a, b in zip(answered.responses, attempts, strict=True)]
+    demonstrated = np.asarray(shown)
+    every = np.ones_like(demonstrated)
+    kinds = {"": every, "/demonstration": demonstrated, "/feedback": ~demonstrated}
+    return {
+        f"{name}{kind}": by_prompt(owner, of_kind * np.asarray(values), of_kind * 1.0, prompts)
+        for name, values in (("teacher_accuracy", passed), ("same_output", same))
+        for kind, chosen in kinds.items()
+        if (of_kind := chosen & ok).any()
+    }
+
+
+def by_prompt(
+    owner: NDArray[np.int64], sums: Any, weights: Any, prompts: int, *, share: bool = True
+) -> Measure:
+    """Adds up rows of the same prompt; `owner: [N]` says whose each is."""
+    added = [np.asarray(np.bincount(owner, x, prompts), np.float64) for x in (sums, weights)]
+    return Measure(*added, share=share)
+
+
+def groups(prompts: Sequence[Prompt]) -> dict[str, NDArray[np.bool_]]:
+    """`[P]` marks of each family and each difficulty; none where there is one alone."""
+    found: dict[str, NDArray[np.bool_]] = {}
+    for key, prefix in (("family", ""), ("difficulty", "difficulty/")):
+        labels = [label_of(prompt, key) for prompt in prompts]
+        names = sorted(set(labels) - {""})
+        if len(set(labels)) > 1:
+            found |= {
+                f"{prefix}{name}": np.asarray([label == name for label in labels]) for name in names
+            }
+    return found
+
+
+def label_of(prompt: Prompt, key: str) -> str:
+    """`family` or `difficulty` of a prompt, as text; empty: it has none."""
+    return str(prompt.data.get(key) or "")
+
+
+def values(measures: Measures) -> dict[str, float]:
+    """The values alone."""
+    return {name: measure.value for name, measure in measures.items()}
+
+
+def length_quantiles(graded: Graded) -> dict[str, float]:
+    """The length that half, and 95 %, of the responses do not exceed."""
+    pairs = zip(graded.lengths, graded.outcomes, strict=True)
+    lengths = [length for length, outcome in pairs if outcome.graded]
+    if not lengths:
+        return {}
+    found = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
+    return {"response_tokens/p50": float(found[0]), "response_tokens/p95": float(found[1])}

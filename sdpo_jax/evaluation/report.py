@@ -1,0 +1,188 @@
+"""The result of `sdpo eval`: everything as JSON, the metrics as a table.
+
+The JSON holds what its metrics were computed from, prompt by prompt, so that they can be computed
+anew; `docs/evaluation.md` describes every key.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sdpo_jax.config import Config
+from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.grading import failed_share
+from sdpo_jax.evaluation.estimators import (
+    LEVEL,
+    RESAMPLES,
+    Estimate,
+    Measure,
+    estimate,
+    paired_difference,
+)
+from sdpo_jax.evaluation.measures import (
+    Graded,
+    Measures,
+    label_of,
+    length_quantiles,
+    student_measures,
+)
+
+FORMAT = 1
+
+
+class Evaluation(NamedTuple):
+    """One model on all prompts."""
+
+    measures: Measures
+    plain: dict[str, float]
+    """Numbers without an interval."""
+    prompts: list[dict[str, Any]]
+
+
+def evaluation(
+    prompts: Sequence[Prompt],
+    sampled: Graded,
+    answers: Sequence[str | None] | None,
+    greedy: Graded,
+    teacher: Measures,
+) -> Evaluation:
+    """Puts together what was measured.
+
+    Args:
+      prompts: [P].
+      sampled: `G` samples of each.
+      answers: [P·G], see `HasAnswers`; None: the environment knows none.
+      greedy: one response of each.
+      teacher: see `teacher_measures`.
+    """
+    group = len(sampled.responses) // len(prompts)
+    measures = student_measures(sampled, prompts, answers, ks=powers_of_two(group))
+    if (greedily := student_measures(greedy, prompts).get("accuracy")) is not None:
+        measures["accuracy_greedy"] = greedily
+    plain = length_quantiles(sampled)
+    if failed := failed_share(sampled.outcomes):
+        plain["environment/failed"] = failed
+    listed = [
+        _prompt(prompt, sampled, answers, slice(i * group, (i + 1) * group))
+        | {"greedy": _passed(greedy.outcomes[i])}
+        | {"teacher": {name: _parts(measure, i) for name, measure in teacher.items()}}
+        for i, prompt in enumerate(prompts)
+    ]
+    return Evaluation(measures | teacher, plain, listed)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself.
+
+    >>> powers_of_two(6)
+    [1, 2, 4, 6]
+    """
+    return [*(1 << i for i in range((most - 1).bit_length())), most]
+
+
+def _prompt(
+    prompt: Prompt, sampled: Graded, answers: Sequence[str | None] | None, rows: slice
+) -> dict[str, Any]:
+    outcomes = sampled.outcomes[rows]
+    return {
+        "id": prompt.id,
+        "family": label_of(prompt, "family"),
+        "difficulty": label_of(prompt, "difficulty"),
+        "samples": sum(outcome.graded for outcome in outcomes),
+        "successes": sum(outcome.graded and outcome.passed for outcome in outcomes),
+        "passed": [_passed(outcome) for outcome in outcomes],
+        "rewards": [float(outcome.reward) if outcome.graded else None for outcome in outcomes],
+        "answers": None if answers is None else list(answers[rows]),
+        "tokens": sampled.lengths[rows],
+        "truncated": [not stopped for stopped in sampled.stopped[rows]],
+        "log_probs": list(sampled.log_probs[rows]),
+    }
+
+
+def _passed(outcome: Outcome) -> bool | None:
+    return bool(outcome.passed) if outcome.graded else None
+
+
+def _parts(measure: Measure, prompt: int) -> list[float]:
+    return [float(measure.sums[prompt]), float(measure.weights[prompt])]
+
+
+def report(rows: Mapping[str, Evaluation], config: Config, samples: int) -> dict[str, Any]:
+    """The JSON of some evaluations of the same prompts; each is compared with the first.
+
+    Args:
+      rows: by name, such as `start` and `step 60`.
+      config: with which all were made.
+      samples: of each prompt.
+    """
+    settings = config.evaluation
+    first, *others = rows.items()
+    return {
+        "format": FORMAT,
+        "settings": {
+            "model": config.model.path,
+            "environment": config.environment.kind,
+            "seed": config.seed,
+            "samples": samples,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "min_p": settings.min_p,
+            "max_response_tokens": config.rollout.max_response_tokens,
+            "level": LEVEL,
+            "resamples": RESAMPLES,
+        },
+        "rows": {
+            name: {"metrics": _metrics(row, config.seed), "prompts": row.prompts}
+            for name, row in rows.items()
+        },
+        "differences": {name: _differences(first[1], row, config.seed) for name, row in others},
+    }
+
+
+def _metrics(row: Evaluation, seed: int) -> dict[str, dict[str, float | None]]:
+    found = {name: estimate(m, seed=seed)._asdict() for name, m in row.measures.items()}
+    return found | {name: Estimate(v, None, None)._asdict() for name, v in row.plain.items()}
+
+
+def _differences(
+    before: Evaluation, after: Evaluation, seed: int
+) -> dict[str, dict[str, float | None]]:
+    """Of what both have, over prompts that both have."""
+    both = [name for name in before.measures if name in after.measures]
+    found = {
+        name: paired_difference(before.measures[name], after.measures[name], seed=seed)
+        for name in both
+    }
+    found |= {
+        name: Estimate(after.plain[name] - value, None, None)
+        for name, value in before.plain.items()
+        if name in after.plain
+    }
+    return {name: e._asdict() for name, e in found.items() if math.isfinite(e.value)}
+
+
+def table(made: Mapping[str, Any]) -> str:
+    """A report's metrics, a line each: every row, and its difference to the first."""
+    columns = {name: row["metrics"] for name, row in made["rows"].items()}
+    start = next(iter(columns))
+    differences = {f"{name} - {start}": row for name, row in made["differences"].items()}
+    whole = {name: name.partition("/")[0] for row in columns.values() for name in row}
+    order = list(dict.fromkeys(whole.values()))
+    names = sorted(whole, key=lambda name: order.index(whole[name]))  # parts below their metric
+    cells = [["", *columns, *differences]]
+    for name in names:
+        values = [_cell(row.get(name), "") for row in columns.values()]
+        cells.append([name, *values, *(_cell(row.get(name), "+") for row in differences.values())])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (zip(line, widths, strict=True) for line in cells)
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in line).rstrip() for line in lines)
+
+
+def _cell(estimated: Mapping[str, float | None] | None, sign: str) -> str:
+    if estimated is None:
+        return "-"
+    value, low, high = (estimated[key] for key in Estimate._fields)
+    if low is None:
+        return f"{value:{sign}.3f}"
+    return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
