@@ -89,6 +89,21 @@ def test_workers_say_what_the_environment_says_here_in_the_same_order(odd, tmp_p
     assert odd.reference(odd.held_out[0]) == "h0"
 
 
+def test_a_worker_asks_the_batch_form_for_cut_responses_where_there_is_one(tmp_path):
+    batch = SOURCE.replace(
+        "        def grade_truncated(self, prompt, response):\n"
+        '            return Outcome(0.0, False, f"cut: {response}", {})',
+        "        def grade_truncated_many(self, prompts, responses):\n"
+        '            return [Outcome(0.0, False, f"cut: {r}", {}) for r in responses]',
+    )
+    assert batch != SOURCE
+    made = started(settings(tmp_path, batch))
+    outcomes = grade(made, "a", "t0", "b", truncated=[True, False, True])
+    made.close()
+    assert [o.feedback for o in outcomes] == ["cut: a", "t0 t0", "cut: b"]
+    assert outcomes[1].passed
+
+
 def test_no_token_of_the_trainer_reaches_a_worker(tmp_path, monkeypatch):
     tokens = {"HF_TOKEN", "WANDB_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "ANY_NEW_SECRET"}
     for name in tokens:
