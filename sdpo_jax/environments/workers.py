@@ -8,9 +8,9 @@ goes over as its id, so that its `data` need not be JSON; both sides check that 
 prompts.
 
 A worker that does not answer in time is killed and replaced, and the response goes to another one,
-`RETRIES` times; then it counts as not graded. So it is with one that wants more than `MEMORY_MB`: it
-ends at the first `MemoryError` that leaves the environment, since what is left of it is not to be
-trusted. That is no wrong answer: the grader failed, and what the response deserves is not known.
+`RETRIES` times; then it counts as not graded. So it is with one that wants more than `MEMORY_MB`:
+it ends at the first `MemoryError` that leaves the environment, since what is left of it is not to
+be trusted. That is no wrong answer: the grader failed, and what the response deserves is unknown.
 """
 
 import contextlib
