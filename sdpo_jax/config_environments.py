@@ -66,6 +66,8 @@ class CodeEnvironment:
     """What holds the programs; `auto` takes the strongest that works here or refuses."""
     sandbox_url: str = ""
     """Where a `remote` sandbox listens."""
+    mounts: tuple[str, ...] = ()
+    """Folders for programs to import from, read-only; a site-packages folder for numpy."""
     slots: int = 0
     """Programs that run at a time; 0: all cores but one."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -87,6 +89,8 @@ class NanoCodeEnvironment:
     """Task families to draw from; empty means all."""
     sandbox: Sandbox = "auto"
     sandbox_url: str = ""
+    mounts: tuple[str, ...] = ()
+    """Folders for programs to import from, read-only; a site-packages folder for numpy."""
     slots: int = 0
     """Programs that run at a time; 0: all cores but one."""
     seed: int = 0

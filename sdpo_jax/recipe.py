@@ -44,6 +44,7 @@ _TYPE_NAMES: dict[Any, str] = {
 
 # A run may resume with these changed: they say where it writes, how far it goes and how the machine
 # cuts the same sums. Resuming is bit for bit only where the cut (mesh, micro-batch, chunk) stays.
+# Not environment.mounts: a program that imports numpy passes with it and fails without.
 _MAY_CHANGE = {
     *("run_dir", "checkpoint.every_steps", "checkpoint.keep", "optimizer.max_skipped_updates"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.attention"),

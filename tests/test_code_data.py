@@ -5,11 +5,15 @@ import gzip
 import json
 import pickle
 import re
+import sys
 import zlib
 from importlib import util
+from pathlib import Path
 
+import numpy
 import pytest
 
+from sdpo_jax.config_environments import NanoCodeEnvironment
 from sdpo_jax.environments.code import human_eval
 from sdpo_jax.environments.code.environment import Code
 from sdpo_jax.environments.code.livecodebench import (
@@ -18,9 +22,11 @@ from sdpo_jax.environments.code.livecodebench import (
     read_problems,
 )
 from sdpo_jax.environments.code.problems import Equals, InBox, Prints
+from sdpo_jax.environments.registry import make_environment
 from sdpo_jax.environments.sandbox import open_sandbox
 from sdpo_jax.environments.sandbox.protocol import Call, Run
 from sdpo_jax.errors import UserError
+from sdpo_jax.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +308,40 @@ def test_a_bomb_of_zeros_is_refused(tmp_path, monkeypatch):
     bomb = base64.b64encode(zlib.compress(b"0" * 100_000)).decode()
     with pytest.raises(UserError, match="more than 1000 bytes"):
         read_problems(write(tmp_path, live(private_test_cases=bomb)))
+
+
+# Packages for the programs
+
+
+def test_programs_of_a_recipe_import_numpy_through_its_mounts(tmp_path):
+    site = str(Path(numpy.__file__).parents[1])
+    tests = {"inputs": ["4", "9"], "outputs": ["6", "36"], "testtype": "functional", "fn_name": "f"}
+    rows = [{"id": name, "prompt": "Sum the numbers below n.", "tests": tests} for name in "ab"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "recipe.toml"
+    answer = "```python\nimport numpy as np\ndef f(n):\n    return int(np.arange(n).sum())\n```"
+    outcomes = []
+    for mounts in ([site], []):
+        path.write_text(
+            f'[environment]\nkind = "code"\nsource = "{tmp_path}/rows.jsonl"\nslots = 1\n'
+            f"held_out_share = 0.5\nmounts = {json.dumps(mounts)}\n"
+            "[rollout]\nprompts_per_step = 1\n[evaluation]\nprompts = 1\n"
+        )
+        try:
+            made = make_environment(load_recipe(path).environment)
+        except UserError as error:
+            pytest.skip(f"no tier can mount numpy here: {error}")
+        report = made._sandbox.report
+        if report.python.rpartition(".")[0] != "{}.{}".format(*sys.version_info):
+            pytest.skip(f"the boxes run Python {report.python}, numpy is for another one")
+        outcomes.append(made.grade(made.held_out[0], answer))
+        made._sandbox.close()
+    mounted, bare = outcomes
+    assert mounted.passed, mounted.feedback
+    assert bare.graded and not bare.passed and "No module named 'numpy'" in bare.feedback
+
+
+def test_a_mount_of_a_recipe_that_is_no_folder_is_one_error_with_its_key(tmp_path):
+    config = NanoCodeEnvironment(mounts=(str(tmp_path / "gone"),))
+    with pytest.raises(UserError, match=r"gone.*environment\.mounts.* is no folder here"):
+        make_environment(config)

@@ -2,10 +2,16 @@
 
 import pytest
 
-from sdpo_jax.environments.base import GradesBatches, GradesTruncated, HasReferences
+from sdpo_jax.environments.base import (
+    GradesBatches,
+    GradesTruncated,
+    GradesTruncatedBatches,
+    HasReferences,
+)
 from sdpo_jax.environments.code.environment import Code
 from sdpo_jax.environments.code.feedback import CUT_OFF, NO_PROGRAM
 from sdpo_jax.environments.code.problems import Case, Equals, InBox, Prints, Problem
+from sdpo_jax.environments.grading import Grader
 from sdpo_jax.environments.sandbox import open_sandbox
 from sdpo_jax.environments.sandbox.protocol import (
     Call,
@@ -269,6 +275,39 @@ def test_a_truncated_response_with_a_whole_program_is_judged_by_it(sandbox):
     assert environment.grade_truncated(environment.train[0], answer).passed
 
 
+class Counting:
+    """The real one; notes how many programs came at a time."""
+
+    tier = "counting"
+
+    def __init__(self, sandbox):
+        self._sandbox, self.batches = sandbox, []
+
+    def run(self, programs):
+        self.batches.append(len(programs))
+        return self._sandbox.run(programs)
+
+    def close(self):
+        pass
+
+
+def test_truncated_responses_of_a_batch_go_to_the_sandbox_together(sandbox):
+    counting = Counting(sandbox)
+    environment = make(counting)
+    right, wrong = (fenced(f"def double(n):\n    return n * {k}") for k in (2, 3))
+    texts = [right, "Let me think", wrong, right, right]
+    cut = [True, True, True, False, True]
+    outcomes = Grader(environment)([environment.train[0]] * len(texts), texts, cut)
+    assert counting.batches == [1, 3]
+    one_by_one = [
+        (environment.grade_truncated if is_cut else environment.grade)(environment.train[0], text)
+        for text, is_cut in zip(texts, cut, strict=True)
+    ]
+    assert outcomes == one_by_one
+    assert [o.passed for o in outcomes] == [True, False, False, True, True]
+    assert outcomes[1].feedback == CUT_OFF
+
+
 class Broken:
     """Runs as the real one, and then loses the observations of some tests."""
 
@@ -316,4 +355,5 @@ def test_it_offers_what_the_grader_looks_for(sandbox):
     environment = make(sandbox)
     assert isinstance(environment, GradesBatches)
     assert isinstance(environment, GradesTruncated)
+    assert isinstance(environment, GradesTruncatedBatches)
     assert isinstance(environment, HasReferences)

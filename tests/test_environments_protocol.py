@@ -84,6 +84,38 @@ def test_a_batch_is_graded_at_once_and_the_cut_responses_by_themselves():
     assert environment.calls == [2]  # nothing is left to ask for
 
 
+class TruncatedBatches(Batches):
+    """Takes the cut responses of a batch together."""
+
+    def grade_truncated_many(self, prompts, responses):
+        self.calls.append(list(responses))
+        return [self.grade_truncated(p, r) for p, r in zip(prompts, responses, strict=True)]
+
+
+def test_the_cut_responses_of_a_batch_are_graded_together_with_the_outcomes_of_one_by_one():
+    environment, prompts = TruncatedBatches(), [*Quiz.train, *Quiz.held_out] * 2
+    texts, cut = ["y", "a", "n", "fail", "b", "c"], [False, True, False, False, True, True]
+    assert Grader(environment)(prompts, texts, cut) == Grader(Batches())(prompts, texts, cut)
+    assert environment.calls == [3, ["a", "b", "c"]]
+    Grader(environment)(prompts, texts)
+    assert environment.calls[2:] == [6]  # nothing was cut
+
+
+def test_a_batch_of_cut_responses_is_checked_as_any_other():
+    class Short(TruncatedBatches):
+        def grade_truncated_many(self, prompts, responses):
+            return []
+
+    class Fails(TruncatedBatches):
+        def grade_truncated_many(self, prompts, responses):
+            raise ZeroDivisionError("cut")
+
+    with pytest.raises(UserError, match=r"grade_truncated_many .* 0 outcomes for 1 responses"):
+        Grader(Short())([Quiz.train[0]], ["y"], [True])
+    with pytest.raises(UserError, match=r"grade_truncated_many .*'p'(.|\n)*ZeroDivisionError: cut"):
+        Grader(Fails())([Quiz.train[0]], ["y"], [True])
+
+
 def test_an_environment_without_more_than_grade_is_asked_one_by_one():
     texts = ["y", "n", "fail"]
     assert Grader(Quiz())([*Quiz.train, *Quiz.held_out], texts, [True] * 3) == [

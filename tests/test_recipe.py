@@ -23,7 +23,7 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.config_environments import ToolCallsEnvironment
+from sdpo_jax.config_environments import CodeEnvironment, ToolCallsEnvironment
 from sdpo_jax.errors import UserError
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -414,6 +414,8 @@ NOT_RESUMABLE = [
     Config(evaluation=EvaluationConfig(samples_per_prompt=4)),
     Config(train=TrainConfig(mini_batches=2)),
     Config(data=DataConfig(source="x.jsonl")),
+    Config(environment=CodeEnvironment()),
+    Config(environment=CodeEnvironment(mounts=("/opt/site-packages",))),
     Config(optimizer=OptimizerConfig(schedule="cosine")),
     Config(optimizer=OptimizerConfig(schedule="cosine"), train=TrainConfig(steps=61)),
 ]

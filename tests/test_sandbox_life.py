@@ -253,8 +253,9 @@ def test_a_mount_that_the_boxes_own_tmp_would_hide_is_refused() -> None:
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o755)
     try:
-        with pytest.raises(UserError, match=rf"{folder} lies below /tmp"):
-            open_sandbox("bubblewrap", mounts=(str(folder),))
+        for tier in ("bubblewrap", "auto"):  # which takes no weaker tier for it
+            with pytest.raises(UserError, match=rf"{folder} lies below /tmp"):
+                open_sandbox(tier, mounts=(str(folder),))
     finally:
         folder.rmdir()
 
@@ -273,6 +274,9 @@ def test_unsafe_local_warns_each_time(caplog: pytest.LogCaptureFixture) -> None:
         ({"tier": "remote"}, "http"),
         ({"tier": "remote", "url": "http://127.0.0.1:9"}, "127.0.0.1:9"),
         ({"tier": "landlock", "mounts": ("/no/such/folder",)}, "/no/such/folder"),
+        ({"mounts": ("no/such/folder",)}, "environment.mounts"),
+        ({"mounts": (__file__,)}, "no folder here"),
+        ({"tier": "remote", "url": "http://127.0.0.1:9", "mounts": ("site",)}, "absolute path"),
         ({"slots": -1}, "-1"),
     ],
 )

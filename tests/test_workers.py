@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import textwrap
 import time
 
@@ -32,6 +33,15 @@ SOURCE = """
                     pass
             if response == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if response == "swell":
+                kept = []
+                while True:
+                    kept.append(bytearray(8 << 20))
+            if response == "swell in vain":
+                try:
+                    bytearray(1 << 34)
+                except MemoryError:
+                    return Outcome(0.5, False, "too long", {})
             if response == "raise":
                 raise KeyError("lost")
             if response == "variables":
@@ -93,6 +103,21 @@ def test_workers_say_what_the_environment_says_here_in_the_same_order(odd, tmp_p
     assert answers_of(odd, odd.train[:1], [" a", " "]) == ["a", None]
 
 
+def test_a_worker_asks_the_batch_form_for_cut_responses_where_there_is_one(tmp_path):
+    batch = SOURCE.replace(
+        "        def grade_truncated(self, prompt, response):\n"
+        '            return Outcome(0.0, False, f"cut: {response}", {})',
+        "        def grade_truncated_many(self, prompts, responses):\n"
+        '            return [Outcome(0.0, False, f"cut: {r}", {}) for r in responses]',
+    )
+    assert batch != SOURCE
+    made = started(settings(tmp_path, batch))
+    outcomes = grade(made, "a", "t0", "b", truncated=[True, False, True])
+    made.close()
+    assert [o.feedback for o in outcomes] == ["cut: a", "t0 t0", "cut: b"]
+    assert outcomes[1].passed
+
+
 def test_no_token_of_the_trainer_reaches_a_worker(tmp_path, monkeypatch):
     tokens = {"HF_TOKEN", "WANDB_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "ANY_NEW_SECRET"}
     for name in tokens:
@@ -110,9 +135,29 @@ def test_an_answer_that_hangs_or_kills_is_not_graded_and_costs_no_other(tmp_path
     hung, right, died, wrong = grade(made, "hang", "t0", "die", "no")
     made.close()
     assert not hung.graded and "within 0.5 s, 2 times" in hung.feedback
-    assert not died.graded and "its worker died, 2 times" in died.feedback
+    assert not died.graded and "its worker died" in died.feedback
     assert right.graded and right.passed and wrong.graded and not wrong.passed
     assert hung.reward == 0.0 and not hung.passed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a worker's memory so")
+def test_a_grader_that_allocates_without_end_loses_its_worker_and_no_other_answer(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workers, "RETRIES", 1)
+    monkeypatch.setattr(workers, "MEMORY_MB", 256)
+    made = started(settings(tmp_path))
+    first = grade(made, "process")[0].reward
+    swollen, right, refused = grade(made, "swell", "t0", "swell in vain")
+    after = grade(made, "process")[0].reward
+    made.close()
+    assert not swollen.graded and swollen.reward == 0.0
+    assert "its worker died" in swollen.feedback and "memory" in swollen.feedback
+    assert right.passed
+    assert (
+        refused.graded and refused.feedback == "too long"
+    )  # what the grader copes with is its own
+    assert after != first
 
 
 def test_a_worker_that_was_killed_from_outside_is_replaced(odd):

@@ -107,6 +107,17 @@ class GradesTruncated(Protocol):
 
 
 @runtime_checkable
+class GradesTruncatedBatches(Protocol):
+    """`grade_truncated` for several responses at a time; where there is one, it is asked alone."""
+
+    def grade_truncated_many(
+        self, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> list[Outcome]:
+        """One outcome for each pair, in order; `grade_truncated` of each."""
+        ...
+
+
+@runtime_checkable
 class NeedsWorker(Protocol):
     """An environment whose `grade` may not come back, or must run in a main thread of its own.
 

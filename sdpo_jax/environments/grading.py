@@ -17,6 +17,7 @@ from sdpo_jax.environments.base import (
     Environment,
     GradesBatches,
     GradesTruncated,
+    GradesTruncatedBatches,
     HasAnswers,
     Outcome,
     Prompt,
@@ -56,7 +57,7 @@ class Grader:
           prompts: [N].
           responses: [N], decoded without control tokens.
           truncated: [N], whether a response was cut at the token limit; None: none was. It matters
-            to environments with `grade_truncated` alone.
+            to environments with `grade_truncated` or `grade_truncated_many` alone.
 
         Raises:
           UserError: the environment raised, or returned what is no outcome.
@@ -69,35 +70,32 @@ class Grader:
             )
         if isinstance(self._environment, GradesRows):
             return self._environment.grade_rows(prompts, responses, cut)
-        outcomes: list[Outcome | None] = [None] * len(responses)
-        whole = list(range(len(responses)))
-        if isinstance(self._environment, GradesTruncated):
-            whole = [i for i in whole if not cut[i]]
-            for i in [i for i, is_cut in enumerate(cut) if is_cut]:
-                grade = self._environment.grade_truncated
-                outcomes[i] = _grade("grade_truncated", grade, prompts[i], responses[i])
-        graded = self._whole([prompts[i] for i in whole], [responses[i] for i in whole])
-        for i, outcome in zip(whole, graded, strict=True):
-            outcomes[i] = outcome
-        return [outcome for outcome in outcomes if outcome is not None]
+        rows = range(len(responses))
+        groups = (
+            ([i for i in rows if not cut[i]], self._whole),
+            ([i for i in rows if cut[i]], self._truncated),
+        )
+        outcomes: dict[int, Outcome] = {}
+        for group, grade in groups:
+            graded = grade([prompts[i] for i in group], [responses[i] for i in group])
+            outcomes |= zip(group, graded, strict=True)
+        return [outcomes[i] for i in rows]
 
     def _whole(self, prompts: list[Prompt], responses: list[str]) -> list[Outcome]:
         environment = self._environment
-        if not isinstance(environment, GradesBatches):
-            pairs = zip(prompts, responses, strict=True)
-            return [_grade("grade", environment.grade, *pair) for pair in pairs]
-        if not prompts:
-            return []
-        with _explained("grade_many", prompts):
-            outcomes = environment.grade_many(prompts, responses)
-        if len(outcomes) != len(prompts):
-            raise UserError(
-                f"grade_many of the environment: {len(outcomes)} outcomes for {len(prompts)} "
-                "responses; expected one for each, in order"
-            )
-        for prompt, outcome in zip(prompts, outcomes, strict=True):
-            _check(outcome, "grade_many", prompt)
-        return outcomes
+        if isinstance(environment, GradesBatches):
+            return _grade_batch("grade_many", environment.grade_many, prompts, responses)
+        return _grade_each("grade", environment.grade, prompts, responses)
+
+    def _truncated(self, prompts: list[Prompt], responses: list[str]) -> list[Outcome]:
+        environment = self._environment
+        if isinstance(environment, GradesTruncatedBatches):
+            grade = environment.grade_truncated_many
+            return _grade_batch("grade_truncated_many", grade, prompts, responses)
+        if isinstance(environment, GradesTruncated):
+            grade = environment.grade_truncated
+            return _grade_each("grade_truncated", grade, prompts, responses)
+        return self._whole(prompts, responses)
 
 
 def grade_all(
@@ -186,12 +184,36 @@ def refuse_failures(
     )
 
 
-def _grade(
-    name: str, grade: Callable[[Prompt, str], Outcome], prompt: Prompt, response: str
-) -> Outcome:
-    with _explained(name, [prompt]):
-        outcome = grade(prompt, response)
-    return _check(outcome, name, prompt)
+def _grade_each(
+    name: str,
+    grade: Callable[[Prompt, str], Outcome],
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        with _explained(name, [prompt]):
+            outcome = grade(prompt, response)
+        outcomes.append(_check(outcome, name, prompt))
+    return outcomes
+
+
+def _grade_batch(
+    name: str,
+    grade: Callable[[Sequence[Prompt], Sequence[str]], list[Outcome]],
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+) -> list[Outcome]:
+    if not prompts:
+        return []
+    with _explained(name, prompts):
+        outcomes = grade(prompts, responses)
+    if len(outcomes) != len(prompts):
+        raise UserError(
+            f"{name} of the environment: {len(outcomes)} outcomes for {len(prompts)} "
+            "responses; expected one for each, in order"
+        )
+    return [_check(o, name, prompt) for prompt, o in zip(prompts, outcomes, strict=True)]
 
 
 @contextmanager

@@ -121,7 +121,9 @@ def _nano_code(config: NanoCodeEnvironment) -> Environment:
 def _sandbox(config: CodeEnvironment | NanoCodeEnvironment) -> Any:
     from sdpo_jax.environments.sandbox import open_sandbox
 
-    return open_sandbox(config.sandbox, slots=config.slots, url=config.sandbox_url)
+    return open_sandbox(
+        config.sandbox, slots=config.slots, mounts=config.mounts, url=config.sandbox_url
+    )
 
 
 def _mcq(config: McqEnvironment) -> Environment:

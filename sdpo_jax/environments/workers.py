@@ -8,7 +8,9 @@ goes over as its id, so that its `data` need not be JSON; both sides check that 
 prompts.
 
 A worker that does not answer in time is killed and replaced, and the response goes to another one,
-`RETRIES` times; then it counts as not graded.
+`RETRIES` times; then it counts as not graded. So it is with one that wants more than `MEMORY_MB`:
+it ends at the first `MemoryError` that leaves the environment, since what is left of it is not to
+be trusted. That is no wrong answer: the grader failed, and what the response deserves is unknown.
 """
 
 import contextlib
@@ -41,6 +43,9 @@ from sdpo_jax.errors import UserError
 RETRIES = 2
 START_SECONDS = 300.0
 """Building an environment may read files and import much; after this it is stuck."""
+MEMORY_MB = 4096
+"""Data of a worker (heap and private maps, `RLIMIT_DATA`) beyond what it has once it has built the
+environment: a formula can make a comparison allocate without end. Linux alone counts it so."""
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "VIRTUAL_ENV")
 _MAIN = "from sdpo_jax.environments.workers import main; main()"
 _LINE_LIMIT = 8 << 20
@@ -77,7 +82,11 @@ class InWorkers:
         """
         self.train, self.held_out = environment.train, environment.held_out
         _by_id(environment)
-        hello = {"settings": dataclasses.asdict(settings), "folder": str(Path.cwd())}
+        hello = {
+            "settings": dataclasses.asdict(settings),
+            "folder": str(Path.cwd()),
+            "memory_mb": MEMORY_MB,
+        }
         self._pool = _Pool(hello, fingerprint(environment), workers, deadline_seconds)
         self.close = weakref.finalize(self, self._pool.close)
         # Only where there is one: whoever asks for one looks whether the method exists.
@@ -201,7 +210,12 @@ class _Pool:
         for worker in heard:
             reply = worker.read()
             if reply == {}:
-                self._lost(worker, "its worker died", waiting, outcomes)
+                self._lost(
+                    worker,
+                    "its worker died (a kill, or more memory than a worker may have)",
+                    waiting,
+                    outcomes,
+                )
             elif reply is not None:
                 self._reply(worker, reply, outcomes)
         for worker in busy:
@@ -300,6 +314,7 @@ def main() -> None:
         reply({"error": f"in a worker: {error}"})
         return
     reply({"prompts": fingerprint(environment)})
+    _limit_memory(hello["memory_mb"])
     for line in requests:
         reply(_answer(environment, prompts, json.loads(line)))
 
@@ -320,10 +335,26 @@ def _answer(
     try:
         (outcome,) = Grader(environment)([prompt], [response], [request["truncated"]])
     except UserError as error:
+        if isinstance(error.__cause__, MemoryError):
+            os._exit(1)
         return {"error": str(error)}
     metrics = {name: float(value) for name, value in outcome.metrics.items()}
     reward, passed = float(outcome.reward), bool(outcome.passed)
     return {"outcome": [reward, passed, outcome.feedback, metrics, bool(outcome.graded)]}
+
+
+def _limit_memory(megabytes: int) -> None:
+    """Bounds what the grader may allocate on top of what the environment holds by now."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    held = int(fields["VmData"].split()[0]) << 10
+    limit, hard = held + (megabytes << 20), resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    # Soft is hard: the environment's code cannot raise it again.
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _leave_with_parent(parent: int) -> None:

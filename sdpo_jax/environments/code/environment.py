@@ -10,7 +10,7 @@ it judges, so that a program can read the expected values or write its own verdi
 * Processor time decides the time limit, not the wall clock, and a failure of the sandbox itself is
   no wrong answer: such a response is not graded.
 * A response without a program is told from one that was cut off by whoever sampled it
-  (`grade_truncated`), and by a code block that never closes.
+  (`grade_truncated_many`), and by a code block that never closes.
 
 A program that draws random numbers without a seed may be graded otherwise in another process.
 """
@@ -84,25 +84,17 @@ class Code:
 
     def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
         """Judges a response that was cut at the token limit; without a program it is told so."""
-        if extract(response).program is None:
-            return _no_program(prompt, cut_off=True)
-        return self.grade(prompt, response)
+        return self.grade_truncated_many([prompt], [response])[0]
 
     def grade_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
         """One outcome for each pair, in order; all programs run at once."""
-        found = [extract(response) for response in responses]
-        programs = {
-            i: make_program(prompt.data["task"], part.program)
-            for i, (prompt, part) in enumerate(zip(prompts, found, strict=True))
-            if part.program is not None
-        }
-        seen = dict(zip(programs, self._sandbox.run(list(programs.values())), strict=True))
-        return [
-            self._judge(prompt.data["task"], programs[i], seen[i])
-            if i in programs
-            else _no_program(prompt, cut_off=found[i].cut_off)
-            for i, prompt in enumerate(prompts)
-        ]
+        return self._grade(prompts, responses, truncated=False)
+
+    def grade_truncated_many(
+        self, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> list[Outcome]:
+        """`grade_truncated` of each pair, in order; all programs run at once."""
+        return self._grade(prompts, responses, truncated=True)
 
     def reference(self, prompt: Prompt) -> str:
         """A response that `grade` passes.
@@ -117,6 +109,23 @@ class Code:
                 "that have one"
             )
         return problem.reference
+
+    def _grade(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, truncated: bool
+    ) -> list[Outcome]:
+        found = [extract(response) for response in responses]
+        programs = {
+            i: make_program(prompt.data["task"], part.program)
+            for i, (prompt, part) in enumerate(zip(prompts, found, strict=True))
+            if part.program is not None
+        }
+        seen = dict(zip(programs, self._sandbox.run(list(programs.values())), strict=True))
+        return [
+            self._judge(prompt.data["task"], programs[i], seen[i])
+            if i in programs
+            else _no_program(prompt, cut_off=truncated or found[i].cut_off)
+            for i, prompt in enumerate(prompts)
+        ]
 
     def _judge(self, task: Task, program: Program, seen: Sequence[Observation]) -> Outcome:
         cases = [task.problem.cases[i] for i in task.graded]

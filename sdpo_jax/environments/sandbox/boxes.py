@@ -1,6 +1,7 @@
 """How each tier starts a box: a process that reads frames on 0 and answers on 1."""
 
 import base64
+import fcntl
 import itertools
 import os
 import shutil
@@ -27,6 +28,10 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
+
+
+_PIPE_BYTES = 256 << 10
+"""Room for the runner's code in the pipe of a box that does not read yet."""
 
 
 class Plan(NamedTuple):
@@ -57,33 +62,42 @@ class BoxError(Exception):
 
 
 class Box:
-    """One box of one slot; `close` ends it and everything in it."""
+    """One box, for one program: started, given its program by `take`, ended by `close`.
 
-    def __init__(self, plan: Plan, uid: int, program: Mapping[str, Any]):
+    It has to be started by a thread that outlives it: the kernel ends a box of bwrap with the
+    thread that made it.
+    """
+
+    def __init__(self, plan: Plan, uid: int, file_mb: int):
         self._plan, self._uid = plan, uid
         self._own_uid = os.getuid() == 0 and plan.tier != "unsafe-local"
         self._work = "/tmp" if plan.bwrap else self._new_directory()
+        self.file_mb = file_mb
         self.expired = False
-        limits = program["limits"]
         with _filter_file(plan) as filter_fd, _starting:
-            self.process = self._start(filter_fd, limits)
+            self.process = self._start(filter_fd, file_mb << 20)
             _running.add(self.process.pid)
         assert self.process.stdin and self.process.stdout
         self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
-        try:
+        # A box that is gone already says so when it is given a program.
+        with suppress(OSError):
+            # So that nobody waits for the interpreter to come up and read.
+            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             frames.write_all(self._in, base64.b64decode(plan.code))
+
+    def take(self, program: Mapping[str, Any]) -> None:
+        """Gives the box its program; raises `BoxError`, and is closed, where it did not start."""
+        try:
             frames.write(self._in, self._setup(program))
-            self.greeting = frames.read(self._out)
-        except (OSError, frames.FrameError) as error:
-            self.greeting = None
-            self._complaint = str(error)
-        if self.greeting is None:
+            greeting = frames.read(self._out)
+        except (OSError, frames.FrameError):
+            greeting = None
+        if greeting is None:
             raise BoxError(self.close() or "the box ended at its start and said nothing")
 
-    def _start(self, filter_fd: int, limits: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    def _start(self, filter_fd: int, size: int) -> subprocess.Popen[bytes]:
         command = [self._plan.python, "-s", "-S", "-B", "-c", self._plan.runner]
         if self._plan.bwrap:
-            size = limits["file_mb"] << 20
             command = _bubblewrap(self._plan, size, filter_fd) + command
         uid = self._uid if self._own_uid else None
         return subprocess.Popen(
@@ -134,17 +148,21 @@ class Box:
             "watch_files": not plan.bwrap,
         }
 
-    def run(self, test: Mapping[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The runner's answer; None where the box ended; `TimeoutError` where it gave none."""
-        timer = threading.Timer(seconds, self._expire)
-        timer.start()
-        try:
+    def begin(self, test: Mapping[str, Any], seconds: float) -> None:
+        """Hands a test over, to be answered within `seconds`; a box that is gone shows in `end`."""
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.start()
+        with suppress(OSError):
             frames.write(self._in, test)
+
+    def end(self) -> dict[str, Any] | None:
+        """The runner's answer; None where the box ended, with `expired` where it gave none."""
+        try:
             return frames.read(self._out)
         except (OSError, frames.FrameError):
             return None
         finally:
-            timer.cancel()
+            self._timer.cancel()
 
     def _expire(self) -> None:
         self.expired = True

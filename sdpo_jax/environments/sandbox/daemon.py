@@ -5,12 +5,14 @@ trainer's memory nor its secrets. Frames come in on descriptor 0 and go out on i
 pair); the end of that stream ends the executor and every box.
 """
 
+import itertools
 import os
 import queue
 import select
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sdpo_jax.environments.sandbox import boxes, confine, frames
@@ -41,8 +43,10 @@ class Executor:
         self._plan = plan
         self._work: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._sending = threading.Lock()
-        for uid in boxes.claim_uids(slots):
-            threading.Thread(target=self._slot, args=(uid,), daemon=True).start()
+        uids = boxes.claim_uids(2 * slots)
+        for pair in zip(uids[::2], uids[1::2], strict=True):
+            slot = Slot(plan, pair)
+            threading.Thread(target=self._serve_slot, args=(slot,), daemon=True).start()
 
     def serve(self, parent: int) -> None:
         """Queues programs until the stream ends or the trainer is gone."""
@@ -57,11 +61,15 @@ class Executor:
                 return
             self._work.put(request)
 
-    def _slot(self, uid: int) -> None:
+    def _serve_slot(self, slot: "Slot") -> None:
         while True:
-            request = self._work.get()
             try:
-                seen = self._observe(uid, request)
+                request = self._work.get_nowait()
+            except queue.Empty:
+                slot.rest()
+                request = self._work.get()
+            try:
+                seen = slot.observe(request, lambda: not self._work.empty())
             except Exception as error:
                 # A defect here must not cost the slot: the trainer hears of it and goes on.
                 seen = [_infrastructure(f"{type(error).__name__}: {error}")] * len(request["tests"])
@@ -71,7 +79,21 @@ class Executor:
             except OSError:
                 return
 
-    def _observe(self, uid: int, program: Mapping[str, Any]) -> list[dict[str, Any]]:
+
+class Slot:
+    """Runs one program at a time, each in a box of its own.
+
+    While a program runs and others wait, the box before it is closed and the next one started. A
+    box shares its uid with neither of its neighbours, since the end of a box ends all of its uid.
+    """
+
+    def __init__(self, plan: boxes.Plan, uids: Sequence[int]):
+        self._plan, self._uids = plan, itertools.cycle(uids)
+        self._used: boxes.Box | None = None
+        self._ready: boxes.Box | None = None
+
+    def observe(self, program: Mapping[str, Any], more: Callable[[], bool]) -> list[dict[str, Any]]:
+        """What was seen of each test; `more()` says whether another program waits."""
         limits = program["limits"]
         patience = 5 * limits["wall_seconds"] + _MARGIN_SECONDS
         seen: list[dict[str, Any]] = []
@@ -79,8 +101,10 @@ class Executor:
         try:
             for test in program["tests"]:
                 if box is None:
-                    box = self._open(uid, program)
-                answer = box.run(test, patience)
+                    box = self._open(program)
+                box.begin(test, patience)
+                self._turn(limits["file_mb"], more)
+                answer = box.end()
                 seen.append(answer or _ended(box))
                 if not answer or not answer["clean"]:
                     # The box ended, or the test left more than a sweep removes: take a new one.
@@ -91,13 +115,52 @@ class Executor:
             seen += [_infrastructure(f"no box could be started: {error}")] * rest
         finally:
             if box is not None:
-                box.close()
+                self._leave(box)
         return seen
 
-    def _open(self, uid: int, program: Mapping[str, Any]) -> boxes.Box:
+    def rest(self) -> None:
+        """Ends every box: nothing waits while there is nothing to run."""
+        self._close_used()
+        if self._ready is not None:
+            self._ready.close()
+            self._ready = None
+
+    def _leave(self, box: boxes.Box) -> None:
+        """Ends a box whose tests have; what is slow about it has time while the next one works."""
+        self._close_used()
+        box.process.kill()
+        self._used = box
+
+    def _close_used(self) -> None:
+        if self._used is not None:
+            self._used.close()
+            self._used = None
+
+    def _turn(self, file_mb: int, more: Callable[[], bool]) -> None:
+        """What has time while a program runs."""
+        self._close_used()
+        if self._ready is None and more():
+            # A start that fails is tried again when the box is due, and complained of there.
+            with suppress(OSError):
+                self._ready = boxes.Box(self._plan, next(self._uids), file_mb)
+
+    def _open(self, program: Mapping[str, Any]) -> boxes.Box:
+        """A box with the program in it; raises `BoxError` where none starts."""
+        size, ready = program["limits"]["file_mb"], self._ready
+        self._ready = None
+        if ready is not None and ready.file_mb != size:
+            ready.close()
+        elif ready is not None:
+            # One that died while it waited is closed already, and another one takes its place.
+            with suppress(boxes.BoxError):
+                ready.take(program)
+                return ready
+        self._close_used()
         for attempt in range(_STARTS):
             try:
-                return boxes.Box(self._plan, uid, program)
+                box = boxes.Box(self._plan, next(self._uids), size)
+                box.take(program)
+                return box
             except (boxes.BoxError, OSError) as error:
                 if attempt == _STARTS - 1:
                     raise boxes.BoxError(str(error)) from error

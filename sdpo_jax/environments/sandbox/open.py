@@ -1,6 +1,7 @@
 """Opens a sandbox: chooses the tier, tries it once, refuses with the remedy."""
 
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -43,11 +44,13 @@ def open_sandbox(
     site-packages folder for numpy), bound read-only; for `remote`, folders there. `url` is the
     address of a service with SandboxFusion's `/run_code`, for `remote`.
 
-    Raises `UserError` where the tier cannot be had, with what to install or to change.
+    Raises `UserError` where the tier cannot be had, with what to install or to change, and for a
+    mount that is no folder or that programs could not read: never a weaker tier because of it.
     """
     if slots < 0:
         raise UserError(f"sandbox: slots is {slots}; expected 0 (by the cores) or more")
     slots = slots or max(cores() - _RESERVE, 1)
+    _check_mounts(mounts, remote=tier == "remote")
     if tier == "remote":
         return RemoteSandbox(url, slots, mounts)
     if sys.platform != "linux":
@@ -65,6 +68,22 @@ def open_sandbox(
         except tiers.TierError as error:
             problems.append(f"{name}: {error}")
     raise UserError(_REFUSAL.format(problems="\n  ".join(problems)))
+
+
+def _check_mounts(mounts: Sequence[str], *, remote: bool) -> None:
+    """Refuses what is no folder; of those of a service only the form is known."""
+    for mount in mounts:
+        if remote and not mount.startswith("/"):
+            raise UserError(
+                f"sandbox: the mount {mount!r} (environment.mounts); expected the absolute path of "
+                "a folder at the remote service"
+            )
+        if not remote and not os.path.isdir(mount):
+            raise UserError(
+                f"sandbox: the mount {mount!r} (environment.mounts) is no folder here "
+                f"({os.path.abspath(mount)}); expected folders for programs to import from, such "
+                "as a site-packages folder"
+            )
 
 
 def _try(name: str, slots: int, mounts: tuple[str, ...]) -> LocalSandbox:

@@ -33,7 +33,6 @@ class Runner:
         self._ruleset = -1
         # A tmpfs of the box's own bounds the files by itself.
         self._watched: str = self.work if setup["watch_files"] else ""
-        confine.harden_runner()
         if setup["landlock"]:
             ruleset = confine.landlock_ruleset(setup["readable"], self.work)
             self._ruleset = ruleset if ruleset < 0 else os.dup2(ruleset, _RULESET)
@@ -110,6 +109,8 @@ def _raised(fd: int) -> int:
 
 def main() -> None:
     """Answers frames until the stream ends: first the set-up, then one test after the other."""
+    # At once: a box may wait a while for its program, beside another one that runs.
+    confine.harden_runner()
     setup = frames.read(0)
     if setup is None:
         return

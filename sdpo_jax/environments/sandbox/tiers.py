@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdpo_jax.environments.sandbox import boot, boxes, confine, seccomp
+from sdpo_jax.errors import UserError
 
 _SYSTEM = ("/usr/bin/python3", "/usr/local/bin/python3")
 
@@ -34,19 +35,23 @@ class Interpreter(NamedTuple):
 
 
 def bubblewrap(mounts: Sequence[str]) -> boxes.Plan:
-    """Namespaces of their own by bwrap, with seccomp and Landlock; raises `TierError`."""
+    """Namespaces of their own by bwrap, with seccomp and Landlock.
+
+    Raises `TierError` where the tier cannot be had, `UserError` for a mount that it cannot hold.
+    """
     bwrap = shutil.which("bwrap")
     if not bwrap:
         raise TierError("bwrap is not installed; `apt install bubblewrap` (or dnf) gives it")
     found = interpreter()
     needed = _readable_by_all(mounts)
-    if not _beneath(found.prefix, "/usr"):
-        needed = (found.prefix, *needed)
-    for path in needed:
+    # A wrong mount is the recipe's fault, not the tier's: `auto` must not fall back for it.
+    for path, error in (*((path, UserError) for path in needed), (found.prefix, TierError)):
         if _beneath(path, "/tmp"):
-            raise TierError(
+            raise error(
                 f"{path} lies below /tmp, which each box has for itself; take a folder elsewhere"
             )
+    if not _beneath(found.prefix, "/usr"):
+        needed = (found.prefix, *needed)
     known = subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False).stdout
     return _plan("bubblewrap", found, needed, mounts)._replace(
         bwrap=bwrap, disable_userns="--disable-userns" in known, landlock=True
@@ -136,12 +141,10 @@ def _probe(path: str) -> Interpreter | None:
 
 def _readable_by_all(mounts: Sequence[str]) -> tuple[str, ...]:
     for mount in mounts:
-        if not os.path.exists(mount):
-            raise TierError(f"the mount {mount} does not exist")
         if not _open_to_all(mount):
-            raise TierError(
-                f"the mount {mount} is not readable by other users, and programs run as another "
-                "user; copy it to an open place, or chmod o+rx it and the folders above"
+            raise UserError(
+                f"sandbox: the mount {mount} is not readable by other users, and programs run as "
+                "another user; copy it to an open place, or chmod o+rx it and the folders above"
             )
     return tuple(os.path.abspath(mount) for mount in mounts)
 

@@ -1,0 +1,197 @@
+"""Boxes that start while the program before them runs: one for each program, none left over."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpo_jax.environments.sandbox import Call, Limits, Program, Run, open_sandbox
+from sdpo_jax.environments.sandbox.boxes import children
+from sdpo_jax.environments.sandbox.client import LocalSandbox
+
+# Namespaces tell boxes of bubblewrap apart, and the process above a test those of Landlock.
+WHO = "import os\ndef f(): return [os.readlink('/proc/self/ns/pid'), os.getppid()]"
+SLEEP = "import time\ndef f():\n    time.sleep(30)\n    return 42"
+SLOW = "import time\ndef f():\n    time.sleep(1)\n    return 42"
+LIMITS = Limits(cpu_seconds=2.0, wall_seconds=40.0)
+
+
+# The others run with the slow tests where bubblewrap is there.
+_others = [pytest.mark.slow] if shutil.which("bwrap") else []
+TIERS = ["bubblewrap", *(pytest.param(t, marks=_others) for t in ("landlock", "unsafe-local"))]
+
+
+@pytest.fixture(params=TIERS)
+def sandbox(request: pytest.FixtureRequest) -> Iterator[LocalSandbox]:
+    if request.param == "bubblewrap" and not shutil.which("bwrap"):
+        pytest.skip("bwrap is not installed: the bubblewrap tier is NOT tested here")
+    opened = open_sandbox(request.param, slots=1)
+    assert isinstance(opened, LocalSandbox)
+    # The box of the test at the start is on its way out.
+    assert wait_until(lambda: not children(executor_of(opened)))
+    yield opened
+    opened.close()
+
+
+def in_background(target: Any) -> tuple[threading.Thread, list[Any]]:
+    found: list[Any] = []
+
+    def work() -> None:
+        # A sandbox that is closed meanwhile says so.
+        with suppress(RuntimeError):
+            found.append(target())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread, found
+
+
+def executor_of(sandbox: LocalSandbox) -> int:
+    assert sandbox.executor_pid is not None
+    return sandbox.executor_pid
+
+
+def tree(pid: int) -> list[int]:
+    found = [pid]
+    for process in found:
+        found += children(process)
+    return found
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that run: the dead count neither before nor after their parent looks."""
+    found: list[int] = []
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        found += [pid] if state not in "ZX" else []
+    return found
+
+
+def wait_until(condition: Any, seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def boxes_of(sandbox: LocalSandbox) -> list[int]:
+    """The first process of each box, the oldest first."""
+    return sorted(alive(children(executor_of(sandbox))))
+
+
+def start(sandbox: LocalSandbox, source: str, programs: int) -> tuple[threading.Thread, list[Any]]:
+    """Runs programs in the background until one of them has a ready box beside it."""
+    batch = [Program(source, (Call("f"),), LIMITS)] * programs
+    running = in_background(lambda: [o[0] for o in sandbox.run(batch)])
+    assert wait_until(lambda: len(boxes_of(sandbox)) == 2), boxes_of(sandbox)
+    return running
+
+
+def test_each_program_has_a_box_of_its_own_and_its_tests_share_it(sandbox: LocalSandbox) -> None:
+    seen = sandbox.run([Program(WHO, (Call("f"),) * 2, LIMITS)] * 6)
+    boxes = [{str(o.value) for o in observations} for observations in seen]
+    if sandbox.tier == "bubblewrap":
+        # Process numbers begin anew in each box, and the kernel may use a namespace's again.
+        assert all(len(box) == 1 for box in boxes)
+    else:
+        assert all(len(box) == 1 for box in boxes) and len(set.union(*boxes)) == 6
+
+
+def test_no_more_than_one_box_waits_and_none_where_nothing_else_is_queued(
+    sandbox: LocalSandbox,
+) -> None:
+    most = 0
+    thread, found = start(sandbox, "import time\ndef f(): time.sleep(0.2)", 6)
+    while thread.is_alive():
+        # The one before may still be on its way out.
+        most = max(most, len(boxes_of(sandbox)))
+        time.sleep(0.005)
+    assert [o.status for o in found[0]] == ["done"] * 6
+    assert most <= 3
+    assert wait_until(lambda: not children(executor_of(sandbox)))
+
+
+def test_a_program_without_a_successor_starts_no_second_box(sandbox: LocalSandbox) -> None:
+    thread, _ = in_background(lambda: sandbox.run([Program(SLOW, (Call("f"),), LIMITS)]))
+    seen: set[int] = set()
+    while thread.is_alive():
+        seen |= set(boxes_of(sandbox))
+        time.sleep(0.01)
+    assert len(seen) <= 1
+
+
+def test_close_ends_the_box_that_waits(sandbox: LocalSandbox) -> None:
+    thread, _ = start(sandbox, SLEEP, 3)
+    pids = tree(executor_of(sandbox))
+    sandbox.close()
+    assert wait_until(lambda: not alive(pids)), alive(pids)
+    thread.join(20)
+
+
+def test_the_box_that_waits_ends_with_a_killed_executor_and_the_programs_are_run_again(
+    sandbox: LocalSandbox,
+) -> None:
+    thread, found = start(sandbox, SLOW, 2)
+    executor = executor_of(sandbox)
+    pids = tree(executor)
+    os.kill(executor, signal.SIGKILL)
+    thread.join(60)
+    assert [o.value for o in found[0]] == [42, 42]
+    assert wait_until(lambda: not alive(pids)), alive(pids)
+
+
+def test_a_waiting_box_that_dies_is_replaced_and_no_wrong_answer(sandbox: LocalSandbox) -> None:
+    thread, found = start(sandbox, SLOW, 2)
+    waiting = boxes_of(sandbox)[-1]
+    os.kill(waiting, signal.SIGKILL)
+    thread.join(60)
+    assert [(o.status, o.value) for o in found[0]] == [("done", 42)] * 2
+    assert wait_until(lambda: not children(executor_of(sandbox)))
+
+
+def test_a_waiting_box_with_another_limit_on_files_is_not_taken(sandbox: LocalSandbox) -> None:
+    fill = "def f():\n    open('x', 'wb').write(bytes(6 << 20))\n    return 42"
+    programs = [
+        Program(fill, (Call("f"),), LIMITS._replace(file_mb=size)) for size in (4, 16, 4, 16)
+    ]
+    seen = [o[0] for o in sandbox.run(programs)]
+    assert [o.value == 42 for o in seen] == [False, True, False, True], seen
+
+
+def test_a_program_cannot_end_or_see_the_box_that_waits(sandbox: LocalSandbox) -> None:
+    if sandbox.tier == "unsafe-local":
+        pytest.skip("the tier `unsafe-local` holds nothing")
+    hunt = """
+import os, signal, time
+def f():
+    time.sleep(0.5)
+    for pid in range(2, 1 << 16):
+        if pid not in (os.getpid(), os.getppid()):
+            try:
+                os.kill(pid, signal.SIGKILL)
+                return pid
+            except OSError:
+                pass
+    return 42
+"""
+    seen = [o[0] for o in sandbox.run([Program(hunt, (Call("f"),), LIMITS)] * 3)]
+    assert [(o.status, o.value) for o in seen] == [("done", 42)] * 3
+
+
+def test_programs_that_hang_leave_no_box_and_no_process(sandbox: LocalSandbox) -> None:
+    limits = Limits(cpu_seconds=0.2, wall_seconds=20.0)
+    seen = sandbox.run([Program("while True: pass", (Run(""),), limits)] * 6)
+    assert {o[0].status for o in seen} == {"time_limit"}
+    assert wait_until(lambda: not children(executor_of(sandbox)))
