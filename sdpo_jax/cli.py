@@ -23,6 +23,8 @@ USAGE = """usage: sdpo COMMAND ...
   sdpo train RECIPE [--run-dir DIR] [--SECTION.KEY VALUE ...]   train, or go on with a run
   sdpo train RECIPE --help                                      every setting and its value
   sdpo eval RUN_DIR [--samples K]                               held-out accuracy of a run
+  sdpo report RUN_DIR [RUN_DIR ...] [--out FILE.html]           curves, times, recipes of runs
+  sdpo heatmap RUN_DIR [--prompts P] [--top K] [--tokens T]     advantages, token by token
   sdpo convert RUN_DIR OUT [--dtype float32|bfloat16]           weights, in Hugging Face layout
   sdpo convert FILE.gguf OUT [--dtype float32|bfloat16]         the same, from a GGUF file
   sdpo env check FILE.py|RECIPE [--SECTION.KEY VALUE ...]       is this environment sound?
@@ -62,7 +64,8 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in (*_HELP, "help"):
         print(USAGE)
         return 0 if words else 2
-    commands = {"train": _train, "eval": _eval, "convert": _convert, "env": _env}
+    commands = {"train": _train, "eval": _eval, "report": _report, "heatmap": _heatmap}
+    commands |= {"convert": _convert, "env": _env}
     if words[0] not in commands:
         raise UserError(
             f"unknown command {words[0]!r}; expected one of {', '.join(commands)}\n\n{USAGE}"
@@ -123,6 +126,32 @@ def _eval(words: list[str]) -> None:
     config = replace(config, mesh=fitting_mesh(config.mesh))
     with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
         evaluate_run(run_dir, config, load_parts(config, environment), samples=options["--samples"])
+
+
+def _report(words: list[str]) -> None:
+    from sdpo_jax.reports.run_report import main
+
+    main(words)
+
+
+def _heatmap(words: list[str]) -> None:
+    from sdpo_jax.compilation import persistent_cache
+    from sdpo_jax.devices import fitting_mesh
+    from sdpo_jax.environments.registry import make_environment
+    from sdpo_models.gguf_convert import cache_folder
+
+    usage = "sdpo heatmap RUN_DIR [--prompts P] [--top K] [--tokens T]"
+    defaults = {"--prompts": 8, "--top": 5, "--tokens": 512}
+    options = _options(words, defaults, usage, positional=1)
+    _quiet_libraries()
+    run_dir, config = _run_config(words[0])
+    environment = make_environment(config.environment)  # before there is a device
+    from sdpo_jax.reports.command import heatmap_run
+
+    config = replace(config, mesh=fitting_mesh(config.mesh))
+    with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
+        chosen = {name.removeprefix("--"): value for name, value in options.items()}
+        heatmap_run(run_dir, config, load_parts(config, environment), **chosen)
 
 
 def _convert(words: list[str]) -> None:

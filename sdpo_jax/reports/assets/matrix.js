@@ -1,0 +1,78 @@
+// The batch as a picture: rows are responses, columns are positions.
+const GUTTER = 18;
+
+class Matrix {
+  // value(row, i): share from -1 to 1, or null where there is no signal.
+  constructor(canvas, value, pick, hover) {
+    this.canvas = canvas;
+    this.value = value;
+    this.rows = [];
+    canvas.addEventListener("click", (event) => {
+      const place = this.place(event);
+      if (place) pick(place.row, place.i);
+    });
+    canvas.addEventListener("mousemove", (event) => hover(this.place(event)));
+    canvas.addEventListener("mouseleave", () => hover(null));
+  }
+
+  place(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const row = this.rows[Math.floor((event.clientY - box.top) / this.height)];
+    const i = Math.floor((event.clientX - box.left - GUTTER) / this.cell);
+    return row && i < row.w.length ? { row, i: Math.max(0, i) } : null;
+  }
+
+  draw(rows, chosen, token, grouped) {
+    this.rows = rows;
+    const columns = Math.max(1, ...rows.map((row) => row.w.length));
+    const width = this.canvas.parentElement.clientWidth;
+    const ratio = window.devicePixelRatio || 1;
+    this.height = Math.min(16, Math.max(4, Math.floor(640 / Math.max(1, rows.length))));
+    this.cell = (width - GUTTER) / columns;
+    this.canvas.style.height = `${this.height * Math.max(1, rows.length)}px`;
+    this.canvas.width = Math.round(width * ratio);
+    this.canvas.height = Math.round(this.height * Math.max(1, rows.length) * ratio);
+    const pen = this.canvas.getContext("2d");
+    pen.scale(ratio, ratio);
+    rows.forEach((row, y) => this.drawRow(pen, row, y * this.height));
+    this.drawMarks(pen, rows, chosen, token, grouped, width);
+  }
+
+  drawRow(pen, row, top) {
+    const style = getComputedStyle(document.documentElement);
+    const gap = this.height > 6 ? 1 : 0;
+    for (let i = 0; i < row.w.length; i++) {
+      const share = this.value(row, i);
+      const left = Math.round(GUTTER + i * this.cell);
+      const right = Math.round(GUTTER + (i + 1) * this.cell);
+      if (share === null) {
+        pen.fillStyle = style.getPropertyValue("--line");
+        pen.fillRect(left, top + this.height / 2 - 0.5, Math.max(1, (right - left) / 2), 1);
+      } else {
+        pen.fillStyle = css(colour(share));
+        pen.fillRect(left, top, right - left, this.height - gap);
+      }
+    }
+    const size = Math.min(3, this.height / 2 - 1);
+    pen.strokeStyle = pen.fillStyle = style.getPropertyValue(row.verdict === "passed" ? "--good" : "--bad");
+    pen.beginPath();
+    pen.arc(7, top + this.height / 2, size, 0, 2 * Math.PI);
+    if (row.verdict === "passed") pen.fill();
+    else pen.stroke();
+  }
+
+  drawMarks(pen, rows, chosen, token, grouped, width) {
+    const style = getComputedStyle(document.documentElement);
+    rows.forEach((row, y) => {
+      if (grouped && y > 0 && rows[y - 1].ask !== row.ask) {
+        pen.fillStyle = style.getPropertyValue("--soft");
+        pen.fillRect(0, y * this.height - 1, width, 1);
+      }
+      if (row !== chosen) return;
+      pen.strokeStyle = style.getPropertyValue("--mark");
+      pen.lineWidth = 2;
+      pen.strokeRect(1, y * this.height, width - 2, this.height - 1);
+      pen.strokeRect(GUTTER + token * this.cell, y * this.height, Math.max(3, this.cell), this.height - 1);
+    });
+  }
+}
