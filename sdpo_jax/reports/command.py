@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_jax.config import Config
-from sdpo_jax.reports.heatmap import heatmap_page
+from sdpo_jax.reports.heatmap import HEATMAP, heatmap_page
 from sdpo_jax.reports.page import write_page
 from sdpo_jax.reports.token_batch import TOKEN_BATCH, token_batch, write_rows
-
-HEATMAP = "heatmap.html"
 
 
 def heatmap_run(

@@ -17,6 +17,7 @@ import numpy as np
 
 from sdpo_jax.reports.page import asset, page
 
+HEATMAP = "heatmap.html"
 FAINT = 5e-4
 """Candidates below this probability, of student and of teacher, are not on the page."""
 
@@ -112,7 +113,7 @@ def _row(row: Mapping[str, Any], text: Any, long: _Table, max_tokens: int) -> di
 
 
 def _candidates(token: Mapping[str, Any], text: Any) -> list[Any]:
-    """Flat: text, probability of the student, of the teacher (absent without one), each / 10,000."""
+    """Flat: text, then ten-thousandths of the student and, where there is one, of the teacher."""
     flat: list[Any] = []
     for candidate in token["alternatives"]:
         logs = [candidate["log_p"]]

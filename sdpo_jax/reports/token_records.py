@@ -99,7 +99,9 @@ def token_records(
     records: list[TokenRecord | None] = [None] * len(responses.responses)
     for with_teacher in (True, False):
         rows = [
-            i for i, ids in enumerate(responses.teacher_prompts) if (ids is not None) == with_teacher
+            i
+            for i, ids in enumerate(responses.teacher_prompts)
+            if (ids is not None) == with_teacher
         ]
         weights = [student, *(teacher if with_teacher else ())]
         found = _records_of(programs, weights, responses, rows, form, devices, temperature)

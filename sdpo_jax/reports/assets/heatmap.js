@@ -177,6 +177,23 @@ function choose(row, i, focus) {
   drawMatrices();
 }
 
+// Where student and teacher differ most.
+function loudest(row) {
+  if (row.q === null) return 0;
+  const sizes = row.w.map((_, i) => Math.abs(advantage(row, i)));
+  return sizes.indexOf(Math.max(...sizes));
+}
+
+function loudestRow(rows) {
+  const size = (row) => (row.q === null ? -1 : Math.abs(advantage(row, loudest(row))));
+  return rows.reduce((best, row) => (size(row) > size(best) ? row : best));
+}
+
+function turn(rows) {
+  const at = state.rows.indexOf(state.row) + rows;
+  if (state.rows[at]) choose(state.rows[at], loudest(state.rows[at]), false);
+}
+
 function move(rows, tokens, focus) {
   const at = state.rows.indexOf(state.row) + rows;
   const row = state.rows[Math.max(0, Math.min(at, state.rows.length - 1))];
@@ -228,8 +245,10 @@ function select() {
   state.rows.sort((a, b) => key(a) - key(b) || a.n - b.n);
   $("count").textContent = `${state.rows.length} of ${data.rows.length} responses`;
   $("one").hidden = state.rows.length === 0;
-  if (state.rows.length && !state.rows.includes(state.row)) choose(state.rows[0], 0, false);
-  else drawMatrices();
+  if (state.rows.length && !state.rows.includes(state.row)) {
+    const first = state.row === null ? loudestRow(state.rows) : state.rows[0];
+    choose(first, loudest(first), false);
+  } else drawMatrices();
 }
 
 function rescale() {
@@ -270,8 +289,8 @@ $("low").value = state.low;
 $("high").value = state.high;
 for (const id of ["by-prompt", "by-verdict", "by-context", "sort"]) $(id).addEventListener("change", select);
 for (const id of ["low", "high"]) $(id).addEventListener("change", rescale);
-$("previous").addEventListener("click", () => move(-1, 0, false));
-$("next").addEventListener("click", () => move(1, 0, false));
+$("previous").addEventListener("click", () => turn(-1));
+$("next").addEventListener("click", () => turn(1));
 $("tokens").addEventListener("keydown", (event) => keys(event, true));
 $("sdpo").addEventListener("keydown", (event) => keys(event, false));
 document.addEventListener("themechange", repaint);
