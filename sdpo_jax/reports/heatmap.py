@@ -21,6 +21,9 @@ HEATMAP = "heatmap.html"
 FAINT = 5e-4
 """Candidates below this probability, of student and of teacher, are not on the page."""
 
+SIGNAL = 0.25
+"""|log q / p| that counts as one, for the ends of the scale."""
+
 
 class _Table:
     """Values by number, each once."""
@@ -73,7 +76,10 @@ def heatmap_page(rows: Sequence[Mapping[str, Any]], *, max_tokens: int = 512) ->
 
 
 def scale(responses: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Where red and blue are full: ends of the middle 98 % of each sign, at least 1, one digit."""
+    """Where red and blue are full: nine tenths of the tokens with a signal are paler; at least 1.
+
+    Most tokens have none (figure 21): a quantile of all would be next to zero.
+    """
     values = np.asarray(
         [t["advantage"] for row in responses for t in row["tokens"] if t["advantage"] is not None]
     )
@@ -81,11 +87,11 @@ def scale(responses: Sequence[Mapping[str, Any]]) -> list[float]:
     def end(side: Any) -> float:
         if len(side) == 0:
             return 1.0
-        value = max(1.0, float(np.quantile(side, 0.98)))
+        value = max(1.0, float(np.quantile(side, 0.9)))
         digit = 10.0 ** math.floor(math.log10(value))
         return math.ceil(value / digit - 1e-9) * digit
 
-    return [-end(-values[values < 0.0]), end(values[values > 0.0])]
+    return [-end(-values[values < -SIGNAL]), end(values[values > SIGNAL])]
 
 
 def _row(row: Mapping[str, Any], text: Any, long: _Table, max_tokens: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ STEP_PANELS = {
     "Reward of the batch": ("reward",),
     "Response length, tokens": ("response_tokens",),
     "Truncated responses": ("truncated",),
-    "Responses with a teacher signal": ("teacher_signal", "advantage_signal"),
+    "Responses with a signal": ("teacher_signal", "advantage_signal"),
     "Loss": ("loss",),
     "Divergence of student and teacher (JSD)": ("jsd",),
     "Entropy, student (dashed: teacher)": ("student_entropy", "teacher_entropy"),

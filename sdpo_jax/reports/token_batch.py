@@ -19,7 +19,7 @@ from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.environments.base import Prompt
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
-from sdpo_jax.model import Model, Params
+from sdpo_jax.model import Params
 from sdpo_jax.reports.token_records import Responses, TokenRecord, token_records
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.prompts import TeacherPrompts
@@ -68,35 +68,60 @@ def token_batch(
         raise UserError(
             f"{run_dir} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
         )
-    step = restored.step + 1
+    return batch_of(trainer, restored, parts, run=str(run_dir), prompts=prompts, top=top)
+
+
+def batch_of(
+    trainer: Trainer,
+    restored: Restored,
+    parts: Mapping[str, Any],
+    *,
+    run: str,
+    prompts: int,
+    top: int,
+) -> list[dict[str, Any]]:
+    """`token_batch` of a state that is there.
+
+    Raises:
+      UserError: the environment fails too often.
+    """
+    config, step, tokenizer = trainer.config, restored.step + 1, trainer.tokenizer
     student = trainer.student(restored.state)
-    asked = _next_prompts(config, parts["environment"], restored)[:prompts]
     experience, _ = collect(
         config.rollout,
         trainer.sampler,
-        parts["tokenizer"],
+        tokenizer,
         parts["environment"],
         student,
-        asked,
+        _next_prompts(config, parts["environment"], restored)[:prompts],
         seed=config.seed,
         step=step,
         clock=Clock(),
     )
     limit = config.environment.max_failed_share
     refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
-    teacher = _teacher_weights(config, trainer, restored, student)
-    shown = teacher_prompts(config, experience, parts["tokenizer"], step)
-    records = _records(config, trainer, parts["model"], student, teacher, experience, shown, top)
-    row = {
+    shown = teacher_prompts(config, experience, tokenizer, step)
+    records = token_records(
+        parts["model"],
+        student,
+        _teacher_weights(trainer, restored, student),
+        Responses(experience.prompt_ids, shown.prompt_ids, experience.response_ids),
+        form=trainer.form,
+        devices=trainer.devices,
+        temperature=config.rollout.temperature,
+        top=top,
+        mix=None if trainer.teacher is None else trainer.teacher.logits,
+    )
+    head = {
         "kind": "batch",
-        "run": str(run_dir),
+        "run": run,
         "step": restored.step,
         "objective": config.objective.name,
         "teacher": "student" if trainer.teacher is None else config.teacher.weights,
         "temperature": config.rollout.temperature,
-        "stop_ids": list(parts["tokenizer"].stop_ids),
+        "stop_ids": list(tokenizer.stop_ids),
     }
-    return [row, *response_rows(experience, shown, records, parts["tokenizer"])]
+    return [head, *response_rows(experience, shown, records, tokenizer)]
 
 
 def _next_prompts(config: Config, environment: Any, restored: Restored) -> list[Prompt]:
@@ -108,9 +133,7 @@ def _next_prompts(config: Config, environment: Any, restored: Restored) -> list[
     return next(batches)
 
 
-def _teacher_weights(
-    config: Config, trainer: Trainer, restored: Restored, student: Params
-) -> list[Params]:
+def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:
     """The teacher's; with a trust region the student's, too."""
     teacher = trainer.teacher_params(restored.state, student)
     if trainer.teacher is None or teacher is None:
@@ -132,29 +155,6 @@ def teacher_prompts(
     for row, prompt, signal in zip(rows, ids, survived, strict=True):
         prompts[row] = prompt if signal else None
     return Shown(contexts, prompts)
-
-
-def _records(
-    config: Config,
-    trainer: Trainer,
-    model: Model,
-    student: Params,
-    teacher: Sequence[Params],
-    experience: Experience,
-    shown: Shown,
-    top: int,
-) -> list[TokenRecord]:
-    return token_records(
-        model,
-        student,
-        teacher,
-        Responses(experience.prompt_ids, shown.prompt_ids, experience.response_ids),
-        form=trainer.form,
-        devices=trainer.devices,
-        temperature=config.rollout.temperature,
-        top=top,
-        mix=trainer.teacher.logits if trainer.teacher is not None else None,
-    )
 
 
 def response_rows(

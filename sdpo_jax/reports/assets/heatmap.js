@@ -27,7 +27,8 @@ function share(row, i) {
 function signed(value, digits = 2) {
   if (value === null) return "–";
   const text = Math.abs(value).toFixed(digits);
-  return value < 0 ? `−${text}` : Number(text) === 0 ? text : `+${text}`;
+  if (Number(text) === 0) return text;
+  return value < 0 ? `−${text}` : `+${text}`;
 }
 
 function percent(tenThousandths) {

@@ -41,10 +41,11 @@ class Matrix {
   drawRow(pen, row, top) {
     const style = getComputedStyle(document.documentElement);
     const gap = this.height > 6 ? 1 : 0;
-    for (let i = 0; i < row.w.length; i++) {
-      const share = this.value(row, i);
+    const step = Math.max(1, Math.ceil(1 / this.cell)); // tokens that share a column of pixels
+    for (let i = 0; i < row.w.length; i += step) {
+      const share = this.strongest(row, i, step);
       const left = Math.round(GUTTER + i * this.cell);
-      const right = Math.round(GUTTER + (i + 1) * this.cell);
+      const right = Math.max(left + 1, Math.round(GUTTER + (i + step) * this.cell));
       if (share === null) {
         pen.fillStyle = style.getPropertyValue("--line");
         pen.fillRect(left, top + this.height / 2 - 0.5, Math.max(1, (right - left) / 2), 1);
@@ -59,6 +60,15 @@ class Matrix {
     pen.arc(7, top + this.height / 2, size, 0, 2 * Math.PI);
     if (row.verdict === "passed") pen.fill();
     else pen.stroke();
+  }
+
+  strongest(row, i, count) {
+    let best = this.value(row, i);
+    for (let j = i + 1; j < Math.min(i + count, row.w.length); j++) {
+      const share = this.value(row, j);
+      if (share !== null && Math.abs(share) > Math.abs(best)) best = share;
+    }
+    return best;
   }
 
   drawMarks(pen, rows, chosen, token, grouped, width) {
