@@ -107,9 +107,7 @@ def rows_of_next_step(name, **settings):
     return rows, trainer.step(restored.state, 1)[1]
 
 
-@pytest.mark.parametrize(
-    "weights", ["ema", pytest.param("trust_region", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("weights", ["ema", pytest.param("trust_region", marks=pytest.mark.slow)])
 def test_the_batch_is_the_one_that_training_learns_from_next(weights):
     (head, *rows), trained = rows_of_next_step("sdpo", weights=weights)
     assert head["teacher"] == weights

@@ -24,7 +24,7 @@ function css(rgb) {
 // Black or white, whichever is easier to read there: relative luminance as in WCAG 2.
 function ink(rgb) {
   const [r, g, b] = rgb.map((x) => (x / 255 <= 0.04045 ? x / 3294.6 : ((x / 255 + 0.055) / 1.055) ** 2.4));
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#10151b" : "#ffffff";
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
 }
 
 function gradient() {
