@@ -64,8 +64,8 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in (*_HELP, "help"):
         print(USAGE)
         return 0 if words else 2
-    commands = {"train": _train, "eval": _eval, "report": _report, "heatmap": _heatmap}
-    commands |= {"convert": _convert, "env": _env}
+    commands = {"train": _train, "eval": _eval, "convert": _convert, "env": _env}
+    commands |= {"report": _report, "heatmap": _heatmap}
     if words[0] not in commands:
         raise UserError(
             f"unknown command {words[0]!r}; expected one of {', '.join(commands)}\n\n{USAGE}"
@@ -367,7 +367,8 @@ def _student(run_dir: Path, config: Config) -> tuple[int, Any]:
 
 
 def _is_run(path: str) -> bool:
-    return (Path(path) / "config.toml").is_file()
+    # A run in a folder `nano` would otherwise be its own model, for ever.
+    return path != "nano" and (Path(path) / "config.toml").is_file()
 
 
 def _quiet_libraries() -> None:

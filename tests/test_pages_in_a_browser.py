@@ -156,6 +156,16 @@ def test_tokens_are_reached_with_the_keyboard_and_have_names(heatmap):
     assert unnamed == 0
 
 
+def test_a_place_in_the_picture_is_read_out(heatmap):
+    show(heatmap, 0)
+    heatmap.press("ArrowRight")
+    told = heatmap.evaluate("document.querySelector('#say[role=status]').textContent")
+    assert told in (
+        f"Response 1, failed, token {i}: {t}"
+        for i, t in ((2, f"1230, {MINUS}6.11"), (3, "\u27e8end\u27e9, 0.00"))
+    )
+
+
 def test_filters_and_sorting_change_what_is_shown(heatmap):
     def chosen(box, value):
         heatmap.evaluate(

@@ -82,7 +82,7 @@ def test_the_accuracy_panel_has_a_line_of_each_run_and_of_its_teacher(tmp_path):
     root = figures(report(*folders))["Accuracy against generations"]
     lines = {line.get("class"): line.get("points") for line in root.iter("polyline")}
     assert set(lines) == {"run0", "run0 dashed", "run1", "run1 dashed"}
-    heights = {name: [float(p.split(",")[1]) for p in lines[name].split()] for name in lines}
+    heights = {name: [float(p.split(",")[1]) for p in str(lines[name]).split()] for name in lines}
     assert heights["run0"][0] == heights["run1"][0]
     # 0.1 to 0.5 is half of 0.1 to 0.9, upwards.
     rise = {name: heights[name][0] - heights[name][-1] for name in ("run0", "run1")}

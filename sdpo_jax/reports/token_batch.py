@@ -165,7 +165,7 @@ def response_rows(
     `advantage` of a token is SDPO's, log q / p, null without a context; `grpo_advantage` of a row
     is GRPO's, reward minus the mean of its siblings.
     """
-    grpo = graded_advantages(experience)
+    grpo, known = graded_advantages(experience), dict[int, str]()
     rows: list[dict[str, Any]] = []
     for i, (outcome, record) in enumerate(zip(experience.outcomes, records, strict=True)):
         prompt, context = experience.prompts[i // experience.group], shown.contexts[i]
@@ -184,17 +184,20 @@ def response_rows(
                 "shown": context._asdict() if context is not None and ids is not None else None,
                 "teacher_prompt": None if ids is None else tokenizer.decode(ids),
                 "grpo_advantage": float(grpo[i]),
-                "tokens": token_rows(record, tokenizer),
+                "tokens": token_rows(record, tokenizer, known),
             }
         )
     return rows
 
 
-def token_rows(record: TokenRecord, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def token_rows(
+    record: TokenRecord, tokenizer: Tokenizer, known: dict[int, str]
+) -> list[dict[str, Any]]:
     """Of each token its text, log p, log q, advantage, and the candidates, likeliest first.
 
     The text is what the token adds to the response. It is empty for control tokens, and for one
-    that begins a character that a later token completes.
+    that begins a character that a later token completes. `known` holds texts of candidates, which
+    come again and again.
     """
     texts = token_texts(record.ids[:, 0].tolist(), tokenizer)
     rows: list[dict[str, Any]] = []
@@ -203,8 +206,9 @@ def token_rows(record: TokenRecord, tokenizer: Tokenizer) -> list[dict[str, Any]
         log_q = [None] * len(log_p) if record.log_q is None else record.log_q[t].tolist()
         seen: dict[int, dict[str, Any]] = {}
         for token, p, q in zip(record.ids[t].tolist()[1:], log_p[1:], log_q[1:], strict=True):
-            value = {"id": token, "text": tokenizer.decode([token]), "log_p": p, "log_q": q}
-            seen.setdefault(token, value)
+            if token not in known:
+                known[token] = tokenizer.decode([token])
+            seen[token] = {"id": token, "text": known[token], "log_p": p, "log_q": q}
         rows.append(
             {
                 "id": int(record.ids[t, 0]),

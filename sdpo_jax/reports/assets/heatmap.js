@@ -159,7 +159,7 @@ function candidateTable(row, i) {
 
 function bar(tenThousandths, who) {
   const element = make("span", `bar ${who}`);
-  element.style.width = `${(tenThousandths / 1e4) * 60}%`;
+  element.style.width = `calc((100% - 84px) * ${tenThousandths / 1e4})`; // beside the number
   return element;
 }
 
@@ -175,7 +175,7 @@ function choose(row, i, focus) {
     if (mine && focus) span.focus();
   }
   showToken(row, state.token);
-  drawMatrices();
+  markMatrices();
 }
 
 // Where student and teacher differ most.
@@ -207,6 +207,8 @@ function keys(event, focus) {
   if (!asked || event.altKey || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
   move(...asked, focus);
+  // A token that takes the focus is read out by itself; a place in the picture is not.
+  $("say").textContent = focus ? "" : $("sdpo").getAttribute("aria-label");
 }
 
 const matrices = [
@@ -221,11 +223,16 @@ function hoverCell(place) {
 }
 
 function drawMatrices() {
+  for (const matrix of matrices) matrix.draw(state.rows);
+  markMatrices();
+}
+
+function markMatrices() {
   const grouped = $("sort").value === "n";
-  for (const matrix of matrices) matrix.draw(state.rows, state.row, state.token, grouped);
+  for (const matrix of matrices) matrix.mark(state.row, state.token, grouped);
   if (!state.row) return;
   const { row, token } = state;
-  $("sdpo").setAttribute("aria-label", `Batch of ${state.rows.length} responses. Response ${row.n + 1}, ${row.verdict}, token ${token + 1}: ${plain(row.w[token])}, ${signed(advantage(row, token))}`);
+  $("sdpo").setAttribute("aria-label", `Response ${row.n + 1}, ${row.verdict}, token ${token + 1}: ${plain(row.w[token])}, ${signed(advantage(row, token))}`);
 }
 
 const SORTS = {
@@ -246,10 +253,11 @@ function select() {
   state.rows.sort((a, b) => key(a) - key(b) || a.n - b.n);
   $("count").textContent = `${state.rows.length} of ${data.rows.length} responses`;
   $("one").hidden = state.rows.length === 0;
+  drawMatrices();
   if (state.rows.length && !state.rows.includes(state.row)) {
     const first = state.row === null ? loudestRow(state.rows) : state.rows[0];
     choose(first, loudest(first), false);
-  } else drawMatrices();
+  }
 }
 
 function rescale() {

@@ -5,6 +5,7 @@ class Matrix {
   // value(row, i): share from -1 to 1, or null where there is no signal.
   constructor(canvas, value, pick, hover) {
     this.canvas = canvas;
+    this.cells = document.createElement("canvas");
     this.value = value;
     this.rows = [];
     canvas.addEventListener("click", (event) => {
@@ -22,20 +23,23 @@ class Matrix {
     return row && i < row.w.length ? { row, i: Math.max(0, i) } : null;
   }
 
-  draw(rows, chosen, token, grouped) {
+  // The cells, on a picture of their own: a mark that moves would otherwise draw them all again.
+  draw(rows) {
     this.rows = rows;
     const columns = Math.max(1, ...rows.map((row) => row.w.length));
-    const width = this.canvas.parentElement.clientWidth;
-    const ratio = window.devicePixelRatio || 1;
+    this.width = this.canvas.parentElement.clientWidth;
+    this.ratio = window.devicePixelRatio || 1;
     this.height = Math.min(16, Math.max(4, Math.floor(640 / Math.max(1, rows.length))));
-    this.cell = (width - GUTTER) / columns;
-    this.canvas.style.height = `${this.height * Math.max(1, rows.length)}px`;
-    this.canvas.width = Math.round(width * ratio);
-    this.canvas.height = Math.round(this.height * Math.max(1, rows.length) * ratio);
-    const pen = this.canvas.getContext("2d");
-    pen.scale(ratio, ratio);
+    this.cell = (this.width - GUTTER) / columns;
+    const tall = this.height * Math.max(1, rows.length);
+    this.canvas.style.height = `${tall}px`;
+    for (const canvas of [this.canvas, this.cells]) {
+      canvas.width = Math.round(this.width * this.ratio);
+      canvas.height = Math.round(tall * this.ratio);
+      canvas.getContext("2d").scale(this.ratio, this.ratio);
+    }
+    const pen = this.cells.getContext("2d");
     rows.forEach((row, y) => this.drawRow(pen, row, y * this.height));
-    this.drawMarks(pen, rows, chosen, token, grouped, width);
   }
 
   drawRow(pen, row, top) {
@@ -71,18 +75,23 @@ class Matrix {
     return best;
   }
 
-  drawMarks(pen, rows, chosen, token, grouped, width) {
+  // Lines between prompts, where siblings stand together, and a frame around what is chosen.
+  mark(chosen, token, grouped) {
     const style = getComputedStyle(document.documentElement);
-    rows.forEach((row, y) => {
-      if (grouped && y > 0 && rows[y - 1].ask !== row.ask) {
+    const pen = this.canvas.getContext("2d");
+    pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    pen.drawImage(this.cells, 0, 0, this.cells.width / this.ratio, this.cells.height / this.ratio);
+    this.rows.forEach((row, y) => {
+      const top = y * this.height;
+      if (grouped && y > 0 && this.rows[y - 1].ask !== row.ask) {
         pen.fillStyle = style.getPropertyValue("--soft");
-        pen.fillRect(0, y * this.height - 1, width, 1);
+        pen.fillRect(0, top - 1, this.width, 1);
       }
       if (row !== chosen) return;
       pen.strokeStyle = style.getPropertyValue("--mark");
       pen.lineWidth = 2;
-      pen.strokeRect(1, y * this.height, width - 2, this.height - 1);
-      pen.strokeRect(GUTTER + token * this.cell, y * this.height, Math.max(3, this.cell), this.height - 1);
+      pen.strokeRect(1, top, this.width - 2, this.height - 1);
+      pen.strokeRect(GUTTER + token * this.cell, top, Math.max(3, this.cell), this.height - 1);
     });
   }
 }
