@@ -202,6 +202,30 @@ def test_the_picture_of_the_batch_has_the_colours_of_its_tokens(heatmap):
     assert blue == rgb(heatmap, "#token-1")
 
 
+def test_a_token_of_a_long_response_is_scrolled_into_view_and_the_page_stays(tab, tmp_path):
+    write_page(tmp_path / "x.html", heatmap_page(batch_rows.realistic(responses=2, tokens=400)))
+    tab.open(tmp_path / "x.html")
+    tab.evaluate("document.getElementById('sdpo').focus()")
+    for key, index in (("End", 399), ("Home", 0)):
+        tab.press(key)
+        inside = tab.evaluate(
+            "(() => { const box = document.getElementById('tokens').getBoundingClientRect();"
+            f"const token = document.getElementById('token-{index}').getBoundingClientRect();"
+            "return token.top >= box.top && token.bottom <= box.bottom && scrollY === 0; })()"
+        )
+        assert inside, key
+    assert tab.errors == []
+
+
+def test_a_picture_without_room_is_drawn_when_there_is_some(heatmap):
+    for shown in ("none", ""):
+        heatmap.evaluate(
+            f"document.querySelector('main').style.display = '{shown}';"
+            "window.dispatchEvent(new Event('resize'))"
+        )
+    assert heatmap.evaluate("document.getElementById('sdpo').width") > 100
+
+
 def test_what_a_model_writes_is_shown_and_does_nothing(tab, tmp_path):
     path = tmp_path / "hostile.html"
     write_page(path, heatmap_page(hostile_batch()))

@@ -1,5 +1,6 @@
 """The run report: its numbers are those of the runs' files."""
 
+import html
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -124,6 +125,8 @@ def test_other_objectives_have_a_report_of_what_they_measure(tmp_path, objective
     assert ("Accuracy against generations" in titles) == (objective.name == "grpo")
     assert {"Accuracy against minutes of training", "Loss"} <= set(titles)
     assert "Divergence of student and teacher (JSD)" not in titles
+    task = {"grpo": "grpo on tool_calls", "sft": "sft on tool_call_corpus"}[objective.name]
+    assert f"<td>{task}</td>" in text
 
 
 def test_a_run_that_still_trains_has_a_report(tmp_path):
@@ -152,7 +155,16 @@ def test_names_of_runs_are_text(tmp_path):
     folder = make_run(tmp_path / "<b onclick=x>&amp;")
     text = report(folder)
     assert "<b onclick" not in text
-    assert "&lt;b onclick=x&gt;&amp;amp;" in text
+    title = re.search("<title>(.*?)</title>", text)
+    heading = re.search('<p class="soft">(.*?)</p>', text)
+    assert title and title.group(1) == f"Run report: {html.escape(str(folder))}"
+    assert heading and heading.group(1) == html.escape(str(folder))
+
+
+def test_a_link_to_a_folder_with_signs_of_its_own_leads_there(tmp_path):
+    folder = make_run(tmp_path / "a#1 50%")
+    (folder / "heatmap.html").write_text("x")
+    assert 'href="a%231%2050%25/heatmap.html"' in report_page([read_run(folder)], tmp_path)
 
 
 def test_the_heat_map_is_linked_where_it_is(tmp_path):
@@ -195,6 +207,8 @@ def test_folders_without_a_run_or_without_rows_are_refused(tmp_path):
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="no row yet"):
         main([str(folder)])
+    with pytest.raises(UserError, match="there is no folder"):
+        main([str(make_run(tmp_path / "b")), "--out", str(tmp_path / "none" / "x.html")])
     with pytest.raises(UserError, match="different runs, at most 6"):
         main([str(folder), str(folder)])
 

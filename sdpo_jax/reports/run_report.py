@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from sdpo_jax.errors import UserError
 from sdpo_jax.reports.heatmap import HEATMAP
@@ -71,6 +72,8 @@ def main(words: Sequence[str]) -> None:
     if len(set(rest)) != len(rest) or len(rest) > MOST_RUNS:
         raise UserError(f"expected different runs, at most {MOST_RUNS}: `{USAGE}`")
     runs = [read_run(Path(word)) for word in rest]
+    if out and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     name = "report.html" if len(runs) == 1 else "comparison.html"
     out = out or runs[0].folder / name
     write_page(out, report_page(runs, out.parent))
@@ -98,10 +101,10 @@ def read_run(folder: Path) -> Run:
 
 def minutes(run: Run) -> dict[int, float]:
     """Step -> minutes of training until its end; 0 -> 0."""
-    spent = {0: 0.0}
+    spent, total = {0: 0.0}, 0.0
     for row in run.train:
-        seconds = sum(v for k, v in row.items() if k.startswith("seconds_") and k not in INSIDE)
-        spent[row["step"]] = max(spent.values()) + seconds / 60
+        total += sum(v for k, v in row.items() if k.startswith("seconds_") and k not in INSIDE) / 60
+        spent[row["step"]] = total
     return spent
 
 
@@ -123,9 +126,9 @@ def points(rows: Sequence[Mapping[str, Any]], metric: str, at: Mapping[int, floa
 def report_page(runs: Sequence[Run], folder: Path) -> str:
     """The HTML; links are relative to `folder`, where the page will lie."""
     title = "Run report" if len(runs) == 1 else f"Report of {len(runs)} runs"
-    names = escape(", ".join(run.name for run in runs))
+    names = ", ".join(run.name for run in runs)
     body = [
-        f'<header class="top"><div><h1>{title}</h1><p class="soft">{names}</p></div>',
+        f'<header class="top"><div><h1>{title}</h1><p class="soft">{escape(names)}</p></div>',
         '<button id="theme" type="button"></button></header>',
         _overview(runs, folder),
         "<h2>Held-out accuracy</h2>",
@@ -153,10 +156,12 @@ def _overview(runs: Sequence[Run], folder: Path) -> str:
     for i, run in enumerate(runs):
         settings = tomllib.loads(run.recipe)
         done = max((row["step"] for row in run.train), default=0)
-        wanted = settings["train"]["steps"]
+        wanted, objective = settings["train"]["steps"], settings["objective"]["name"]
+        is_sft = objective == "sft"
+        task = settings["data"]["source"] if is_sft else settings["environment"]["kind"]
         cells = [
             f"{_swatch(i)} {escape(run.name)}",
-            escape(f"{settings['objective']['name']} on {settings['environment']['kind']}"),
+            escape(f"{objective} on {task}"),
             escape(settings["model"]["path"]),
             f"{done} of {wanted}",
             f"{max(generations(run).values(), default=0):,.0f}",
@@ -173,7 +178,7 @@ def _heatmap_link(run: Run, folder: Path) -> str:
     path = run.folder / HEATMAP
     if not path.is_file():
         return f"<code>sdpo heatmap {escape(run.name)}</code>"
-    return f'<a href="{escape(os.path.relpath(path, folder))}">heat-map</a>'
+    return f'<a href="{escape(quote(os.path.relpath(path, folder)))}">heat-map</a>'
 
 
 def _table(heads: Sequence[str], rows: Sequence[str]) -> str:

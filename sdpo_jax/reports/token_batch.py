@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sdpo_jax.config import Config, SftObjective
 from sdpo_jax.data.pipeline import prompt_batches
-from sdpo_jax.environments.base import Prompt
+from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
@@ -85,22 +85,11 @@ def batch_of(
     Raises:
       UserError: the environment fails too often.
     """
-    config, step, tokenizer = trainer.config, restored.step + 1, trainer.tokenizer
+    config, tokenizer = trainer.config, trainer.tokenizer
     student = trainer.student(restored.state)
-    experience, _ = collect(
-        config.rollout,
-        trainer.sampler,
-        tokenizer,
-        parts["environment"],
-        student,
-        _next_prompts(config, parts["environment"], restored)[:prompts],
-        seed=config.seed,
-        step=step,
-        clock=Clock(),
-    )
-    limit = config.environment.max_failed_share
-    refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
-    shown = teacher_prompts(config, experience, tokenizer, step)
+    asked = _next_prompts(config, parts["environment"], restored)[:prompts]
+    experience = _sampled(trainer, parts["environment"], student, asked, restored.step + 1)
+    shown = teacher_prompts(config, experience, tokenizer, restored.step + 1)
     records = token_records(
         parts["model"],
         student,
@@ -124,7 +113,28 @@ def batch_of(
     return [head, *response_rows(experience, shown, records, tokenizer)]
 
 
-def _next_prompts(config: Config, environment: Any, restored: Restored) -> list[Prompt]:
+def _sampled(
+    trainer: Trainer, environment: Environment, student: Params, asked: list[Prompt], step: int
+) -> Experience:
+    """Graded rollouts, as the step draws them."""
+    config = trainer.config
+    experience, _ = collect(
+        config.rollout,
+        trainer.sampler,
+        trainer.tokenizer,
+        environment,
+        student,
+        asked,
+        seed=config.seed,
+        step=step,
+        clock=Clock(),
+    )
+    limit = config.environment.max_failed_share
+    refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
+    return experience
+
+
+def _next_prompts(config: Config, environment: Environment, restored: Restored) -> list[Prompt]:
     """Those of the step after the checkpoint; under `sft` the first ones of the environment."""
     size = config.rollout.prompts_per_step
     batches = prompt_batches(environment.train, batch_size=size, seed=config.seed)

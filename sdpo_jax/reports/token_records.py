@@ -82,20 +82,13 @@ def token_records(
       form: how sequences are packed, as in training.
       devices: the mesh.
       temperature: of the rollouts; log-probabilities are those of the sampler.
-      top: K, at most the vocabulary.
+      top: K; a smaller vocabulary gives all of it.
       mix: `Teacher.logits`: logits of a trust-region teacher from the two.
 
     Returns:
       One record per response, in order.
     """
-    programs = Programs(
-        devices.jit(partial(teacher_forward, model), out_shardings=devices.rows),
-        devices.jit(model.head, out_shardings=devices.head),
-        devices.jit(
-            partial(compare, top=min(top, model.vocabulary), mix=mix),
-            out_shardings=devices.replicated,
-        ),
-    )
+    programs = _programs(model, devices, min(top, model.vocabulary), mix)
     records: list[TokenRecord | None] = [None] * len(responses.responses)
     for with_teacher in (True, False):
         rows = [
@@ -108,6 +101,14 @@ def token_records(
         for row, record in zip(rows, found, strict=True):
             records[row] = record
     return [record for record in records if record is not None]
+
+
+def _programs(model: Model, devices: Devices, top: int, mix: TeacherLogits | None) -> Programs:
+    return Programs(
+        devices.jit(partial(teacher_forward, model), out_shardings=devices.rows),
+        devices.jit(model.head, out_shardings=devices.head),
+        devices.jit(partial(compare, top=top, mix=mix), out_shardings=devices.replicated),
+    )
 
 
 def compare(

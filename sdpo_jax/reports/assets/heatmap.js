@@ -163,6 +163,14 @@ function bar(tenThousandths, who) {
   return element;
 }
 
+// Scrolls the box of the tokens, never the page under the reader's eyes.
+function reveal(span) {
+  const box = span.parentElement, top = span.offsetTop - box.offsetTop;
+  if (top < box.scrollTop || top + span.offsetHeight > box.scrollTop + box.clientHeight) {
+    box.scrollTop = top - box.clientHeight / 2;
+  }
+}
+
 function choose(row, i, focus) {
   const changed = row !== state.row;
   state.row = row;
@@ -172,7 +180,8 @@ function choose(row, i, focus) {
     const mine = Number(span.dataset.i) === state.token;
     span.setAttribute("aria-selected", String(mine));
     span.tabIndex = mine ? 0 : -1;
-    if (mine && focus) span.focus();
+    if (mine) reveal(span);
+    if (mine && focus) span.focus({ preventScroll: true });
   }
   showToken(row, state.token);
   markMatrices();

@@ -77,6 +77,7 @@ class Matrix {
 
   // Lines between prompts, where siblings stand together, and a frame around what is chosen.
   mark(chosen, token, grouped) {
+    if (this.cells.width === 0) return; // a window without room has nothing to copy
     const style = getComputedStyle(document.documentElement);
     const pen = this.canvas.getContext("2d");
     pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
