@@ -24,6 +24,8 @@ USAGE = """usage: sdpo COMMAND ...
   sdpo train RECIPE --help                                      every setting and its value
   sdpo eval RUN_DIR [--samples K] [--json FILE]                 held-out accuracy of a run
   sdpo eval RECIPE [--samples K] [--SECTION.KEY VALUE ...]      the same of its start model
+  sdpo report RUN_DIR [RUN_DIR ...] [--out FILE.html]           curves, times, recipes of runs
+  sdpo heatmap RUN_DIR [--prompts P] [--top K] [--tokens T]     advantages, token by token
   sdpo convert RUN_DIR OUT [--dtype float32|bfloat16]           weights, in Hugging Face layout
   sdpo convert FILE.gguf OUT [--dtype float32|bfloat16]         the same, from a GGUF file
   sdpo env check FILE.py|RECIPE [--SECTION.KEY VALUE ...]       is this environment sound?
@@ -64,6 +66,7 @@ def _dispatch(words: list[str]) -> int:
         print(USAGE)
         return 0 if words else 2
     commands = {"train": _train, "eval": _eval, "convert": _convert, "env": _env}
+    commands |= {"report": _report, "heatmap": _heatmap}
     if words[0] not in commands:
         raise UserError(
             f"unknown command {words[0]!r}; expected one of {', '.join(commands)}\n\n{USAGE}"
@@ -133,6 +136,28 @@ def _eval(words: list[str]) -> None:
             evaluate_start(options.target, config, parts, **asked)
         else:
             evaluate_run(Path(options.target), config, parts, **asked)
+
+
+def _report(words: list[str]) -> None:
+    from sdpo_jax.reports.run_report import main
+
+    main(words)
+
+
+def _heatmap(words: list[str]) -> None:
+    from sdpo_jax.compilation import persistent_cache
+    from sdpo_jax.devices import fitting_mesh
+    from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.reports.command import heatmap_run, parse_options
+    from sdpo_models.gguf_convert import cache_folder
+
+    options = parse_options(words)
+    _quiet_libraries()
+    run_dir, config = _run_config(words[0])
+    environment = make_environment(config.environment)  # before there is a device
+    config = replace(config, mesh=fitting_mesh(config.mesh))
+    with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
+        heatmap_run(run_dir, config, load_parts(config, environment), **options)
 
 
 def _convert(words: list[str]) -> None:
@@ -332,7 +357,8 @@ def _student(run_dir: Path, config: Config) -> tuple[int, Any]:
 
 
 def _is_run(path: str) -> bool:
-    return (Path(path) / "config.toml").is_file()
+    # A run in a folder `nano` would otherwise be its own model, for ever.
+    return path != "nano" and (Path(path) / "config.toml").is_file()
 
 
 def _quiet_libraries() -> None:

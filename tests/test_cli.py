@@ -22,14 +22,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sdpo_jax.cli import load_parts, main
-from sdpo_jax.config import ModelConfig
+from sdpo_jax.cli import load_parts, main, model_folder
+from sdpo_jax.config import Config, ModelConfig
 from sdpo_jax.evaluation.report import table
 from sdpo_jax.recipe import _leaves, load_recipe
 from sdpo_jax.training import run_directory
 from sdpo_jax.training.clock import is_time
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 from sdpo_models.hugging_face import load_architecture, load_params
+from sdpo_models.nano import FOLDER as NANO
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "nano.toml"
@@ -271,6 +272,33 @@ def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished, tmp_path)
     assert out.endswith(f"{table(started)}\n")
 
 
+def test_heatmap_and_report_write_pages_and_leave_the_run_as_it_was(sdpo, finished):
+    run_dir, _ = finished
+    kept = bytes_of(run_dir)
+    out, _ = sdpo.run("heatmap", str(run_dir), "--prompts", "2", "--top", "3")
+    assert f"wrote {run_dir / 'heatmap.html'}" in out and "8 responses" in out
+    lines = (run_dir / "token_batch.jsonl").read_text().splitlines()
+    head, *rows = [json.loads(line) for line in lines]
+    assert (head["step"], head["teacher"], len(rows)) == (STEPS, "ema", 8)
+    for row in rows:
+        assert "".join(token["text"] for token in row["tokens"]) == row["response"]
+        assert all(1 <= len(t["alternatives"]) <= 6 for t in row["tokens"])
+    out, _ = sdpo.run("report", str(run_dir))
+    assert f"wrote {run_dir / 'report.html'}" in out
+    assert 'href="heatmap.html"' in (run_dir / "report.html").read_text()
+    new = ["heatmap.html", "token_batch.jsonl", "report.html", "eval.json"]
+    assert bytes_of(run_dir, without=new) == {
+        path: data for path, data in kept.items() if path.name not in new
+    }
+
+
+def test_a_run_in_a_folder_called_nano_is_not_taken_for_the_model(tmp_path, monkeypatch):
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "config.toml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert model_folder(Config()) == NANO
+
+
 def test_convert_writes_a_folder_that_loads_and_never_overwrites_one(
     sdpo, finished, tmp_path, capsys
 ):
@@ -503,6 +531,10 @@ def test_a_bad_recipe_is_one_message(text, parts, tmp_path, capsys):
         (["eval", "nanoo.toml", "--samples=2"], ["nanoo.toml: no such recipe"]),
         (["eval", str(RECIPE), "--train.stpes", "3"], ["--train.stpes", "--train.steps"]),
         (["eval", str(RECIPE), "--evaluation.prompts", "0"], ["nano.toml: evaluation.prompts = 0"]),
+        (["report"], ["sdpo report RUN_DIR"]),
+        (["report", "configs"], ["configs", "the folder of a run", "sdpo train RECIPE"]),
+        (["heatmap"], ["sdpo heatmap RUN_DIR"]),
+        (["heatmap", "configs", "--top", "0"], ["--top 0", "positive integer"]),
         (["convert", "configs"], ["sdpo convert RUN_DIR|FILE.gguf OUT"]),
     ],
 )  # fmt: skip

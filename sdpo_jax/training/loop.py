@@ -186,7 +186,9 @@ def show_summary(config: Config, summary: dict[str, Any], console: Console, run_
 
 def next_steps(config: Config, run_dir: Path) -> list[str]:
     """Commands that make sense after this run."""
-    steps = [f"sdpo eval {run_dir}", f"tensorboard --logdir {run_dir}/tensorboard"]
+    steps = [f"sdpo eval {run_dir}", f"sdpo report {run_dir}   # curves and times as one page"]
+    steps.append(f"sdpo heatmap {run_dir}   # what the teacher says of each token")
+    steps.append(f"tensorboard --logdir {run_dir}/tensorboard")
     requests = config.model.path == "nano" and config.environment.kind == "tool_calls"
     if config.objective.name == "sdpo" and requests:
         steps.insert(0, "sdpo train configs/nano_grpo.toml   # the baseline on the same budget")

@@ -16,7 +16,7 @@ from sdpo_jax.devices import Devices
 from sdpo_jax.losses.objectives import GrpoConstants, GrpoTokens
 from sdpo_jax.losses.policy_gradient import group_advantages
 from sdpo_jax.model import Params
-from sdpo_jax.teacher.context import choose_context
+from sdpo_jax.teacher.context import TeacherContext, choose_context
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import Form, MicroBatchPlan, make_tokens
 from sdpo_jax.training.clock import Clock
@@ -61,13 +61,7 @@ class SdpoUpdates:
     def _contexts(
         self, experience: Experience, step: int
     ) -> tuple[list[list[int] | None], dict[str, float]]:
-        contexts = choose_context(
-            experience.outcomes,
-            experience.texts,
-            experience.group,
-            self._config.teacher,
-            seed=self._config.seed * 1_000_003 + step,
-        )
+        contexts = contexts_of(self._config, experience, step)
         rows = [i for i, context in enumerate(contexts) if context is not None]
         questions = [experience.prompts[i // experience.group].messages for i in rows]
         shown = [c for c in contexts if c is not None]
@@ -81,6 +75,17 @@ class SdpoUpdates:
             "shown/demonstration": sum(c.demonstration is not None for c in shown) / count,
             "shown/feedback": sum(c.feedback is not None for c in shown) / count,
         }
+
+
+def contexts_of(config: Config, experience: Experience, step: int) -> list[TeacherContext | None]:
+    """What the teacher of each rollout of a step is shown, None for nothing."""
+    return choose_context(
+        experience.outcomes,
+        experience.texts,
+        experience.group,
+        config.teacher,
+        seed=config.seed * 1_000_003 + step,
+    )
 
 
 class GrpoUpdates:

@@ -1,0 +1,119 @@
+"""Small line charts of a report as inline SVG; colours and dashes come from the page's style.
+
+A long run is thinned to means of neighbouring steps, so that a page stays small; what is smoothed
+says so in its title.
+"""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+from sdpo_jax.reports.curves import Axis, nice_ticks
+
+WIDTH, HEIGHT = 420, 240
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 34
+MOST_POINTS = 200
+
+Points = Sequence[tuple[float, float]]
+
+
+class Series(NamedTuple):
+    """One line: colour by number, dashed for what is not the student's."""
+
+    name: str
+    points: Points
+    colour: int
+    dashed: bool = False
+
+
+def rolling_mean(points: Points, width: int) -> list[tuple[float, float]]:
+    """Each y becomes the mean of itself and the `width - 1` before it, fewer at the start."""
+    return [
+        (x, math.fsum(y for _, y in points[max(0, i + 1 - width) : i + 1]) / min(i + 1, width))
+        for i, (x, _) in enumerate(points)
+    ]
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """At most `most` points: means of equally many neighbours, each at its last one's x."""
+    size = -(-len(points) // most) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(group[-1][0], math.fsum(y for _, y in group) / len(group)) for group in groups]
+
+
+def panel(title: str, series: Sequence[Series], *, x_label: str, share: bool = False) -> str:
+    """A figure, or nothing where no series has a point.
+
+    Args:
+      title: what is drawn.
+      series: lines; those without points are left out.
+      x_label: what lies along the bottom.
+      share: values are fractions, shown in per cent from 0 to at most 100.
+    """
+    drawn = [s._replace(points=thinned(s.points)) for s in series if s.points]
+    if not drawn:
+        return ""
+    x, y = _axes(drawn, share)
+    ends = "; ".join(
+        f"{s.name} from {_text(s.points[0][1])} to {_text(s.points[-1][1])}" for s in drawn
+    )
+    label = f"{title}: {ends}"
+    lines = [
+        f'<figure class="panel"><figcaption>{escape(title)}</figcaption>',
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">',
+        *_grid(x, y, x_label, share),
+        *(line for s in drawn for line in _line(s, x, y, share)),
+        "</svg></figure>",
+    ]
+    return "\n".join(lines)
+
+
+def _axes(series: Sequence[Series], share: bool) -> tuple[Axis, Axis]:
+    xs = [x for s in series for x, _ in s.points]
+    ys = [y for s in series for _, y in s.points]
+    most = max(max(xs), 1e-9)
+    low = 0.0 if share or 0.0 <= min(ys) <= 0.5 * max(ys) else min(ys)
+    ticks = nice_ticks(low, max(ys), 4)
+    return (
+        Axis(0, most, [t for t in nice_ticks(0, most, 4) if t <= most], LEFT, WIDTH - RIGHT),
+        Axis(ticks[0], ticks[-1], ticks, HEIGHT - BOTTOM, TOP),
+    )
+
+
+def _text(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3g}"
+
+
+def _grid(x: Axis, y: Axis, x_label: str, share: bool) -> list[str]:
+    out: list[str] = []
+    digits = max(0, math.ceil(-math.log10(100 * (y.ticks[1] - y.ticks[0])) - 1e-9))
+    for tick in y.ticks:
+        at, text = f"{y.place(tick):.1f}", f"{100 * tick:.{digits}f} %" if share else f"{tick:g}"
+        out.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
+        out.append(f'<text x="{LEFT - 8}" y="{at}" dy="4" text-anchor="end">{text}</text>')
+    for tick in x.ticks:
+        text, at = f"{tick:,.0f}" if x.high > 8 else f"{tick:g}", f"{x.place(tick):.1f}"
+        # The last one may lie at the edge, where half of it would be cut off.
+        anchor = "end" if x.place(tick) > WIDTH - 40 else "middle"
+        out.append(
+            f'<text x="{at}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{text}</text>'
+        )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    out.append(
+        f'<text x="{middle:g}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    return out
+
+
+def _line(series: Series, x: Axis, y: Axis, share: bool) -> list[str]:
+    places = [(x.place(a), y.place(b)) for a, b in series.points]
+    kind = f"run{series.colour}{' dashed' if series.dashed else ''}"
+    pairs = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+    out = [f'<polyline class="{kind}" points="{pairs}"/>']
+    for (a, b), (at, value) in zip(places, series.points, strict=True):
+        text = f"{100 * value:.1f} %" if share else _text(value)
+        told = escape(f"{series.name}: {text} at {_text(at)}")
+        place = f'cx="{a:.1f}" cy="{b:.1f}" r="{3 if len(places) <= 20 else 1.5}"'
+        out.append(f'<circle class="{kind}" {place}><title>{told}</title></circle>')
+    return out

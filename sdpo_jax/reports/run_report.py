@@ -1,0 +1,347 @@
+"""`sdpo report RUN_DIR [RUN_DIR ...]`: one HTML file about a run, or several side by side.
+
+It reads the files of the runs and needs neither weights nor devices, so that a run can be looked at
+while it trains. Curves stand against generations and against minutes of training: the sum of the
+steps' phases, without initialisation, evaluation and checkpoints, as in figure 6 of arXiv
+2601.20802. The first step's compilation is in its time.
+"""
+
+import os
+import statistics
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from sdpo_jax.errors import UserError
+from sdpo_jax.reports.heatmap import HEATMAP
+from sdpo_jax.reports.page import page, write_page
+from sdpo_jax.reports.panels import Points, Series, panel, rolling_mean
+from sdpo_jax.training.console import duration, number, percent
+from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.training.run_directory import CONFIG, read_summary
+
+USAGE = "sdpo report RUN_DIR [RUN_DIR ...] [--out FILE.html]"
+MOST_RUNS = 6
+"""As many as there are colours."""
+SMOOTHED = 5
+"""Steps of a rolling mean, as in the paper's figure 10."""
+INSIDE = ("seconds_grade",)
+"""Phases that lie inside others."""
+SHARES = ("accuracy", "teacher_accuracy", "success", "truncated", "teacher_signal", "clipped")
+STEP_PANELS = {
+    "Reward of the batch": ("reward",),
+    "Response length, tokens": ("response_tokens",),
+    "Truncated responses": ("truncated",),
+    "Responses with a signal": ("teacher_signal", "advantage_signal"),
+    "Loss": ("loss",),
+    "Divergence of student and teacher (JSD)": ("jsd",),
+    "Entropy, student (dashed: teacher)": ("student_entropy", "teacher_entropy"),
+    "Gradient norm": ("grad_norm",),
+    "Clipped tokens": ("clipped",),
+    "Accuracy on demonstrations' tokens": ("token_accuracy",),
+}
+
+
+class Run(NamedTuple):
+    """What a run's folder says."""
+
+    name: str
+    folder: Path
+    recipe: str
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+
+
+def main(words: Sequence[str]) -> None:
+    """Reads the words of the command line and writes the page.
+
+    Raises:
+      UserError: words that do not fit, or a folder without a run.
+    """
+    rest, out = list(words), None
+    if "--out" in rest:
+        at = rest.index("--out")
+        out = Path((rest[at + 1 : at + 2] or [""])[0])
+        del rest[at : at + 2]
+    if not rest or any(w.startswith("-") for w in rest) or (out and out.suffix != ".html"):
+        raise UserError(f"expected `{USAGE}`")
+    if len(set(rest)) != len(rest) or len(rest) > MOST_RUNS:
+        raise UserError(f"expected different runs, at most {MOST_RUNS}: `{USAGE}`")
+    runs = [read_run(Path(word)) for word in rest]
+    if out and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+    name = "report.html" if len(runs) == 1 else "comparison.html"
+    out = out or runs[0].folder / name
+    write_page(out, report_page(runs, out.parent))
+    print(f"wrote {out}: {', '.join(run.name for run in runs)}")
+
+
+def read_run(folder: Path) -> Run:
+    """A run's files; it may still be training.
+
+    Raises:
+      UserError: there is no run, or nothing has been measured yet.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder}: expected the folder of a run, with {CONFIG} in it; "
+            "`sdpo train RECIPE` makes one under runs/"
+        )
+    rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
+    if not rows:
+        raise UserError(f"{folder}: {METRICS_FILE} has no row yet; wait for the first evaluation")
+    by_kind = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval")}
+    recipe = (folder / CONFIG).read_text(encoding="utf-8")
+    return Run(str(folder), folder, recipe, by_kind["train"], by_kind["eval"], read_summary(folder))
+
+
+def minutes(run: Run) -> dict[int, float]:
+    """Step -> minutes of training until its end; 0 -> 0."""
+    spent, total = {0: 0.0}, 0.0
+    for row in run.train:
+        total += sum(v for k, v in row.items() if k.startswith("seconds_") and k not in INSIDE) / 60
+        spent[row["step"]] = total
+    return spent
+
+
+def generations(run: Run) -> dict[int, float]:
+    """Step -> generations until its end; 0 -> 0. Empty where a run generates nothing."""
+    counted = {row["step"]: float(row["generations"]) for row in run.train if "generations" in row}
+    return {0: 0.0, **counted} if counted else {}
+
+
+def points(rows: Sequence[Mapping[str, Any]], metric: str, at: Mapping[int, float]) -> Points:
+    """(at[step], value) of the rows that have the metric."""
+    return [
+        (at[row["step"]], float(row[metric]))
+        for row in rows
+        if row.get(metric) is not None and row["step"] in at
+    ]
+
+
+def report_page(runs: Sequence[Run], folder: Path) -> str:
+    """The HTML; links are relative to `folder`, where the page will lie."""
+    title = "Run report" if len(runs) == 1 else f"Report of {len(runs)} runs"
+    names = ", ".join(run.name for run in runs)
+    body = [
+        f'<header class="top"><div><h1>{title}</h1><p class="soft">{escape(names)}</p></div>',
+        '<button id="theme" type="button"></button></header>',
+        _overview(runs, folder),
+        "<h2>Held-out accuracy</h2>",
+        _legend(runs),
+        _accuracy_panels(runs),
+        "<h2>Training</h2>",
+        _training_panels(runs),
+        "<h2>Before and after</h2>",
+        _before_and_after(runs),
+        "<h2>Where a step's time goes</h2>",
+        _phases(runs),
+        "<h2>Recipes</h2>" if len(runs) > 1 else "<h2>Recipe</h2>",
+        _recipes(runs),
+    ]
+    return page(f"{title}: {names}", "\n".join(body), styles=["report.css"], scripts=[])
+
+
+def _swatch(index: int) -> str:
+    path = f'<path class="run{index}" d="M1 4H23"/>'
+    return f'<svg class="swatch" viewBox="0 0 24 8" aria-hidden="true">{path}</svg>'
+
+
+def _overview(runs: Sequence[Run], folder: Path) -> str:
+    rows: list[str] = []
+    for i, run in enumerate(runs):
+        settings = tomllib.loads(run.recipe)
+        done = max((row["step"] for row in run.train), default=0)
+        wanted, objective = settings["train"]["steps"], settings["objective"]["name"]
+        is_sft = objective == "sft"
+        task = settings["data"]["source"] if is_sft else settings["environment"]["kind"]
+        cells = [
+            f"{_swatch(i)} {escape(run.name)}",
+            escape(f"{objective} on {task}"),
+            escape(settings["model"]["path"]),
+            f"{done} of {wanted}",
+            f"{max(generations(run).values(), default=0):,.0f}",
+            duration(60 * max(minutes(run).values())),
+            "complete" if run.summary else "not complete",
+            _heatmap_link(run, folder),
+        ]
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    heads = ("Run", "Objective", "Model", "Steps", "Generations", "Training", "State", "Tokens")
+    return _table(heads, rows)
+
+
+def _heatmap_link(run: Run, folder: Path) -> str:
+    path = run.folder / HEATMAP
+    if not path.is_file():
+        return f"<code>sdpo heatmap {escape(run.name)}</code>"
+    return f'<a href="{escape(quote(os.path.relpath(path, folder)))}">heat-map</a>'
+
+
+def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    """Heads and rows are markup."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    """Names the lines' colours; the overview does, too, but lies further up."""
+    entries = "".join(f"<span>{_swatch(i)} {escape(run.name)}</span>" for i, run in enumerate(runs))
+    dashed = '<path class="dashed" d="M1 4H23"/>'
+    svg = f'<svg class="swatch" viewBox="0 0 24 8" aria-hidden="true">{dashed}</svg>'
+    note = "Minutes of training are those of rollout, teacher and update, compilation included."
+    return (
+        f'<p class="legend">{entries}<span>{svg} dashed: the teacher</span></p>'
+        f'<p class="soft">{note}</p>'
+    )
+
+
+def _accuracy_panels(runs: Sequence[Run]) -> str:
+    figures: list[str] = []
+    ends = (("student", "accuracy", False), ("teacher", "teacher_accuracy", True))
+    for label, clock in (("generations", generations), ("minutes of training", minutes)):
+        series = [
+            Series(f"{run.name}, {who}", points(run.evaluations, metric, clock(run)), i, dashed)
+            for i, run in enumerate(runs)
+            for who, metric, dashed in ends
+        ]
+        figures.append(panel(f"Accuracy against {label}", series, x_label=label, share=True))
+    steps = {"student": ("success", "train", False), "teacher": ("teacher_accuracy", "eval", True)}
+    series = [
+        Series(f"{run.name}, {who}", _against_steps(run, metric, kind), i, dashed)
+        for i, run in enumerate(runs)
+        for who, (metric, kind, dashed) in steps.items()
+    ]
+    title = f"Success on training batches, mean of {SMOOTHED} (dashed: teacher, held out)"
+    figures.append(panel(title, series, x_label="steps", share=True))
+    return _grid(figures, "no evaluation yet")
+
+
+def _against_steps(run: Run, metric: str, kind: str) -> Points:
+    rows = run.train if kind == "train" else run.evaluations
+    found = points(rows, metric, {row["step"]: float(row["step"]) for row in rows})
+    return rolling_mean(found, SMOOTHED) if kind == "train" else found
+
+
+def _training_panels(runs: Sequence[Run]) -> str:
+    figures: list[str] = []
+    for title, metrics in STEP_PANELS.items():
+        series = [
+            Series(
+                f"{run.name}, {metric.replace('_', ' ')}",
+                _against_steps(run, metric, "train"),
+                i,
+                dashed=metric == "teacher_entropy",
+            )
+            for i, run in enumerate(runs)
+            for metric in metrics
+        ]
+        figures.append(panel(title, series, x_label="steps", share=metrics[0] in SHARES))
+    return f'<p class="soft">Means of {SMOOTHED} steps.</p>' + _grid(figures, "no step yet")
+
+
+def _grid(figures: Sequence[str], nothing: str) -> str:
+    drawn = "\n".join(figure for figure in figures if figure)
+    return f'<div class="panels">{drawn}</div>' if drawn else f'<p class="soft">{nothing}</p>'
+
+
+def _before_and_after(runs: Sequence[Run]) -> str:
+    """First and last evaluation of each run; of a complete one, what its summary says."""
+    known = [run for run in runs if run.evaluations]
+    if not known:
+        return '<p class="soft">no evaluation yet</p>'
+    ends = [(run.evaluations[0], run.evaluations[-1]) for run in known]
+    names = dict.fromkeys(key for pair in ends for row in pair for key in row)
+    heads = [
+        f"{escape(run.name)}: step {row['step']}"
+        for run, pair in zip(known, ends, strict=True)
+        for row in pair
+    ]
+    rows = [
+        f'<th scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{_value(name, row.get(name))}</td>" for pair in ends for row in pair)
+        for name in names
+        if name not in ("kind", "step")
+    ]
+    return _table(["Metric", *heads], rows)
+
+
+def _value(name: str, value: Any) -> str:
+    if not isinstance(value, int | float):
+        return "-"
+    show: Callable[[float], str] = percent if name.split("/")[0] in SHARES else number
+    return escape(show(value))
+
+
+def _phases(runs: Sequence[Run]) -> str:
+    """Median seconds of each phase, so that a step that compiled does not count."""
+    medians: list[dict[str, float]] = []
+    for run in runs:
+        names = dict.fromkeys(k for row in run.train for k in row if k.startswith("seconds_"))
+        medians.append(
+            {n: statistics.median(row[n] for row in run.train if n in row) for n in names}
+        )
+    names = [n for n in dict.fromkeys(n for m in medians for n in m) if n not in INSIDE]
+    if not names:
+        return '<p class="soft">no step yet</p>'
+    longest = max(sum(m.get(n, 0.0) for n in names) for m in medians)
+    rows: list[str] = []
+    for i, (run, found) in enumerate(zip(runs, medians, strict=True)):
+        bars = "".join(
+            f'<span class="phase{k % 6}" style="width:{100 * found[n] / longest:.2f}%"></span>'
+            for k, n in enumerate(names)
+            if n in found
+        )
+        cells = "".join(f"<td>{duration(found[n]) if n in found else '-'}</td>" for n in names)
+        total = duration(sum(found.get(n, 0.0) for n in names))
+        rows.append(
+            f'<th scope="row">{_swatch(i)} {escape(run.name)}</th>{cells}<td>{total}</td>'
+            f'<td class="bars"><div aria-hidden="true">{bars}</div></td>'
+        )
+    chips = [
+        f'<span class="chip phase{k % 6}"></span>{escape(n.removeprefix("seconds_"))}'
+        for k, n in enumerate(names)
+    ]
+    return _table(["Median of steps", *chips, "together", ""], rows)
+
+
+def _recipes(runs: Sequence[Run]) -> str:
+    parts: list[str] = []
+    if len(runs) > 1:
+        parts.append(_differences(runs))
+    for run in runs:
+        opened = " open" if len(runs) == 1 else ""
+        parts.append(
+            f"<details{opened}><summary>{escape(run.name)}/{CONFIG}</summary>"
+            f"<pre>{escape(run.recipe)}</pre></details>"
+        )
+    return "\n".join(parts)
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    flat = [_leaves(tomllib.loads(run.recipe)) for run in runs]
+    keys = [k for k in dict.fromkeys(k for f in flat for k in f) if k != "run_dir"]
+    rows = [
+        f'<th scope="row"><code>{escape(key)}</code></th>'
+        + "".join(f"<td>{escape(str(f.get(key, '-')))}</td>" for f in flat)
+        for key in keys
+        if len({repr(f.get(key)) for f in flat}) > 1
+    ]
+    if not rows:
+        return '<p class="soft">The recipes agree but for the folder.</p>'
+    return _table(["Setting", *(escape(run.name) for run in runs)], rows)
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            out |= _leaves(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out

@@ -1,0 +1,264 @@
+"""A generation batch of a run as rows of JSON: what the teacher saw, and what each token is worth.
+
+`token_batch.jsonl` holds one object per line: first the batch (`"kind": "batch"`), then a response
+each (`"kind": "response"`) with its tokens. It is the record that the heat-map draws; anything else
+can be drawn from it. The batch is the one that the run would train on next: same prompts, same
+draws. Nothing is trained and the run is left as it was.
+
+Under `grpo` and `sft`, which have no teacher of their own, the student's weights stand in for it,
+shown the context that `[teacher]` describes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdpo_jax.config import Config, SftObjective
+from sdpo_jax.data.pipeline import prompt_batches
+from sdpo_jax.environments.base import Environment, Prompt
+from sdpo_jax.environments.grading import refuse_failures
+from sdpo_jax.errors import UserError
+from sdpo_jax.model import Params
+from sdpo_jax.reports.token_records import Responses, TokenRecord, token_records
+from sdpo_jax.teacher.context import TeacherContext
+from sdpo_jax.teacher.prompts import TeacherPrompts
+from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.checkpoint import Checkpoints, Restored
+from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.experience import Experience, draw
+from sdpo_jax.training.objectives import contexts_of, graded_advantages
+from sdpo_jax.training.trainer import Trainer
+
+TOKEN_BATCH = "token_batch.jsonl"
+_BROKEN_CHARACTER = "\ufffd"
+
+
+class Shown(NamedTuple):
+    """What the teacher of each of `N` responses reads."""
+
+    contexts: list[TeacherContext | None]
+    prompt_ids: list[list[int] | None]  # None where no context is left
+
+
+def token_batch(
+    run_dir: Path, config: Config, parts: Mapping[str, Any], *, prompts: int, top: int
+) -> list[dict[str, Any]]:
+    """Samples the next batch of a run and compares student and teacher on it.
+
+    Args:
+      run_dir: of the run.
+      config: of the run; `mesh` may be another.
+      parts: what `load_parts` returns.
+      prompts: at most so many of the batch's prompts, the first ones.
+      top: alternatives per token of student and of teacher.
+
+    Returns:
+      Rows as in the file.
+
+    Raises:
+      UserError: the run has no checkpoint yet, or its environment fails too often.
+    """
+    trainer = Trainer(
+        config, parts["model"], parts["tokenizer"], parts["environment"], parts["demonstrations"]
+    )
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        restored = trainer.restore(checkpoints, parts["params"])
+    if restored is None:
+        raise UserError(
+            f"{run_dir} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
+        )
+    return batch_of(trainer, restored, parts, run=str(run_dir), prompts=prompts, top=top)
+
+
+def batch_of(
+    trainer: Trainer,
+    restored: Restored,
+    parts: Mapping[str, Any],
+    *,
+    run: str,
+    prompts: int,
+    top: int,
+) -> list[dict[str, Any]]:
+    """`token_batch` of a state that is there.
+
+    Raises:
+      UserError: the environment fails too often.
+    """
+    config, tokenizer = trainer.config, trainer.tokenizer
+    student = trainer.student(restored.state)
+    asked = _next_prompts(config, parts["environment"], restored)[:prompts]
+    experience = _sampled(trainer, parts["environment"], student, asked, restored.step + 1)
+    shown = teacher_prompts(config, experience, tokenizer, restored.step + 1)
+    records = token_records(
+        parts["model"],
+        student,
+        _teacher_weights(trainer, restored, student),
+        Responses(experience.prompt_ids, shown.prompt_ids, experience.response_ids),
+        form=trainer.form,
+        devices=trainer.devices,
+        temperature=config.rollout.temperature,
+        top=top,
+        mix=None if trainer.teacher is None else trainer.teacher.logits,
+    )
+    head = {
+        "kind": "batch",
+        "run": run,
+        "step": restored.step,
+        "objective": config.objective.name,
+        "teacher": "student" if trainer.teacher is None else config.teacher.weights,
+        "temperature": config.rollout.temperature,
+        "stop_ids": list(tokenizer.stop_ids),
+    }
+    return [head, *response_rows(experience, shown, records, tokenizer)]
+
+
+def _sampled(
+    trainer: Trainer, environment: Environment, student: Params, asked: list[Prompt], step: int
+) -> Experience:
+    """Graded rollouts, as the step draws them."""
+    config = trainer.config
+    experience, _ = draw(
+        config.rollout,
+        trainer.sampler,
+        trainer.tokenizer,
+        environment,
+        student,
+        asked,
+        seed=config.seed,
+        step=step,
+        clock=Clock(),
+    ).finish(Clock())
+    limit = config.environment.max_failed_share
+    refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
+    return experience
+
+
+def _next_prompts(config: Config, environment: Environment, restored: Restored) -> list[Prompt]:
+    """Those of the step after the checkpoint; under `sft` the first ones of the environment."""
+    size = config.rollout.prompts_per_step
+    batches = prompt_batches(environment.train, batch_size=size, seed=config.seed)
+    if not isinstance(config.objective, SftObjective):
+        batches.set_state(restored.extra["data"])
+    return next(batches)
+
+
+def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:
+    """The teacher's; with a trust region the student's, too."""
+    teacher = trainer.teacher_params(restored.state, student)
+    if trainer.teacher is None or teacher is None:
+        return [student]
+    return [teacher, student] if trainer.teacher.logits is not None else [teacher]
+
+
+def teacher_prompts(
+    config: Config, experience: Experience, tokenizer: Tokenizer, step: int
+) -> Shown:
+    """Contexts of all rows, and the ids of their re-prompts as training renders them."""
+    contexts = contexts_of(config, experience, step)
+    rows = [i for i, context in enumerate(contexts) if context is not None]
+    ids, survived = TeacherPrompts(config.teacher, tokenizer)(
+        [experience.prompts[i // experience.group].messages for i in rows],
+        [context for context in contexts if context is not None],
+    )
+    prompts: list[list[int] | None] = [None] * len(contexts)
+    for row, prompt, signal in zip(rows, ids, survived, strict=True):
+        prompts[row] = prompt if signal else None
+    return Shown(contexts, prompts)
+
+
+def response_rows(
+    experience: Experience, shown: Shown, records: Sequence[TokenRecord], tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """The lines about the responses, in the order of the batch.
+
+    `advantage` of a token is SDPO's, log q / p, null without a context; `grpo_advantage` of a row
+    is GRPO's, reward minus the mean of its siblings.
+    """
+    grpo, known = graded_advantages(experience), dict[int, str]()
+    rows: list[dict[str, Any]] = []
+    for i, (outcome, record) in enumerate(zip(experience.outcomes, records, strict=True)):
+        prompt, context = experience.prompts[i // experience.group], shown.contexts[i]
+        ids = shown.prompt_ids[i]
+        rows.append(
+            {
+                "kind": "response",
+                "row": i,
+                "prompt_id": prompt.id,
+                "prompt": [dict(message) for message in prompt.messages],
+                "response": experience.texts[i],
+                "reward": float(outcome.reward),
+                "passed": bool(outcome.passed),
+                "graded": outcome.graded,
+                "feedback": outcome.feedback,
+                "shown": context._asdict() if context is not None and ids is not None else None,
+                "teacher_prompt": None if ids is None else tokenizer.decode(ids),
+                "grpo_advantage": float(grpo[i]),
+                "tokens": token_rows(record, tokenizer, known),
+            }
+        )
+    return rows
+
+
+def token_rows(
+    record: TokenRecord, tokenizer: Tokenizer, known: dict[int, str]
+) -> list[dict[str, Any]]:
+    """Of each token its text, log p, log q, advantage, and the candidates, likeliest first.
+
+    The text is what the token adds to the response. It is empty for control tokens, and for one
+    that begins a character that a later token completes. `known` holds texts of candidates, which
+    come again and again.
+    """
+    texts = token_texts(record.ids[:, 0].tolist(), tokenizer)
+    rows: list[dict[str, Any]] = []
+    for t, text in enumerate(texts):
+        log_p = record.log_p[t].tolist()
+        log_q = [None] * len(log_p) if record.log_q is None else record.log_q[t].tolist()
+        seen: dict[int, dict[str, Any]] = {}
+        for token, p, q in zip(record.ids[t].tolist()[1:], log_p[1:], log_q[1:], strict=True):
+            if token not in known:
+                known[token] = tokenizer.decode([token])
+            seen[token] = {"id": token, "text": known[token], "log_p": p, "log_q": q}
+        rows.append(
+            {
+                "id": int(record.ids[t, 0]),
+                "text": text,
+                "log_p": log_p[0],
+                "log_q": log_q[0],
+                "advantage": None if log_q[0] is None else log_q[0] - log_p[0],
+                "alternatives": sorted(seen.values(), key=_likeliest),
+            }
+        )
+    return rows
+
+
+def _likeliest(candidate: Mapping[str, Any]) -> float:
+    log_q = candidate["log_q"]
+    return -max(candidate["log_p"], candidate["log_p"] if log_q is None else log_q)
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """What each token adds to the text; together they are the text.
+
+    A window of the last complete tokens is decoded with each new one: alone, a token may lack the
+    space before it, or hold half a character.
+    """
+    texts: list[str] = []
+    begin = read = 0  # the window, and what of it has been told
+    for i in range(len(ids)):
+        before = tokenizer.decode(ids[begin:read])
+        after = tokenizer.decode(ids[begin : i + 1])
+        # Of a character in pieces nothing is told before its last piece, or the response's end.
+        if after.endswith(_BROKEN_CHARACTER) and i + 1 < len(ids) and i + 1 - read < 4:
+            texts.append("")
+            continue
+        texts.append(after[len(before) :])
+        begin, read = read, i + 1
+    return texts
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)

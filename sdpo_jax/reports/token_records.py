@@ -1,0 +1,203 @@
+"""What student and teacher think of every token of a batch of responses.
+
+At each response token stand log p (the student after the question), log q (the teacher after the
+re-prompt, where there is one) and the likeliest tokens of both, each with its probability under
+both. log q / p of the sampled token is SDPO's advantage of that token: figures 4, 9 and 22 of
+arXiv 2601.20802 colour tokens by it.
+
+The forward passes are those of training (`teacher_forward`, the same packing); logits exist for one
+chunk of `train.head_chunk_tokens` tokens of each shard at a time. Validated against log-softmaxes
+of whole logits in numpy (tests/test_token_records.py).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from sdpo_jax.devices import Devices
+from sdpo_jax.losses.chunked_head import head_logits
+from sdpo_jax.losses.vocabulary import log_softmax, shape_logits
+from sdpo_jax.model import Model, Params
+from sdpo_jax.teacher.weights import TeacherLogits
+from sdpo_jax.training.batch import Form, MicroBatchPlan, Pair, make_sequences, make_tokens, plan
+from sdpo_jax.training.step import teacher_forward
+
+
+class Responses(NamedTuple):
+    """Token ids of `N` responses and of what stands before them."""
+
+    prompts: Sequence[Sequence[int]]  # [N], the student's
+    teacher_prompts: Sequence[Sequence[int] | None]  # [N], None where no context is shown
+    responses: Sequence[Sequence[int]]  # [N]
+
+
+class TokenRecord(NamedTuple):
+    """Of one response with `T` tokens: column 0 is the sampled token, then come the candidates.
+
+    Candidates are the student's `K` likeliest tokens, then the teacher's; a token may come twice.
+    """
+
+    ids: NDArray[np.int32]  # [T, 1 + 2K], or [T, 1 + K] without a teacher
+    log_p: NDArray[np.float32]  # same shape, the student's
+    log_q: NDArray[np.float32] | None  # same shape, the teacher's; None without a context
+
+    @property
+    def advantages(self) -> NDArray[np.float32] | None:
+        """[T], log q / p of the sampled tokens; None without a context."""
+        return None if self.log_q is None else self.log_q[:, 0] - self.log_p[:, 0]
+
+
+class Programs(NamedTuple):
+    """The compiled functions of a comparison."""
+
+    forward: Callable[..., jax.Array]
+    head: Callable[[Params], jax.Array]
+    compare: Callable[..., Any]
+
+
+def token_records(
+    model: Model,
+    student: Params,
+    teacher: Sequence[Params],
+    responses: Responses,
+    *,
+    form: Form,
+    devices: Devices,
+    temperature: float,
+    top: int,
+    mix: TeacherLogits | None = None,
+) -> list[TokenRecord]:
+    """Runs student and teacher over the same responses.
+
+    Args:
+      model: pure functions.
+      student: its weights.
+      teacher: weights of the teacher; two, the student's own last, where `mix` joins their logits.
+      responses: ids of prompts, re-prompts and responses.
+      form: how sequences are packed, as in training.
+      devices: the mesh.
+      temperature: of the rollouts; log-probabilities are those of the sampler.
+      top: K; a smaller vocabulary gives all of it.
+      mix: `Teacher.logits`: logits of a trust-region teacher from the two.
+
+    Returns:
+      One record per response, in order.
+    """
+    programs = _programs(model, devices, min(top, model.vocabulary), mix)
+    records: list[TokenRecord | None] = [None] * len(responses.responses)
+    for with_teacher in (True, False):
+        rows = [
+            i
+            for i, ids in enumerate(responses.teacher_prompts)
+            if (ids is not None) == with_teacher
+        ]
+        weights = [student, *(teacher if with_teacher else ())]
+        found = _records_of(programs, weights, responses, rows, form, devices, temperature)
+        for row, record in zip(rows, found, strict=True):
+            records[row] = record
+    return [record for record in records if record is not None]
+
+
+def _programs(model: Model, devices: Devices, top: int, mix: TeacherLogits | None) -> Programs:
+    return Programs(
+        devices.jit(partial(teacher_forward, model), out_shardings=devices.rows),
+        devices.jit(model.head, out_shardings=devices.head),
+        devices.jit(partial(compare, top=top, mix=mix), out_shardings=devices.replicated),
+    )
+
+
+def compare(
+    hidden: Sequence[jax.Array],
+    heads: Sequence[jax.Array],
+    targets: jax.Array,
+    temperature: jax.Array,
+    *,
+    top: int,
+    mix: TeacherLogits | None = None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Candidates of one chunk of `C` tokens, with log-probabilities under student and teacher.
+
+    Args:
+      hidden: final hidden states, [..., D] each: the student's; the teacher's, one or, with `mix`,
+        two. Leading axes multiply to C.
+      heads: [D, V] each, in the same order.
+      targets: [...] int32, the sampled tokens.
+      temperature: [] float32.
+      top: K.
+      mix: see `token_records`.
+
+    Returns:
+      ids [C, 1 + K · number of models] int32, and [log p] or [log p, log q] of the same shape.
+    """
+    logits = [
+        shape_logits(head_logits(h.reshape(-1, h.shape[-1]), w), temperature=temperature)
+        for h, w in zip(hidden, heads, strict=True)
+    ]
+    if len(logits) > 1:
+        logits = [logits[0], logits[1] if mix is None else mix(logits[1], logits[2])]
+    log_probs = [log_softmax(z) for z in logits]
+    likeliest = [jax.lax.top_k(x, top)[1] for x in log_probs]
+    ids = jnp.concatenate([targets.reshape(-1, 1), *likeliest], axis=1)  # [C, 1 + K · models]
+    return ids, [jnp.take_along_axis(x, ids, axis=1) for x in log_probs]
+
+
+def _records_of(
+    programs: Programs,
+    weights: Sequence[Params],
+    responses: Responses,
+    rows: Sequence[int],
+    form: Form,
+    devices: Devices,
+    temperature: float,
+) -> list[TokenRecord]:
+    """Records of the given rows; `weights` are the student's, then the teacher's if it is asked."""
+    if not rows:
+        return []
+    pairs = [Pair(responses.prompts[i], responses.responses[i]) for i in rows]
+    reprompted = [
+        Pair(responses.teacher_prompts[i] or (), responses.responses[i])
+        for i in rows
+        if len(weights) > 1
+    ]
+    heads = [programs.head(x) for x in weights]
+    records: dict[int, TokenRecord] = {}
+    for micro_batch in plan(pairs, form):
+        put = partial(make_sequences, micro_batch=micro_batch, form=form, devices=devices)
+        sequences = [put(pairs), *([put(reprompted)] * len(weights[1:]) if reprompted else [])]
+        hidden = [programs.forward(w, s) for w, s in zip(weights, sequences, strict=True)]
+        targets = make_tokens([p.response for p in pairs], micro_batch, np.int32, devices)
+        chunks = [
+            devices.fetch(
+                programs.compare(
+                    [h[:, i] for h in hidden], heads, targets[:, i], jnp.float32(temperature)
+                )
+            )
+            for i in range(micro_batch.filled)
+        ]
+        records |= _cut(chunks, [len(p.response) for p in pairs], micro_batch)
+    return [records[i] for i in range(len(pairs))]
+
+
+def _cut(
+    chunks: Sequence[Any], lengths: Sequence[int], micro_batch: MicroBatchPlan
+) -> dict[int, TokenRecord]:
+    """Chunks of all shards to records of pairs: within a shard, pair follows pair."""
+    columns = [[ids, *log_probs] for ids, log_probs in chunks]
+    whole = [np.stack(parts) for parts in zip(*columns, strict=True)]  # each [n, D · c, ...]
+    size = micro_batch.chunk_tokens
+    records: dict[int, TokenRecord] = {}
+    for shard, members in enumerate(micro_batch.members):
+        own = [x[:, shard * size : (shard + 1) * size] for x in whole]
+        ids, log_p, *log_q = (x.reshape(-1, x.shape[-1]) for x in own)
+        start = 0
+        for pair in members:
+            here = slice(start, start + lengths[pair])
+            teacher = log_q[0][here] if log_q else None
+            records[pair] = TokenRecord(ids[here], log_p[here], teacher)
+            start = here.stop
+    return records
