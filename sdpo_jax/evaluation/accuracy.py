@@ -6,12 +6,15 @@ share of those answers that pass, the measure of the paper's figure 10.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
-from sdpo_jax.environments.grading import agreed, failed_share, grade_all, refuse_failures
+from sdpo_jax.environments.grading import OpenEpisodes, failed_share, refuse_failures
+from sdpo_jax.environments.retries import with_episodes
 from sdpo_jax.model import Params
+from sdpo_jax.sampling.episodes import Episode, Limits, Player
 from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.teacher.context import TeacherContext, choose_context
@@ -30,6 +33,9 @@ class Graded(NamedTuple):
     outcomes: list[Outcome]
     lengths: list[int]
     stopped: list[bool]
+    first: Sequence[Outcome] = ()
+    """Of the first turn, where there may be several; the others then are of the last turn."""
+    turns: Sequence[int] = ()
 
 
 class Evaluator:
@@ -77,11 +83,12 @@ class Evaluator:
         temperature: float | None = None,
         samples: int | None = None,
     ) -> Graded:
-        """The student's answers to the bare prompts."""
+        """The student's answers to the bare prompts, in episodes of up to `rollout.max_turns`."""
         settings = self._config.evaluation
         group = settings.samples_per_prompt if samples is None else samples
         heat = settings.temperature if temperature is None else temperature
-        return self._sample(params, self._ids, group, heat, EVALUATION_STREAM + step)
+        turns, step = self._config.rollout.max_turns, EVALUATION_STREAM + step
+        return self._sample(params, self._ids, group, heat, step, self._prompts, turns)
 
     def teacher_metrics(self, params: Params, graded: Graded, step: int) -> dict[str, float]:
         """Teacher accuracy over the attempts that have a context, overall and by its kind."""
@@ -110,7 +117,8 @@ class Evaluator:
     def _sample_rows(
         self, params: Params, prompts: Sequence[Prompt], ids: Sequence[list[int]], step: int
     ) -> Graded:
-        return self._sample(params, ids, 1, self._config.evaluation.temperature, step, prompts)
+        """One response to each, however many turns the student has."""
+        return self._sample(params, ids, 1, self._config.evaluation.temperature, step, prompts, 1)
 
     def _sample(
         self,
@@ -119,18 +127,20 @@ class Evaluator:
         group: int,
         temperature: float,
         step: int,
-        prompts: Sequence[Prompt] | None = None,
+        prompts: Sequence[Prompt],
+        turns: int,
     ) -> Graded:
         """Decodes in batches of a fixed number of prompts, so that one program serves all."""
-        prompts = self._prompts if prompts is None else prompts
         size = max(1, self._config.evaluation.batch_prompts * (1 if group > 1 else 2))
-        graded = Graded([], [], [], [])
+        limits = Limits(turns, self._config.teacher.max_feedback_tokens, self._config.rollout.slots)
+        environment, played = with_episodes(self._environment, turns), list[Episode]()
         for start in range(0, len(ids), size):
             batch = [list(x) for x in ids[start : start + size]]
-            rollouts = self._sampler(
+            asked = prompts[start : start + size]
+            episodes = OpenEpisodes(environment, [p for p in asked for _ in range(group)])
+            sample = partial(
+                self._sampler,
                 params,
-                batch,
-                group=group,
                 max_tokens=self._config.rollout.max_response_tokens,
                 temperature=temperature,
                 top_p=self._config.evaluation.top_p,
@@ -138,24 +148,24 @@ class Evaluator:
                 min_p=self._config.evaluation.min_p,
                 seed=self._config.seed,
                 step=step,
-                first_prompt=start,
-                prompt_rows=size,
             )
-            texts = [self._tokenizer.decode(ids) for ids in rollouts.responses()]
-            graded.responses.extend(texts)
-            asked = prompts[start : start + size]
-            truncated = [not stopped for stopped in rollouts.stopped.tolist()]
-            outcomes = agreed(grade_all(self._environment, asked, texts, truncated))
+            play = Player(sample, episodes, self._tokenizer, limits)
+            rows = play(asked, batch, group=group, first_prompt=start, prompt_rows=size)
             limit = self._config.environment.max_failed_share
-            refuse_failures(asked, outcomes, limit, "evaluation")
-            graded.outcomes.extend(outcomes)
-            graded.lengths.extend(rollouts.lengths.tolist())
-            graded.stopped.extend(rollouts.stopped.tolist())
-        return graded
+            refuse_failures(asked, [row.outcome for row in rows], limit, "evaluation")
+            played += rows
+        return Graded(
+            [row.response for row in played],
+            [row.outcome for row in played],
+            [row.own_tokens for row in played],
+            [row.stopped for row in played],
+            [row.steps[0].outcome for row in played] if turns > 1 else (),
+            [row.turns for row in played] if turns > 1 else (),
+        )
 
 
 def accuracy_metrics(graded: Graded, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Accuracy overall and by family, response length and truncation.
+    """Accuracy overall and by family, response length and truncation; after one turn, too.
 
     Responses that could not be graded have no part in accuracy; `environment/failed`, there only
     where there are some, says how many.
@@ -171,6 +181,10 @@ def accuracy_metrics(graded: Graded, prompts: Sequence[Prompt]) -> dict[str, flo
         "response_tokens": _mean(graded.lengths),
         "truncated": 1.0 - _mean(graded.stopped),
     }
+    if graded.turns:
+        pairs = zip(graded.first, graded.outcomes, strict=True)
+        metrics["accuracy_first_turn"] = _mean([one.passed for one, last in pairs if last.graded])
+        metrics["turns"] = _mean(graded.turns)
     if len(families) > 1:
         metrics |= {f"accuracy/{name}": _mean(v) for name, v in sorted(families.items())}
     if failed := failed_share(graded.outcomes):

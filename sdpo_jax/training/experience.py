@@ -1,24 +1,30 @@
 """One generation batch: sample, decode, grade. Nothing here knows the objective."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_jax.config import RolloutConfig
-from sdpo_jax.environments.base import Environment, Outcome, Prompt
-from sdpo_jax.environments.grading import Grader, agreed, failed_share
+from sdpo_jax.environments.base import Environment, Outcome, Prompt, Step
+from sdpo_jax.environments.grading import OpenEpisodes, failed_share
+from sdpo_jax.environments.retries import with_episodes
 from sdpo_jax.evaluation.accuracy import environment_metrics
 from sdpo_jax.model import Params
+from sdpo_jax.sampling.episodes import Episode, Limits, Player
 from sdpo_jax.sampling.prompts import prompt_ids
-from sdpo_jax.sampling.sampler import HostRollouts, Sampler
+from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.clock import Clock
 
 
 class Experience(NamedTuple):
-    """`N = P·G` graded rollouts; row `n` belongs to prompt `n // G`. Ids are as sampled."""
+    """`N = P·G` graded rollouts; row `n` belongs to prompt `n // G`. Ids are as sampled.
+
+    Of an episode of several turns, the response is all that followed the first prompt.
+    """
 
     prompts: list[Prompt]  # [P]
     group: int
@@ -26,8 +32,10 @@ class Experience(NamedTuple):
     response_ids: list[list[int]]  # [N]
     log_probs: list[NDArray[np.float32]]  # [N], of the sampling distribution
     lengths: NDArray[np.int32]  # [N]
-    texts: list[str]  # [N]
+    texts: list[str]  # [N], of the last turn
     outcomes: list[Outcome]  # [N]
+    own: list[NDArray[np.bool_]] | None = None
+    """[N], which tokens of the response the model wrote; None: all of them."""
 
     @property
     def graded(self) -> NDArray[np.bool_]:
@@ -50,47 +58,64 @@ def collect(
     *,
     seed: int,
     step: int,
+    max_observation_tokens: int,
     clock: Clock,
 ) -> tuple[Experience, dict[str, float]]:
-    """Samples `G` responses for each prompt and grades them; returns metrics of both, too.
+    """Plays `G` episodes of each prompt, of one response or more; returns metrics, too.
 
     Responses are graded as they are done, while the device decodes the rest: `seconds_grade` is
     time inside `seconds_rollout`, but for what is done last.
     """
     group = config.rollouts_per_prompt
-    graded = _Grading(environment, tokenizer, prompts, group, clock)
+    draw = {"max_tokens": config.max_response_tokens, "temperature": config.temperature}
+    asked = [prompt for prompt in prompts for _ in range(group)]
+    episodes = OpenEpisodes(with_episodes(environment, config.max_turns), asked)
+
+    def judge(rows: list[int], responses: list[str], truncated: list[bool]) -> list[Step]:
+        with clock.phase("grade"):
+            return episodes(rows, responses, truncated)
+
+    play = Player(
+        partial(sampler, params, seed=seed, step=step, **draw),
+        judge,
+        tokenizer,
+        Limits(config.max_turns, max_observation_tokens, config.slots),
+    )
     with clock.phase("rollout"):
         ids = [prompt_ids(tokenizer, p, config.max_prompt_tokens) for p in prompts]
-        rollouts = sampler(
-            params,
-            ids,
-            group=group,
-            max_tokens=config.max_response_tokens,
-            temperature=config.temperature,
-            seed=seed,
-            step=step,
-            on_done=graded,
-        )
-    clock.count("rollout", int(rollouts.lengths.sum()))
-    outcomes = agreed(graded.outcomes)
+        rows = play(prompts, ids, group=group)
+    clock.count("rollout", sum(row.own_tokens for row in rows))
     experience = Experience(
         prompts=list(prompts),
         group=group,
-        prompt_ids=[row for row in ids for _ in range(group)],
-        response_ids=rollouts.responses(),
-        log_probs=[row[:n] for row, n in zip(rollouts.log_probs, rollouts.lengths, strict=True)],
-        lengths=rollouts.lengths,
-        texts=graded.texts,
-        outcomes=outcomes,
+        prompt_ids=[row.prompt_ids for row in rows],
+        response_ids=[row.ids for row in rows],
+        log_probs=[row.log_probs for row in rows],
+        lengths=np.asarray([len(row.ids) for row in rows], np.int32),
+        texts=[row.response for row in rows],
+        outcomes=[row.outcome for row in rows],
+        own=None if config.max_turns == 1 else [row.own for row in rows],
     )
+    return experience, rollout_metrics(rows, config.max_turns)
+
+
+def rollout_metrics(rows: Sequence[Episode], max_turns: int) -> dict[str, float]:
+    """Reward and success of the final outcomes, the model's own tokens, and its turns."""
+    outcomes = [row.outcome for row in rows]
     metrics = {
         **_means([outcome for outcome in outcomes if outcome.graded]),
         "environment/failed": failed_share(outcomes),
-        "response_tokens": float(np.mean(rollouts.lengths)),
-        "truncated": float(1.0 - np.mean(rollouts.stopped)),
+        "response_tokens": float(np.mean([row.own_tokens for row in rows])),
+        "truncated": float(1.0 - np.mean([row.stopped for row in rows])),
         **environment_metrics(outcomes),
     }
-    return experience, metrics
+    if max_turns == 1:
+        return metrics
+    first = [row.steps[0].outcome for row in rows]
+    return metrics | {
+        "turns": float(np.mean([row.turns for row in rows])),
+        "success_first_turn": _means([o for o in first if o.graded]).get("success", 0.0),
+    }
 
 
 def _means(graded: Sequence[Outcome]) -> dict[str, float]:
@@ -101,38 +126,3 @@ def _means(graded: Sequence[Outcome]) -> dict[str, float]:
         "reward": float(np.mean([outcome.reward for outcome in graded])),
         "success": float(np.mean([outcome.passed for outcome in graded])),
     }
-
-
-class _Grading:
-    """Decodes and grades responses as the sampler tells of them."""
-
-    def __init__(
-        self,
-        environment: Environment,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Prompt],
-        group: int,
-        clock: Clock,
-    ):
-        self._grader, self._tokenizer = Grader(environment), tokenizer
-        self._prompts, self._group, self._clock = prompts, group, clock
-        self._done: dict[int, tuple[str, Outcome]] = {}
-
-    def __call__(self, rows: list[int], rollouts: HostRollouts) -> None:
-        with self._clock.phase("grade"):
-            responses = rollouts.responses()
-            texts = [self._tokenizer.decode(responses[i]) for i in rows]
-            asked = [self._prompts[i // self._group] for i in rows]
-            truncated = [not rollouts.stopped[i] for i in rows]
-            outcomes = self._grader(asked, texts, truncated)
-            self._done |= dict(zip(rows, zip(texts, outcomes, strict=True), strict=True))
-
-    @property
-    def texts(self) -> list[str]:
-        """Of all rollouts, in order."""
-        return [self._done[i][0] for i in sorted(self._done)]
-
-    @property
-    def outcomes(self) -> list[Outcome]:
-        """Of all rollouts, in order."""
-        return [self._done[i][1] for i in sorted(self._done)]

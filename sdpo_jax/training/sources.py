@@ -91,6 +91,7 @@ class RolloutSource:
             next(self._prompts),
             seed=self._config.seed,
             step=step,
+            max_observation_tokens=self._config.teacher.max_feedback_tokens,
             clock=clock,
         )
         limit = self._config.environment.max_failed_share
