@@ -9,10 +9,10 @@ from sdpo_jax.config import Config, EnvironmentConfig, GrpoObjective, SdpoObject
 
 _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prompts_per_step
     rollout.rollouts_per_prompt rollout.max_prompt_tokens rollout.max_response_tokens
-    rollout.max_turns teacher.max_prompt_tokens teacher.max_feedback_tokens data.rows_per_step
-    data.max_tokens optimizer.max_skipped_updates train.steps train.mini_batches
-    train.micro_batch_tokens train.head_chunk_tokens mesh.fsdp mesh.tensor evaluation.samples_per_prompt
-    evaluation.batch_prompts checkpoint.every_steps checkpoint.keep"""
+    teacher.max_prompt_tokens teacher.max_feedback_tokens data.rows_per_step data.max_tokens
+    optimizer.max_skipped_updates train.steps train.mini_batches train.micro_batch_tokens
+    train.head_chunk_tokens mesh.fsdp mesh.tensor evaluation.samples_per_prompt
+    evaluation.batch_prompts checkpoint.every_steps checkpoint.keep rollout.max_turns"""
 _CAPS = "objective.importance_cap objective.clip_high optimizer.clip_norm"
 
 # Keys, test, expectation in words. Every number of the config stands here once; nan fails all.

@@ -113,11 +113,13 @@ class Step(NamedTuple):
     `observation` is the text of the next user message; None: the episode is over. `outcome` judges
     the episode as if it ended here: limits (`rollout.max_turns`, a response that was cut) may end
     it at any turn. Of an episode only the outcome of its last turn counts. An outcome that is not
-    graded ends the episode, whatever the observation.
+    graded ends the episode, whatever the observation. `instruction` follows the observation; it is
+    not cut where the observation has too many tokens.
     """
 
     observation: str | None
     outcome: Outcome
+    instruction: str = ""
 
 
 class Episode(Protocol):

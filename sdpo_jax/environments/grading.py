@@ -287,11 +287,13 @@ def _check(outcome: Any, name: str, prompt: Prompt) -> Outcome:
 
 def _check_step(step: Any, name: str, prompt: Prompt) -> Step:
     """Refuses what is no step."""
-    given: Any = step.observation if isinstance(step, Step) else 0
-    if not isinstance(step, Step) or not isinstance(given, str | None):
+    # What the types promise is what is checked here.
+    told: Any = (step.observation, step.instruction) if isinstance(step, Step) else (0, 0)
+    if not isinstance(told[0], str | None) or not isinstance(told[1], str):
         raise UserError(
             f"{name} of the environment returned {_short(step)} for prompt {prompt.id!r}; expected "
-            "Step(observation: text, or None at the end of the episode, outcome: Outcome)"
+            "Step(observation: text, or None at the end of the episode, outcome: Outcome, "
+            "instruction: text)"
         )
     _check(step.outcome, name, prompt)
     return step

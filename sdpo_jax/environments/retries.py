@@ -18,7 +18,7 @@ from sdpo_jax.environments.grading import Grader
 HEADER = "Feedback on an earlier attempt:\n\n"
 SILENT = "The answer is not correct."
 """Stands in where the environment has no feedback."""
-CLOSING = "\n\nSolve the question above correctly."
+INSTRUCTION = "\n\nSolve the question above correctly."
 
 
 class Attempts(NamedTuple):
@@ -48,14 +48,14 @@ class Retries:
     ) -> list[Step]:
         """Grades all attempts of a turn at a time."""
         outcomes = self._grade([episode.prompt for episode in episodes], responses, truncated)
-        return [Step(answer(outcome), outcome) for outcome in outcomes]
+        return [answered(outcome) for outcome in outcomes]
 
 
-def answer(outcome: Outcome) -> str | None:
-    """What a failed attempt is told; None if there is nothing to say."""
+def answered(outcome: Outcome) -> Step:
+    """The step of an attempt: a failed one is told why."""
     if outcome.passed or not outcome.graded:
-        return None
-    return HEADER + (outcome.feedback.strip() or SILENT) + CLOSING
+        return Step(None, outcome)
+    return Step(HEADER + (outcome.feedback.strip() or SILENT), outcome, INSTRUCTION)
 
 
 def with_episodes(environment: Environment, max_turns: int) -> HasEpisodes:

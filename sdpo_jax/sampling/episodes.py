@@ -103,8 +103,8 @@ class Episode:
     @property
     def goes_on(self) -> bool:
         """Whether the model may have another turn."""
-        observation, outcome = self.steps[-1]
-        return observation is not None and outcome.graded and self.stopped
+        step = self.steps[-1]
+        return step.observation is not None and step.outcome.graded and self.stopped
 
     def write(self, ids: Sequence[int], log_probs: NDArray[np.float32] | None) -> None:
         """Appends ids; they are the model's own if they have log-probs."""
@@ -203,7 +203,9 @@ class Player:
         codec = TextCodec(tokenizer.encode, tokenizer.decode, tokenizer.render)
         known: dict[tuple[Prompt | str, ...], list[int]] = {}
         for row in rows:
-            row.observations.append(start_of(row.steps[-1].observation or "", codec, limit))
+            step = row.steps[-1]
+            seen = start_of(step.observation or "", codec, limit) + step.instruction
+            row.observations.append(seen)
             key = (row.prompt.id, *row.observations)
             if key not in known:
                 known[key] = ids_between(tokenizer, row.prompt.messages, row.observations)
