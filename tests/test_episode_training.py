@@ -164,6 +164,7 @@ def test_the_update_does_not_depend_on_what_is_said_of_the_environments_tokens(n
     assert float(plain[1].tokens) == responses
 
 
+@pytest.mark.slow
 def test_the_update_does_not_depend_on_micro_batches():
     experience, _ = collected()
     trainer = trainer_of("grpo")
@@ -206,7 +207,7 @@ def run_nano(folder, steps_before_crash=None):
         loop.train(
             config,
             parts["model"],
-            parts["params"],
+            lambda: jax.device_get(parts["params"]()),  # from all devices to the one
             parts["tokenizer"],
             parts["environment"],
             console=console,

@@ -232,7 +232,7 @@ class Sampler:
         seed: jax.Array,
         step: jax.Array,
         first_prompt: jax.Array,
-        turn: Turn | None,
+        turn: Turn | None = None,
         *,
         group: int,
         slots: int,
