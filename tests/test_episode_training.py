@@ -4,6 +4,7 @@ import io
 import zlib
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +14,9 @@ from test_episodes import ARCHITECTURE, MODEL, PROMPTS, Tokenizer
 
 from sdpo_jax.cli import load_parts
 from sdpo_jax.config import (
+    CheckpointConfig,
     Config,
+    EvaluationConfig,
     GrpoObjective,
     OptimizerConfig,
     RolloutConfig,
@@ -187,46 +190,59 @@ class Crash(Exception):
     """Not one of the trainer's own."""
 
 
-def run_nano(folder, steps_before_crash=None):
-    options = """--rollout.max-turns 2 --train.steps 2 --rollout.prompts-per-step 4
-        --evaluation.prompts 8 --evaluation.every-steps 0 --checkpoint.every-steps 1"""
-    config = replace(load_recipe("configs/nano.toml", options.split()), run_dir=str(folder))
-    parts = load_parts(config)
-    plain = Trainer.step
-
-    def step(self, state, number):
-        if steps_before_crash is not None and number > steps_before_crash:
-            raise Crash
-        return plain(self, state, number)
-
+def run(config, model, weights, tokenizer, environment):
+    """Rows of the run's log without times; one device, compiled cheaply."""
     console = Console("sdpo", steps=2, stream=io.StringIO(), live=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
         patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)
-        loop.train(
-            config,
-            parts["model"],
-            lambda: jax.device_get(parts["params"]()),  # from all devices to the one
-            parts["tokenizer"],
-            parts["environment"],
-            console=console,
-        )
-    rows = read_metrics(folder / METRICS_FILE)
+        loop.train(config, model, weights, tokenizer, environment, console=console)
+    rows = read_metrics(Path(config.run_dir) / METRICS_FILE)
     return [{k: v for k, v in row.items() if not is_time(k)} for row in rows]
 
 
 @pytest.mark.slow
-def test_the_embedded_model_trains_on_retries_and_resumes_exactly(tmp_path):
-    whole = run_nano(tmp_path / "whole")
-    with pytest.raises(Crash):
-        run_nano(tmp_path / "broken", steps_before_crash=1)
-    assert run_nano(tmp_path / "broken") == whole
-    for row in whole:
+def test_a_run_with_episodes_resumes_exactly(tmp_path, monkeypatch):
+    config = replace(
+        trainer_of("grpo").config,
+        train=TrainConfig(steps=2, micro_batch_tokens=4096, head_chunk_tokens=256),
+        evaluation=EvaluationConfig(every_steps=0, prompts=0),
+        checkpoint=CheckpointConfig(every_steps=1),
+        run_dir=str(tmp_path / "whole"),
+    )
+    parts = MODEL, params, Tokenizer(), Checksum()
+    whole = run(config, *parts)
+    plain = Trainer.step
+
+    def step(self, state, number):
+        if number == 2:
+            raise Crash
+        return plain(self, state, number)
+
+    broken = replace(config, run_dir=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "step", step)
+        run(broken, *parts)
+    assert run(broken, *parts) == whole
+    assert [row["step"] for row in whole if row["kind"] == "train"] == [1, 2]
+
+
+@pytest.mark.slow
+def test_the_embedded_model_trains_on_retries_and_feedback_helps_it(tmp_path):
+    options = """--rollout.max-turns 2 --train.steps 2 --rollout.prompts-per-step 4
+        --evaluation.prompts 8 --evaluation.every-steps 0"""
+    config = load_recipe("configs/nano.toml", options.split())
+    parts = load_parts(config)
+    weights = lambda: jax.device_get(parts["params"]())  # noqa: E731, from all devices to the one
+    config = replace(config, run_dir=str(tmp_path))
+    rows = run(config, parts["model"], weights, parts["tokenizer"], parts["environment"])
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("eval", 0),
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+    ]
+    for row in rows:
         assert 1 < row["turns"] < 2
-        first, last = (
-            ("success_first_turn", "success")
-            if row["kind"] == "train"
-            else ("accuracy_first_turn", "accuracy")
-        )
-        assert row[first] < row[last]  # told why it failed, the model does better
+        name = "success" if row["kind"] == "train" else "accuracy"
+        assert row[f"{name}_first_turn"] < row[name]
