@@ -52,6 +52,10 @@ class RolloutConfig:
     max_prompt_tokens: int = 128
     """A longer prompt stops the run with its id: questions are never cut silently."""
     max_response_tokens: int = 48
+    """Of each turn."""
+    max_turns: int = 1
+    """Above 1 a failed attempt is answered in text, by the environment's own episodes or else by
+    its feedback (at most `teacher.max_feedback_tokens`), and the model goes on."""
     temperature: float = 1.0
     slots: int = 0
     """Rollouts decoded at a time, evaluation's too; one that is done hands its slot to the next. 0

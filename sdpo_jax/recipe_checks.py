@@ -12,7 +12,7 @@ _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prom
     teacher.max_prompt_tokens teacher.max_feedback_tokens data.rows_per_step data.max_tokens
     optimizer.max_skipped_updates train.steps train.mini_batches train.micro_batch_tokens
     train.head_chunk_tokens mesh.fsdp mesh.tensor evaluation.samples_per_prompt
-    evaluation.batch_prompts checkpoint.every_steps checkpoint.keep"""
+    evaluation.batch_prompts checkpoint.every_steps checkpoint.keep rollout.max_turns"""
 _CAPS = "objective.importance_cap objective.clip_high optimizer.clip_norm"
 
 # Keys, test, expectation in words. Every number of the config stands here once; nan fails all.
@@ -81,6 +81,9 @@ def contradictions(c: Config) -> Iterator[tuple[str, str, str]]:
     if isinstance(c.objective, GrpoObjective) and c.rollout.rollouts_per_prompt < 2:
         text = "at least 2 with grpo: an advantage compares siblings"
         yield "rollout.rollouts_per_prompt", "", text
+    if c.rollout.ahead and c.rollout.max_turns > 1:
+        text = "1 with rollout.ahead: a later turn waits for what the environment says"
+        yield "rollout.max_turns", "rollout.ahead", text
     if isinstance(c.objective, SdpoObjective):
         yield from _teacher_checks(c)
 

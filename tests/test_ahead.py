@@ -10,9 +10,10 @@ from test_loop import BASE, MODEL, TOKENIZER, Toy, rows_of, start_params
 
 from sdpo_jax.config import GrpoObjective, SdpoObjective
 from sdpo_jax.errors import UserError
+from sdpo_jax.recipe import load_recipe
 from sdpo_jax.training import loop
 from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import draw, redraw
+from sdpo_jax.training.experience import Table, draw, redraw
 from sdpo_jax.training.trainer import Trainer
 
 OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
@@ -122,21 +123,23 @@ def test_a_failure_in_the_thread_stops_the_run_with_the_environments_own_words(t
         train(config_of(tmp_path), Watched(fails_in="ThreadPoolExecutor"))
 
 
+def test_a_recipe_refuses_to_draw_ahead_of_what_a_later_turn_waits_for():
+    with pytest.raises(UserError, match=r"max-turns: 2, expected 1 with rollout.ahead"):
+        load_recipe("configs/nano.toml", ["--rollout.ahead", "--rollout.max-turns", "2"])
+
+
 def test_a_draw_that_was_kept_is_the_same_to_the_bit():
     config = config_of("unused")
     trainer = Trainer(config, MODEL, TOKENIZER, Toy())
     prompts, clock = list(Toy.train[:2]), Clock()
-    parts = (config.rollout, trainer.sampler, TOKENIZER, Toy(), start_params(), prompts)
-    drawn = draw(*parts, seed=0, step=3, clock=clock)
-    again = redraw(config.rollout, TOKENIZER, Toy(), prompts, drawn.to_state(), clock=clock)
+    table = Table(config.rollout, TOKENIZER, Toy(), 32)
+    drawn = draw(table, trainer.sampler, start_params(), prompts, seed=0, step=3, clock=clock)
+    again = redraw(table, prompts, drawn.to_state(), clock=clock)
     (old, metrics), (new, same) = drawn.finish(clock), again.finish(clock)
     assert metrics == same
-    assert (old.response_ids, old.texts, old.outcomes) == (
-        new.response_ids,
-        new.texts,
-        new.outcomes,
-    )
+    assert old.response_ids == new.response_ids
+    assert (old.texts, old.outcomes) == (new.texts, new.outcomes)
     for a, b in zip(old.log_probs, new.log_probs, strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match="rollouts of other prompts"):
-        redraw(config.rollout, TOKENIZER, Toy(), prompts[:1], drawn.to_state(), clock=clock)
+        redraw(table, prompts[:1], drawn.to_state(), clock=clock)

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from sdpo_jax.cli import main
-from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.environments.base import Outcome, Prompt, Step, not_graded
 from sdpo_jax.environments.check import ATTACKS, PROGRAMS, check, report
 from sdpo_jax.environments.template import Sums
 from sdpo_jax.environments.tool_calls import ToolCalls
@@ -255,3 +255,30 @@ def test_the_check_of_a_file_starts_no_device(tmp_path):
         "from jax._src import xla_bridge\nassert not xla_bridge._backends\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+class Talking(Sums):
+    """The template with episodes of its own, whose first turn `say` writes."""
+
+    def __init__(self, say):
+        super().__init__(0)
+        self.say = say
+
+    def reset(self, prompt):
+        return Talk(self, prompt)
+
+
+class Talk:
+    def __init__(self, environment, prompt):
+        self.environment, self.prompt = environment, prompt
+
+    def step(self, response):
+        return Step(self.environment.say(), self.environment.grade(self.prompt, response))
+
+
+def test_episodes_of_an_environment_are_tried_and_must_repeat_themselves():
+    (line,) = [x for x in check(Talking(lambda: "try again")) if x.name == "episodes"]
+    assert line.found == "32 of 32 go on after a wrong answer" and not line.problem
+    changing = problems(Talking(lambda: f"try {next(COUNTER)}"))
+    assert list(changing) == ["episodes"] and "another answer" in changing["episodes"]
+    assert not [x for x in check(Sums(0)) if x.name == "episodes"]

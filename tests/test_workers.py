@@ -10,7 +10,8 @@ import pytest
 
 from sdpo_jax.config_environments import FileEnvironment
 from sdpo_jax.environments import workers
-from sdpo_jax.environments.grading import Grader, answers_of
+from sdpo_jax.environments.base import HasEpisodes
+from sdpo_jax.environments.grading import Grader, OpenEpisodes, answers_of
 from sdpo_jax.environments.registry import build, make_environment
 from sdpo_jax.errors import UserError
 
@@ -222,3 +223,55 @@ def test_workers_that_die_while_they_start_end_the_run(tmp_path):
         grade(made, "t0")
     assert time.monotonic() - began < 60
     made.close()
+
+
+TALKS = """
+    import os, signal
+    from sdpo_jax.environments.base import Outcome, Prompt, Step
+
+    class Countdown:
+        def __init__(self, prompt):
+            self.prompt, self.heard = prompt, []
+
+        def step(self, response):
+            if response == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.heard.append(response)
+            outcome = Outcome(float(len(self.heard)), False, self.prompt.id, {})
+            over = response == "stop"
+            return Step(None if over else " ".join(self.heard), outcome, "more?")
+
+    class Talks:
+        train = [Prompt(f"t{i}", ({"role": "user", "content": f"{i}"},), {}) for i in range(2)]
+        held_out = []
+
+        def grade(self, prompt, response):
+            return Outcome(0.0, False, "", {})
+
+        def reset(self, prompt):
+            return Countdown(prompt)
+
+    environment = Talks()
+"""
+
+
+def test_episodes_in_workers_are_those_here_and_a_lost_worker_ends_one(tmp_path):
+    config = settings(tmp_path, TALKS, workers=2)
+    here, there = build(config), started(config)
+    try:
+        played = []
+        for environment in (here, there):
+            episodes = OpenEpisodes(environment, environment.train)
+            first = episodes([0, 1], ["a", "b"], [False, False])
+            second = episodes([1, 0], ["c", "stop"], [False, False])
+            played.append((first, second))
+        assert played[0] == played[1]
+        assert [step.observation for step in played[0][1]] == ["b c", None]
+        (lost,) = OpenEpisodes(there, there.train[:1])([0], ["die"], [False])
+        assert lost.observation is None and not lost.outcome.graded
+    finally:
+        there.close()
+
+
+def test_an_environment_without_episodes_has_none_in_workers(odd):
+    assert not isinstance(odd, HasEpisodes)

@@ -128,3 +128,53 @@ class NeedsWorker(Protocol):
     def needs_worker(self) -> bool:
         """Whether it does."""
         ...
+
+
+class Step(NamedTuple):
+    """What an environment says after a turn of an episode.
+
+    `observation` is the text of the next user message; None: the episode is over. `outcome` judges
+    the episode as if it ended here: limits (`rollout.max_turns`, a response that was cut) may end
+    it at any turn. Of an episode only the outcome of its last turn counts. An outcome that is not
+    graded ends the episode, whatever the observation. `instruction` follows the observation; it is
+    not cut where the observation has too many tokens.
+    """
+
+    observation: str | None
+    outcome: Outcome
+    instruction: str = ""
+
+
+class Episode(Protocol):
+    """One conversation about a prompt."""
+
+    def step(self, response: str) -> Step:
+        """Answers the model's next turn, given as decoded text without control tokens."""
+        ...
+
+
+@runtime_checkable
+class HasEpisodes(Protocol):
+    """An environment that answers in text, for `rollout.max_turns` above 1.
+
+    Any other environment then gets the episodes of `sdpo_jax.environments.retries`. `grade` still
+    judges single responses: those of the teacher, and all where `rollout.max_turns` is 1.
+    """
+
+    def reset(self, prompt: Prompt) -> Episode:
+        """A new episode. The same responses must always get the same steps."""
+        ...
+
+
+@runtime_checkable
+class StepsBatches(Protocol):
+    """An environment that answers several of its episodes at a time."""
+
+    def step_many(
+        self, episodes: Sequence[Any], responses: Sequence[str], truncated: Sequence[bool]
+    ) -> list[Step]:
+        """One step for each `(episodes[i], responses[i])`, in order; `step` of each.
+
+        `truncated[i]`: the response was cut at the token limit, and its episode ends.
+        """
+        ...

@@ -11,8 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from sdpo_jax.environments.base import Environment, HasReferences, Outcome, Prompt
-from sdpo_jax.environments.grading import Grader
+from sdpo_jax.environments.base import (
+    Environment,
+    HasEpisodes,
+    HasReferences,
+    Outcome,
+    Prompt,
+)
+from sdpo_jax.environments.grading import Grader, OpenEpisodes
 from sdpo_jax.environments.hygiene import ADDRESS
 
 SAMPLE = 16
@@ -83,6 +89,7 @@ def check(environment: Environment, *, runs_programs: bool = False) -> list[Line
     lines += _feedback([*wrong, *attacks], [*graded, *attacked], known)
     lines.append(_repeatable(wrong, graded, _graded(grade, wrong)))
     lines.append(_judged([*graded, *attacked]))
+    lines += _episodes(environment, sample)
     lines.append(Line("speed", f"{len(wrong) / max(seconds, 1e-9):,.0f} gradings/s"))
     return lines
 
@@ -121,6 +128,24 @@ def _sides(environment: Environment) -> Iterator[Line]:
 def _text(prompt: Prompt) -> str:
     """A question without what changes nothing: case and white space."""
     return " ".join("\n".join(m["content"] for m in prompt.messages).casefold().split())
+
+
+def _episodes(environment: Environment, sample: Sequence[Prompt]) -> Iterator[Line]:
+    """The first turn of each prompt's episode, twice, where the environment has its own."""
+    if not isinstance(environment, HasEpisodes):
+        return
+    rows, texts = list(range(len(sample))), [WRONG[2][1](prompt) for prompt in sample]
+    cut = [False] * len(rows)
+    first, again = (OpenEpisodes(environment, sample)(rows, texts, cut) for _ in range(2))
+    changed = [p.id for p, a, b in zip(sample, first, again, strict=True) if a != b]
+    yield Line(
+        "episodes",
+        f"{sum(step.observation is not None for step in first)} of {len(first)} go on after "
+        "a wrong answer",
+        f"another answer the second time for {_some(changed)}; seed what is drawn in `reset`"
+        if changed
+        else "",
+    )
 
 
 def _references(environment: Environment, sample: Sequence[Prompt]) -> list[str]:

@@ -15,12 +15,16 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from sdpo_jax.environments.base import (
     Environment,
+    Episode,
     GradesBatches,
     GradesTruncated,
     GradesTruncatedBatches,
     HasAnswers,
+    HasEpisodes,
     Outcome,
     Prompt,
+    Step,
+    StepsBatches,
     not_graded,
 )
 from sdpo_jax.errors import UserError
@@ -96,6 +100,46 @@ class Grader:
             grade = environment.grade_truncated
             return _grade_each("grade_truncated", grade, prompts, responses)
         return self._whole(prompts, responses)
+
+
+class OpenEpisodes:
+    """The episodes of a list of prompts, stepped with what their environment offers."""
+
+    def __init__(self, environment: HasEpisodes, prompts: Sequence[Prompt]):
+        """Starts one for each of `prompts` [N].
+
+        Raises:
+          UserError: the environment raised.
+        """
+        self._environment, self._prompts = environment, list(prompts)
+        self._episodes: list[Episode] = []
+        for prompt in prompts:
+            with _explained("reset", [prompt]):
+                self._episodes.append(environment.reset(prompt))
+
+    def __call__(
+        self, rows: Sequence[int], responses: Sequence[str], truncated: Sequence[bool]
+    ) -> list[Step]:
+        """The steps of episodes `rows`, in order; see `StepsBatches.step_many`.
+
+        Raises:
+          UserError: the environment raised, or returned what is no step.
+        """
+        prompts, episodes = [self._prompts[i] for i in rows], [self._episodes[i] for i in rows]
+        if isinstance(self._environment, StepsBatches):
+            with _explained("step_many", prompts):
+                steps = self._environment.step_many(episodes, responses, truncated)
+            if len(steps) != len(prompts):
+                raise UserError(
+                    f"step_many of the environment: {len(steps)} steps for {len(prompts)} "
+                    "responses; expected one for each, in order"
+                )
+            pairs = zip(steps, prompts, strict=True)
+            return [_check_step(step, "step_many", prompt) for step, prompt in pairs]
+        return [
+            _step(episode, prompt, response)
+            for episode, prompt, response in zip(episodes, prompts, responses, strict=True)
+        ]
 
 
 def grade_all(
@@ -216,6 +260,12 @@ def _grade_batch(
     return [_check(o, name, prompt) for prompt, o in zip(prompts, outcomes, strict=True)]
 
 
+def _step(episode: Episode, prompt: Prompt, response: str) -> Step:
+    with _explained("step", [prompt]):
+        step = episode.step(response)
+    return _check_step(step, "step", prompt)
+
+
 @contextmanager
 def _explained(
     name: str, prompts: Sequence[Prompt], expected: str = "an Outcome"
@@ -282,6 +332,20 @@ def _check(outcome: Any, name: str, prompt: Prompt) -> Outcome:
         f"{name} of the environment returned {problem} for prompt {prompt.id!r}; expected "
         "Outcome(reward: a finite number, passed: bool, feedback: str, metrics: numbers by name)"
     )
+
+
+def _check_step(step: Any, name: str, prompt: Prompt) -> Step:
+    """Refuses what is no step."""
+    # What the types promise is what is checked here.
+    told: Any = (step.observation, step.instruction) if isinstance(step, Step) else (0, 0)
+    if not isinstance(told[0], str | None) or not isinstance(told[1], str):
+        raise UserError(
+            f"{name} of the environment returned {_short(step)} for prompt {prompt.id!r}; expected "
+            "Step(observation: text, or None at the end of the episode, outcome: Outcome, "
+            "instruction: text)"
+        )
+    _check(step.outcome, name, prompt)
+    return step
 
 
 def _problem(outcome: Any) -> str | None:

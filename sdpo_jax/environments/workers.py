@@ -7,6 +7,10 @@ Requests and answers are lines of JSON; nothing that came from a model is ever u
 goes over as its id, so that its `data` need not be JSON; both sides check that they mean the same
 prompts.
 
+An episode lives in the trainer as the list of its responses. For the next step a worker plays it
+from its start, so that any worker can, also after another one was lost: the same responses must
+always get the same steps, and the deadline is for all of them.
+
 A worker that does not answer in time is killed and replaced, and the response goes to another one,
 `RETRIES` times; then it counts as not graded. So it is with one that wants more than `MEMORY_MB`:
 it ends at the first `MemoryError` that leaves the environment, since what is left of it is not to
@@ -33,9 +37,11 @@ from typing import Any, NamedTuple
 from sdpo_jax.environments.base import (
     Environment,
     HasAnswers,
+    HasEpisodes,
     HasReferences,
     Outcome,
     Prompt,
+    Step,
     not_graded,
 )
 from sdpo_jax.errors import UserError
@@ -94,6 +100,21 @@ class InWorkers:
             self.reference = environment.reference
         if isinstance(environment, HasAnswers):
             self.answer = environment.answer
+        if isinstance(environment, HasEpisodes):
+            self.reset, self.step_many = self._reset, self._step_many
+
+    def _reset(self, prompt: Prompt) -> "Replayed":
+        return Replayed(self, prompt, [])
+
+    def _step_many(
+        self, episodes: Sequence["Replayed"], responses: Sequence[str], truncated: Sequence[bool]
+    ) -> list[Step]:
+        del truncated
+        for episode, response in zip(episodes, responses, strict=True):
+            episode.responses.append(response)
+        return self._pool.run(
+            [{"id": episode.prompt.id, "responses": episode.responses} for episode in episodes]
+        )
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
         """Grades one response."""
@@ -111,7 +132,19 @@ class InWorkers:
             {"id": prompt.id, "response": response, "truncated": bool(cut)}
             for prompt, response, cut in zip(prompts, responses, truncated, strict=True)
         ]
-        return self._pool.run(requests)
+        return [step.outcome for step in self._pool.run(requests)]
+
+
+class Replayed(NamedTuple):
+    """An episode whose environment is in a worker."""
+
+    environment: InWorkers
+    prompt: Prompt
+    responses: list[str]
+
+    def step(self, response: str) -> Step:
+        """The next step."""
+        return self.environment.step_many([self], [response], [False])[0]
 
 
 class _Worker:
@@ -177,9 +210,9 @@ class _Pool:
         self._workers = [_Worker(hello) for _ in range(workers)]
         self._dead_starts = 0
 
-    def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-        """One outcome for each request, in order."""
-        outcomes: dict[int, Outcome] = {}
+    def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Step]:
+        """One step for each request, in order; of a response alone it is an outcome."""
+        outcomes: dict[int, Step] = {}
         waiting = deque(Job(row, request) for row, request in enumerate(requests))
         try:
             while len(outcomes) < len(requests):
@@ -198,7 +231,7 @@ class _Pool:
         for worker in self._workers:
             worker.kill()
 
-    def _wait(self, waiting: deque[Job], outcomes: dict[int, Outcome]) -> None:
+    def _wait(self, waiting: deque[Job], outcomes: dict[int, Step]) -> None:
         """Reads what has come, or gives up on who is late."""
         busy = [w for w in self._workers if w.job is not None or not w.ready]
         with selectors.DefaultSelector() as selector:
@@ -223,7 +256,7 @@ class _Pool:
                 late = f"no answer of its worker within {self._seconds:g} s"
                 self._lost(worker, late, waiting, outcomes)
 
-    def _reply(self, worker: _Worker, reply: dict[str, Any], outcomes: dict[int, Outcome]) -> None:
+    def _reply(self, worker: _Worker, reply: dict[str, Any], outcomes: dict[int, Step]) -> None:
         if "error" in reply:
             worker.job = None
             raise UserError(reply["error"])
@@ -235,11 +268,12 @@ class _Pool:
                 )
             worker.ready, self._dead_starts = True, 0
             return
-        outcomes[worker.job.row] = Outcome(*reply["outcome"])
+        observation, instruction = reply["said"]
+        outcomes[worker.job.row] = Step(observation, Outcome(*reply["outcome"]), instruction)
         worker.job = None
 
     def _lost(
-        self, worker: _Worker, why: str, waiting: deque[Job], outcomes: dict[int, Outcome]
+        self, worker: _Worker, why: str, waiting: deque[Job], outcomes: dict[int, Step]
     ) -> None:
         """Replaces a worker; its job goes to another one or is given up."""
         job = worker.job
@@ -257,7 +291,7 @@ class _Pool:
         if job.lost < RETRIES:
             waiting.append(job._replace(lost=job.lost + 1))
         else:
-            outcomes[job.row] = not_graded(f"{why}, {job.lost + 1} times")
+            outcomes[job.row] = Step(None, not_graded(f"{why}, {job.lost + 1} times"))
 
     def _replace(self, worker: _Worker) -> _Worker:
         worker.kill()
@@ -329,18 +363,29 @@ def _build(settings: dict[str, Any]) -> tuple[Environment, dict[str, Prompt]]:
 def _answer(
     environment: Environment, prompts: Mapping[str, Prompt], request: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from sdpo_jax.environments.grading import Grader
+    from sdpo_jax.environments.grading import Grader, OpenEpisodes
 
-    prompt, response = prompts[request["id"]], request["response"]
+    prompt = prompts[request["id"]]
     try:
-        (outcome,) = Grader(environment)([prompt], [response], [request["truncated"]])
+        if "responses" in request and isinstance(environment, HasEpisodes):
+            episode = OpenEpisodes(environment, [prompt])
+            (step,) = [episode([0], [text], [False])[0] for text in request["responses"]][-1:]
+        else:
+            (outcome,) = Grader(environment)(
+                [prompt], [request["response"]], [request["truncated"]]
+            )
+            step = Step(None, outcome)
     except UserError as error:
         if isinstance(error.__cause__, MemoryError):
             os._exit(1)
         return {"error": str(error)}
+    outcome = step.outcome
     metrics = {name: float(value) for name, value in outcome.metrics.items()}
     reward, passed = float(outcome.reward), bool(outcome.passed)
-    return {"outcome": [reward, passed, outcome.feedback, metrics, bool(outcome.graded)]}
+    return {
+        "outcome": [reward, passed, outcome.feedback, metrics, bool(outcome.graded)],
+        "said": [step.observation, step.instruction],
+    }
 
 
 def _limit_memory(megabytes: int) -> None:

@@ -7,18 +7,19 @@ what it is computed, stands in `measures`.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
 from sdpo_jax.environments.grading import (
-    agreed,
+    OpenEpisodes,
     answers_of,
     failed_share,
-    grade_all,
     refuse_failures,
 )
+from sdpo_jax.environments.retries import with_episodes
 from sdpo_jax.evaluation.measures import (
     Graded,
     Measures,
@@ -29,6 +30,7 @@ from sdpo_jax.evaluation.measures import (
     values,
 )
 from sdpo_jax.model import Params
+from sdpo_jax.sampling.episodes import Episode, Limits, Player
 from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.teacher.context import TeacherContext, choose_context
@@ -85,11 +87,12 @@ class Evaluator:
         temperature: float | None = None,
         samples: int | None = None,
     ) -> Graded:
-        """The student's answers to the bare prompts."""
+        """The student's answers to the bare prompts, in episodes of up to `rollout.max_turns`."""
         settings = self._config.evaluation
         group = settings.samples_per_prompt if samples is None else samples
         heat = settings.temperature if temperature is None else temperature
-        return self._sample(params, self._ids, group, heat, EVALUATION_STREAM + step)
+        turns, step = self._config.rollout.max_turns, EVALUATION_STREAM + step
+        return self._sample(params, self._ids, group, heat, step, self._prompts, turns)
 
     def answers(self, graded: Graded) -> list[str | None] | None:
         """What each response votes for; None where the environment knows no answers."""
@@ -118,7 +121,8 @@ class Evaluator:
     def _sample_rows(
         self, params: Params, prompts: Sequence[Prompt], ids: Sequence[list[int]], step: int
     ) -> Graded:
-        return self._sample(params, ids, 1, self._config.evaluation.temperature, step, prompts)
+        """One response to each, however many turns the student has."""
+        return self._sample(params, ids, 1, self._config.evaluation.temperature, step, prompts, 1)
 
     def _sample(
         self,
@@ -127,17 +131,20 @@ class Evaluator:
         group: int,
         temperature: float,
         step: int,
-        prompts: Sequence[Prompt] | None = None,
+        prompts: Sequence[Prompt],
+        turns: int,
     ) -> Graded:
         """Decodes in batches of a fixed number of prompts, so that one program serves all."""
-        prompts = self._prompts if prompts is None else prompts
         size = max(1, self._config.evaluation.batch_prompts * (1 if group > 1 else 2))
-        graded, log_probs, repetition = Graded([], [], [], []), list[float](), list[float]()
+        limits = Limits(turns, self._config.teacher.max_feedback_tokens, self._config.rollout.slots)
+        environment, played = with_episodes(self._environment, turns), list[Episode]()
         for start in range(0, len(ids), size):
-            rollouts = self._sampler(
+            batch = [list(x) for x in ids[start : start + size]]
+            asked = prompts[start : start + size]
+            episodes = OpenEpisodes(environment, [p for p in asked for _ in range(group)])
+            sample = partial(
+                self._sampler,
                 params,
-                [list(x) for x in ids[start : start + size]],
-                group=group,
                 max_tokens=self._config.rollout.max_response_tokens,
                 temperature=temperature,
                 top_p=self._config.evaluation.top_p,
@@ -145,23 +152,26 @@ class Evaluator:
                 min_p=self._config.evaluation.min_p,
                 seed=self._config.seed,
                 step=step,
-                first_prompt=start,
-                prompt_rows=size,
             )
-            texts = [self._tokenizer.decode(ids) for ids in rollouts.responses()]
-            graded.responses.extend(texts)
-            asked = prompts[start : start + size]
-            truncated = [not stopped for stopped in rollouts.stopped.tolist()]
-            outcomes = agreed(grade_all(self._environment, asked, texts, truncated))
-            refuse_failures(
-                asked, outcomes, self._config.environment.max_failed_share, "evaluation"
-            )
-            graded.outcomes.extend(outcomes)
-            graded.lengths.extend(rollouts.lengths.tolist())
-            graded.stopped.extend(rollouts.stopped.tolist())
-            log_probs.extend(rollouts.log_probs.sum(axis=-1, dtype=np.float64).tolist())
-            repetition.extend(map(repeated_share, rollouts.responses()))
-        return graded._replace(log_probs=log_probs if temperature else (), repetition=repetition)
+            play = Player(sample, episodes, self._tokenizer, limits)
+            rows = play(asked, batch, group=group, first_prompt=start, prompt_rows=size)
+            limit = self._config.environment.max_failed_share
+            refuse_failures(asked, [row.outcome for row in rows], limit, "evaluation")
+            played += rows
+        return _graded(played, several_turns=turns > 1, greedy=not temperature)
+
+
+def _graded(rows: Sequence[Episode], *, several_turns: bool, greedy: bool) -> Graded:
+    return Graded(
+        [row.response for row in rows],
+        [row.outcome for row in rows],
+        [row.own_tokens for row in rows],
+        [row.stopped for row in rows],
+        () if greedy else [float(np.sum(row.log_probs, dtype=np.float64)) for row in rows],
+        [repeated_share(row.own_ids) for row in rows],
+        [row.steps[0].outcome for row in rows] if several_turns else (),
+        [row.turns for row in rows] if several_turns else (),
+    )
 
 
 def accuracy_metrics(

@@ -44,6 +44,10 @@ class Graded(NamedTuple):
     then says those of temperature 1, which are no entropy."""
     repetition: Sequence[float] = ()
     """[N], see `repeated_share`."""
+    first: Sequence[Outcome] = ()
+    """[N], of the first turn, where there may be several; the others then are of the last turn."""
+    turns: Sequence[int] = ()
+    """[N], of the model."""
 
 
 def repeated_share(ids: Sequence[int]) -> float:
@@ -91,6 +95,9 @@ def student_measures(
         measures["entropy"] = mean(-np.asarray(graded.log_probs), lengths, share=False)
     if len(graded.repetition):
         measures["repetition"] = mean(graded.repetition)
+    if graded.turns:
+        measures["accuracy_first_turn"] = mean([outcome.passed for outcome in graded.first])
+        measures["turns"] = mean(graded.turns, share=False)
     if len(ok) > len(prompts):
         counts = [Counter(graded.responses[i] for i in rows) for rows in rows_of]
         most = [max(count.values(), default=0) for count in counts]

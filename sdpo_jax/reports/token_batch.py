@@ -26,7 +26,7 @@ from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import Experience, draw
+from sdpo_jax.training.experience import Experience, Table, draw
 from sdpo_jax.training.objectives import contexts_of, graded_advantages
 from sdpo_jax.training.trainer import Trainer
 
@@ -118,11 +118,10 @@ def _sampled(
 ) -> Experience:
     """Graded rollouts, as the step draws them."""
     config = trainer.config
+    limit = config.teacher.max_feedback_tokens
     experience, _ = draw(
-        config.rollout,
+        Table(config.rollout, trainer.tokenizer, environment, limit),
         trainer.sampler,
-        trainer.tokenizer,
-        environment,
         student,
         asked,
         seed=config.seed,

@@ -9,13 +9,13 @@ there, since rollouts of a prompt share its keys and values and its last hidden 
 their tokens' keys and values to one place of a ring that all share, so that the write is one slice,
 in place; a slot sees as many of the latest places as its rollout has tokens.
 
-The draw of a token is a pure function of (seed, step, prompt index, sibling index, position): keys
+The draw of a token is a pure function of (seed, step, prompt, sibling, turn, position): keys
 are folded, never split, so neither slots, cache sizes nor shards change what is sampled. Everything
 here is of one shard of the rows; `sampler.py` spreads it over the mesh, where no shard waits for
 another inside the loop.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,26 @@ def rollout_keys(
         return jax.random.fold_in(prompt, i % group)
 
     return jax.vmap(one)(n)
+
+
+class Turn(NamedTuple):
+    """Which turn of which rollouts is sampled, the first aside; `rollout_keys` has that."""
+
+    prompts: Any  # [N] integer, index of each rollout's prompt
+    siblings: Any  # [N] integer
+    number: Any  # [] integer, 1 is the second turn
+
+
+def turn_keys(seed: jax.Array, step: jax.Array, turn: Turn) -> jax.Array:
+    """`[N]` keys: those of `rollout_keys` with the turn folded in."""
+    base = jax.random.fold_in(jax.random.key(seed), step)
+
+    def one(prompt: jax.Array, sibling: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(base, prompt), sibling)
+        # Positions are folded in where this is: no response is so long that they meet.
+        return jax.random.fold_in(key, turn.number + jnp.uint32(1 << 31))
+
+    return jax.vmap(one)(turn.prompts, turn.siblings)
 
 
 def begin(model: Model, job: Job, slots: int, places: int, max_tokens: int) -> Slots:

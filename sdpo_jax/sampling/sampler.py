@@ -26,10 +26,12 @@ from sdpo_jax.sampling.generate import (
     Plan,
     Rollouts,
     Slots,
+    Turn,
     advance,
     begin,
     resize,
     rollout_keys,
+    turn_keys,
 )
 
 SMALLEST_CACHE = 64
@@ -86,11 +88,13 @@ class HostRollouts(NamedTuple):
     decoded: int = 0
     """Passes of the decode loop that the busiest shard took."""
 
+    def response(self, row: int) -> list[int]:
+        """The sampled ids of a row, the stop token included."""
+        return self.tokens[row, : self.lengths[row]].tolist()
+
     def responses(self) -> list[list[int]]:
-        """The sampled ids of each row, the stop token included."""
-        return [
-            row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)
-        ]
+        """The sampled ids of each row."""
+        return [self.response(row) for row in range(len(self.tokens))]
 
 
 OnDone = Callable[[list[int], HostRollouts], None]
@@ -132,6 +136,7 @@ class Sampler:
         step: int,
         first_prompt: int = 0,
         prompt_rows: int = 1,
+        turn: Turn | None = None,
         on_done: OnDone | None = None,
     ) -> HostRollouts:
         """Draws `group` rollouts of each prompt; row `n` belongs to prompt `n // group`.
@@ -149,6 +154,7 @@ class Sampler:
           step: with `seed` and the prompt's index it determines every draw.
           first_prompt: index of `prompts[0]`, for a set of prompts that is decoded in parts.
           prompt_rows: prompts are padded to a multiple of this; padding is not decoded.
+          turn: of later turns, whose prompts are conversations; `group` is 1. None: the first.
           on_done: told of rows as they are done, while the device goes on.
         """
         rows = bucket(prompt_rows, self._devices.row_shards)
@@ -171,6 +177,7 @@ class Sampler:
             np.uint32(seed),
             np.uint32(step),
             np.uint32(first_prompt),
+            None if turn is None else _padded(turn, len(lengths)),
             group=group,
             slots=slots,
             places=sizes[0],
@@ -225,6 +232,7 @@ class Sampler:
         seed: jax.Array,
         step: jax.Array,
         first_prompt: jax.Array,
+        turn: Turn | None = None,
         *,
         group: int,
         slots: int,
@@ -233,7 +241,10 @@ class Sampler:
     ) -> tuple[Job, Slots]:
         shards = self._devices.row_shards
         prefix = self._model.prefill(params, tokens, jnp.maximum(lengths, 1))
-        keys = rollout_keys(seed, step, first_prompt, len(lengths), group)
+        if turn is None:
+            keys = rollout_keys(seed, step, first_prompt, len(lengths), group)
+        else:
+            keys = turn_keys(seed, step, turn)
         real = (lengths > 0).astype(jnp.int32).reshape(shards, -1)
         job = Job(prefix, keys, jnp.sum(real, axis=-1) * group, stop_ids, filters)
         start = self._on_shards(
@@ -274,6 +285,13 @@ class Sampler:
         job, state = _specs(rows, cached)
         whole = self._devices.replicated
         return job._replace(stop_ids=whole, filters=whole), state
+
+
+def _padded(turn: Turn, rows: int) -> Turn:
+    """One row for each prompt, those that fill up included."""
+    pad = (0, rows - len(turn.prompts))
+    prompts, siblings = (np.pad(np.asarray(x, np.uint32), pad) for x in turn[:2])
+    return Turn(prompts, siblings, np.uint32(turn.number))
 
 
 def _done(rollout: NDArray[np.int32], started: NDArray[np.int32], rows: int) -> NDArray[np.bool_]:

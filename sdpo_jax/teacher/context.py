@@ -155,7 +155,7 @@ def fit_reprompt(
     """
     if context is None:
         return FittedReprompt(messages, None)
-    feedback = _start_of(context.feedback or "", codec, max_feedback_tokens)
+    feedback = start_of(context.feedback or "", codec, max_feedback_tokens)
     fitted = _fit_parts(messages, context.demonstration or "", feedback, codec, max_prompt_tokens)
     if fitted is None:
         smallest = len(codec.render(_from_parts(messages, "", "", "").messages))
@@ -215,7 +215,7 @@ def _choose_demonstration(candidates: list[str], choice: str, seed: int, row: in
     return candidates[0]
 
 
-def _start_of(text: str, codec: TextCodec, tokens: int) -> str:
+def start_of(text: str, codec: TextCodec, tokens: int) -> str:
     """The longest start of `text` in at most `tokens` tokens, in whole characters of `text`."""
     ids = codec.encode(text)
     if len(ids) <= tokens:
@@ -248,11 +248,11 @@ def _fit_parts(
     question = messages[-1]["content"]
 
     def shorter_demonstration(tokens: int) -> FittedReprompt:
-        start = _start_of(demonstration, codec, tokens)
+        start = start_of(demonstration, codec, tokens)
         return _from_parts(messages, question, start, feedback)
 
     def shorter_feedback(tokens: int) -> FittedReprompt:
-        return _from_parts(messages, question, "", _start_of(feedback, codec, tokens))
+        return _from_parts(messages, question, "", start_of(feedback, codec, tokens))
 
     def shorter_question(tokens: int) -> FittedReprompt:
         return _from_parts(messages, _end_of(question, codec, tokens), "", "")

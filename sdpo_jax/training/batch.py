@@ -51,14 +51,21 @@ class MicroBatchPlan(NamedTuple):
 
 
 def reduction_weights(
-    lengths: NDArray[np.int32], active: NDArray[np.bool_], max_tokens: int, reduction: Reduction
+    lengths: NDArray[np.int32],
+    active: NDArray[np.bool_],
+    max_tokens: int,
+    reduction: Reduction,
+    own: Sequence[NDArray[np.bool_]] | None = None,
 ) -> tuple[NDArray[np.float32], float]:
     """Weight of each token `[N, T]` and the denominator, over all rows of an update.
 
     Inactive rows (no teacher signal) have weight 0; `sequence_mean` still counts them in the
-    denominator.
+    denominator. `own` says which tokens of each row the model wrote; no other token counts.
     """
     mask = (np.arange(max_tokens)[None] < lengths[:, None]) & active[:, None]
+    if own is not None:
+        for line, written in zip(mask, own, strict=True):
+            line[: len(written)] &= written
     reduce = token_mean_weights if reduction == "token_mean" else sequence_mean_weights
     weights, denominator = reduce(mask)  # pyright: ignore[reportArgumentType]
     return np.asarray(weights), float(denominator)

@@ -104,6 +104,8 @@ def batch_arithmetic(config: Config) -> str:
         return f"{config.data.rows_per_step} demonstrations a step"
     prompts, rollouts = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt
     text = f"{prompts} prompts x {rollouts} rollouts = {prompts * rollouts} generations a step"
+    if config.rollout.max_turns > 1:
+        text += f" of up to {config.rollout.max_turns} turns"
     updates = config.train.mini_batches
     return text if updates == 1 else f"{text}, {updates} optimiser updates"
 

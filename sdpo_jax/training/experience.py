@@ -2,27 +2,33 @@
 
 import base64
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_jax.config import RolloutConfig
-from sdpo_jax.environments.base import Environment, Outcome, Prompt
-from sdpo_jax.environments.grading import Grader, agreed, failed_share
+from sdpo_jax.environments.base import Environment, Outcome, Prompt, Step
+from sdpo_jax.environments.grading import OpenEpisodes, agreed, failed_share
+from sdpo_jax.environments.retries import with_episodes
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import environment_metrics
 from sdpo_jax.model import Params
+from sdpo_jax.sampling.episodes import Episode, Judge, Limits, Player
 from sdpo_jax.sampling.prompts import prompt_ids
-from sdpo_jax.sampling.sampler import HostRollouts, Sampler
+from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.clock import Clock
 
 
 class Experience(NamedTuple):
-    """`N = P·G` graded rollouts; row `n` belongs to prompt `n // G`. Ids are as sampled."""
+    """`N = P·G` graded rollouts; row `n` belongs to prompt `n // G`. Ids are as sampled.
+
+    Of an episode of several turns, the response is all that followed the first prompt.
+    """
 
     prompts: list[Prompt]  # [P]
     group: int
@@ -30,8 +36,10 @@ class Experience(NamedTuple):
     response_ids: list[list[int]]  # [N]
     log_probs: list[NDArray[np.float32]]  # [N], of the sampling distribution
     lengths: NDArray[np.int32]  # [N]
-    texts: list[str]  # [N]
+    texts: list[str]  # [N], of the last turn
     outcomes: list[Outcome]  # [N]
+    own: list[NDArray[np.bool_]] | None = None
+    """[N], which tokens of the response the model wrote; None: all of them."""
 
     @property
     def graded(self) -> NDArray[np.bool_]:
@@ -45,22 +53,24 @@ class Experience(NamedTuple):
 
 
 class Drawn:
-    """Sampled rollouts whose grading may still go on; `finish` waits for it.
-
-    A draw that has to survive its process is kept as the ids it consists of (`to_state`), and
-    decoded and graded anew (`redraw`).
-    """
+    """Sampled episodes, whose grading may still go on; `finish` waits for it."""
 
     def __init__(
         self,
         prompts: Sequence[Prompt],
         group: int,
-        prompt_ids: list[list[int]],
-        rollouts: HostRollouts,
-        grading: "_Grading",
+        rows: list[Episode],
+        max_turns: int,
+        later: "_Later | None",
     ):
-        self._prompts, self._group, self._prompt_ids = list(prompts), group, prompt_ids
-        self._rollouts, self._grading = rollouts, grading
+        """`rows` [N], row `n` belongs to prompt `n // group`; `later` still grades them."""
+        self._prompts, self._group, self._rows = list(prompts), group, rows
+        self._max_turns, self._later = max_turns, later
+
+    def wait(self) -> None:
+        """Returns when nothing is graded any more."""
+        if self._later is not None:
+            self._later.wait()
 
     def finish(self, clock: Clock) -> tuple[Experience, dict[str, float]]:
         """The graded rollouts, and metrics of sampling and grading.
@@ -68,49 +78,48 @@ class Drawn:
         Raises:
           UserError: the environment raised, or returned what is no outcome.
         """
-        rollouts = self._rollouts
-        texts, outcomes = self._grading.finish(clock)
-        outcomes = agreed(outcomes)
+        rows = self._rows
+        if self._later is not None:
+            with clock.phase("wait"):
+                self._later.finish(rows)
+            clock.add("grade", self._later.clock)
         experience = Experience(
             prompts=self._prompts,
             group=self._group,
-            prompt_ids=[row for row in self._prompt_ids for _ in range(self._group)],
-            response_ids=rollouts.responses(),
-            log_probs=_ragged(rollouts),
-            lengths=rollouts.lengths,
-            texts=texts,
-            outcomes=outcomes,
+            prompt_ids=[row.prompt_ids for row in rows],
+            response_ids=[row.ids for row in rows],
+            log_probs=[row.log_probs for row in rows],
+            lengths=np.asarray([len(row.ids) for row in rows], np.int32),
+            texts=[row.response for row in rows],
+            outcomes=[row.outcome for row in rows],
+            own=None if self._max_turns == 1 else [row.own for row in rows],
         )
-        metrics = {
-            **_means([outcome for outcome in outcomes if outcome.graded]),
-            "environment/failed": failed_share(outcomes),
-            "response_tokens": float(np.mean(rollouts.lengths)),
-            "truncated": float(1.0 - np.mean(rollouts.stopped)),
-            **environment_metrics(outcomes),
-        }
-        return experience, metrics
-
-    def wait(self) -> None:
-        """Returns when nothing is graded any more."""
-        self._grading.wait()
+        return experience, rollout_metrics(rows, self._max_turns)
 
     def to_state(self) -> dict[str, Any]:
-        """What was sampled, JSON-serialisable: 8 bytes a token, packed."""
-        rollouts = self._rollouts
+        """Of single turns: what was sampled, JSON-serialisable, at most 8 bytes a token."""
+        rows = self._rows
         return {
             "prompts": [prompt.id for prompt in self._prompts],
-            "lengths": rollouts.lengths.tolist(),
-            "stopped": rollouts.stopped.tolist(),
-            "ids": _packed(np.concatenate(rollouts.responses() or [[]]).astype("<i4")),
-            "log_probs": _packed(np.concatenate(_ragged(rollouts)).astype("<f4")),
+            "lengths": [len(row.ids) for row in rows],
+            "stopped": [row.stopped for row in rows],
+            "ids": _packed(np.concatenate([np.asarray(row.ids, "<i4") for row in rows])),
+            "log_probs": _packed(np.concatenate([row.log_probs for row in rows]).astype("<f4")),
         }
+
+
+class Table(NamedTuple):
+    """Who answers, who asks, and within which limits."""
+
+    config: RolloutConfig
+    tokenizer: Tokenizer
+    environment: Environment
+    max_observation_tokens: int
 
 
 def draw(
-    config: RolloutConfig,
+    table: Table,
     sampler: Sampler,
-    tokenizer: Tokenizer,
-    environment: Environment,
     params: Params,
     prompts: Sequence[Prompt],
     *,
@@ -119,39 +128,39 @@ def draw(
     clock: Clock,
     executor: Executor | None = None,
 ) -> Drawn:
-    """Samples `G` responses for each prompt and has them graded as they are done.
+    """Plays `G` episodes of each prompt, of one response or more.
 
-    Without an executor they are graded here while the device decodes the rest: `seconds_grade` is
-    time inside `seconds_rollout`, but for what is done last. With one, grading is its business.
+    Responses are graded as they are done, while the device decodes the rest: `seconds_grade` is
+    time inside `seconds_rollout`, but for what is done last. With an executor, which takes single
+    turns alone, it grades them while the caller goes on.
     """
-    group = config.rollouts_per_prompt
-    grading = _Grading(environment, tokenizer, prompts, group, clock, executor)
-    with clock.phase("rollout"):
-        ids = [prompt_ids(tokenizer, p, config.max_prompt_tokens) for p in prompts]
-        rollouts = sampler(
+    config, group = table.config, table.config.rollouts_per_prompt
+    judge = _judge(table, prompts, clock)
+    later = None if executor is None else _Later(executor, partial(_judge, table, prompts))
+    play = Player(
+        partial(
+            sampler,
             params,
-            ids,
-            group=group,
-            max_tokens=config.max_response_tokens,
-            temperature=config.temperature,
             seed=seed,
             step=step,
-            on_done=grading,
-        )
-    clock.count("rollout", int(rollouts.lengths.sum()))
-    return Drawn(prompts, group, ids, rollouts, grading)
+            max_tokens=config.max_response_tokens,
+            temperature=config.temperature,
+        ),
+        judge if later is None else later,
+        table.tokenizer,
+        Limits(config.max_turns, table.max_observation_tokens, config.slots),
+    )
+    with clock.phase("rollout"):
+        ids = [prompt_ids(table.tokenizer, p, config.max_prompt_tokens) for p in prompts]
+        rows = play(prompts, ids, group=group)
+    clock.count("rollout", sum(row.own_tokens for row in rows))
+    return Drawn(prompts, group, rows, config.max_turns, later)
 
 
 def redraw(
-    config: RolloutConfig,
-    tokenizer: Tokenizer,
-    environment: Environment,
-    prompts: Sequence[Prompt],
-    state: Mapping[str, Any],
-    *,
-    clock: Clock,
+    table: Table, prompts: Sequence[Prompt], state: Mapping[str, Any], *, clock: Clock
 ) -> Drawn:
-    """What `Drawn.to_state` kept: the same ids and log-probs, graded anew.
+    """What `Drawn.to_state` kept: the same ids and log-probs, decoded and graded anew.
 
     Raises:
       UserError: the state belongs to other prompts.
@@ -162,23 +171,69 @@ def redraw(
             f"{state['prompts'][:3]}, ... and {[p.id for p in prompts[:3]]}, ...; restore the "
             "environment's prompts and the seed, or start in a new run directory"
         )
-    lengths = np.asarray(state["lengths"], np.int32)
-    shape = (len(lengths), int(lengths.max(initial=0)))
-    real = np.arange(shape[1])[None] < lengths[:, None]
-    tokens, log_probs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    tokens[real], log_probs[real] = (
-        _unpacked(state["ids"], "<i4"),
-        _unpacked(state["log_probs"], "<f4"),
+    limit, group = table.config.max_prompt_tokens, table.config.rollouts_per_prompt
+    asked = [(p, prompt_ids(table.tokenizer, p, limit)) for p in prompts]
+    rows = [Episode(*pair) for pair in asked for _ in range(group)]
+    ends = np.cumsum(state["lengths"])[:-1]
+    ids = np.split(_unpacked(state["ids"], "<i4"), ends)
+    log_probs = np.split(_unpacked(state["log_probs"], "<f4").astype(np.float32), ends)
+    for row, own, log_prob, stopped in zip(rows, ids, log_probs, state["stopped"], strict=True):
+        row.write(own.tolist(), log_prob)
+        row.response, row.stopped = table.tokenizer.decode(own.tolist()), stopped
+    cut = [not row.stopped for row in rows]
+    judged = _judge(table, prompts, clock)(
+        list(range(len(rows))), [row.response for row in rows], cut
     )
-    rollouts = HostRollouts(tokens, log_probs, lengths, np.asarray(state["stopped"], np.bool_))
-    grading = _Grading(environment, tokenizer, prompts, config.rollouts_per_prompt, clock, None)
-    grading(list(range(len(lengths))), rollouts)
-    ids = [prompt_ids(tokenizer, p, config.max_prompt_tokens) for p in prompts]
-    return Drawn(prompts, config.rollouts_per_prompt, ids, rollouts, grading)
+    _write_down(rows, judged)
+    return Drawn(prompts, group, rows, table.config.max_turns, None)
 
 
-def _ragged(rollouts: HostRollouts) -> list[NDArray[np.float32]]:
-    return [row[:n] for row, n in zip(rollouts.log_probs, rollouts.lengths, strict=True)]
+def _judge(table: Table, prompts: Sequence[Prompt], clock: Clock) -> Judge:
+    asked = [prompt for prompt in prompts for _ in range(table.config.rollouts_per_prompt)]
+    episodes = OpenEpisodes(with_episodes(table.environment, table.config.max_turns), asked)
+
+    def judge(rows: list[int], responses: list[str], truncated: list[bool]) -> list[Step]:
+        with clock.phase("grade"):
+            return episodes(rows, responses, truncated)
+
+    return judge
+
+
+def _write_down(rows: Sequence[Episode], steps: Sequence[Step]) -> None:
+    outcomes = agreed([step.outcome for step in steps])
+    for row, step, outcome in zip(rows, steps, outcomes, strict=True):
+        row.steps[:] = [step._replace(outcome=outcome)]
+
+
+_UNKNOWN = Step(None, Outcome(0.0, False, "", {}))
+"""Stands in for the step of a response that a thread still judges."""
+
+
+class _Later:
+    """A judge that has a thread do it."""
+
+    def __init__(self, executor: Executor, judge: Callable[[Clock], Judge]):
+        # A clock of its own: the step's is read meanwhile.
+        self.clock = Clock()
+        self._executor, self._judge = executor, judge(self.clock)
+        self._jobs: list[tuple[list[int], Future[list[Step]]]] = []
+
+    def __call__(self, rows: list[int], responses: list[str], truncated: list[bool]) -> list[Step]:
+        job = self._executor.submit(self._judge, rows, responses, truncated)
+        self._jobs.append((rows, job))
+        return [_UNKNOWN] * len(rows)
+
+    def wait(self) -> None:
+        """Returns when all is judged."""
+        for _, job in self._jobs:
+            job.result()
+
+    def finish(self, rows: Sequence[Episode]) -> None:
+        """Writes down what the thread found, in the place of what stood in for it."""
+        judged = {
+            i: step for on, job in self._jobs for i, step in zip(on, job.result(), strict=True)
+        }
+        _write_down(rows, [judged[i] for i in range(len(rows))])
 
 
 def _packed(values: NDArray[Any]) -> str:
@@ -189,6 +244,25 @@ def _unpacked(text: str, dtype: str) -> NDArray[Any]:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
 
 
+def rollout_metrics(rows: Sequence[Episode], max_turns: int) -> dict[str, float]:
+    """Reward and success of the final outcomes, the model's own tokens, and its turns."""
+    outcomes = [row.outcome for row in rows]
+    metrics = {
+        **_means([outcome for outcome in outcomes if outcome.graded]),
+        "environment/failed": failed_share(outcomes),
+        "response_tokens": float(np.mean([row.own_tokens for row in rows])),
+        "truncated": float(1.0 - np.mean([row.stopped for row in rows])),
+        **environment_metrics(outcomes),
+    }
+    if max_turns == 1:
+        return metrics
+    first = [row.steps[0].outcome for row in rows]
+    return metrics | {
+        "turns": float(np.mean([row.turns for row in rows])),
+        "success_first_turn": _means([o for o in first if o.graded]).get("success", 0.0),
+    }
+
+
 def _means(graded: Sequence[Outcome]) -> dict[str, float]:
     """Of reward and success; nothing to report where nothing could be graded."""
     if not graded:
@@ -197,52 +271,3 @@ def _means(graded: Sequence[Outcome]) -> dict[str, float]:
         "reward": float(np.mean([outcome.reward for outcome in graded])),
         "success": float(np.mean([outcome.passed for outcome in graded])),
     }
-
-
-class _Grading:
-    """Decodes and grades responses as the sampler tells of them."""
-
-    def __init__(
-        self,
-        environment: Environment,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Prompt],
-        group: int,
-        clock: Clock,
-        executor: Executor | None,
-    ):
-        self._grader, self._tokenizer = Grader(environment), tokenizer
-        self._prompts, self._group = prompts, group
-        # A thread has a clock of its own: the step's is read meanwhile.
-        self._executor, self._clock = executor, clock if executor is None else Clock()
-        self._jobs: list[Future[None]] = []
-        self._done: dict[int, tuple[str, Outcome]] = {}
-
-    def __call__(self, rows: list[int], rollouts: HostRollouts) -> None:
-        if self._executor is None:
-            self._grade(rows, rollouts)
-        else:
-            self._jobs.append(self._executor.submit(self._grade, rows, rollouts))
-
-    def _grade(self, rows: list[int], rollouts: HostRollouts) -> None:
-        with self._clock.phase("grade"):
-            responses = rollouts.responses()
-            texts = [self._tokenizer.decode(responses[i]) for i in rows]
-            asked = [self._prompts[i // self._group] for i in rows]
-            truncated = [not rollouts.stopped[i] for i in rows]
-            outcomes = self._grader(asked, texts, truncated)
-            self._done |= dict(zip(rows, zip(texts, outcomes, strict=True), strict=True))
-
-    def wait(self) -> None:
-        """Returns when all that it was told of is graded."""
-        for job in self._jobs:
-            job.result()
-
-    def finish(self, clock: Clock) -> tuple[list[str], list[Outcome]]:
-        """Texts and outcomes of all rollouts, in order; what was graded elsewhere is waited for."""
-        if self._executor is not None:
-            with clock.phase("wait"):
-                self.wait()
-            clock.add("grade", self._clock)
-        rows = [self._done[i] for i in sorted(self._done)]
-        return [text for text, _ in rows], [outcome for _, outcome in rows]

@@ -27,7 +27,7 @@ from sdpo_jax.training.batch import (
     reduction_weights,
 )
 from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import Drawn, Experience, draw, redraw
+from sdpo_jax.training.experience import Drawn, Experience, Table, draw, redraw
 from sdpo_jax.training.updates import Part, Update, make_update
 
 
@@ -86,8 +86,14 @@ class RolloutSource:
         sampler: Sampler,
         updates: UpdateMaker,
     ):
-        self._config, self._prompts, self._environment = config, prompts, environment
-        self._tokenizer, self._sampler, self._updates = tokenizer, sampler, updates
+        self._config, self._prompts, self._sampler, self._updates = (
+            config,
+            prompts,
+            sampler,
+            updates,
+        )
+        limit = config.teacher.max_feedback_tokens
+        self._table = Table(config.rollout, tokenizer, environment, limit)
         self._ahead = _Ahead(ThreadPoolExecutor(1)) if config.rollout.ahead else None
 
     def __call__(
@@ -111,10 +117,8 @@ class RolloutSource:
 
     def _draw(self, params: Params, step: int, clock: Clock, executor: Executor | None) -> Drawn:
         return draw(
-            self._config.rollout,
+            self._table,
             self._sampler,
-            self._tokenizer,
-            self._environment,
             params,
             next(self._prompts),
             seed=self._config.seed,
@@ -141,12 +145,7 @@ class RolloutSource:
         if self._ahead is not None and "ahead" in state:
             self._ahead.position = position
             self._ahead.drawn = redraw(
-                self._config.rollout,
-                self._tokenizer,
-                self._environment,
-                next(self._prompts),
-                state["ahead"],
-                clock=Clock(),
+                self._table, next(self._prompts), state["ahead"], clock=Clock()
             )
 
 

@@ -17,6 +17,7 @@ from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
 from sdpo_jax.losses.objectives import grpo_per_token, sdpo_per_token, sft_per_token
 from sdpo_jax.model import Model, Params
 from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.sampling.turns import ids_between
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.batch import Form
@@ -79,6 +80,9 @@ class Trainer:
         self.sampler = Sampler(model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots)
         teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
         self.evaluator = Evaluator(config, self.sampler, tokenizer, environment, teacher_prompts)
+        if config.rollout.max_turns > 1 and environment.train:
+            # Else a template that cannot go on would stop the run at its first second turn.
+            ids_between(tokenizer, environment.train[0].messages, ["Once more."])
         self._train_step = self._compiled_train_step()
         if self.teacher is not None:
             self._follow = self.devices.jit(

@@ -63,8 +63,9 @@ def cut_into_parts(
         if len(kept) == 0:
             continue
         lengths = experience.lengths[block]
+        own = None if experience.own is None else [experience.own[i] for i in block]
         weights, denominator = reduction_weights(
-            lengths, active[block], int(lengths.max()), reduction
+            lengths, active[block], int(lengths.max()), reduction, own
         )
         rows = block[kept].tolist()
         pairs = [Pair(experience.prompt_ids[i], experience.response_ids[i]) for i in rows]

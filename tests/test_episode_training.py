@@ -1,0 +1,240 @@
+"""What an update learns from episodes of several turns: the model's own tokens and nothing else."""
+
+import io
+import zlib
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_episodes import ARCHITECTURE, MODEL, PROMPTS, Tokenizer
+
+from sdpo_jax.cli import load_parts
+from sdpo_jax.config import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    GrpoObjective,
+    OptimizerConfig,
+    RolloutConfig,
+    SdpoObjective,
+    TeacherConfig,
+    TrainConfig,
+)
+from sdpo_jax.environments.base import Outcome
+from sdpo_jax.recipe import load_recipe
+from sdpo_jax.training import loop
+from sdpo_jax.training import trainer as trainer_module
+from sdpo_jax.training.batch import reduction_weights
+from sdpo_jax.training.clock import Clock, is_time
+from sdpo_jax.training.console import Console
+from sdpo_jax.training.experience import Table, draw
+from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.training.objectives import GrpoUpdates
+from sdpo_jax.training.step import train_step
+from sdpo_jax.training.trainer import Trainer
+from sdpo_jax.training.updates import cut_into_parts
+
+OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
+
+
+class Checksum:
+    """A third of all answers passes, the others hear why not."""
+
+    train, held_out = tuple(PROMPTS), ()
+
+    def grade(self, prompt, response):
+        mark = zlib.crc32(f"{prompt.id} {response!r}".encode())
+        passed = mark % 3 == 0
+        return Outcome(float(passed), passed, "" if passed else f"mark {mark % 100}", {})
+
+
+@cache
+def trainer_of(name):
+    config = Config(
+        objective=OBJECTIVES[name],
+        rollout=RolloutConfig(
+            prompts_per_step=2,
+            rollouts_per_prompt=6,
+            max_prompt_tokens=32,
+            max_response_tokens=8,
+            max_turns=2,
+        ),
+        teacher=TeacherConfig(max_prompt_tokens=160, max_feedback_tokens=64),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
+        train=TrainConfig(micro_batch_tokens=4096, head_chunk_tokens=256),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
+        patch.setattr(jax, "jit", tiny.quick_jit)
+        return Trainer(config, MODEL, Tokenizer(), Checksum())
+
+
+def params():
+    return tiny.make_params(ARCHITECTURE, scale=0.5)
+
+
+@cache
+def collected():
+    trainer = trainer_of("grpo")
+    table = Table(trainer.config.rollout, trainer.tokenizer, Checksum(), 64)
+    drawn = draw(table, trainer.sampler, params(), PROMPTS[:2], seed=1, step=1, clock=Clock())
+    return drawn.finish(Clock())
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_experience_holds_episodes_and_metrics_count_own_tokens():
+    experience, metrics = collected()
+    assert experience.own is not None
+    own = [int(row.sum()) for row in experience.own]
+    assert metrics["response_tokens"] == np.mean(own) < np.mean(experience.lengths)
+    assert 1 < metrics["turns"] <= 2
+    assert metrics["success_first_turn"] <= metrics["success"]
+    for ids, written, log_probs in zip(
+        experience.response_ids, experience.own, experience.log_probs, strict=True
+    ):
+        assert len(ids) == len(written) == len(log_probs)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_weights_are_above_0_at_own_tokens_and_nowhere_else(reduction):
+    experience, _ = collected()
+    trainer, own = trainer_of("grpo"), experience.own
+    rows = np.ones(len(own), np.bool_)
+    (part,) = cut_into_parts(trainer.config, experience, rows, rows, reduction, trainer.form)
+    for row, weights in zip(part.rows, part.weights, strict=True):
+        np.testing.assert_array_equal(weights > 0, own[row])
+        total = own[row].sum() if reduction == "token_mean" else 1.0
+        np.testing.assert_allclose(weights.sum(), total, rtol=1e-6)
+    tokens = sum(int(x.sum()) for x in own)
+    assert part.denominator == (tokens if reduction == "token_mean" else len(own))
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_a_mask_of_all_tokens_is_no_mask(reduction):
+    lengths, active = np.array([3, 1, 4], np.int32), np.array([True, False, True])
+    masked = [np.ones(n, np.bool_) for n in lengths]
+    plain = reduction_weights(lengths, active, 4, reduction)
+    assert_equal(reduction_weights(lengths, active, 4, reduction, masked), plain)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_update_does_not_depend_on_what_is_said_of_the_environments_tokens(name):
+    trainer = trainer_of(name)
+    random = np.random.default_rng(0)
+
+    def scrambled(micro_batch):
+        """Other targets, log-probs and advantages wherever the model did not write."""
+        foreign = np.asarray(micro_batch.weights) == 0
+        tokens = micro_batch.tokens
+        changed = {}
+        for field in ("targets", "old_log_probs", "advantages"):
+            if field in tokens._fields:
+                old = np.asarray(getattr(tokens, field))
+                new = random.integers(0, 200, size=old.shape).astype(old.dtype)
+                changed[field] = trainer.devices.put_rows(np.where(foreign, new, old))
+        return micro_batch._replace(tokens=tokens._replace(**changed))
+
+    def updated(change):
+        state = trainer.initial_state(params())
+        for update in updates:
+            batch = update.batch._replace(micro_batches=[change(m) for m in update.batch[0]])
+            state, metrics = train_step(trainer._train_step, state, batch, update.constants)
+        return state.params, metrics
+
+    state = trainer.initial_state(params())
+    student = trainer.student(state)
+    teacher = trainer.teacher_params(state, student)
+    updates, _ = trainer.source(student, teacher, 1, Clock())
+    responses = sum(np.sum(np.asarray(m.weights) > 0) for u in updates for m in u.batch[0])
+    assert responses > 0
+    plain, other = updated(lambda m: m), updated(scrambled)
+    assert_equal(plain, other)
+    assert float(plain[1].tokens) == responses
+
+
+@pytest.mark.slow
+def test_the_update_does_not_depend_on_micro_batches():
+    experience, _ = collected()
+    trainer = trainer_of("grpo")
+    results = []
+    for tokens in (4096, 300):
+        form = trainer.form._replace(micro_batch_tokens=tokens)
+        make = GrpoUpdates(trainer.config, OBJECTIVES["grpo"], trainer.devices, form)
+        (update,), _ = make(experience, None, None, step=1, clock=Clock())
+        state = trainer.initial_state(params())
+        state, metrics = train_step(trainer._train_step, state, update.batch, update.constants)
+        results.append((len(update.batch.micro_batches), metrics))
+    (one, whole), (several, cut) = results
+    assert one == 1 < several
+    np.testing.assert_allclose(cut.grad_norm, whole.grad_norm, rtol=1e-5)
+    np.testing.assert_allclose(cut.loss, whole.loss, atol=1e-6)
+    assert float(cut.tokens) == float(whole.tokens)
+
+
+class Crash(Exception):
+    """Not one of the trainer's own."""
+
+
+def run(config, model, weights, tokenizer, environment):
+    """Rows of the run's log without times; one device, compiled cheaply."""
+    console = Console("sdpo", steps=2, stream=io.StringIO(), live=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
+        patch.setattr(jax, "jit", tiny.quick_jit)
+        loop.train(config, model, weights, tokenizer, environment, console=console)
+    rows = read_metrics(Path(config.run_dir) / METRICS_FILE)
+    return [{k: v for k, v in row.items() if not is_time(k)} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_run_with_episodes_resumes_exactly(tmp_path, monkeypatch):
+    config = replace(
+        trainer_of("grpo").config,
+        train=TrainConfig(steps=2, micro_batch_tokens=4096, head_chunk_tokens=256),
+        evaluation=EvaluationConfig(every_steps=0, prompts=0),
+        checkpoint=CheckpointConfig(every_steps=1),
+        run_dir=str(tmp_path / "whole"),
+    )
+    parts = MODEL, params, Tokenizer(), Checksum()
+    whole = run(config, *parts)
+    plain = Trainer.step
+
+    def step(self, state, number):
+        if number == 2:
+            raise Crash
+        return plain(self, state, number)
+
+    broken = replace(config, run_dir=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "step", step)
+        run(broken, *parts)
+    assert run(broken, *parts) == whole
+    assert [row["step"] for row in whole if row["kind"] == "train"] == [1, 2]
+
+
+@pytest.mark.slow
+def test_the_embedded_model_trains_on_retries_and_feedback_helps_it(tmp_path):
+    options = """--rollout.max-turns 2 --train.steps 2 --rollout.prompts-per-step 4
+        --evaluation.prompts 8 --evaluation.every-steps 0"""
+    config = load_recipe("configs/nano.toml", options.split())
+    parts = load_parts(config)
+    weights = lambda: jax.device_get(parts["params"]())  # noqa: E731, from all devices to the one
+    config = replace(config, run_dir=str(tmp_path))
+    rows = run(config, parts["model"], weights, parts["tokenizer"], parts["environment"])
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("eval", 0),
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+    ]
+    for row in rows:
+        assert 1 < row["turns"] < 2
+        name = "success" if row["kind"] == "train" else "accuracy"
+        assert row[f"{name}_first_turn"] < row[name]
