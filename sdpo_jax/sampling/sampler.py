@@ -130,7 +130,7 @@ class Sampler:
         min_p: float = 0.0,
         seed: int,
         step: int,
-        first_prompt: int = 0,
+        first_prompt: int | Sequence[int] = 0,
         prompt_rows: int = 1,
         on_done: OnDone | None = None,
     ) -> HostRollouts:
@@ -147,7 +147,8 @@ class Sampler:
           min_p: draw from tokens of at least this share of the likeliest one's probability.
           seed: of the run.
           step: with `seed` and the prompt's index it determines every draw.
-          first_prompt: index of `prompts[0]`, for a set of prompts that is decoded in parts.
+          first_prompt: index of `prompts[0]`, for a set of prompts that is decoded in parts; or
+            the index of each prompt, where rows must not depend on their place among others.
           prompt_rows: prompts are padded to a multiple of this; padding is not decoded.
           on_done: told of rows as they are done, while the device goes on.
         """
@@ -170,7 +171,7 @@ class Sampler:
             ),
             np.uint32(seed),
             np.uint32(step),
-            np.uint32(first_prompt),
+            _indices(first_prompt, len(lengths)),
             group=group,
             slots=slots,
             places=sizes[0],
@@ -274,6 +275,15 @@ class Sampler:
         job, state = _specs(rows, cached)
         whole = self._devices.replicated
         return job._replace(stop_ids=whole, filters=whole), state
+
+
+def _indices(first_prompt: int | Sequence[int], rows: int) -> Any:
+    """Of the first prompt, or `[P]` of each; padding is not decoded, any index will do."""
+    if isinstance(first_prompt, int):
+        return np.uint32(first_prompt)
+    indices = np.zeros(rows, np.uint32)
+    indices[: len(first_prompt)] = first_prompt
+    return indices
 
 
 def _done(rollout: NDArray[np.int32], started: NDArray[np.int32], rows: int) -> NDArray[np.bool_]:

@@ -76,7 +76,7 @@ class RolloutSource:
         updates: UpdateMaker,
     ):
         self._config, self._prompts, self._environment = config, prompts, environment
-        self._tokenizer, self._sampler, self._updates = tokenizer, sampler, updates
+        self._tokenizer, self._sampler, self.updates = tokenizer, sampler, updates
 
     def __call__(
         self, params: Params, teacher_params: Params, step: int, clock: Clock
@@ -95,7 +95,7 @@ class RolloutSource:
         )
         limit = self._config.environment.max_failed_share
         refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
-        updates, more = self._updates(experience, params, teacher_params, step=step, clock=clock)
+        updates, more = self.updates(experience, params, teacher_params, step=step, clock=clock)
         return updates, metrics | more | {"generations": step * len(experience.texts)}
 
     def get_state(self) -> dict[str, Any]:
