@@ -119,7 +119,8 @@ def multi_turn(
         seconds += (time.perf_counter() - began) / len(running)
         recent.extend(zip((row.question for row in running), outcomes, strict=True))
         if len(recent) == recent.maxlen:
-            _refuse(start, *zip(*recent, strict=True), f"{method}, turn {turn}")
+            asked, judged = [q for q, _ in recent], [o for _, o in recent]
+            _refuse(start, asked, judged, f"{method}, turn {turn}")
         still: list[_Running] = []
         for row, outcome in zip(running, outcomes, strict=True):
             row.tally.add([outcome])

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 
@@ -197,8 +197,8 @@ def discover(
             _run(config, options, missing, parts, _Log(run_dir / CELLS, known, say))
         cells = [known[key] for key in keys]
         numbers = summary(cells, options.budget)
-        _write(run_dir / "discovery.json", json.dumps(numbers, indent=2) + "\n")
-        _write(run_dir / "discovery.svg", draw(cells))
+        run_directory.write_whole(run_dir / "discovery.json", json.dumps(numbers, indent=2) + "\n")
+        run_directory.write_whole(run_dir / "discovery.svg", draw(cells))
         say(table(numbers))
         say(f"wrote     {run_dir}/discovery.json, {run_dir}/discovery.svg")
     return cells
@@ -216,10 +216,12 @@ def read_cells(path: Path) -> list[Cell]:
     cells: list[Cell] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = cast(dict[str, Any], json.loads(line))
-            cells.append(Cell(**{**row, "passed": tuple(row["passed"])}))
+            row: dict[str, Any] = json.loads(line)
+            row["passed"] = tuple(row["passed"])
+            cells.append(Cell(**row))
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a finished cell ({error}). Remove it.") from error
+            text = f"{path}:{number}: not a finished cell ({error}). Remove the line."
+            raise UserError(text) from error
     return cells
 
 
@@ -237,7 +239,7 @@ class _Log:
         self._last = time.monotonic()
         if path.exists():  # what a killed run left unfinished would spoil the next line
             whole = path.read_bytes()
-            _write(path, whole[: whole.rfind(b"\n") + 1].decode())
+            run_directory.write_whole(path, whole[: whole.rfind(b"\n") + 1].decode())
 
     def done(self, cell: Cell) -> None:
         """A finished cell; on the disk when this returns."""
@@ -296,8 +298,7 @@ def _run(
 
 
 def _with_objective(config: Config, method: str) -> Config:
-    """The recipe with the method's objective; its own settings if it is the recipe's, defaults
-    otherwise.
+    """The recipe with the method's objective, at its defaults if it is not the recipe's own.
 
     Raises:
       UserError: the recipe cannot run with it.
@@ -362,10 +363,3 @@ def _by_question(methods: Mapping[str, Any]) -> list[str]:
             cells.append(f"{text:>{len(method)}}")
         lines.append(f"{name:<{max(width, 24)}}  " + "  ".join(cells))
     return lines
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial_path = path.with_name(f"{path.name}.partial")
-    partial_path.write_text(text, encoding="utf-8")
-    partial_path.replace(path)

@@ -162,9 +162,7 @@ class SpeedUp(NamedTuple):
 
 def speed_up(ours: Sequence[Cell], theirs: Sequence[Cell]) -> SpeedUp | None:
     """Generations at equal probability; None if one of the two never discovers anything."""
-    curves = [
-        discovery(cells, range(1, reach(cells) + 1), resamples=1) for cells in (ours, theirs)
-    ]
+    curves = [discovery(cells, range(1, reach(cells) + 1), resamples=1) for cells in (ours, theirs)]
     probability = min(curve[-1].probability for curve in curves)
     if probability <= 0.0:
         return None

@@ -1,4 +1,4 @@
-"""discovery@k of several methods as one SVG with a logarithmic axis (the paper's figures 19, 20)."""
+"""discovery@k of several methods as one SVG with a logarithmic axis, as the paper's figure 19."""
 
 from collections.abc import Sequence
 
@@ -53,8 +53,7 @@ def draw(cells: Sequence[Cell]) -> str:
 
 def _curve(name: str, cells: Sequence[Cell]) -> Curve:
     points = [
-        Point(e.k, e.probability, e.low, e.high)
-        for e in discovery(cells, fine_grid(reach(cells)))
+        Point(e.k, e.probability, e.low, e.high) for e in discovery(cells, fine_grid(reach(cells)))
     ]
     return Curve(name, points, len({cell.seed for cell in cells}))
 

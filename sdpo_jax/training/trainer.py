@@ -74,9 +74,7 @@ class Trainer:
         self.shardings = state_shardings(
             model, self.devices, self.optimizer, self.teacher, self.parameters
         )
-        self._new_state = state_maker(
-            self.optimizer, self.teacher, self.shardings, self.parameters
-        )
+        self._new_state = state_maker(self.optimizer, self.teacher, self.shardings, self.parameters)
         self._merged = self.devices.jit(self.parameters.merged)
         self.sampler = Sampler(model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots)
         teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
