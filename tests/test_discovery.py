@@ -63,8 +63,8 @@ def test_pass_at_k_refuses_numbers_that_do_not_fit(numbers):
 
 def test_independent_samples_give_the_probability_that_they_were_drawn_with():
     rng, p, ks = np.random.default_rng(0), 0.02, [1, 8, 40]
-    runs = [[drawn(40, int(c), seed=s) for s, c in enumerate(rng.binomial(40, p, 5))]
-            for _ in range(400)]  # fmt: skip
+    counts = rng.binomial(40, p, size=(400, 5))
+    runs = [[drawn(40, int(c), seed=s) for s, c in enumerate(row)] for row in counts]
     found = np.array([probabilities(cells, ks, resamples=2) for cells in runs])  # [400, 3]
     error = found.std(axis=0) / math.sqrt(len(runs))
     truth = 1 - (1 - p) ** np.array(ks)
@@ -183,4 +183,4 @@ def test_points_of_the_picture_lie_at_the_logarithm_of_k():
 
 def test_a_picture_of_more_methods_than_colours_is_refused():
     with pytest.raises(UserError, match="--method"):
-        draw([stopped(1, method=f"m{i}") for i in range(5)])
+        draw([stopped(1, method=f"m{i}") for i in range(6)])

@@ -14,9 +14,9 @@ seed.
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
-from sdpo_jax.config import Config
+from sdpo_jax.config import Config, SftObjective
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
@@ -140,13 +140,13 @@ class TestTimeTraining:
         Raises:
           UserError: the objective learns from demonstrations and not from rollouts.
         """
-        self._trainer = Trainer(config, model, tokenizer, environment)
-        if not isinstance(self._trainer.source, RolloutSource):
+        if isinstance(config.objective, SftObjective):
             raise UserError(
                 f"objective {config.objective.name}: expected one that learns from rollouts, "
                 "sdpo or grpo; choose it with --method"
             )
-        self._updates = self._trainer.source.updates
+        self._trainer = Trainer(config, model, tokenizer, environment)
+        self._updates = cast(RolloutSource, self._trainer.source).updates
         self._config, self._environment, self._params = config, environment, params
 
     def __call__(

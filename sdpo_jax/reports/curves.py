@@ -27,6 +27,7 @@ COLOURS = (
     ("#c2500a", "#ff9d57"),
     ("#1f7a45", "#5ccb8c"),
     ("#8a3ab0", "#d18cf0"),
+    ("#5a6572", "#a9b4c0"),
 )
 """Of each curve, on light and on dark ground."""
 LABELS = {"accuracy": "held-out accuracy", "teacher_accuracy": "teacher accuracy"}
