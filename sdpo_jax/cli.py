@@ -129,14 +129,15 @@ def _eval(words: list[str]) -> None:
 
 def _discover(words: list[str]) -> None:
     if not words or words[0] in _HELP:
-        from sdpo_jax.evaluation.discover_command import USAGE as usage
+        from sdpo_jax.evaluation.discover_options import USAGE as usage
 
         print(f"usage: {usage}")
         return
     _quiet_libraries()
     from sdpo_jax.compilation import persistent_cache
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_jax.evaluation.discover_command import discover, find_questions, parse
+    from sdpo_jax.evaluation.discover_command import discover
+    from sdpo_jax.evaluation.discover_options import find_questions, parse
     from sdpo_models.gguf_convert import cache_folder
 
     config, options = parse(words)

@@ -33,13 +33,8 @@ from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import grade_all
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation import baselines, discover_command
-from sdpo_jax.evaluation.discover_command import (
-    Options,
-    discover,
-    find_questions,
-    parse,
-    read_cells,
-)
+from sdpo_jax.evaluation.discover_command import discover, read_cells
+from sdpo_jax.evaluation.discover_options import Options, find_questions, parse
 from sdpo_jax.evaluation.test_time_training import Tally, TestTimeTraining, cell_seed
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.training import trainer as trainer_module

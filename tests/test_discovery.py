@@ -143,6 +143,7 @@ def test_the_speed_up_is_the_ratio_of_generations_at_the_highest_probability_of_
     ours = [stopped(f, seed=s) for s, f in enumerate((4, 10, 20, 30))]
     theirs = [stopped(f, seed=s, method="m") for s, f in enumerate((8, 60, None, None))]
     gain = speed_up(ours, theirs)
+    assert gain is not None
     assert (gain.probability, gain.ours, gain.theirs, gain.ratio) == (0.5, 10, 60, 6.0)
     assert speed_up(ours, [stopped(None, method="m")]) is None
 
@@ -168,7 +169,7 @@ def test_points_of_the_picture_lie_at_the_logarithm_of_k():
     cells = [stopped(10), stopped(None, seed=1), *(drawn(128, c, seed=c) for c in (0, 1))]
     root = ElementTree.fromstring(draw(cells))
     lines = [
-        [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
+        [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
         for line in root.iter(f"{SVG}polyline")
     ]
     assert len(lines) == 2 and len(list(root.iter(f"{SVG}polygon"))) == 2

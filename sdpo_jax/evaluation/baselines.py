@@ -90,26 +90,18 @@ def multi_turn(
     *,
     shows_attempts: bool,
 ) -> None:
-    """Chains of turns, one for each (question, seed), decoded together: a chain is a row.
-
-    A chain's draws depend on its question and seed, and not on the other chains.
+    """Chains of turns, decoded together as rows; draws depend on question and seed alone.
 
     Args:
       start: whom to ask.
-      pairs: questions with seeds.
+      pairs: questions with seeds, a chain each.
       budget: turns of each chain.
-      done: told of each chain that is over; its seconds are its share of each turn's.
+      done: told of each chain that is over, with its share of each turn's seconds.
       tell: called with the turns so far and the budget after each turn.
       shows_attempts: the form, see `multi_turn.Chain`.
     """
     method = "multi_turn_conversation" if shows_attempts else "multi_turn_feedback"
-    teacher, limit = start.config.teacher, start.config.rollout.max_prompt_tokens
-    for question, _ in pairs:
-        prompt_ids(start.tokenizer, question, limit)  # refuses one that is too long
-    running: list[_Running] = []
-    for question, seed in pairs:
-        chain = Chain(question, teacher, start.tokenizer, shows_attempts=shows_attempts)
-        running.append(_Running(question, seed, chain, Tally(budget)))
+    running = _begun(start, pairs, budget, shows_attempts)
     rows, turn, seconds = len(running), 0, 0.0
     recent: deque[tuple[Prompt, Outcome]] = deque(maxlen=max(rows, FEWEST_JUDGED))
     while running:
@@ -130,6 +122,18 @@ def multi_turn(
                 still.append(row)
         running = still
         tell(turn, budget)
+
+
+def _begun(
+    start: StartModel, pairs: Sequence[tuple[Prompt, int]], budget: int, shows_attempts: bool
+) -> list[_Running]:
+    teacher, limit = start.config.teacher, start.config.rollout.max_prompt_tokens
+    running: list[_Running] = []
+    for question, seed in pairs:
+        prompt_ids(start.tokenizer, question, limit)  # refuses one that is too long
+        chain = Chain(question, teacher, start.tokenizer, shows_attempts=shows_attempts)
+        running.append(_Running(question, seed, chain, Tally(budget)))
+    return running
 
 
 def _turn(
