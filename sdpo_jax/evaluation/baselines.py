@@ -102,12 +102,12 @@ def multi_turn(
     """
     method = "multi_turn_conversation" if shows_attempts else "multi_turn_feedback"
     running = _begun(start, pairs, budget, shows_attempts)
-    rows, turn, seconds = len(running), 0, 0.0
-    recent: deque[tuple[Prompt, Outcome]] = deque(maxlen=max(rows, FEWEST_JUDGED))
+    turn, seconds = 0, 0.0
+    recent: deque[tuple[Prompt, Outcome]] = deque(maxlen=max(len(running), FEWEST_JUDGED))
     while running:
         turn += 1
         began = time.perf_counter()
-        outcomes = _turn(start, running, method, turn, rows)
+        outcomes = _turn(start, running, method, turn)
         seconds += (time.perf_counter() - began) / len(running)
         recent.extend(zip((row.question for row in running), outcomes, strict=True))
         if len(recent) == recent.maxlen:
@@ -136,9 +136,7 @@ def _begun(
     return running
 
 
-def _turn(
-    start: StartModel, running: list[_Running], method: str, turn: int, rows: int
-) -> list[Outcome]:
+def _turn(start: StartModel, running: list[_Running], method: str, turn: int) -> list[Outcome]:
     """One answer of every chain, graded, and noted in the chain."""
     rollouts = start.sampler(
         start.params,
@@ -149,7 +147,7 @@ def _turn(
         seed=0,
         step=turn,
         first_prompt=[cell_seed(method, row.question.id, row.seed) for row in running],
-        prompt_rows=rows,
+        prompt_rows=1 << (len(running) - 1).bit_length(),  # few shapes; padding costs a prefill
     )
     texts = [start.tokenizer.decode(ids) for ids in rollouts.responses()]
     truncated = [not stopped for stopped in rollouts.stopped.tolist()]
