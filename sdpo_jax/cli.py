@@ -26,6 +26,7 @@ USAGE = """usage: sdpo COMMAND ...
   sdpo eval RECIPE [--samples K] [--SECTION.KEY VALUE ...]      the same of its start model
   sdpo report RUN_DIR [RUN_DIR ...] [--out FILE.html]           curves, times, recipes of runs
   sdpo heatmap RUN_DIR [--prompts P] [--top K] [--tokens T]     advantages, token by token
+  sdpo discover RECIPE --question ID [...] [--method NAME ...]  solve one hard question
   sdpo convert RUN_DIR OUT [--dtype float32|bfloat16]           weights, in Hugging Face layout
   sdpo convert FILE.gguf OUT [--dtype float32|bfloat16]         the same, from a GGUF file
   sdpo env check FILE.py|RECIPE [--SECTION.KEY VALUE ...]       is this environment sound?
@@ -66,7 +67,7 @@ def _dispatch(words: list[str]) -> int:
         print(USAGE)
         return 0 if words else 2
     commands = {"train": _train, "eval": _eval, "convert": _convert, "env": _env}
-    commands |= {"report": _report, "heatmap": _heatmap}
+    commands |= {"report": _report, "heatmap": _heatmap, "discover": _discover}
     if words[0] not in commands:
         raise UserError(
             f"unknown command {words[0]!r}; expected one of {', '.join(commands)}\n\n{USAGE}"
@@ -158,6 +159,26 @@ def _heatmap(words: list[str]) -> None:
     config = replace(config, mesh=fitting_mesh(config.mesh))
     with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
         heatmap_run(run_dir, config, load_parts(config, environment), **options)
+
+
+def _discover(words: list[str]) -> None:
+    if not words or words[0] in _HELP:
+        from sdpo_jax.evaluation.discover_options import USAGE as usage
+
+        print(f"usage: {usage}")
+        return
+    _quiet_libraries()
+    from sdpo_jax.compilation import persistent_cache
+    from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.evaluation.discover_command import discover
+    from sdpo_jax.evaluation.discover_options import find_questions, parse
+    from sdpo_models.gguf_convert import cache_folder
+
+    config, options = parse(words)
+    environment = make_environment(config.environment)  # before there is a device
+    questions = find_questions(environment, options.questions)
+    with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
+        discover(config, options, questions, load_parts(config, environment))
 
 
 def _convert(words: list[str]) -> None:

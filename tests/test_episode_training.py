@@ -106,6 +106,7 @@ def test_experience_holds_episodes_and_metrics_count_own_tokens():
 def test_weights_are_above_0_at_own_tokens_and_nowhere_else(reduction):
     experience, _ = collected()
     trainer, own = trainer_of("grpo"), experience.own
+    assert own is not None
     rows = np.ones(len(own), np.bool_)
     (part,) = cut_into_parts(trainer.config, experience, rows, rows, reduction, trainer.form)
     for row, weights in zip(part.rows, part.weights, strict=True):

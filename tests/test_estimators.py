@@ -66,6 +66,7 @@ def test_pass_at_k_of_many_samples_neither_overflows_nor_loses_digits():
     n, c, k = 10_000, 7, 3_000
     exact = 1 - math.comb(n - c, k) / math.comb(n, k)
     assert pass_at_k(n, c, k) == pytest.approx(exact, rel=1e-12)
+    assert pass_at_k(10**9, 1, 1) == pytest.approx(1e-9, rel=1e-9)
 
 
 def test_best_at_k_is_the_mean_of_the_largest_of_each_subset():

@@ -60,23 +60,25 @@ def pass_at_k(samples: int, successes: int, k: int) -> float:
     Args:
       samples: graded samples of a prompt, n.
       successes: how many of them pass, c.
-      k: at most n.
+      k: at most n; 0 samples hold no success.
 
     Raises:
-      ValueError: not 0 ≤ c ≤ n, or not 1 ≤ k ≤ n.
+      ValueError: not 0 ≤ c ≤ n, or not 0 ≤ k ≤ n.
 
-    Source: Chen et al., arXiv 2107.03374, equation 1; the product never overflows.
+    Source: Chen et al., arXiv 2107.03374, equation 1; the product, of logarithms, never overflows
+    and keeps its digits where the chance is small.
 
-    >>> pass_at_k(4, 1, 2)
-    0.5
+    >>> print(f"{pass_at_k(4, 1, 2):.2f}")
+    0.50
     """
-    if not (0 <= successes <= samples and 1 <= k <= samples):
+    if not (0 <= successes <= samples and 0 <= k <= samples):
         raise ValueError(
-            f"expected 0 <= c <= n and 1 <= k <= n; got n={samples}, c={successes}, k={k}"
+            f"expected 0 <= c <= n and 0 <= k <= n; got n={samples}, c={successes}, k={k}"
         )
     if samples - successes < k:
         return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(samples - successes + 1, samples + 1))
+    some = range(samples - successes + 1, samples + 1)
+    return -math.expm1(math.fsum(math.log1p(-k / i) for i in some))
 
 
 def best_at_k(rewards: Sequence[float], k: int) -> float:

@@ -27,6 +27,7 @@ COLOURS = (
     ("#c2500a", "#ff9d57"),
     ("#1f7a45", "#5ccb8c"),
     ("#8a3ab0", "#d18cf0"),
+    ("#5a6572", "#a9b4c0"),
 )
 """Of each curve, on light and on dark ground."""
 LABELS = {"accuracy": "held-out accuracy", "teacher_accuracy": "teacher accuracy"}
@@ -57,10 +58,14 @@ class Axis(NamedTuple):
     ticks: list[float]
     start: float
     stop: float
+    is_log: bool = False
 
     def place(self, value: float) -> float:
         """The pixel of a value."""
-        share = (value - self.low) / (self.high - self.low)
+        low, high = self.low, self.high
+        if self.is_log:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        share = (value - low) / (high - low)
         return self.start + share * (self.stop - self.start)
 
 
@@ -145,6 +150,16 @@ def draw(curves: Sequence[Curve], metric: str) -> str:
     x, y = axes_for(curves)
     is_share = metric in LABELS and y.high <= 1.0
     label = LABELS.get(metric, metric.replace("_", " "))
+    seeds = sorted({curve.seeds for curve in curves})
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    note = f"mean of {count} seeds; band: smallest to largest" if seeds[-1] > 1 else ""
+    return picture(curves, x, y, label, note, is_share=is_share)
+
+
+def picture(
+    curves: Sequence[Curve], x: Axis, y: Axis, label: str, note: str, *, is_share: bool
+) -> str:
+    """The SVG of curves on given axes, with a label on the left and a note on the right."""
     title = f"{label} of {', '.join(curve.name for curve in curves)} against generations"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
@@ -156,6 +171,7 @@ def draw(curves: Sequence[Curve], metric: str) -> str:
         *(_band(i, curve, x, y) for i, curve in enumerate(curves) if curve.seeds > 1),
         *(_line(i, curve, x, y) for i, curve in enumerate(curves)),
         *_names(curves, x, y),
+        *([f'<text x="{WIDTH - RIGHT}" y="26" text-anchor="end">{note}</text>'] if note else []),
         "</svg>",
     ]
     return "\n".join([*lines, ""])
@@ -224,11 +240,6 @@ def _names(curves: Sequence[Curve], x: Axis, y: Axis) -> list[str]:
         left = x.place(curve.points[-1].generations) + 9
         place = f'x="{left:.1f}" y="{at:.1f}"'
         out.append(f'<text class="name name{index}" {place}>{escape(curve.name)}</text>')
-    seeds = sorted({curve.seeds for curve in curves})
-    if seeds[-1] > 1:
-        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        text = f"mean of {count} seeds; band: smallest to largest"
-        out.append(f'<text x="{WIDTH - RIGHT}" y="26" text-anchor="end">{text}</text>')
     return out
 
 

@@ -67,12 +67,16 @@ class Plan(NamedTuple):
 def rollout_keys(
     seed: jax.Array, step: jax.Array, first_prompt: jax.Array, prompts: int, group: int
 ) -> jax.Array:
-    """`[P·G]` keys: `seed` with step, prompt index (from `first_prompt`), sibling folded in."""
+    """`[P·G]` keys: `seed` with step, prompt index, sibling folded in.
+
+    `first_prompt` is the index of the first prompt, or `[P]` the index of each.
+    """
     base = jax.random.fold_in(jax.random.key(seed), step)
     n = jnp.arange(prompts * group, dtype=jnp.uint32)
 
     def one(i: jax.Array) -> jax.Array:
-        prompt = jax.random.fold_in(base, first_prompt + i // group)
+        index = first_prompt + i // group if first_prompt.ndim == 0 else first_prompt[i // group]
+        prompt = jax.random.fold_in(base, index)
         return jax.random.fold_in(prompt, i % group)
 
     return jax.vmap(one)(n)

@@ -134,7 +134,7 @@ class Sampler:
         min_p: float = 0.0,
         seed: int,
         step: int,
-        first_prompt: int = 0,
+        first_prompt: int | Sequence[int] = 0,
         prompt_rows: int = 1,
         turn: Turn | None = None,
         on_done: OnDone | None = None,
@@ -152,7 +152,8 @@ class Sampler:
           min_p: draw from tokens of at least this share of the likeliest one's probability.
           seed: of the run.
           step: with `seed` and the prompt's index it determines every draw.
-          first_prompt: index of `prompts[0]`, for a set of prompts that is decoded in parts.
+          first_prompt: index of `prompts[0]`, for a set of prompts that is decoded in parts; or
+            the index of each prompt, where rows must not depend on their place among others.
           prompt_rows: prompts are padded to a multiple of this; padding is not decoded.
           turn: of later turns, whose prompts are conversations; `group` is 1. None: the first.
           on_done: told of rows as they are done, while the device goes on.
@@ -176,7 +177,7 @@ class Sampler:
             ),
             np.uint32(seed),
             np.uint32(step),
-            np.uint32(first_prompt),
+            _indices(first_prompt, len(lengths)),
             None if turn is None else _padded(turn, len(lengths)),
             group=group,
             slots=slots,
@@ -292,6 +293,15 @@ def _padded(turn: Turn, rows: int) -> Turn:
     pad = (0, rows - len(turn.prompts))
     prompts, siblings = (np.pad(np.asarray(x, np.uint32), pad) for x in turn[:2])
     return Turn(prompts, siblings, np.uint32(turn.number))
+
+
+def _indices(first_prompt: int | Sequence[int], rows: int) -> Any:
+    """Of the first prompt, or `[P]` of each; padding is not decoded, any index will do."""
+    if isinstance(first_prompt, int):
+        return np.uint32(first_prompt)
+    indices = np.zeros(rows, np.uint32)
+    indices[: len(first_prompt)] = first_prompt
+    return indices
 
 
 def _done(rollout: NDArray[np.int32], started: NDArray[np.int32], rows: int) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ def claim(run_dir: Path, config: Config) -> None:
     """
     check(run_dir, config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir / CONFIG, to_toml(config))
+    write_whole(run_dir / CONFIG, to_toml(config))
 
 
 def check(run_dir: Path, config: Config) -> None:
@@ -92,11 +92,11 @@ def reopen(run_dir: Path) -> None:
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Marks the run complete."""
-    _write(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_whole(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)

@@ -86,12 +86,8 @@ class RolloutSource:
         sampler: Sampler,
         updates: UpdateMaker,
     ):
-        self._config, self._prompts, self._sampler, self._updates = (
-            config,
-            prompts,
-            sampler,
-            updates,
-        )
+        self.updates = updates
+        self._config, self._prompts, self._sampler = config, prompts, sampler
         limit = config.teacher.max_feedback_tokens
         self._table = Table(config.rollout, tokenizer, environment, limit)
         self._ahead = _Ahead(ThreadPoolExecutor(1)) if config.rollout.ahead else None
@@ -106,7 +102,7 @@ class RolloutSource:
         if self._ahead is not None and step < self._config.train.steps:
             self._ahead.position = self._prompts.get_state()
             self._ahead.drawn = self._draw(params, step + 1, clock, self._ahead.executor)
-        updates, more = self._updates(experience, params, teacher_params, step=step, clock=clock)
+        updates, more = self.updates(experience, params, teacher_params, step=step, clock=clock)
         return updates, metrics | more | {"generations": step * len(experience.texts)}
 
     def _next(self, params: Params, step: int, clock: Clock) -> Drawn:

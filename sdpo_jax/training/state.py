@@ -1,10 +1,12 @@
 """What a run carries from step to step, and the optimiser that moves it."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -114,8 +116,18 @@ def create_state(
     seed: int,
 ) -> TrainState:
     """The state at step 0, each array where it belongs. `params` stay the caller's."""
-    create = partial(_create, optimizer, teacher, parameters, seed)
-    return jax.jit(create, out_shardings=shardings)(params)
+    return state_maker(optimizer, teacher, shardings, parameters)(params, seed)
+
+
+def state_maker(
+    optimizer: optax.GradientTransformation,
+    teacher: Teacher | None,
+    shardings: TrainState,
+    parameters: Parameters,
+) -> Callable[[Params, int], TrainState]:
+    """`create_state` of `(params, seed)` for many starts: compiled once."""
+    create = jax.jit(partial(_create, optimizer, teacher, parameters), out_shardings=shardings)
+    return lambda params, seed: create(np.uint32(seed), params)
 
 
 def abstract_state(
@@ -127,7 +139,8 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of what a checkpoint holds: all but `base`. No array exists."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(partial(_create, optimizer, teacher, parameters, 0), shapes)
+    create = partial(_create, optimizer, teacher, parameters, np.uint32(0))
+    state = jax.eval_shape(create, shapes)
 
     def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -139,7 +152,7 @@ def _create(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
     parameters: Parameters,
-    seed: int,
+    seed: Any,
     params: Params,
 ) -> TrainState:
     trained = parameters.trainable(params, jax.random.key(seed))

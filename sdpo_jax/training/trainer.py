@@ -30,10 +30,10 @@ from sdpo_jax.training.state import (
     TrainState,
     abstract_state,
     base_is_teacher,
-    create_state,
     make_optimizer,
     make_parameters,
     make_teacher,
+    state_maker,
     state_shardings,
 )
 from sdpo_jax.training.step import (
@@ -76,6 +76,7 @@ class Trainer:
         self.shardings = state_shardings(
             model, self.devices, self.optimizer, self.teacher, self.parameters
         )
+        self._new_state = state_maker(self.optimizer, self.teacher, self.shardings, self.parameters)
         self._merged = self.devices.jit(self.parameters.merged)
         self.sampler = Sampler(model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots)
         teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
@@ -136,11 +137,12 @@ class Trainer:
         )
         return RolloutSource(config, prompts, environment, self.tokenizer, self.sampler, updates)
 
-    def initial_state(self, params: Params) -> TrainState:
-        """Step 0: the given weights, an empty optimiser, the teacher equal to the student."""
-        return create_state(
-            params, self.optimizer, self.teacher, self.shardings, self.parameters, self.config.seed
-        )
+    def initial_state(self, params: Params, seed: int | None = None) -> TrainState:
+        """Step 0: the given weights, an empty optimiser, the teacher equal to the student.
+
+        `seed` is that of fresh adapters, the run's by default.
+        """
+        return self._new_state(params, self.config.seed if seed is None else seed)
 
     def restore(self, checkpoints: Checkpoints, load_params: LoadParams) -> Restored | None:
         """The run's last intact checkpoint; None if there is none.

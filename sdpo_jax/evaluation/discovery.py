@@ -1,0 +1,233 @@
+"""discovery@k: how soon a method finds a first correct answer to a question it starts without.
+
+    discovery@k = P(the first correct answer is among the first k generations)
+
+(arXiv 2601.20802, section 5; for independent samples it is pass@k). A `Cell` is one method on one
+question with one seed. Two kinds of method need two estimators of a question's discovery@k:
+
+* one that stops at its first success: the share of its seeds with `first <= k`. A cell without a
+  success counts as not discovered, and says nothing beyond its own budget.
+* one that draws independent samples: with `c` successes in the `n` samples of all seeds,
+  1 - C(n-c, k) / C(n, k), unbiased, for k up to n.
+
+Questions count equally. Intervals are percentiles of a bootstrap over the seeds of each question,
+as the paper's; the questions stay, for they were chosen and not drawn. Where all seeds agree, the
+interval has no width: it says nothing of what other seeds might do. numpy alone; validated in
+tests/test_discovery.py against enumeration of all samples and draws with known probabilities.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdpo_jax.evaluation.estimators import pass_at_k
+
+CONFIDENCE = 0.9
+"""Of the intervals, as in the paper's figures 19 and 20."""
+RESAMPLES = 2000
+
+
+class Cell(NamedTuple):
+    """What one method did on one question with one seed."""
+
+    method: str
+    question: str
+    seed: int
+    budget: int
+    """Generations that it was given."""
+    first: int | None
+    """Generations up to and with the first success; None: none within the budget."""
+    generations: int
+    """Used: all that were sampled, the rest of the last step included."""
+    passed: tuple[int, ...]
+    """Successes of each step; a step is a batch of generations, or one turn."""
+    failed: int
+    """Generations that the environment could not grade; they count as generations."""
+    seconds: float
+    independent: bool = False
+    """Whether all `generations` are independent samples, of which none stopped the cell."""
+
+
+class Estimate(NamedTuple):
+    """A probability with its interval."""
+
+    k: int
+    probability: float
+    low: float
+    high: float
+
+
+def log_grid(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`, which is the last.
+
+    >>> log_grid(20)
+    [1, 2, 4, 8, 16, 20]
+    """
+    grid = [2**i for i in range(max(most, 1).bit_length()) if 2**i < most]
+    return [*grid, most]
+
+
+def fine_grid(most: int, per_doubling: int = 8) -> list[int]:
+    """Whole numbers from 1 to `most`, about evenly spread on a log axis; for curves."""
+    count = max(1, round(per_doubling * math.log2(max(most, 2))))
+    return sorted({round(most ** (i / count)) for i in range(count + 1)})
+
+
+def reach(cells: Sequence[Cell]) -> int:
+    """The largest k that the cells of one method say something of, at every question."""
+    return min(
+        sum(c.generations for c in group) if group[0].independent else min(c.budget for c in group)
+        for group in _by_question(cells)
+    )
+
+
+def discovery(
+    cells: Sequence[Cell], ks: Sequence[int], *, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Estimate]:
+    """discovery@k of one method at each k up to its `reach`, with bootstrap intervals.
+
+    Args:
+      cells: of one method; any number of seeds for each question.
+      ks: generations; larger ones than the cells reach are left out.
+      seed: of the bootstrap.
+      resamples: of the bootstrap.
+    """
+    ks = [k for k in ks if k <= reach(cells)]
+    rng = np.random.default_rng(seed)
+    groups = _by_question(cells)
+    point = np.mean([_of_question(group, ks) for group in groups], axis=0)  # [K]
+    drawn = np.zeros((resamples, len(ks)))  # [R, K]
+    for group in groups:
+        picks = rng.integers(len(group), size=(resamples, len(group)))  # [R, seeds]
+        drawn += _resampled(group, picks, ks) / len(groups)
+    edges = (0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2)
+    low, high = np.quantile(drawn, edges, axis=0)
+    return [Estimate(k, *map(float, x)) for k, *x in zip(ks, point, low, high, strict=True)]
+
+
+def mean_generations(cells: Sequence[Cell], budget: int) -> float:
+    """Mean generations to discovery, truncated at `budget`: the sum of P(not yet) over k < budget.
+
+    Raises:
+      ValueError: the cells do not reach the budget.
+    """
+    if budget > reach(cells):
+        raise ValueError(f"budget {budget}: the cells reach {reach(cells)} generations")
+    means: list[float] = []
+    for group in _by_question(cells):
+        if group[0].independent:
+            n, c = sum(cell.generations for cell in group), _successes(group)
+            means.append(sum(1.0 - pass_at_k(n, c, k) for k in range(budget)))
+        else:
+            means.append(sum(min(cell.first or budget, budget) for cell in group) / len(group))
+    return sum(means) / len(means)
+
+
+def discovered(cells: Sequence[Cell]) -> int:
+    """Number of cells with a success."""
+    return sum(cell.first is not None for cell in cells)
+
+
+class SpeedUp(NamedTuple):
+    """How many times fewer generations a method needs than another for the same probability."""
+
+    probability: float
+    """The highest that both reach."""
+    ours: int
+    theirs: int
+
+    @property
+    def ratio(self) -> float:
+        """Generations of the other over ours."""
+        return self.theirs / self.ours
+
+
+def speed_up(ours: Sequence[Cell], theirs: Sequence[Cell]) -> SpeedUp | None:
+    """Generations at equal probability; None if one of the two never discovers anything."""
+    curves = [discovery(cells, range(1, reach(cells) + 1), resamples=1) for cells in (ours, theirs)]
+    probability = min(curve[-1].probability for curve in curves)
+    if probability <= 0.0:
+        return None
+    first = [next(e.k for e in c if e.probability >= probability - 1e-12) for c in curves]
+    return SpeedUp(probability, *first)
+
+
+def summary(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
+    """Every number of a run, ready for JSON: by method, by question, and speed-ups of the first.
+
+    Args:
+      cells: of all methods; the first cell's method is the one that others are compared with.
+      budget: at which means are truncated.
+    """
+    methods = {name: [c for c in cells if c.method == name] for name in _names(cells)}
+    ours = next(iter(methods.values()))
+    found = {
+        name: None if (s := speed_up(ours, own)) is None else {**s._asdict(), "ratio": s.ratio}
+        for name, own in list(methods.items())[1:]
+    }
+    return {
+        "confidence": CONFIDENCE,
+        "budget": budget,
+        "methods": {name: _summary_of(own, budget) for name, own in methods.items()},
+        "speed_up_of": ours[0].method,
+        "speed_up_over": found,
+    }
+
+
+def _summary_of(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
+    return {
+        "cells": len(cells),
+        "discovered": discovered(cells),
+        "mean_generations": mean_generations(cells, budget),
+        "generations": sum(cell.generations for cell in cells),
+        "seconds": sum(cell.seconds for cell in cells),
+        "discovery": [e._asdict() for e in discovery(cells, log_grid(reach(cells)))],
+        "questions": {
+            group[0].question: {
+                "seeds": len(group),
+                "discovered": discovered(group),
+                "mean_generations": mean_generations(group, budget),
+            }
+            for group in _by_question(cells)
+        },
+    }
+
+
+def _names(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.method for cell in cells))
+
+
+def _by_question(cells: Sequence[Cell]) -> list[list[Cell]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.question, []).append(cell)
+    return list(groups.values())
+
+
+def _successes(cells: Sequence[Cell]) -> int:
+    return sum(sum(cell.passed) for cell in cells)
+
+
+def _of_question(group: Sequence[Cell], ks: Sequence[int]) -> NDArray[np.float64]:
+    """discovery@k [K] of one question."""
+    picks = np.arange(len(group))[None]
+    return _resampled(group, picks, ks)[0]
+
+
+def _resampled(
+    group: Sequence[Cell], picks: NDArray[np.integer[Any]], ks: Sequence[int]
+) -> NDArray[np.float64]:
+    """discovery@k [R, K] of one question for seeds drawn with replacement, `picks: [R, seeds]`."""
+    if not group[0].independent:
+        first = np.asarray([math.inf if c.first is None else c.first for c in group])
+        found = first[:, None] <= np.asarray(ks)[None]  # [seeds, K]
+        return found[picks].mean(axis=1)
+    n = np.asarray([c.generations for c in group])[picks].sum(axis=1)  # [R]
+    c = np.asarray([sum(cell.passed) for cell in group])[picks].sum(axis=1)
+    known: dict[tuple[int, int], list[float]] = {}
+    for pair in set(zip(n.tolist(), c.tolist(), strict=True)):
+        known[pair] = [pass_at_k(*pair, min(k, pair[0])) for k in ks]
+    return np.asarray([known[pair] for pair in zip(n.tolist(), c.tolist(), strict=True)])
