@@ -8,8 +8,8 @@ share of those answers that pass, the measure of the paper's figure 10.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sdpo_jax.config import Config
-from sdpo_jax.environments.base import Environment, Outcome, Prompt
+from sdpo_jax.config import Config, SdftObjective
+from sdpo_jax.environments.base import Environment, HasReferences, Outcome, Prompt
 from sdpo_jax.environments.grading import agreed, failed_share, grade_all, refuse_failures
 from sdpo_jax.model import Params
 from sdpo_jax.sampling.prompts import prompt_ids
@@ -86,9 +86,7 @@ class Evaluator:
     def teacher_metrics(self, params: Params, graded: Graded, step: int) -> dict[str, float]:
         """Teacher accuracy over the attempts that have a context, overall and by its kind."""
         group = len(graded.responses) // len(self._prompts)
-        contexts = choose_context(
-            graded.outcomes, graded.responses, group, self._config.teacher, seed=self._config.seed
-        )
+        contexts = self._contexts(graded, group)
         rows = [i for i, context in enumerate(contexts) if context is not None]
         if not rows:
             return {}
@@ -106,6 +104,20 @@ class Evaluator:
             if of_kind:
                 metrics[f"teacher_accuracy/{name}"] = _mean(of_kind)
         return metrics
+
+    def _contexts(self, graded: Graded, group: int) -> Sequence[TeacherContext | None]:
+        """What each attempt's teacher sees: under `sdft` a demonstration, the environment's own."""
+        if not isinstance(self._config.objective, SdftObjective):
+            teacher, seed = self._config.teacher, self._config.seed
+            return choose_context(graded.outcomes, graded.responses, group, teacher, seed=seed)
+        environment = self._environment
+        if not isinstance(environment, HasReferences):
+            return []
+        return [
+            TeacherContext(environment.reference(p), None)
+            for p in self._prompts
+            for _ in range(group)
+        ]
 
     def _sample_rows(
         self, params: Params, prompts: Sequence[Prompt], ids: Sequence[list[int]], step: int
