@@ -138,21 +138,21 @@ def axes_for(curves: Sequence[Curve]) -> tuple[Axis, Axis]:
     )
 
 
-def draw(curves: Sequence[Curve], metric: str) -> str:
-    """The SVG."""
+def draw(curves: Sequence[Curve], metric: str, *, across: str = "generations") -> str:
+    """The SVG; `across` says what a point's `generations` count, if something else."""
     if len(curves) > len(COLOURS):
         raise UserError(f"{len(curves)} curves; expected at most {len(COLOURS)} in one picture")
     x, y = axes_for(curves)
     is_share = metric in LABELS and y.high <= 1.0
     label = LABELS.get(metric, metric.replace("_", " "))
-    title = f"{label} of {', '.join(curve.name for curve in curves)} against generations"
+    title = f"{label} of {', '.join(curve.name for curve in curves)} against {across}"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
         f"<title>{escape(title)}</title>",
         _style(len(curves)),
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="8"/>',
         f'<text class="label" x="{LEFT}" y="26">{escape(label)}</text>',
-        *_grid(x, y, is_share),
+        *_grid(x, y, is_share, across),
         *(_band(i, curve, x, y) for i, curve in enumerate(curves) if curve.seeds > 1),
         *(_line(i, curve, x, y) for i, curve in enumerate(curves)),
         *_names(curves, x, y),
@@ -180,7 +180,7 @@ def _style(count: int) -> str:
     return f"<style>{fixed}{light}@media(prefers-color-scheme:dark){{{dark}}}</style>"
 
 
-def _grid(x: Axis, y: Axis, is_share: bool) -> list[str]:
+def _grid(x: Axis, y: Axis, is_share: bool, across: str) -> list[str]:
     out: list[str] = []
     for tick in y.ticks:
         at = f"{y.place(tick):.1f}"
@@ -193,7 +193,9 @@ def _grid(x: Axis, y: Axis, is_share: bool) -> list[str]:
             f'<text x="{at}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:,.0f}</text>'
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(f'<text x="{middle:g}" y="{HEIGHT - 12}" text-anchor="middle">generations</text>')
+    out.append(
+        f'<text x="{middle:g}" y="{HEIGHT - 12}" text-anchor="middle">{escape(across)}</text>'
+    )
     return out
 
 
