@@ -158,7 +158,7 @@ def test_a_wrong_type_shows_value_type_and_expectation(text: str, expected: str,
 
 def test_an_unknown_objective_lists_the_choices(tmp_path: Path):
     path = write(tmp_path, '[objective]\nname = "spdo"\nclip_low = 0.1')
-    expected = 'one of "sdpo", "grpo", "sft"; did you mean "sdpo"?'
+    expected = 'one of "sdpo", "grpo", "sft", "sdft"; did you mean "sdpo"?'
     assert complaint(path) == f'{path}: objective.name: "spdo" (a string), expected {expected}'
     for value in ("[1]", "{}", "true"):
         assert "expected one of" in complaint(write(tmp_path, f"[objective]\nname = {value}"))
