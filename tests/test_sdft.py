@@ -421,7 +421,8 @@ def test_the_teacher_reads_question_demonstration_and_a_request_for_an_own_answe
 
 def test_a_long_demonstration_loses_its_end_and_the_closing_line_stays():
     assert shown("Why?", "because " * 40, limit=100) == (
-        "Why?\nCorrect solution:\n\nbecause because because be\n\nSolve the question above yourself."
+        "Why?\nCorrect solution:\n\nbecause because because be"
+        "\n\nSolve the question above yourself."
     )
 
 
