@@ -144,6 +144,9 @@ class SdftObjective:
     skip_first_tokens: int = 3
     """First tokens of a response, left out of its loss: there a demonstration's opening is
     copied."""
+    closing: Literal["own", "correct"] = "own"
+    """What the teacher's prompt ends in: a request for an answer of one's own, as in the paper, or
+    for a correct one, `sdpo`'s sentence: the only one that the embedded model has learned."""
     reduction: Literal["token_mean", "sequence_mean"] = "sequence_mean"
     """Mean over active tokens or over rows of token means (the authors' code)."""
 

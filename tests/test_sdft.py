@@ -207,7 +207,7 @@ def config_of(objective, **settings: Any):
 
 
 @cache
-def trainer_of(alpha=0.0, **train):
+def trainer_of(alpha=0.0, **train) -> Any:
     """A trainer, whose environment and demonstrations a test may look at."""
     objective = SdftObjective(alpha=alpha)
     return Trainer(
@@ -381,7 +381,7 @@ def test_sft_and_sdft_see_the_same_demonstrations_in_the_same_order():
     orders = []
     for objective in (SftObjective(), SdftObjective()):
         asked = Asked(DEMONSTRATIONS)
-        trainer = Trainer(config_of(objective), MODEL, TOKENIZER, Environment(), asked)
+        trainer: Any = Trainer(config_of(objective), MODEL, TOKENIZER, Environment(), asked)
         asked.order.clear()
         if isinstance(objective, SdftObjective):  # nothing is compiled twice
             trainer.source._sampler = trainer_of().sampler
@@ -431,7 +431,7 @@ def test_a_demonstration_of_thoughts_alone_is_no_signal_unless_thoughts_are_show
     counts = []
     for remove in (True, False):
         config = config_of(SdftObjective(), teacher={"remove_thinking": remove})
-        trainer = Trainer(config, MODEL, TOKENIZER, Environment(), thoughtful)
+        trainer: Any = Trainer(config, MODEL, TOKENIZER, Environment(), thoughtful)
         trainer.source._sampler = trainer_of().sampler
         trainer.source._teacher_pass = trainer_of().source._teacher_pass
         updates, row = trainer.source(weights(0), weights(1), 1, Clock())

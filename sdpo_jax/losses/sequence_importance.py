@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, chunked_head
-from sdpo_jax.losses.objectives import SdpoTokens
+from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
 from sdpo_jax.losses.vocabulary import log_softmax, select_targets, shape_logits
 from sdpo_jax.losses.weights import truncated_importance_weights
 
@@ -36,15 +36,13 @@ def sequence_weighted_head(
     aux: SdftTokens,
     weights: jax.Array,
     *,
-    chunk: int,
-    constants: Any,
-    filled: jax.Array | None = None,
-    block: int,
+    constants: SdpoConstants,
+    **cut: Any,
 ) -> tuple[jax.Array, Metrics]:
     """`chunked_head` of `aux.distilled`, each rollout's loss times its importance weight.
 
-    w_i = (1/|y_i|) Σ_t min(π(y_t) / π_old(y_t), cap), over all tokens of the response, those that
-    the loss skips too; detached. All tokens of a rollout must be among the M.
+    w_i = (1/|y_i|) Σ_t min(π(y_t) / π_old(y_t), cap) over all of its tokens, skipped or not, which
+    must be among the M; detached.
 
     Args:
         cap: 2 in the authors' code.
@@ -53,44 +51,26 @@ def sequence_weighted_head(
         head: [D, V].
         aux: SdftTokens of [M]; `old_log_probs` must be there.
         weights: [M], 0 where there is no token or the loss skips it.
-        chunk: see `chunked_head`, as the rest.
         constants: SdpoConstants.
-        filled: [] int32.
-        block: tokens of a chunk that lie together.
+        **cut: `chunk`, `filled` and `block` of `chunked_head`.
 
     Returns:
         The weighted sum, and the metrics of each token with `importance`, the rollout's w.
 
     Source: the code of SDFT, arXiv 2601.19897.
     """
-    log_probs = partial(_log_probs, chunk=chunk, filled=filled, block=block)
-    new, old = log_probs(hidden, head, aux.distilled, constants), aux.distilled.old_log_probs
+    tokens, old = aux.distilled, aux.distilled.old_log_probs
     if old is None:
         raise ValueError(f"importance_cap {cap} needs old_log_probs, got None")
+    new = _log_probs(hidden, head, tokens, constants, **cut)
     importance = _mean_of_rollout(truncated_importance_weights(new, old, cap=cap), aux.rollout)
-    total, metrics = chunked_head(
-        per_token_loss,
-        hidden,
-        head,
-        aux.distilled,
-        weights * importance,
-        chunk=chunk,
-        constants=constants,
-        filled=filled,
-        block=block,
-    )
+    weights, cut = weights * importance, {**cut, "constants": constants}
+    total, metrics = chunked_head(per_token_loss, hidden, head, tokens, weights, **cut)
     return total, {**metrics, "importance": importance}
 
 
 def _log_probs(
-    hidden: jax.Array,
-    head: jax.Array,
-    tokens: SdpoTokens,
-    constants: Any,
-    *,
-    chunk: int,
-    filled: jax.Array | None,
-    block: int,
+    hidden: jax.Array, head: jax.Array, tokens: SdpoTokens, constants: SdpoConstants, **cut: Any
 ) -> jax.Array:
     """[M], of the targets, detached; 0 beyond the chunks that are filled."""
 
@@ -100,15 +80,11 @@ def _log_probs(
         log_probs = log_softmax(shape_logits(logits, temperature=temperature))
         return select_targets(log_probs, targets), {}
 
+    hidden, head = jax.lax.stop_gradient((hidden, head))
+    nothing = jnp.zeros(hidden.shape[:1], jnp.float32)  # the sum is not asked for
+    temperature = constants.temperature
     _, metrics = chunked_head(
-        sampled,
-        *jax.lax.stop_gradient((hidden, head)),
-        tokens.targets,
-        jnp.zeros(hidden.shape[:1], jnp.float32),
-        chunk=chunk,
-        constants=constants.temperature,
-        filled=filled,
-        block=block,
+        sampled, hidden, head, tokens.targets, nothing, constants=temperature, **cut
     )
     return metrics["loss"]
 

@@ -178,8 +178,8 @@ def fit_reprompt(
         return FittedReprompt(messages, None)
     feedback = _start_of(context.feedback or "", codec, max_feedback_tokens)
     write = partial(_from_parts, messages, wording)
-    question, demonstration = messages[-1]["content"], context.demonstration or ""
-    fitted = _fit_parts(write, question, demonstration, feedback, codec, max_prompt_tokens)
+    parts = messages[-1]["content"], context.demonstration or "", feedback
+    fitted = _fit_parts(write, *parts, codec, max_prompt_tokens)
     if fitted is None:
         smallest = len(codec.render(write("", "", "").messages))
         raise UserError(

@@ -26,7 +26,7 @@ from sdpo_jax.losses.objectives import grpo_per_token, sdpo_per_token, sft_per_t
 from sdpo_jax.losses.sequence_importance import sequence_weighted_head
 from sdpo_jax.model import Model, Params
 from sdpo_jax.sampling.sampler import Sampler
-from sdpo_jax.teacher.context import ATTEMPTS, EXAMPLE
+from sdpo_jax.teacher.context import ATTEMPTS, EXAMPLE, Wording
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.batch import Form
@@ -88,8 +88,7 @@ class Trainer:
         )
         self._merged = self.devices.jit(self.parameters.merged)
         self.sampler = Sampler(model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots)
-        wording = EXAMPLE if isinstance(config.objective, SdftObjective) else ATTEMPTS
-        teacher_prompts = TeacherPrompts(config.teacher, tokenizer, wording)
+        teacher_prompts = TeacherPrompts(config.teacher, tokenizer, _wording(config))
         self.evaluator = Evaluator(config, self.sampler, tokenizer, environment, teacher_prompts)
         self._train_step = self._compiled_train_step()
         if self.teacher is not None:
@@ -251,6 +250,13 @@ def _per_token_loss(config: Config) -> tuple[Any, tuple[str, ...]]:
         )
         return loss, (*SAMPLED, "ratio", "clipped")
     return sft_per_token(), (*SAMPLED, "correct")
+
+
+def _wording(config: Config) -> Wording:
+    """What stands around the parts of a re-prompt."""
+    objective = config.objective
+    asks_own = isinstance(objective, SdftObjective) and objective.closing == "own"
+    return EXAMPLE if asks_own else ATTEMPTS
 
 
 def _summed(config: Config) -> Any:
