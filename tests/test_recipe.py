@@ -196,7 +196,7 @@ def test_an_unknown_objective_lists_the_choices(tmp_path: Path):
 
 def test_a_setting_of_another_objective_is_said_to_be_one(tmp_path: Path):
     path = write(tmp_path, '[objective]\nname = "grpo"\nalpha = 0.5')
-    expected = "objective.alpha: a setting of sdpo, but the objective is grpo"
+    expected = "objective.alpha: a setting of sdpo and sdft, but the objective is grpo"
     assert complaint(path) == f"{path}: {expected}"
     assert "set objective.name" in complaint(write(tmp_path, "[objective]\ndual_clip = 2.0"))
 
