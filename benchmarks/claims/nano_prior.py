@@ -76,14 +76,14 @@ def loss(
     """Mean cross-entropy of the responses' tokens, nats."""
     tokenizer, total, weight = parts["tokenizer"], 0.0, 0.0
     pairs = [(tokenizer.render(r.messages), tokenizer.encode_response(r.response)) for r in rows]
-    width = max(len(prompt) + len(response) + 1 for prompt, response in pairs)
+    width, loss_of = max(len(x) + len(y) + 1 for x, y in pairs), _loss_of(parts["model"])
     for start in range(0, len(pairs), size):
         batch = np.zeros((3, size, width), np.int32)  # tokens, segments, mask
         for line, (prompt, response) in enumerate(pairs[start : start + size]):
             ids = [*prompt, *response, tokenizer.end_id]
             batch[0, line, : len(ids)], batch[1, line, : len(ids)] = ids, 1
             batch[2, line, len(prompt) : len(ids)] = 1
-        got, count = _loss_of(parts["model"])(params, batch)
+        got, count = loss_of(params, batch)
         total, weight = total + float(got), weight + float(count)
     return total / weight
 

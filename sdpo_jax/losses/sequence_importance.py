@@ -90,7 +90,11 @@ def _log_probs(
 
 
 def _mean_of_rollout(values: jax.Array, rollout: jax.Array) -> jax.Array:
-    """[M], the mean over all tokens of a token's rollout; 0 where there is none."""
+    """[M], the mean over all tokens of a token's rollout; 0 where there is none.
+
+    >>> _mean_of_rollout(jnp.array([1.0, 3.0, 5.0, 9.0]), jnp.array([1, 1, 2, 0])).tolist()
+    [2.0, 2.0, 5.0, 0.0]
+    """
     there = (rollout > 0).astype(values.dtype)
     sums = partial(jax.ops.segment_sum, segment_ids=rollout, num_segments=len(rollout) + 1)
     means = sums(values * there) / jnp.maximum(sums(there), 1.0)
