@@ -302,15 +302,15 @@ def load_parts(config: Config, environment: Environment | None = None) -> dict[s
     `environment` is the recipe's, if the caller has built it already.
     `params` is a function: nobody but the run holds what it loads.
     """
-    from sdpo_jax.config import SftObjective
+    from sdpo_jax.config import Demonstrated
     from sdpo_jax.data.demonstrations import load_demonstrations
     from sdpo_jax.environments.registry import make_environment
     from sdpo_models.tokenizer import ChatTokenizer
 
     if environment is None:
         environment = make_environment(config.environment)
-    is_sft = isinstance(config.objective, SftObjective)
-    demonstrations = load_demonstrations(config.data, environment) if is_sft else ()
+    taught = isinstance(config.objective, Demonstrated)
+    demonstrations = load_demonstrations(config.data, environment) if taught else ()
     folder = model_folder(config)
     architecture, model = _model(config, folder)
     tokenizer = ChatTokenizer.from_pretrained(folder, thinking=config.model.thinking)
@@ -329,13 +329,14 @@ def _model(config: Config, folder: Path) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from sdpo_jax.config import SdpoObjective
+    from sdpo_jax.config import SdftObjective, SdpoObjective
     from sdpo_jax.training.state import make_parameters
     from sdpo_models.hugging_face import load_architecture
     from sdpo_models.transformer import build_model
 
     architecture, objective = load_architecture(folder), config.objective
-    if isinstance(objective, SdpoObjective) and objective.top_k > architecture.vocabulary:
+    compares = isinstance(objective, SdpoObjective | SdftObjective)
+    if compares and objective.top_k > architecture.vocabulary:
         raise UserError(
             f"objective.top_k = {objective.top_k}: expected at most {architecture.vocabulary}, the "
             f"vocabulary of {config.model.path}; 0 compares all of it"

@@ -129,21 +129,54 @@ class SftObjective:
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
 
 
-Objective = SdpoObjective | GrpoObjective | SftObjective
+@dataclass(frozen=True)
+class SdftObjective:
+    """Self-distillation from demonstrations that the teacher is shown (SDFT, arXiv 2601.19897).
+
+    Questions come from `[data]`, `data.rows_per_step` a step; the student answers each
+    `rollout.rollouts_per_prompt` times. Nothing is graded, and a response that was cut off is kept,
+    as in the authors' code.
+    """
+
+    name: Literal["sdft"] = "sdft"
+    alpha: float = 0.0
+    """0: KL(teacher || student), which the paper's results used (its code's default; so the authors
+    in April 2026); 1: KL(student || teacher), which the paper's text says; between:
+    generalised Jensen-Shannon."""
+    top_k: int = 0
+    """Compare on the student's likeliest tokens, the rest in one bucket; 0 compares the whole
+    vocabulary, as the paper does."""
+    importance_cap: float = 2.0
+    """A response's weight is the mean over its tokens of min(ratio, cap), detached; ratio is new to
+    rollout probability."""
+    skip_first_tokens: int = 3
+    """First tokens of a response, left out of its loss: there a demonstration's opening is
+    copied."""
+    closing: Literal["own", "correct"] = "own"
+    """What the teacher's prompt ends in: a request for an answer of one's own, as in the paper, or
+    for a correct one, `sdpo`'s sentence: the only one that the embedded model has learned."""
+    reduction: Literal["token_mean", "sequence_mean"] = "sequence_mean"
+    """Mean over active tokens or over rows of token means (the authors' code)."""
+
+
+Demonstrated = SftObjective | SdftObjective
+"""What learns from the demonstrations of `[data]`."""
+
+Objective = SdpoObjective | GrpoObjective | SftObjective | SdftObjective
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Demonstrations for `sft`."""
+    """Demonstrations for `sft` and `sdft`, which see the same rows in the same order."""
 
     source: str = "tool_call_corpus"
     """`tool_call_corpus` (generated; the nano model's own pre-training text), `environment` (an
-    accepted answer to each training prompt, where the environment knows one: `bfcl`) or a JSONL
-    file with `prompt` and `response` in each row."""
+    accepted answer to each training prompt, where the environment knows one: `tool_calls`, `bfcl`)
+    or a JSONL file with `prompt` and `response` in each row."""
     rows_per_step: int = 64
     max_tokens: int = 256
-    """Prompt and response together, and the width of the rows into which demonstrations are packed;
-    a longer one stops the run with its id."""
+    """`sft`: prompt and response together, and the width of the rows into which demonstrations are
+    packed; a longer one stops the run with its id."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad row does; skipped rows are counted and named."""
 

@@ -19,6 +19,9 @@ class ToolCallsEnvironment:
     """Number of distinct held-out prompts, disjoint from the training prompts."""
     families: tuple[str, ...] = ()
     """Task families to draw from; empty means all."""
+    held_out_families: tuple[str, ...] = ()
+    """Those of the held-out prompts, when they are others: what else a model could do before, or
+    the other tasks of a sequence; empty means `families`."""
     seed: int = 0
     """Seed of the prompts, apart from the run's seed: every run sees the same tasks."""
     max_failed_share: float = 0.2

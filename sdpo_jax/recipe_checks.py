@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from sdpo_jax.config import Config, EnvironmentConfig, GrpoObjective, SdpoObjective, SftObjective
+from sdpo_jax.config import (
+    Config,
+    Demonstrated,
+    EnvironmentConfig,
+    GrpoObjective,
+    SdftObjective,
+    SdpoObjective,
+)
 
 _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prompts_per_step
     rollout.rollouts_per_prompt rollout.max_prompt_tokens rollout.max_response_tokens
@@ -22,6 +29,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "optimizer.warmup_steps evaluation.every_steps evaluation.prompts "
         "environment.max_prompt_characters lora.rank objective.top_k rollout.slots "
+        "objective.skip_first_tokens "
         "evaluation.top_k environment.slots environment.workers",
         lambda v: v >= 0,
         "0 or more",
@@ -64,7 +72,7 @@ def contradictions(c: Config) -> Iterator[tuple[str, str, str]]:
     """Yields key, the other keys that take part, expectation."""
     prompts, (total, held_out) = c.rollout.prompts_per_step, _prompt_counts(c.environment)
     rows, rows_key = prompts, "rollout.prompts_per_step"
-    if isinstance(c.objective, SftObjective):
+    if isinstance(c.objective, Demonstrated):
         rows, rows_key = c.data.rows_per_step, "data.rows_per_step"
     elif prompts > total:
         yield rows_key, "environment.train_prompts", f"at most environment.train_prompts ({total})"
@@ -86,6 +94,14 @@ def contradictions(c: Config) -> Iterator[tuple[str, str, str]]:
         yield "rollout.max_turns", "rollout.ahead", text
     if isinstance(c.objective, SdpoObjective):
         yield from _teacher_checks(c)
+    if isinstance(c.objective, SdpoObjective | SdftObjective):
+        yield from _reprompt_checks(c)
+    if isinstance(c.objective, SdftObjective):
+        limit = c.rollout.max_response_tokens
+        if c.objective.skip_first_tokens >= limit:
+            others = "rollout.max_response_tokens"
+            text = f"below {others} ({limit}): no token would be left to learn from"
+            yield "objective.skip_first_tokens", others, text
 
 
 def _prompt_counts(environment: EnvironmentConfig) -> tuple[float, float]:
@@ -95,7 +111,7 @@ def _prompt_counts(environment: EnvironmentConfig) -> tuple[float, float]:
 
 
 def _teacher_checks(c: Config) -> Iterator[tuple[str, str, str]]:
-    shown, question = c.teacher.demonstration != "none", c.rollout.max_prompt_tokens
+    shown = c.teacher.demonstration != "none"
     if not shown and not c.teacher.feedback:
         text = '"first", "shortest" or "random", or teacher.feedback = true: '
         text += "the teacher would see what the student sees"
@@ -104,6 +120,10 @@ def _teacher_checks(c: Config) -> Iterator[tuple[str, str, str]]:
         others = "teacher.demonstration teacher.exclude_own_success"
         text = 'at least 2 (a demonstration is a sibling\'s), or teacher.demonstration = "none"'
         yield "rollout.rollouts_per_prompt", others, text
+
+
+def _reprompt_checks(c: Config) -> Iterator[tuple[str, str, str]]:
+    question = c.rollout.max_prompt_tokens
     if c.teacher.max_prompt_tokens < question:
         others = "rollout.max_prompt_tokens"
         text = f"at least {others} ({question}): the re-prompt repeats the question"

@@ -130,7 +130,7 @@ def test_live_table_renders_every_objective(objective, monkeypatch):
         console.header(training="a", devices="b", run_dir="[/runs]/x", batch="c")
         console.evaluation({"step": 0, "accuracy": 0.125})
         for step in range(1, 30):
-            console.step(STEP | {"step": step, "reward": 0.5, "loss": 0.5})
+            console.step(STEP | {"step": step, "reward": 0.5, "loss": 0.5, "divergence": 0.5})
             console.evaluation({"step": step, "accuracy": step / 1000})
         console.note("[bold]not markup[/bold]")
         console.summary({"accuracy": 0.1}, {"accuracy": 0.2}, "runs/x", ["[next]"])

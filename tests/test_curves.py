@@ -124,3 +124,9 @@ def test_runs_that_share_no_generations_are_refused(tmp_path):
     other = write(tmp_path / "2", [None, 0.5], per_step=3)
     with pytest.raises(UserError, match="no evaluation at equal generations"):
         read_curve("A", [file, other], "accuracy")
+
+
+def test_the_horizontal_axis_says_what_it_counts():
+    curves = [merge("a", [{0: 0.0, 8: 1.0}])]
+    plain, steps = draw(curves, "accuracy"), draw(curves, "accuracy", across="steps")
+    assert steps == plain.replace("generations", "steps") != plain

@@ -27,7 +27,6 @@ from sdpo_jax.data.packing import (
 )
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.tool_calls import ToolCalls
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import BLOCK_TOKENS
 
@@ -487,8 +486,8 @@ def test_pairs_that_fit_no_row_are_refused():
         lay_in_rows([[Pair([1], [2]), Pair([1, 2], [3, 4])]], width=3)
 
 
-class Knowing:
-    """An environment that can answer its own questions."""
+class Asking:
+    """An environment that cannot answer its own questions."""
 
     train = (Prompt("a", ({"role": "user", "content": "2 + 2"},), {"answer": "4"}),)
     held_out = ()
@@ -496,6 +495,10 @@ class Knowing:
     def grade(self, prompt, response):
         passed = response == prompt.data["answer"]
         return Outcome(float(passed), passed, "", {})
+
+
+class Knowing(Asking):
+    """One that can."""
 
     def reference(self, prompt):
         return prompt.data["answer"]
@@ -509,6 +512,6 @@ def test_an_environment_that_knows_its_answers_gives_demonstrations_that_pass():
 
 
 def test_an_environment_without_answers_cannot_be_the_source_of_demonstrations():
-    environment = ToolCalls(train_prompts=1, held_out_prompts=1)
+    environment = Asking()
     with pytest.raises(UserError, match="an environment that knows its answers"):
         load_demonstrations(DataConfig(source="environment"), environment)

@@ -1,7 +1,9 @@
 """discovery@k: estimators against enumeration and known distributions; the picture."""
 
+import itertools
 import math
 import xml.etree.ElementTree as ElementTree
+from math import comb
 
 import numpy as np
 import pytest

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sdpo_jax
-from sdpo_jax.config import Config, GrpoObjective, SdpoObjective
+from sdpo_jax.config import Config, GrpoObjective, SdftObjective, SdpoObjective
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = {
@@ -18,7 +18,9 @@ SECTIONS = {
     "model": Config().model,
 }
 KEYS = {f"{name}.{f.name}" for name, part in SECTIONS.items() for f in fields(part)} | {
-    f"objective.{f.name}" for kind in (SdpoObjective, GrpoObjective) for f in fields(kind)
+    f"objective.{f.name}"
+    for kind in (SdpoObjective, GrpoObjective, SdftObjective)
+    for f in fields(kind)
 }
 PARAMETERS = {
     parameter

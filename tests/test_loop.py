@@ -27,6 +27,7 @@ from sdpo_jax.config import (
     GrpoObjective,
     OptimizerConfig,
     RolloutConfig,
+    SdftObjective,
     SdpoObjective,
     SftObjective,
     TeacherConfig,
@@ -48,7 +49,12 @@ TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 STEPS = 3
-OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective(), "sft": SftObjective()}
+OBJECTIVES = {
+    "sdpo": SdpoObjective(),
+    "grpo": GrpoObjective(),
+    "sft": SftObjective(),
+    "sdft": SdftObjective(skip_first_tokens=1),
+}
 BASE = Config(
     rollout=RolloutConfig(
         prompts_per_step=2, rollouts_per_prompt=4, max_prompt_tokens=32, max_response_tokens=6
@@ -129,6 +135,8 @@ class QuietConsole(Console):
 
 def make_config(run_dir, name="sdpo", **sections):
     config = replace(BASE, run_dir=str(run_dir), objective=OBJECTIVES[name])
+    if name == "sdft":  # as many generations as the others
+        config = replace(config, data=replace(config.data, rows_per_step=2))
     for section, settings in sections.items():
         config = replace(config, **{section: replace(getattr(config, section), **settings)})
     return config
@@ -295,12 +303,13 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_reports(w
 
 
 COMMON = "loss grad_norm tokens updates skipped seconds_train tokens_per_second_train"
-ROLLOUT = """reward success response_tokens truncated generations seconds_rollout seconds_grade
-    tokens_per_second_rollout"""
+SAMPLED = "response_tokens truncated generations seconds_rollout tokens_per_second_rollout"
+ROLLOUT = f"{SAMPLED} reward success seconds_grade"
+TEACHER = "divergence teacher_signal seconds_teacher tokens_per_second_teacher"
 KEYS = {
-    "sdpo": f"{COMMON} {ROLLOUT} divergence teacher_signal shown/demonstration shown/feedback "
-    "seconds_teacher tokens_per_second_teacher",
+    "sdpo": f"{COMMON} {ROLLOUT} {TEACHER} shown/demonstration shown/feedback",
     "grpo": f"{COMMON} {ROLLOUT} advantage_signal",
+    "sdft": f"{COMMON} {SAMPLED} {TEACHER} importance",
     "sft": f"{COMMON} token_accuracy seconds_data",
 }
 
@@ -320,14 +329,16 @@ def test_every_step_has_one_row_with_what_its_objective_reports(name, whole):
         assert row["grad_norm"] > 0
     if name != "sft":
         assert [row["generations"] for row in train] == [8 * step for step in steps]
+    if name in ("sdpo", "grpo"):
         assert 0 < np.mean([row["reward"] for row in train]) < 1
     assert summary["steps"] == STEPS and summary["complete"] and summary["seconds"] > 0
     assert summary["generations"] == (0 if name == "sft" else 8 * STEPS)
     evaluations = [row for row in rows if row["kind"] == "eval"]
     assert summary["before"].items() <= evaluations[0].items()
     assert summary["after"].items() <= evaluations[-1].items()
-    # Under sft the model itself, shown a context, stands in for a teacher; grpo has none.
-    assert ("teacher_accuracy" in summary["before"]) == (name != "grpo")
+    # Under sft the model itself, shown a context, stands in for a teacher; grpo has none, and under
+    # sdft it would be shown a reference, which this environment does not have.
+    assert ("teacher_accuracy" in summary["before"]) == (name in ("sdpo", "sft"))
 
 
 @pytest.mark.parametrize(

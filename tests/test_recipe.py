@@ -79,6 +79,36 @@ PAPER = {
 }
 
 
+# Of the sweep of arXiv 2601.19897, and of its released code.
+SDFT = {
+    **{"objective.name": "sdft", "objective.alpha": 0.0, "objective.skip_first_tokens": 3},
+    **{"objective.importance_cap": 2.0, "objective.reduction": "sequence_mean"},
+    **{"rollout.rollouts_per_prompt": 1, "rollout.max_prompt_tokens": 2048},
+    **{"rollout.max_response_tokens": 2048, "rollout.temperature": 1.0},
+    **{"data.rows_per_step": 32, "teacher.weights": "ema", "teacher.ema_rate": 0.01},
+    **{"optimizer.learning_rate": 1e-5, "optimizer.warmup_steps": 10},
+    **{"optimizer.schedule": "cosine", "optimizer.weight_decay": 0.0},
+    **{"optimizer.clip_norm": 1.0, "evaluation.temperature": 0.0},
+}
+
+
+def test_the_recipe_of_sdft_holds_its_papers_settings():
+    leaves = recipe._leaves(recipe.load_recipe(RECIPES[0].with_name("qwen25_7b_sdft.toml")))
+    assert {key: leaves[key] for key in SDFT} == SDFT
+
+
+def test_sft_and_sdft_on_the_embedded_model_differ_in_nothing_but_the_objective():
+    sft, sdft = (
+        recipe._leaves(recipe.load_recipe(RECIPES[0].with_name(f"nano_{name}.toml")))
+        for name in ("sft", "sdft")
+    )
+    shared = {
+        key for key in sft.keys() & sdft.keys() if not key.startswith(("objective", "teacher"))
+    }
+    other = {key for key in shared if sft[key] != sdft[key]}
+    assert other <= {"rollout.rollouts_per_prompt", "data.max_tokens", "optimizer.learning_rate"}
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes_hold_its_settings(name: str):
     leaves = recipe._leaves(recipe.load_recipe(RECIPES[0].with_name(f"{name}.toml")))
@@ -158,7 +188,7 @@ def test_a_wrong_type_shows_value_type_and_expectation(text: str, expected: str,
 
 def test_an_unknown_objective_lists_the_choices(tmp_path: Path):
     path = write(tmp_path, '[objective]\nname = "spdo"\nclip_low = 0.1')
-    expected = 'one of "sdpo", "grpo", "sft"; did you mean "sdpo"?'
+    expected = 'one of "sdpo", "grpo", "sft", "sdft"; did you mean "sdpo"?'
     assert complaint(path) == f'{path}: objective.name: "spdo" (a string), expected {expected}'
     for value in ("[1]", "{}", "true"):
         assert "expected one of" in complaint(write(tmp_path, f"[objective]\nname = {value}"))
@@ -166,7 +196,7 @@ def test_an_unknown_objective_lists_the_choices(tmp_path: Path):
 
 def test_a_setting_of_another_objective_is_said_to_be_one(tmp_path: Path):
     path = write(tmp_path, '[objective]\nname = "grpo"\nalpha = 0.5')
-    expected = "objective.alpha: a setting of sdpo, but the objective is grpo"
+    expected = "objective.alpha: a setting of sdpo and sdft, but the objective is grpo"
     assert complaint(path) == f"{path}: {expected}"
     assert "set objective.name" in complaint(write(tmp_path, "[objective]\ndual_clip = 2.0"))
 

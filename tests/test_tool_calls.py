@@ -214,3 +214,24 @@ def test_the_corpus_is_random_access_and_its_contexts_agree_with_its_answers() -
         else:
             kinds["bare"] += 1
     assert min(kinds.values()) > 80
+
+
+def test_the_reference_of_every_prompt_is_accepted():
+    made = ToolCalls(train_prompts=120, held_out_prompts=60)
+    for prompt in [*made.train, *made.held_out]:
+        assert made.grade(prompt, made.reference(prompt)).passed
+
+
+def test_held_out_prompts_may_come_from_other_families():
+    made = ToolCalls(
+        train_prompts=20,
+        held_out_prompts=30,
+        families=("alarm",),
+        held_out_families=("alarm", "music"),
+    )
+    assert {p.data["family"] for p in made.train} == {"alarm"}
+    assert [p.data["family"] for p in made.held_out] == ["alarm", "music"] * 15
+    alone = ToolCalls(train_prompts=20, held_out_prompts=0, families=("alarm",))
+    assert made.train == alone.train
+    with pytest.raises(UserError, match=r"environment\.held_out_families: unknown 'musik'"):
+        ToolCalls(train_prompts=1, held_out_prompts=1, held_out_families=("musik",))

@@ -32,6 +32,6 @@ def _references(environment: Environment) -> list[Demonstration]:
     if not isinstance(environment, HasReferences):
         raise UserError(
             'data.source = "environment" needs an environment that knows its answers, such as '
-            'environment.kind = "bfcl"; expected a JSONL file or another environment'
+            'environment.kind = "tool_calls" or "bfcl"; expected a JSONL file or another one'
         )
     return [Demonstration(p.id, p.messages, environment.reference(p)) for p in environment.train]

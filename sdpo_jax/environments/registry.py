@@ -63,6 +63,7 @@ def _tool_calls(config: ToolCallsEnvironment) -> Environment:
         train_prompts=config.train_prompts,
         held_out_prompts=config.held_out_prompts,
         families=config.families,
+        held_out_families=config.held_out_families,
         seed=config.seed,
     )
 

@@ -145,17 +145,15 @@ class ToolCalls:
         train_prompts: int,
         held_out_prompts: int,
         families: Sequence[str] = (),
+        held_out_families: Sequence[str] = (),
         seed: int = 0,
     ):
-        unknown = [name for name in families if name not in FAMILIES]
-        if unknown:
-            raise UserError(
-                f"environment.families: unknown {', '.join(map(repr, unknown))}; "
-                f"expected some of {', '.join(FAMILIES)}"
-            )
+        _check_families("families", families)
+        _check_families("held_out_families", held_out_families)
         chosen = tuple(families) or tuple(FAMILIES)
+        asked = tuple(held_out_families) or chosen
         self.train = _prompts(chosen, train_prompts, held_out=False, seed=seed)
-        self.held_out = _prompts(chosen, held_out_prompts, held_out=True, seed=seed)
+        self.held_out = _prompts(asked, held_out_prompts, held_out=True, seed=seed)
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
         """Accepts exactly the call that today's API wants; feedback lists every complaint."""
@@ -169,6 +167,19 @@ class ToolCalls:
         del prompt
         call = parse_call(response)
         return repr((call.tool, sorted(call.arguments.items()))) if isinstance(call, Call) else None
+
+    def reference(self, prompt: Prompt) -> str:
+        """The call that today's API wants."""
+        return write_call(prompt.data["task"], TODAY)
+
+
+def _check_families(key: str, families: Sequence[str]) -> None:
+    unknown = [name for name in families if name not in FAMILIES]
+    if unknown:
+        raise UserError(
+            f"environment.{key}: unknown {', '.join(map(repr, unknown))}; "
+            f"expected some of {', '.join(FAMILIES)}"
+        )
 
 
 def _prompts(families: Sequence[str], count: int, *, held_out: bool, seed: int) -> list[Prompt]:

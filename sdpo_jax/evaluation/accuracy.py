@@ -11,8 +11,8 @@ from functools import partial
 
 import numpy as np
 
-from sdpo_jax.config import Config
-from sdpo_jax.environments.base import Environment, Outcome, Prompt
+from sdpo_jax.config import Config, SdftObjective
+from sdpo_jax.environments.base import Environment, HasReferences, Outcome, Prompt
 from sdpo_jax.environments.grading import (
     OpenEpisodes,
     answers_of,
@@ -105,9 +105,7 @@ class Evaluator:
     def teacher_measures(self, params: Params, graded: Graded, step: int) -> Measures:
         """Asks the teacher once for each attempt that has a context; overall and by its kind."""
         group = len(graded.responses) // len(self._prompts)
-        contexts = choose_context(
-            graded.outcomes, graded.responses, group, self._config.teacher, seed=self._config.seed
-        )
+        contexts = self._contexts(graded, group)
         rows = [i for i, context in enumerate(contexts) if context is not None]
         if not rows:
             return {}
@@ -117,6 +115,20 @@ class Evaluator:
         answers = self._sample_rows(params, prompts, ids, TEACHER_STREAM + step)
         demonstrated = [context.demonstration is not None for context in shown]
         return teacher_measures(graded, answers, rows, demonstrated, len(self._prompts))
+
+    def _contexts(self, graded: Graded, group: int) -> Sequence[TeacherContext | None]:
+        """What each attempt's teacher sees: under `sdft` a demonstration, the environment's own."""
+        if not isinstance(self._config.objective, SdftObjective):
+            teacher, seed = self._config.teacher, self._config.seed
+            return choose_context(graded.outcomes, graded.responses, group, teacher, seed=seed)
+        environment = self._environment
+        if not isinstance(environment, HasReferences):
+            return []
+        return [
+            TeacherContext(environment.reference(p), None)
+            for p in self._prompts
+            for _ in range(group)
+        ]
 
     def _sample_rows(
         self, params: Params, prompts: Sequence[Prompt], ids: Sequence[list[int]], step: int

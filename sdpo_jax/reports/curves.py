@@ -143,8 +143,8 @@ def axes_for(curves: Sequence[Curve]) -> tuple[Axis, Axis]:
     )
 
 
-def draw(curves: Sequence[Curve], metric: str) -> str:
-    """The SVG."""
+def draw(curves: Sequence[Curve], metric: str, *, across: str = "generations") -> str:
+    """The SVG; `across` says what a point's `generations` count, if something else."""
     if len(curves) > len(COLOURS):
         raise UserError(f"{len(curves)} curves; expected at most {len(COLOURS)} in one picture")
     x, y = axes_for(curves)
@@ -153,21 +153,28 @@ def draw(curves: Sequence[Curve], metric: str) -> str:
     seeds = sorted({curve.seeds for curve in curves})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     note = f"mean of {count} seeds; band: smallest to largest" if seeds[-1] > 1 else ""
-    return picture(curves, x, y, label, note, is_share=is_share)
+    return picture(curves, x, y, label, note, is_share=is_share, across=across)
 
 
 def picture(
-    curves: Sequence[Curve], x: Axis, y: Axis, label: str, note: str, *, is_share: bool
+    curves: Sequence[Curve],
+    x: Axis,
+    y: Axis,
+    label: str,
+    note: str,
+    *,
+    is_share: bool,
+    across: str = "generations",
 ) -> str:
     """The SVG of curves on given axes, with a label on the left and a note on the right."""
-    title = f"{label} of {', '.join(curve.name for curve in curves)} against generations"
+    title = f"{label} of {', '.join(curve.name for curve in curves)} against {across}"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
         f"<title>{escape(title)}</title>",
         _style(len(curves)),
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="8"/>',
         f'<text class="label" x="{LEFT}" y="26">{escape(label)}</text>',
-        *_grid(x, y, is_share),
+        *_grid(x, y, is_share, across),
         *(_band(i, curve, x, y) for i, curve in enumerate(curves) if curve.seeds > 1),
         *(_line(i, curve, x, y) for i, curve in enumerate(curves)),
         *_names(curves, x, y),
@@ -196,7 +203,7 @@ def _style(count: int) -> str:
     return f"<style>{fixed}{light}@media(prefers-color-scheme:dark){{{dark}}}</style>"
 
 
-def _grid(x: Axis, y: Axis, is_share: bool) -> list[str]:
+def _grid(x: Axis, y: Axis, is_share: bool, across: str) -> list[str]:
     out: list[str] = []
     for tick in y.ticks:
         at = f"{y.place(tick):.1f}"
@@ -209,7 +216,9 @@ def _grid(x: Axis, y: Axis, is_share: bool) -> list[str]:
             f'<text x="{at}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:,.0f}</text>'
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(f'<text x="{middle:g}" y="{HEIGHT - 12}" text-anchor="middle">generations</text>')
+    out.append(
+        f'<text x="{middle:g}" y="{HEIGHT - 12}" text-anchor="middle">{escape(across)}</text>'
+    )
     return out
 
 

@@ -22,6 +22,7 @@ their content without control tokens.
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from sdpo_jax.config import TeacherConfig
@@ -34,6 +35,7 @@ Messages = tuple[Mapping[str, str], ...]
 DEMONSTRATION_HEADER = "\nCorrect solution:\n\n"
 FEEDBACK_HEADER = "\nFeedback on an earlier attempt:\n\n"
 CLOSING = "\n\nSolve the question above correctly."
+EXAMPLE_CLOSING = "\n\nSolve the question above yourself."
 
 _THINK_BLOCK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _THINK_UNOPENED = re.compile(r"\A.*</think>\s*", re.DOTALL)
@@ -46,6 +48,21 @@ class TeacherContext(NamedTuple):
 
     demonstration: str | None
     feedback: str | None
+
+
+class Wording(NamedTuple):
+    """The sentences around the parts."""
+
+    demonstration: str  # above a demonstration
+    feedback: str  # above feedback
+    closing: str  # at the end
+
+
+ATTEMPTS = Wording(DEMONSTRATION_HEADER, FEEDBACK_HEADER, CLOSING)
+"""Of SDPO: a sibling's attempt, feedback on one's own."""
+
+EXAMPLE = Wording(DEMONSTRATION_HEADER, FEEDBACK_HEADER, EXAMPLE_CLOSING)
+"""Of SDFT (arXiv 2601.19897): an expert's response, and an own one is asked for, not a copy."""
 
 
 class FittedReprompt(NamedTuple):
@@ -120,12 +137,14 @@ def choose_context(
     return contexts
 
 
-def reprompt(messages: Messages, context: TeacherContext | None) -> Messages:
+def reprompt(
+    messages: Messages, context: TeacherContext | None, wording: Wording = ATTEMPTS
+) -> Messages:
     """The teacher's prompt: question, demonstration, feedback, closing line, in one user message.
 
     Messages before the last stay as they are. Without a context the prompt is the plain question.
     """
-    return messages if context is None else _compose(messages, context)
+    return messages if context is None else _compose(messages, context, wording)
 
 
 def fit_reprompt(
@@ -135,6 +154,7 @@ def fit_reprompt(
     *,
     max_prompt_tokens: int,
     max_feedback_tokens: int,
+    wording: Wording = ATTEMPTS,
 ) -> FittedReprompt:
     """Writes the re-prompt and cuts it to its budgets, both in tokens.
 
@@ -149,6 +169,7 @@ def fit_reprompt(
         codec: text to tokens and back.
         max_prompt_tokens: cap of the rendered prompt, template included.
         max_feedback_tokens: cap of the feedback alone.
+        wording: the sentences around the parts.
 
     Raises:
         UserError: even an empty question with the closing line is too long.
@@ -156,9 +177,11 @@ def fit_reprompt(
     if context is None:
         return FittedReprompt(messages, None)
     feedback = start_of(context.feedback or "", codec, max_feedback_tokens)
-    fitted = _fit_parts(messages, context.demonstration or "", feedback, codec, max_prompt_tokens)
+    write = partial(_from_parts, messages, wording)
+    parts = messages[-1]["content"], context.demonstration or "", feedback
+    fitted = _fit_parts(write, *parts, codec, max_prompt_tokens)
     if fitted is None:
-        smallest = len(codec.render(_from_parts(messages, "", "", "").messages))
+        smallest = len(codec.render(write("", "", "").messages))
         raise UserError(
             f"teacher.max_prompt_tokens = {max_prompt_tokens} is too small: the chat template, the "
             f"system message and the closing line alone take {smallest} tokens. Raise "
@@ -167,16 +190,16 @@ def fit_reprompt(
     return fitted
 
 
-def _compose(messages: Messages, context: TeacherContext) -> Messages:
+def _compose(messages: Messages, context: TeacherContext, wording: Wording) -> Messages:
     """Joins the parts; plain concatenation, so that braces and percent signs mean nothing."""
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("expected messages that end with one from the user")
     content = messages[-1]["content"]
     if context.demonstration is not None:
-        content += DEMONSTRATION_HEADER + context.demonstration
+        content += wording.demonstration + context.demonstration
     if context.feedback is not None:
-        content += FEEDBACK_HEADER + context.feedback
-    return (*messages[:-1], {**messages[-1], "content": content + CLOSING})
+        content += wording.feedback + context.feedback
+    return (*messages[:-1], {**messages[-1], "content": content + wording.closing})
 
 
 def _check_groups(outcomes: int, responses: int, group_size: int) -> None:
@@ -233,29 +256,32 @@ def _end_of(text: str, codec: TextCodec, tokens: int) -> str:
 
 
 def _from_parts(
-    messages: Messages, question: str, demonstration: str, feedback: str
+    messages: Messages, wording: Wording, question: str, demonstration: str, feedback: str
 ) -> FittedReprompt:
     """The re-prompt of these parts; a blank part is absent, header and all."""
     context = _context_or_none(_text_or_none(demonstration), _text_or_none(feedback))
     asked = (*messages[:-1], {**messages[-1], "content": question})
-    return FittedReprompt(_compose(asked, context or TeacherContext(None, None)), context)
+    return FittedReprompt(_compose(asked, context or TeacherContext(None, None), wording), context)
 
 
 def _fit_parts(
-    messages: Messages, demonstration: str, feedback: str, codec: TextCodec, max_tokens: int
+    write: Callable[[str, str, str], FittedReprompt],
+    question: str,
+    demonstration: str,
+    feedback: str,
+    codec: TextCodec,
+    max_tokens: int,
 ) -> FittedReprompt | None:
     """The longest re-prompt within `max_tokens`, cutting one part after the other."""
-    question = messages[-1]["content"]
 
     def shorter_demonstration(tokens: int) -> FittedReprompt:
-        start = start_of(demonstration, codec, tokens)
-        return _from_parts(messages, question, start, feedback)
+        return write(question, start_of(demonstration, codec, tokens), feedback)
 
     def shorter_feedback(tokens: int) -> FittedReprompt:
-        return _from_parts(messages, question, "", start_of(feedback, codec, tokens))
+        return write(question, "", start_of(feedback, codec, tokens))
 
     def shorter_question(tokens: int) -> FittedReprompt:
-        return _from_parts(messages, _end_of(question, codec, tokens), "", "")
+        return write(_end_of(question, codec, tokens), "", "")
 
     def fits(candidate: FittedReprompt) -> bool:
         return len(codec.render(candidate.messages)) <= max_tokens

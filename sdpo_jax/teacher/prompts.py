@@ -3,15 +3,21 @@
 from collections.abc import Mapping, Sequence
 
 from sdpo_jax.config import TeacherConfig
-from sdpo_jax.teacher.context import TeacherContext, TextCodec, fit_reprompt
+from sdpo_jax.teacher.context import (
+    ATTEMPTS,
+    TeacherContext,
+    TextCodec,
+    Wording,
+    fit_reprompt,
+)
 from sdpo_jax.tokens import Tokenizer
 
 
 class TeacherPrompts:
     """Renders teacher prompts of a run."""
 
-    def __init__(self, config: TeacherConfig, tokenizer: Tokenizer):
-        self._config = config
+    def __init__(self, config: TeacherConfig, tokenizer: Tokenizer, wording: Wording = ATTEMPTS):
+        self._config, self._wording = config, wording
         self._tokenizer = tokenizer
         self._codec = TextCodec(tokenizer.encode, tokenizer.decode, tokenizer.render)
 
@@ -32,6 +38,7 @@ class TeacherPrompts:
                     self._codec,
                     max_prompt_tokens=self._config.max_prompt_tokens,
                     max_feedback_tokens=self._config.max_feedback_tokens,
+                    wording=self._wording,
                 )
                 ids = self._tokenizer.render(fitted.messages)
                 known[key] = (ids, fitted.context is not None)

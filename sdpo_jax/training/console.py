@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TextIO
 
-from sdpo_jax.config import Config, SftObjective
+from sdpo_jax.config import Config, Demonstrated, SftObjective
 
 LIVE_STEPS = 12
 """Rows of the live table."""
@@ -78,6 +78,11 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("loss", "loss", "{:.4f}".format),
         *(column for column in _TIMES if column.key != "seconds_teacher"),
     ),
+    "sdft": (
+        *_ROLLOUT_COLUMNS[1:],  # no reward
+        Column("divergence", "divergence", "{:.4f}".format, heading="diver-\ngence"),
+        *(column for column in _TIMES if column.key != "seconds_grade"),
+    ),
     "sft": (
         Column("loss", "loss", "{:.4f}".format),
         Column("token_accuracy", "token accuracy", percent),
@@ -102,12 +107,23 @@ def batch_arithmetic(config: Config) -> str:
     """What one step consists of, worked out."""
     if isinstance(config.objective, SftObjective):
         return f"{config.data.rows_per_step} demonstrations a step"
-    prompts, rollouts = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt
-    text = f"{prompts} prompts x {rollouts} rollouts = {prompts * rollouts} generations a step"
+    generations, rollouts = generations_per_step(config), config.rollout.rollouts_per_prompt
+    prompts = "demonstrations" if isinstance(config.objective, Demonstrated) else "prompts"
+    count = generations // rollouts
+    text = f"{count} {prompts} x {rollouts} rollouts = {generations} generations a step"
     if config.rollout.max_turns > 1:
         text += f" of up to {config.rollout.max_turns} turns"
     updates = config.train.mini_batches
     return text if updates == 1 else f"{text}, {updates} optimiser updates"
+
+
+def generations_per_step(config: Config) -> int:
+    """Responses that the student samples in a step."""
+    if isinstance(config.objective, SftObjective):
+        return 0
+    taught = isinstance(config.objective, Demonstrated)
+    prompts = config.data.rows_per_step if taught else config.rollout.prompts_per_step
+    return prompts * config.rollout.rollouts_per_prompt
 
 
 class Console:
@@ -129,7 +145,7 @@ class Console:
         """Chooses the face.
 
         Args:
-            objective: `sdpo`, `grpo` or `sft`; decides the columns.
+            objective: `sdpo`, `grpo`, `sft` or `sdft`; decides the columns.
             steps: steps of the whole run.
             stream: where to print; standard output by default.
             live: the table (True) or plain lines (False); by default a table on a terminal.

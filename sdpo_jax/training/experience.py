@@ -37,13 +37,15 @@ class Experience(NamedTuple):
     log_probs: list[NDArray[np.float32]]  # [N], of the sampling distribution
     lengths: NDArray[np.int32]  # [N]
     texts: list[str]  # [N], of the last turn
-    outcomes: list[Outcome]  # [N]
+    outcomes: list[Outcome]  # [N]; none at all where there is nothing to grade (`sdft`)
     own: list[NDArray[np.bool_]] | None = None
     """[N], which tokens of the response the model wrote; None: all of them."""
 
     @property
     def graded(self) -> NDArray[np.bool_]:
         """[N], whether the environment could judge; all else of a row that it could not is void."""
+        if not self.outcomes:
+            return np.ones(len(self.texts), np.bool_)
         return np.asarray([outcome.graded for outcome in self.outcomes])
 
     @property

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.compilation import CompileCounter
-from sdpo_jax.config import Config, SftObjective
+from sdpo_jax.config import Config, Demonstrated
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.errors import UserError
@@ -26,7 +26,7 @@ from sdpo_jax.model import Model, Params
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training import run_directory
 from sdpo_jax.training.checkpoint import Checkpoints
-from sdpo_jax.training.console import Console, batch_arithmetic
+from sdpo_jax.training.console import Console, batch_arithmetic, generations_per_step
 from sdpo_jax.training.distributed import any_process
 from sdpo_jax.training.metrics import MetricsLog
 from sdpo_jax.training.parameters import checksum
@@ -52,7 +52,7 @@ def train(
         needed, and the run holds no second copy of what it returns.
       tokenizer: see `sdpo_jax.tokens`.
       environment: prompts and grader.
-      demonstrations: for `sft`.
+      demonstrations: for `sft` and `sdft`.
       console: where to report; plain lines on standard output by default.
 
     Returns:
@@ -90,8 +90,8 @@ def _run(
     run_dir: Path,
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    is_sft = isinstance(config.objective, SftObjective)
-    task = config.data.source if is_sft else config.environment.kind
+    taught = isinstance(config.objective, Demonstrated)
+    task = config.data.source if taught else config.environment.kind
     console.header(
         training=f"{config.objective.name} on {task}, model {config.model.path} "
         f"with {trainer.size / 1e6:.2f} M parameters",
@@ -157,12 +157,11 @@ def _refuse_weights_that_are_not_finite(params: Params, path: str) -> None:
 def _summary(
     config: Config, step: int, before: dict[str, float], after: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    per_step = config.rollout.prompts_per_step * config.rollout.rollouts_per_prompt
     return {
         "objective": config.objective.name,
         "complete": step == config.train.steps,
         "steps": step,
-        "generations": 0 if isinstance(config.objective, SftObjective) else step * per_step,
+        "generations": step * generations_per_step(config),
         "seconds": seconds,
         "before": before,
         "after": after,
@@ -192,7 +191,11 @@ def next_steps(config: Config, run_dir: Path) -> list[str]:
     requests = config.model.path == "nano" and config.environment.kind == "tool_calls"
     if config.objective.name == "sdpo" and requests:
         steps.insert(0, "sdpo train configs/nano_grpo.toml   # the baseline on the same budget")
-    if config.objective.name == "sft":
+    if config.objective.name == "sdft" and requests:
+        steps.insert(
+            0, "sdpo train configs/nano_sft.toml   # the baseline on the same demonstrations"
+        )
+    if isinstance(config.objective, Demonstrated):
         steps.append(f"sdpo train RECIPE --model.path {run_dir}   # a second stage from here")
     return [*steps, f"sdpo convert {run_dir} OUT   # weights in Hugging Face layout"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from sdpo_jax.config import Config, OptimizerConfig, SdpoObjective
+from sdpo_jax.config import Config, OptimizerConfig, SdftObjective, SdpoObjective
 from sdpo_jax.devices import Devices
 from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import Teacher, ema, frozen, live, trust_region
@@ -59,7 +59,7 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.Gradien
 
 def make_teacher(config: Config) -> Teacher | None:
     """The teacher's weights as the recipe wants them; None for objectives without a teacher."""
-    if not isinstance(config.objective, SdpoObjective):
+    if not isinstance(config.objective, SdpoObjective | SdftObjective):
         return None
     if base_is_teacher(config):
         return live()

@@ -158,8 +158,13 @@ def make_train_step(
     metric_names: Sequence[str],
     optimizer: optax.GradientTransformation,
     parameters: Parameters,
+    *,
+    summed: Callable[..., tuple[jax.Array, Any]] = chunked_head,
 ) -> TrainStep:
-    """The functions of an update, not yet compiled; see `chunked_head` for the loss."""
+    """The functions of an update, not yet compiled; see `chunked_head` for the loss.
+
+    `summed` takes the place of `chunked_head`, with its arguments.
+    """
 
     def loss_of(
         trained: Params, base: Params, micro_batch: MicroBatch, constants: Any
@@ -170,7 +175,7 @@ def make_train_step(
         flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
         weights = flat(micro_batch.weights)
         total, metrics = head_on_shards(
-            partial(chunked_head, per_token_loss, chunk=piece, block=piece),
+            partial(summed, per_token_loss, chunk=piece, block=piece),
             (flat(hidden), flat(micro_batch.tokens), weights),
             model.head(params),
             (constants, micro_batch.chunks),

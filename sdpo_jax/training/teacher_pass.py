@@ -10,6 +10,7 @@ import numpy as np
 from sdpo_jax.config import Config
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
+from sdpo_jax.losses.sequence_importance import SdftTokens
 from sdpo_jax.model import Params
 from sdpo_jax.training.batch import Form, MicroBatchPlan, Pair, make_sequences, make_tokens
 from sdpo_jax.training.clock import Clock
@@ -34,8 +35,11 @@ class TeacherPass:
         form: Form,
         forward: TeacherForward,
         head: TeacherHead,
+        *,
+        number_rollouts: bool = False,
     ):
-        self.form = form
+        """With `number_rollouts` the tokens are `SdftTokens`, for weights of whole responses."""
+        self.form, self._number_rollouts = form, number_rollouts
         self._config, self._devices = config, devices
         self._forward, self._head = forward, head
 
@@ -85,16 +89,21 @@ class TeacherPass:
         clock.count("teacher", token_count(pairs))
         old = [experience.log_probs[i] for i in part.rows]
 
-        def tokens(micro_batch: MicroBatchPlan) -> SdpoTokens:
+        def tokens(micro_batch: MicroBatchPlan) -> SdpoTokens | SdftTokens:
             sequences = make_sequences(pairs, micro_batch, self.form, self._devices)
             place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
             hidden = [self._forward(x, sequences) for x in weights]
-            return SdpoTokens(
+            distilled = SdpoTokens(
                 teacher_hidden=hidden[0],
                 targets=place([p.response for p in pairs], dtype=np.int32),
                 old_log_probs=place(old, dtype=np.float32),
                 live_hidden=hidden[1] if len(hidden) > 1 else None,
             )
+            if not self._number_rollouts:
+                return distilled
+            number = {i: n for shard in micro_batch.members for n, i in enumerate(shard, 1)}
+            numbers = [np.full(len(p.response), number.get(i, 0)) for i, p in enumerate(pairs)]
+            return SdftTokens(distilled, place(numbers, dtype=np.int32))
 
         temperature = jnp.float32(self._config.rollout.temperature)
         constants = SdpoConstants(heads[0], temperature)

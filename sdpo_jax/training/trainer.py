@@ -7,17 +7,27 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.config import Config, GrpoObjective, SdpoObjective, SftObjective
+from sdpo_jax.config import (
+    Config,
+    Demonstrated,
+    GrpoObjective,
+    SdftObjective,
+    SdpoObjective,
+    SftObjective,
+)
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.evaluation.accuracy import Evaluator
+from sdpo_jax.losses.chunked_head import chunked_head
 from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
 from sdpo_jax.losses.objectives import grpo_per_token, sdpo_per_token, sft_per_token
+from sdpo_jax.losses.sequence_importance import sequence_weighted_head
 from sdpo_jax.model import Model, Params
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.sampling.turns import ids_between
+from sdpo_jax.teacher.context import ATTEMPTS, EXAMPLE, Wording
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.batch import Form
@@ -25,6 +35,7 @@ from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
 from sdpo_jax.training.parameters import refuse_another_base
+from sdpo_jax.training.sdft import SdftSource
 from sdpo_jax.training.sources import DemonstrationSource, RolloutSource, Source
 from sdpo_jax.training.state import (
     TrainState,
@@ -79,7 +90,7 @@ class Trainer:
         self._new_state = state_maker(self.optimizer, self.teacher, self.shardings, self.parameters)
         self._merged = self.devices.jit(self.parameters.merged)
         self.sampler = Sampler(model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots)
-        teacher_prompts = TeacherPrompts(config.teacher, tokenizer)
+        teacher_prompts = TeacherPrompts(config.teacher, tokenizer, _wording(config))
         self.evaluator = Evaluator(config, self.sampler, tokenizer, environment, teacher_prompts)
         if config.rollout.max_turns > 1 and environment.train:
             # Else a template that cannot go on would stop the run at its first second turn.
@@ -96,7 +107,9 @@ class Trainer:
     def _compiled_train_step(self) -> TrainStep:
         config, devices = self.config, self.devices
         loss, metrics = _per_token_loss(config)
-        step = make_train_step(self._model, loss, metrics, self.optimizer, self.parameters)
+        step = make_train_step(
+            self._model, loss, metrics, self.optimizer, self.parameters, summed=_summed(config)
+        )
         whole: Any = devices.replicated
         sums = Sums(self.shardings.params, {name: whole for name in metrics}, whole, whole)
         return TrainStep(
@@ -118,16 +131,21 @@ class Trainer:
         teacher_prompts: TeacherPrompts,
     ) -> Source:
         config, objective, devices = self.config, self.config.objective, self.devices
-        if isinstance(objective, SftObjective):
+        forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)
+        head = devices.jit(model.head, out_shardings=devices.head)
+        if isinstance(objective, Demonstrated):
             batches = prompt_batches(
                 demonstrations, batch_size=config.data.rows_per_step, seed=config.seed
             )
-            return DemonstrationSource(
-                config, objective, batches, self.tokenizer, devices, self.form
+            if isinstance(objective, SftObjective):
+                return DemonstrationSource(
+                    config, objective, batches, self.tokenizer, devices, self.form
+                )
+            passes = TeacherPass(config, devices, self.form, forward, head, number_rollouts=True)
+            return SdftSource(
+                config, objective, batches, self.tokenizer, self.sampler, teacher_prompts, passes
             )
         if isinstance(objective, SdpoObjective):
-            forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)
-            head = devices.jit(model.head, out_shardings=devices.head)
             teacher_pass = TeacherPass(config, devices, self.form, forward, head)
             updates = SdpoUpdates(config, objective, teacher_prompts, teacher_pass)
         else:
@@ -222,12 +240,14 @@ PAIRS = ("teacher_entropy", "forward_kl", "reverse_kl", "jsd", "teacher_log_prob
 def _per_token_loss(config: Config) -> tuple[Any, tuple[str, ...]]:
     """The loss, and which of its by-products are reported; others are not computed."""
     objective = config.objective
-    if isinstance(objective, SdpoObjective):
+    if isinstance(objective, SdpoObjective | SdftObjective):
         divergence = partial(full_vocabulary_loss, alpha=objective.alpha)
         if objective.top_k:
             divergence = partial(
                 top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True
             )
+        if isinstance(objective, SdftObjective):  # its importance weight is `_summed`'s
+            return sdpo_per_token(divergence), ("divergence", *SAMPLED, *PAIRS, "importance")
         loss = sdpo_per_token(divergence, importance_cap=objective.importance_cap)
         return loss, ("divergence", *SAMPLED, *PAIRS, "ratio")
     if isinstance(objective, GrpoObjective):
@@ -238,6 +258,20 @@ def _per_token_loss(config: Config) -> tuple[Any, tuple[str, ...]]:
         )
         return loss, (*SAMPLED, "ratio", "clipped")
     return sft_per_token(), (*SAMPLED, "correct")
+
+
+def _wording(config: Config) -> Wording:
+    """What stands around the parts of a re-prompt."""
+    objective = config.objective
+    asks_own = isinstance(objective, SdftObjective) and objective.closing == "own"
+    return EXAMPLE if asks_own else ATTEMPTS
+
+
+def _summed(config: Config) -> Any:
+    """How losses of tokens become their sum; SDFT weighs whole responses."""
+    if isinstance(config.objective, SdftObjective):
+        return partial(sequence_weighted_head, config.objective.importance_cap)
+    return chunked_head
 
 
 def _summarise(measured: list[Metrics]) -> dict[str, Any]:

@@ -49,11 +49,13 @@ def cut_into_parts(
     worth: NDArray[np.bool_],
     reduction: Reduction,
     form: Form,
+    skip_first_tokens: int = 0,
 ) -> list[Part]:
     """Mini-batches of the rows that are `worth` computing; an empty one makes no update.
 
     `active` rows count in the reduction; a row that is active but not worth computing has zero
-    gradient. Rows that could not be graded are absent: no denominator knows them.
+    gradient. Rows that could not be graded are absent: no denominator knows them. Of each response
+    the first tokens may be left out of the loss and of the denominators.
     """
     total, parts, graded = len(experience.texts), list[Part](), experience.graded
     size = total // config.train.mini_batches
@@ -65,7 +67,7 @@ def cut_into_parts(
         lengths = experience.lengths[block]
         own = None if experience.own is None else [experience.own[i] for i in block]
         weights, denominator = reduction_weights(
-            lengths, active[block], int(lengths.max()), reduction, own
+            lengths, active[block], int(lengths.max()), reduction, own, skip_first_tokens
         )
         rows = block[kept].tolist()
         pairs = [Pair(experience.prompt_ids[i], experience.response_ids[i]) for i in rows]
