@@ -66,13 +66,32 @@ class RolloutConfig:
 class TeacherConfig:
     """What the teacher sees and how its weights follow the student."""
 
-    weights: Literal["ema", "frozen", "live", "trust_region"] = "ema"
+    weights: Literal["ema", "frozen", "live", "trust_region", "refreshed"] = "ema"
     """`ema`: follows the student once a step; `frozen`: the initial model; `live`: the student;
-    `trust_region`: the initial model's logits mixed with the student's, a second forward pass."""
+    `trust_region`: the initial model's logits mixed with the student's, a second forward pass;
+    `refreshed`: stands still, and moves by `refresh_fraction` when `refresh` says so."""
     ema_rate: float = 0.05
     """Teacher <- (1 - rate) * teacher + rate * student, in float32, once per generation batch."""
     trust_region: float = 0.01
     """Share of the student's logits under `trust_region`, the rest are the initial model's."""
+    refresh: Literal["every", "gated", "never"] = "every"
+    """When a `refreshed` teacher moves: `refresh_steps` after the last move; no sooner than that
+    and not before the student is better and its answers no longer (CGTR, arXiv 2606.03532)."""
+    refresh_steps: int = 10
+    """Steps between two moves, or the fewest under `gated`."""
+    refresh_fraction: float = 0.4
+    """Teacher <- (1 - fraction) * teacher + fraction * student at a refresh (StableSDPO, arXiv
+    2607.01763); 1 copies the student."""
+    refresh_window: int = 5
+    """Steps whose means of reward, 95th percentile of length and share of cut-off answers are
+    compared with those at the last refresh."""
+    refresh_gain: float = 0.02
+    """Reward above that at the last refresh that the gate wants; 0 wants any gain."""
+    refresh_length: float = 0.2
+    """How much longer, as a share, the 95th percentile of length may be for the gate to open."""
+    return_drop: float = 0.0
+    """Reward below that at the last refresh at which the teacher before it comes back, once for
+    each refresh; 0 never returns and keeps no second copy. The student goes on as it is."""
     demonstration: Literal["first", "shortest", "random", "none"] = "first"
     """Which successful sibling is shown: first in batch order, shortest, a seeded choice, none."""
     exclude_own_success: bool = True
@@ -81,6 +100,14 @@ class TeacherConfig:
     """Show the environment's feedback on the rollout."""
     feedback_only_without_demonstration: bool = True
     """Show feedback only where no demonstration is available."""
+    own_attempt: bool = False
+    """Show the rollout's own text before its feedback (the paper's table 6, where it is worse)."""
+    success_buffer: int = 0
+    """Successes of earlier steps that are kept for each prompt, newest first, and shown where none
+    of its rollouts passes (DRIFT, arXiv 2606.30345, keeps 4); 0 keeps none."""
+    control: Literal["none", "shuffled"] = "none"
+    """`shuffled` shows the context of another question of the batch: what it still gains is not
+    information about the question (OP2SD, arXiv 2608.09228)."""
     remove_thinking: bool = True
     """Cut `<think>...</think>` from demonstrations."""
     success_threshold: float = 1.0

@@ -15,6 +15,7 @@ from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import HostRollouts, Sampler
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.diagnostics import rollout_diagnostics
 
 
 class Experience(NamedTuple):
@@ -88,6 +89,7 @@ def collect(
         "environment/failed": failed_share(outcomes),
         "response_tokens": float(np.mean(rollouts.lengths)),
         "truncated": float(1.0 - np.mean(rollouts.stopped)),
+        **rollout_diagnostics(rollouts.lengths, experience.response_ids, outcomes, group),
         **environment_metrics(outcomes),
     }
     return experience, metrics

@@ -1,17 +1,17 @@
 """What a run carries from step to step, and the optimiser that moves it."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from sdpo_jax.config import Config, OptimizerConfig, SdpoObjective
+from sdpo_jax.config import Config, GrpoObjective, OptimizerConfig, SdpoObjective
 from sdpo_jax.devices import Devices
 from sdpo_jax.model import Model, Params
-from sdpo_jax.teacher.weights import Teacher, ema, frozen, live, trust_region
+from sdpo_jax.teacher.weights import Teacher, ema, float32_copy, frozen, live, trust_region
 from sdpo_jax.training.parameters import Parameters, full, lora
 
 
@@ -23,6 +23,15 @@ class TrainState(struct.PyTreeNode):
     teacher: Params  # float32 copy for `ema` and `frozen`; None for `live` and without a teacher
     skipped: Any  # [] int32, consecutive updates that were not finite
     base: Params = None  # with adapters: the model's weights, which stay; not in checkpoints
+    previous: Params = None  # the teacher before its last refresh, where it may come back
+    reference: Params = None  # the initial model, where a KL to it needs a copy of its own
+
+
+class Copies(NamedTuple):
+    """Which further copies of the model's weights a run keeps, in float32."""
+
+    previous: bool = False
+    reference: bool = False
 
 
 def make_parameters(config: Config) -> Parameters:
@@ -66,8 +75,32 @@ def make_teacher(config: Config) -> Teacher | None:
         "frozen": frozen(),
         "live": live(),
         "trust_region": trust_region(config.teacher.trust_region),
+        "refreshed": ema(config.teacher.refresh_fraction),
     }
     return kinds[config.teacher.weights]
+
+
+def make_copies(config: Config) -> Copies:
+    """The teacher before this one for a return, the initial model for a KL to it.
+
+    A frozen teacher, and the base of adapters, are the initial model already.
+    """
+    objective, teacher = config.objective, config.teacher
+    is_sdpo = isinstance(objective, SdpoObjective)
+    returns = is_sdpo and teacher.weights == "refreshed" and teacher.return_drop > 0
+    anchored = isinstance(objective, SdpoObjective | GrpoObjective) and objective.reference_kl > 0
+    is_there = config.lora.rank > 0 or (is_sdpo and teacher.weights in ("frozen", "trust_region"))
+    return Copies(returns, anchored and not is_there)
+
+
+def reference_params(config: Config, state: TrainState) -> Params:
+    """The initial model's weights, wherever they lie; None where nothing keeps them."""
+    if state.reference is not None:
+        return state.reference
+    if state.base is not None:
+        return state.base
+    stands = config.teacher.weights in ("frozen", "trust_region")
+    return state.teacher if stands else None
 
 
 def base_is_teacher(config: Config) -> bool:
@@ -81,6 +114,7 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
     parameters: Parameters,
+    copies: Copies = Copies(),
 ) -> TrainState:
     """A `NamedSharding` for every array of the state; moments lie like their parameters."""
     key = jax.random.key(0)
@@ -102,6 +136,8 @@ def state_shardings(
         whole if keeps_weights else None,
         devices.replicated,
         base=None if jax.eval_shape(parameters.base, shapes) is None else whole,
+        previous=whole if copies.previous else None,
+        reference=whole if copies.reference else None,
     )
 
 
@@ -114,7 +150,8 @@ def create_state(
     seed: int,
 ) -> TrainState:
     """The state at step 0, each array where it belongs. `params` stay the caller's."""
-    create = partial(_create, optimizer, teacher, parameters, seed)
+    copies = Copies(shardings.previous is not None, shardings.reference is not None)
+    create = partial(_create, optimizer, teacher, parameters, copies, seed)
     return jax.jit(create, out_shardings=shardings)(params)
 
 
@@ -127,7 +164,8 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of what a checkpoint holds: all but `base`. No array exists."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(partial(_create, optimizer, teacher, parameters, 0), shapes)
+    copies = Copies(shardings.previous is not None, shardings.reference is not None)
+    state = jax.eval_shape(partial(_create, optimizer, teacher, parameters, copies, 0), shapes)
 
     def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -139,6 +177,7 @@ def _create(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
     parameters: Parameters,
+    copies: Copies,
     seed: int,
     params: Params,
 ) -> TrainState:
@@ -150,4 +189,6 @@ def _create(
         None if teacher is None else teacher.init(parameters.merged(base, trained)),
         jnp.zeros((), jnp.int32),
         base,
+        float32_copy(params) if copies.previous else None,
+        float32_copy(params) if copies.reference else None,
     )

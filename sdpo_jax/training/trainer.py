@@ -1,6 +1,6 @@
 """The compiled programs of a run, and one step of it: rollouts, feedback, teacher, update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -24,12 +24,14 @@ from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
 from sdpo_jax.training.parameters import refuse_another_base
+from sdpo_jax.training.refreshes import Refreshes
 from sdpo_jax.training.sources import DemonstrationSource, RolloutSource, Source
 from sdpo_jax.training.state import (
     TrainState,
     abstract_state,
     base_is_teacher,
     create_state,
+    make_copies,
     make_optimizer,
     make_parameters,
     make_teacher,
@@ -73,7 +75,7 @@ class Trainer:
         updates = config.train.steps * config.train.mini_batches
         self.optimizer = make_optimizer(config.optimizer, updates)
         self.shardings = state_shardings(
-            model, self.devices, self.optimizer, self.teacher, self.parameters
+            model, self.devices, self.optimizer, self.teacher, self.parameters, make_copies(config)
         )
         self._merged = self.devices.jit(self.parameters.merged)
         self.sampler = Sampler(model, self.devices, tokenizer.stop_ids, slots=config.rollout.slots)
@@ -86,7 +88,14 @@ class Trainer:
                 donate_argnums=0,
                 out_shardings=self.shardings,
             )
+        self._refreshes = self._make_refreshes()
         self.source = self._source(model, environment, demonstrations, teacher_prompts)
+
+    def _make_refreshes(self) -> Refreshes | None:
+        teacher, config = self.teacher, self.config.teacher
+        if teacher is None or config.weights != "refreshed":
+            return None
+        return Refreshes(config, teacher, self.parameters, self.devices, self.shardings)
 
     def _compiled_train_step(self) -> TrainStep:
         config, devices = self.config, self.devices
@@ -180,11 +189,28 @@ class Trainer:
                 state, metrics = train_step(self._train_step, state, update.batch, update.constants)
                 clock.count("train", update.tokens)
                 measured.append(metrics)
-            if self.teacher is not None and measured:
+            if self.teacher is not None and self._refreshes is None and measured:
                 any_finite = jnp.any(jnp.stack([m.finite for m in measured]))
                 state = self._follow(state, any_finite)
-            row |= _summarise(self.devices.fetch(measured))
+            fetched: list[Metrics] = self.devices.fetch(measured)
+            row |= _summarise(fetched)
+            if self._refreshes is not None:
+                moved = any(bool(m.finite) for m in fetched)
+                state, told = self._refreshes(state, row, moved=moved)
+                row |= told
         return state, row | clock.read()
+
+    def host_state(self) -> dict[str, Any]:
+        """What a run remembers beside its arrays and its position in the data; for a checkpoint."""
+        kept: dict[str, Any] = {}
+        if self._refreshes is not None:
+            kept["teacher"] = self._refreshes.schedule.get_state()
+        return kept
+
+    def set_host_state(self, saved: Mapping[str, Any]) -> None:
+        """Goes to what `host_state` gave."""
+        if self._refreshes is not None:
+            self._refreshes.schedule.set_state(saved["teacher"])
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """Held-out accuracy of the student, and of the teacher in context.
