@@ -8,8 +8,8 @@ teacher's prompt only with `teacher.own_attempt`.
 Where this differs from the released code:
 
 * A re-prompt that is too long is cut in its parts: first the demonstration's end, then the
-  own attempt's and the feedback's, then the question's start. The released code cuts the rendered prompt from the
-  right, and so removes the closing line and the assistant header.
+  own attempt's and the feedback's, then the question's start. The released code cuts the rendered
+  prompt from the right, and so removes the closing line and the assistant header.
 * An unclosed `<think>` hides everything after it, and a `</think>` without an opening tag
   (templates that open the block themselves) everything before it. A demonstration that is blank
   after this is no demonstration.
@@ -153,8 +153,8 @@ def fit_reprompt(
 
     Feedback is first cut to its own cap. If the rendered prompt is still too long, the
     demonstration loses its end, then the rollout's own attempt and the feedback theirs, then the
-    question its start; each keeps the longest part that fits, and a part that is gone loses its header. The closing line and what
-    the chat template puts after it are never cut.
+    question its start; each keeps the longest part that fits, and a part that is gone loses its
+    header. The closing line and what the chat template puts after it are never cut.
 
     Args:
         messages: the question; the last message is the user's.

@@ -51,14 +51,19 @@ class MicroBatchPlan(NamedTuple):
 
 
 def reduction_weights(
-    lengths: NDArray[np.int32], active: NDArray[np.bool_], max_tokens: int, reduction: Reduction
+    lengths: NDArray[np.int32],
+    active: NDArray[np.bool_],
+    max_tokens: int,
+    reduction: Reduction,
+    skip: int = 0,
 ) -> tuple[NDArray[np.float32], float]:
     """Weight of each token `[N, T]` and the denominator, over all rows of an update.
 
     Inactive rows (no teacher signal) have weight 0; `sequence_mean` still counts them in the
-    denominator.
+    denominator. The first `skip` tokens of each row are left out (SDFT, arXiv 2601.19897).
     """
-    mask = (np.arange(max_tokens)[None] < lengths[:, None]) & active[:, None]
+    place = np.arange(max_tokens)[None]
+    mask = (place < lengths[:, None]) & (place >= skip) & active[:, None]
     reduce = token_mean_weights if reduction == "token_mean" else sequence_mean_weights
     weights, denominator = reduce(mask)  # pyright: ignore[reportArgumentType]
     return np.asarray(weights), float(denominator)

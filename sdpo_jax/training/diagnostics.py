@@ -1,4 +1,4 @@
-"""What tells early that a run goes wrong: length's tail, repetition, copying, groups without signal.
+"""What tells early that a run goes wrong: length's tail, repetition, copying, useless groups.
 
 Host-side numbers of one generation batch. In reports of collapse these move before accuracy does
 (CGTR, arXiv 2606.03532; StableSDPO, arXiv 2607.01763).

@@ -34,6 +34,9 @@ class Copies(NamedTuple):
     reference: bool = False
 
 
+NO_COPIES = Copies()
+
+
 def make_parameters(config: Config) -> Parameters:
     """All parameters, or adapters if the recipe gives them a rank."""
     adapters = config.lora
@@ -114,7 +117,7 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
     parameters: Parameters,
-    copies: Copies = Copies(),
+    copies: Copies = NO_COPIES,
 ) -> TrainState:
     """A `NamedSharding` for every array of the state; moments lie like their parameters."""
     key = jax.random.key(0)

@@ -40,6 +40,7 @@ class Part(NamedTuple):
     micro_batches: list[MicroBatchPlan]
     weights: list[NDArray[np.float32]]  # of each row's tokens
     denominator: float
+    block: NDArray[np.intp] | None = None  # all graded rows of the mini-batch
 
 
 def cut_into_parts(
@@ -49,11 +50,14 @@ def cut_into_parts(
     worth: NDArray[np.bool_],
     reduction: Reduction,
     form: Form,
+    *,
+    skip: int = 0,
 ) -> list[Part]:
     """Mini-batches of the rows that are `worth` computing; an empty one makes no update.
 
     `active` rows count in the reduction; a row that is active but not worth computing has zero
-    gradient. Rows that could not be graded are absent: no denominator knows them.
+    gradient. Rows that could not be graded are absent: no denominator knows them, nor the first
+    `skip` tokens of each response.
     """
     total, parts, graded = len(experience.texts), list[Part](), experience.graded
     size = total // config.train.mini_batches
@@ -64,12 +68,12 @@ def cut_into_parts(
             continue
         lengths = experience.lengths[block]
         weights, denominator = reduction_weights(
-            lengths, active[block], int(lengths.max()), reduction
+            lengths, active[block], int(lengths.max()), reduction, skip
         )
         rows = block[kept].tolist()
         pairs = [Pair(experience.prompt_ids[i], experience.response_ids[i]) for i in rows]
         spread = [weights[i, : lengths[i]] for i in kept]
-        parts.append(Part(rows, pairs, plan(pairs, form), spread, denominator))
+        parts.append(Part(rows, pairs, plan(pairs, form), spread, denominator, block))
     return parts
 
 
@@ -92,6 +96,12 @@ def make_update(
     ]
     batch = Batch(micro_batches, jnp.float32(part.denominator))
     return Update(batch, constants, token_count(part.pairs))
+
+
+def in_order(part: Part, tokens: Sequence[Any]) -> Callable[[MicroBatchPlan], Any]:
+    """For `make_update`: tokens that were made before, one for each of the part's micro-batches."""
+    ready = dict(zip(map(id, part.micro_batches), tokens, strict=True))
+    return lambda micro_batch: ready[id(micro_batch)]
 
 
 def token_count(pairs: Sequence[Pair]) -> int:
