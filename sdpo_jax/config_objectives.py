@@ -31,15 +31,11 @@ class SdpoObjective:
     """How far from 1 its factor may lie."""
     grpo_weight: float = 0.0
     """lambda of lambda * GRPO + (1 - lambda) * SDPO (equation 3 of the paper, with 0.9), each by
-    its own reduction: 0 is SDPO, 1 is GRPO."""
+    its own reduction and GRPO with its default clips: 0 is SDPO, 1 is GRPO."""
     route: Literal["none", "outcome", "positive"] = "none"
     """`outcome`: failures with a teacher are distilled, all else goes to GRPO, under one
     denominator (SRPO, arXiv 2604.02288). `positive`: distil only where the advantage is above 0
     (SDPG, arXiv 2606.04036), beside GRPO by `grpo_weight`."""
-    clip_low: float = 0.2
-    """As the next two: of every term with an advantage, see `grpo`."""
-    clip_high: float = 0.28
-    dual_clip: float = 3.0
     distillation_warmup_steps: int = 0
     """Steps over which the distillation's coefficient rises to 1 (SDPG)."""
     distillation_decay_steps: int = 0
@@ -48,6 +44,7 @@ class SdpoObjective:
     """`teacher_entropy`: exp(-beta H(q)) over its mean (SRPO); `disagreement`: less where the two
     distributions are apart (DemoPSD, arXiv 2607.02502)."""
     token_weight_beta: float = 1.0
+    """1 in SRPO; as a divergence is at most 0.69, `disagreement` needs 5 or more to say much."""
     disagreement_reduction: float = 0.5
     """Most that `disagreement` takes off a token's weight."""
     question_weights: Literal["none", "pass_rate"] = "none"

@@ -30,6 +30,7 @@ from sdpo_jax.training.console import Console, batch_arithmetic
 from sdpo_jax.training.distributed import any_process
 from sdpo_jax.training.metrics import MetricsLog
 from sdpo_jax.training.parameters import checksum
+from sdpo_jax.training.state import to_saved
 from sdpo_jax.training.trainer import LoadParams, Trainer
 
 
@@ -132,7 +133,7 @@ def _run(
                 seconds = spent + time.perf_counter() - began
                 extra = {"data": trainer.source.get_state(), "before": before, "seconds": seconds}
                 extra |= {"host": trainer.host_state(), "base": base}
-                checkpoints.save(step, state.replace(base=None), extra)
+                checkpoints.save(step, to_saved(state), extra)
             checkpoints.poll()
             report.compilation(step)
     checkpoints.finish()

@@ -25,8 +25,8 @@ PAIRS = ("teacher_entropy", "forward_kl", "reverse_kl", "jsd", "teacher_log_prob
 BY_ADVANTAGE = ("sequence", "modulated", "fixed_negative")
 """Credits that are known before the loss: they run through GRPO's surrogate."""
 
-_DISTILLED = ("divergence", "weight", *PAIRS)
-_REINFORCED = ("clipped",)
+_DISTILLED: tuple[str, ...] = ("divergence", "weight", *PAIRS)
+_REINFORCED: tuple[str, ...] = ("clipped",)
 
 Loss = tuple[PerTokenLoss, tuple[str, ...]]
 """The loss, and the by-products that are reported; others are not computed."""
@@ -44,8 +44,9 @@ def is_mixed(objective: SdpoObjective) -> bool:
 
 def sdpo_loss_of(objective: SdpoObjective) -> Loss:
     """The loss with every switch of an `sdpo` recipe."""
+    surrogate = _surrogate(GrpoObjective())
     if objective.credit in BY_ADVANTAGE:
-        return _anchored(objective, _surrogate(objective), (*SAMPLED, "ratio", "clipped"))
+        return _anchored(objective, surrogate, (*SAMPLED, "ratio", "clipped"))
     settings: dict[str, Any] = {"importance_cap": objective.importance_cap}
     names = ("divergence", *SAMPLED, *PAIRS, "ratio")
     if objective.token_weights == "disagreement":
@@ -60,7 +61,7 @@ def sdpo_loss_of(objective: SdpoObjective) -> Loss:
             )
         loss = sdpo_per_token(divergence, **settings)
     if is_mixed(objective):
-        loss = mixed_per_token(loss, _surrogate(objective))
+        loss = mixed_per_token(loss, surrogate)
         names = (*names, "clipped", "first_active", "second_active")
     return _anchored(objective, loss, names)
 
@@ -70,7 +71,7 @@ def grpo_loss_of(objective: GrpoObjective) -> Loss:
     return _anchored(objective, _surrogate(objective), (*SAMPLED, "ratio", "clipped"))
 
 
-def _surrogate(objective: SdpoObjective | GrpoObjective) -> PerTokenLoss:
+def _surrogate(objective: GrpoObjective) -> PerTokenLoss:
     return grpo_per_token(
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
@@ -101,7 +102,7 @@ def means(sums: Mapping[str, float], tokens: float) -> dict[str, float]:
     """Means over the tokens at which each by-product is defined; of a mix, its two shares, too."""
     if "first_active" not in sums:
         return {name: total / tokens for name, total in sums.items()}
-    counts = dict.fromkeys(_DISTILLED, max(1.0, sums["first_active"]))
+    counts: dict[str, float] = dict.fromkeys(_DISTILLED, max(1.0, sums["first_active"]))
     counts |= dict.fromkeys(_REINFORCED, max(1.0, sums["second_active"]))
     row = {name: total / counts.get(name, tokens) for name, total in sums.items()}
     row["distilled"], row["reinforced"] = row.pop("first_active"), row.pop("second_active")

@@ -1,5 +1,7 @@
 """What a run carries from step to step, and the optimiser that moves it."""
 
+import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +27,21 @@ class TrainState(struct.PyTreeNode):
     base: Params = None  # with adapters: the model's weights, which stay; not in checkpoints
     previous: Params = None  # the teacher before its last refresh, where it may come back
     reference: Params = None  # the initial model, where a KL to it needs a copy of its own
+
+
+def to_saved(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds: all but `base`; further copies only where a run keeps them.
+
+    So checkpoints of runs without them stay as they were before there were any.
+    """
+    kept = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    absent = [name for name in ("previous", "reference") if kept[name] is None]
+    return {name: x for name, x in kept.items() if name not in absent} | {"base": None}
+
+
+def from_saved(saved: Mapping[str, Any]) -> TrainState:
+    """Undoes `to_saved`, but for `base`."""
+    return TrainState(**saved)
 
 
 class Copies(NamedTuple):

@@ -33,12 +33,14 @@ from sdpo_jax.training.state import (
     abstract_state,
     base_is_teacher,
     create_state,
+    from_saved,
     make_copies,
     make_optimizer,
     make_parameters,
     make_teacher,
     reference_params,
     state_shardings,
+    to_saved,
 )
 from sdpo_jax.training.step import (
     Metrics,
@@ -163,8 +165,11 @@ class Trainer:
         template = abstract_state(
             self._model, self.optimizer, self.teacher, self.shardings, self.parameters
         )
-        restored = checkpoints.restore(template)
-        if restored is None or self.config.lora.rank == 0:
+        restored = checkpoints.restore(to_saved(template))
+        if restored is None:
+            return None
+        restored = restored._replace(state=from_saved(restored.state))
+        if self.config.lora.rank == 0:
             return restored
         base = jax.jit(self.parameters.base, out_shardings=self.shardings.base)(load_params())
         refuse_another_base(base, restored.extra["base"], self.config.model.path)
