@@ -106,7 +106,7 @@ def fingerprint(config: Config) -> str:
 
     Left out: `run_dir`, `checkpoint.*`, the limit on skipped updates, the mesh and the sizes of the
     pieces (they reorder the same sums; bit-for-bit resumption needs them unchanged too), and the
-    number of steps as long as no schedule ends with it; a cosine does, and the distillation's decay.
+    number of steps as long as no schedule ends with it: a cosine does, and a distillation's decay.
     """
     kept = {key: value for key, value in _leaves(config).items() if key in _fixed(config)}
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -17,7 +17,8 @@ from sdpo_jax.config import (
 _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prompts_per_step
     rollout.rollouts_per_prompt rollout.max_prompt_tokens rollout.max_response_tokens
     teacher.max_prompt_tokens teacher.max_feedback_tokens data.rows_per_step data.max_tokens
-    teacher.refresh_steps teacher.refresh_window optimizer.max_skipped_updates train.steps train.mini_batches train.micro_batch_tokens
+    teacher.refresh_steps teacher.refresh_window optimizer.max_skipped_updates train.steps
+    train.mini_batches train.micro_batch_tokens
     train.head_chunk_tokens mesh.fsdp mesh.tensor evaluation.samples_per_prompt
     evaluation.batch_prompts checkpoint.every_steps checkpoint.keep"""
 _SHARE = "above 0, at most 1"
