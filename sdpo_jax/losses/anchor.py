@@ -87,13 +87,7 @@ def anchored_per_token(
     if not coefficient >= 0.0:
         raise ValueError(f"coefficient must be at least 0, got {coefficient}")
 
-    def kl(
-        logits: jax.Array, tokens: AnchoredTokens, temperature: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        logits = shape_logits(logits, temperature=temperature, soft_cap=soft_cap)
-        log_probs = log_softmax(logits, vocabulary_axis=vocabulary_axis)
-        chosen = select_targets(log_probs, tokens.targets, vocabulary_axis=vocabulary_axis)
-        return reference_kl(chosen, tokens.reference_log_probs), {}
+    kl = partial(_reference_kl, soft_cap=soft_cap, vocabulary_axis=vocabulary_axis)
 
     def loss(
         logits: jax.Array, tokens: AnchoredTokens, constants: AnchoredConstants
@@ -106,6 +100,20 @@ def anchored_per_token(
         return value + coefficient * apart, {**metrics, "reference_kl": apart}
 
     return loss
+
+
+def _reference_kl(
+    logits: jax.Array,
+    tokens: AnchoredTokens,
+    temperature: jax.Array,
+    *,
+    soft_cap: float | None,
+    vocabulary_axis: str | None,
+) -> tuple[jax.Array, Metrics]:
+    logits = shape_logits(logits, temperature=temperature, soft_cap=soft_cap)
+    log_probs = log_softmax(logits, vocabulary_axis=vocabulary_axis)
+    chosen = select_targets(log_probs, tokens.targets, vocabulary_axis=vocabulary_axis)
+    return reference_kl(chosen, tokens.reference_log_probs), {}
 
 
 def score_per_token(

@@ -245,8 +245,8 @@ def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
 
     Returns:
         PerTokenLoss of MixedTokens and MixedConstants. Metrics: those of both, 0 where their
-        objective has no weight (of a shared name the first's, and the second's where that has
-        none), first_loss and second_loss, first_active and second_active.
+        objective has no weight (of a shared name the first's, else the second's), first_loss and
+        second_loss, first_active and second_active.
 
     Source: equation 3 of arXiv 2601.20802; SRPO, arXiv 2604.02288; SDPG, arXiv 2606.04036.
 
@@ -260,14 +260,10 @@ def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
     def loss(
         logits: jax.Array, tokens: MixedTokens, constants: MixedConstants
     ) -> tuple[jax.Array, Metrics]:
-        actives = tokens.first_weights != 0.0, tokens.second_weights != 0.0
-        knows = (
-            jax.tree.map(partial(where_active, active), known)
-            for active, known in zip(actives, (tokens.first, tokens.second), strict=True)
-        )
-        one, metrics = first(logits, next(knows), constants.first)
-        two, more = second(logits, next(knows), constants.second)
         first_weights, second_weights = tokens.first_weights, tokens.second_weights
+        actives = first_weights != 0.0, second_weights != 0.0
+        one, metrics = first(logits, _known(tokens.first, actives[0]), constants.first)
+        two, more = second(logits, _known(tokens.second, actives[1]), constants.second)
         check_same_shape(first_weights=first_weights, second_weights=second_weights, tokens=one)
         total = first_weights.astype(one.dtype) * one + second_weights.astype(one.dtype) * two
         more = {name: where_active(actives[1], x) for name, x in more.items()}
@@ -279,6 +275,10 @@ def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
         }
 
     return loss
+
+
+def _known(tokens: Any, active: jax.Array) -> Any:
+    return jax.tree.map(partial(where_active, active), tokens)
 
 
 def _sampled(logits: jax.Array, targets: jax.Array, vocabulary_axis: str | None) -> Metrics:
