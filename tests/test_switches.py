@@ -179,6 +179,7 @@ def test_a_mix_is_grpo_at_one_and_its_parts_in_between():
     assert rows[0]["distilled"] == 0.0 and rows[0]["reinforced"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_mix_is_the_weighted_sum_of_both():
     # Without Adam's normalisation: its first moment is (1 - b1) times the clipped gradient.
     whole = replace(BASE.optimizer, clip_norm=1e6)

@@ -62,41 +62,36 @@ def anchored_per_token(
     soft_cap: float | None = None,
     vocabulary_axis: str | None = None,
 ) -> PerTokenLoss:
-    """`objective` + β · `reference_kl` of the sampled token.
+    """`objective`, any per-token loss, + β · `reference_kl` of the sampled token.
 
     Args:
-        objective: any per-token loss.
+        objective: as the last two arguments, see `sdpo_per_token`.
         coefficient: β, at least 0.
         soft_cap: of the model's logits.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        vocabulary_axis: as there.
 
     Returns:
-        PerTokenLoss of AnchoredTokens and AnchoredConstants. Metrics: the objective's and
-        reference_kl, in nats.
+        PerTokenLoss of AnchoredTokens, AnchoredConstants; one more metric, reference_kl, in nats.
 
     Source: equation 4 of arXiv 2402.03300; beside a distillation, SDPG, arXiv 2606.04036.
 
     >>> from sdpo_jax.losses.objectives import SftTokens, sft_per_token
     >>> loss = anchored_per_token(sft_per_token(), coefficient=1.0)
-    >>> y, half = jnp.array([0]), jnp.log(jnp.array([0.5]))
-    >>> tokens = AnchoredTokens(SftTokens(y), y, half)
+    >>> tokens = AnchoredTokens(SftTokens(jnp.array([0])), jnp.array([0]), jnp.array([-1.0]))
     >>> value, more = loss(jnp.zeros((1, 2)), tokens, AnchoredConstants(None, jnp.array(1.0)))
     >>> print(f"{value[0]:.4f} {more['reference_kl'][0]:.4f}")
-    0.6931 0.0000
+    0.7358 0.0426
     """
     if not coefficient >= 0.0:
         raise ValueError(f"coefficient must be at least 0, got {coefficient}")
-
     kl = partial(_reference_kl, soft_cap=soft_cap, vocabulary_axis=vocabulary_axis)
+    kl = partial(by_rows, kl, vocabulary_axis=vocabulary_axis)
 
     def loss(
         logits: jax.Array, tokens: AnchoredTokens, constants: AnchoredConstants
     ) -> tuple[jax.Array, Metrics]:
         value, metrics = objective(logits, tokens.objective, constants.objective)
-        known = tokens._replace(objective=None)
-        apart, _ = by_rows(
-            kl, logits, known, constants.temperature, vocabulary_axis=vocabulary_axis
-        )
+        apart, _ = kl(logits, tokens._replace(objective=None), constants.temperature)
         return value + coefficient * apart, {**metrics, "reference_kl": apart}
 
     return loss
