@@ -1,6 +1,7 @@
 """When a refreshed teacher moves: the rules, replayed from the whole history, and resumption."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,10 +72,12 @@ def test_a_fall_of_reward_brings_the_teacher_before_back_once():
 def replay(config, history):
     """The rules anew at every step, from the whole history and the moves so far."""
     moves = []
-    window, reached = config.refresh_window, None
-    last, old = 0, None
+    window = config.refresh_window
+    reached: Any = None
+    last = 0
+    old: Any = None
     for step in range(1, len(history) + 1):
-        mean = None
+        mean: Any = None
         if step >= window:
             mean = np.mean(np.asarray(history[step - window : step]), axis=0)
         if reached is None and mean is not None:

@@ -207,7 +207,7 @@ def contexts_of(**teacher):
     return Contexts(config, TeacherPrompts(config.teacher, TOKENIZER), TOKENIZER)
 
 
-def asked(contexts, rewards, texts, step=1):
+def asked(contexts, rewards, texts, step=1) -> tuple[Any, dict[str, float]]:
     given = experience(rewards, ("p",), texts=texts)
     prompts, metrics = contexts(given, step)
     return [None if ids is None else TOKENIZER.decode(ids) for ids in prompts], metrics
