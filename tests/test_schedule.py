@@ -1,7 +1,6 @@
 """When a refreshed teacher moves: the rules, replayed from the whole history, and resumption."""
 
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -73,22 +72,22 @@ def replay(config, history):
     """The rules anew at every step, from the whole history and the moves so far."""
     moves = []
     window = config.refresh_window
-    reached: Any = None
+    reached: list[float] = []
     last = 0
-    old: Any = None
+    old: list[float] = []
     for step in range(1, len(history) + 1):
-        mean: Any = None
+        mean: list[float] = []
         if step >= window:
-            mean = np.mean(np.asarray(history[step - window : step]), axis=0)
-        if reached is None and mean is not None:
+            mean = np.mean(np.asarray(history[step - window : step]), axis=0).tolist()
+        if not reached:
             reached = mean
         decision = "stay"
-        if old is not None and step - last >= window and mean[0] < reached[0] - config.return_drop:
-            decision, reached, old, last = "return", old, None, step
+        if old and step - last >= window and mean[0] < reached[0] - config.return_drop:
+            decision, reached, old, last = "return", old, [], step
         elif step - last >= config.refresh_steps and (
             config.refresh == "every"
             or (
-                mean is not None
+                mean != []
                 and mean[0] > reached[0] + config.refresh_gain
                 and mean[1] <= (1 + config.refresh_length) * reached[1]
                 and mean[2] <= reached[2]
