@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sdpo_jax.config_environments import EnvironmentConfig, ToolCallsEnvironment
+from sdpo_jax.config_objectives import Demonstrated as Demonstrated
+from sdpo_jax.config_objectives import GrpoObjective as GrpoObjective
+from sdpo_jax.config_objectives import Objective as Objective
+from sdpo_jax.config_objectives import SdftObjective as SdftObjective
+from sdpo_jax.config_objectives import SdpoObjective as SdpoObjective
+from sdpo_jax.config_objectives import SftObjective as SftObjective
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,32 @@ class RolloutConfig:
 class TeacherConfig:
     """What the teacher sees and how its weights follow the student."""
 
-    weights: Literal["ema", "frozen", "live", "trust_region"] = "ema"
+    weights: Literal["ema", "frozen", "live", "trust_region", "refreshed"] = "ema"
     """`ema`: follows the student once a step; `frozen`: the initial model; `live`: the student;
-    `trust_region`: the initial model's logits mixed with the student's, a second forward pass."""
+    `trust_region`: the initial model's logits mixed with the student's, a second forward pass;
+    `refreshed`: stands still, and moves by `refresh_fraction` when `refresh` says so."""
     ema_rate: float = 0.05
     """Teacher <- (1 - rate) * teacher + rate * student, in float32, once per generation batch."""
     trust_region: float = 0.01
     """Share of the student's logits under `trust_region`, the rest are the initial model's."""
+    refresh: Literal["every", "gated", "never"] = "every"
+    """When a `refreshed` teacher moves: `refresh_steps` after the last move; no sooner than that
+    and not before the student is better and its answers no longer (CGTR, arXiv 2606.03532)."""
+    refresh_steps: int = 10
+    """Steps between two moves, or the fewest under `gated`."""
+    refresh_fraction: float = 0.4
+    """Teacher <- (1 - fraction) * teacher + fraction * student at a refresh (StableSDPO, arXiv
+    2607.01763); 1 copies the student."""
+    refresh_window: int = 5
+    """Steps whose means of reward, 95th percentile of length and share of cut-off answers are
+    compared with those at the last refresh."""
+    refresh_gain: float = 0.02
+    """Reward above that at the last refresh that the gate wants; 0 wants any gain."""
+    refresh_length: float = 0.2
+    """How much longer, as a share, the 95th percentile of length may be for the gate to open."""
+    return_drop: float = 0.0
+    """Reward below that at the last refresh at which the teacher before it comes back, once for
+    each refresh; 0 never returns and keeps no second copy. The student goes on as it is."""
     demonstration: Literal["first", "shortest", "random", "none"] = "first"
     """Which successful sibling is shown: first in batch order, shortest, a seeded choice, none."""
     exclude_own_success: bool = True
@@ -85,6 +110,14 @@ class TeacherConfig:
     """Show the environment's feedback on the rollout."""
     feedback_only_without_demonstration: bool = True
     """Show feedback only where no demonstration is available."""
+    own_attempt: bool = False
+    """Show the rollout's own text before its feedback (the paper's table 6, where it is worse)."""
+    success_buffer: int = 0
+    """Successes of earlier steps that are kept for each prompt, newest first, and shown where none
+    of its rollouts passes (DRIFT, arXiv 2606.30345, keeps 4); 0 keeps none."""
+    control: Literal["none", "shuffled"] = "none"
+    """`shuffled` shows the context of another question of the batch: what it still gains is not
+    information about the question (OP2SD, arXiv 2608.09228)."""
     remove_thinking: bool = True
     """Cut `<think>...</think>` from demonstrations."""
     success_threshold: float = 1.0
@@ -92,77 +125,6 @@ class TeacherConfig:
     max_prompt_tokens: int = 512
     """Cap of the re-prompt; cut are demonstration, then feedback, then the question's start."""
     max_feedback_tokens: int = 256
-
-
-@dataclass(frozen=True)
-class SdpoObjective:
-    """Self-distillation from feedback and successful siblings (arXiv 2601.20802)."""
-
-    name: Literal["sdpo"] = "sdpo"
-    alpha: float = 0.5
-    """0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon."""
-    top_k: int = 0
-    """Compare on the student's likeliest tokens, the rest in one bucket (the paper: 100 or 20); 0
-    compares the whole vocabulary, which the chunked head affords."""
-    importance_cap: float = 2.0
-    """Upper bound of the detached ratio of new to rollout probability, per token."""
-    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Mean over active tokens (the paper) or over rows of token means (its released code)."""
-
-
-@dataclass(frozen=True)
-class GrpoObjective:
-    """Group-relative policy optimisation, with the paper's improvements to its baseline."""
-
-    name: Literal["grpo"] = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 3.0
-    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
-
-
-@dataclass(frozen=True)
-class SftObjective:
-    """Cross-entropy on demonstrations; needs `[data]` and no environment."""
-
-    name: Literal["sft"] = "sft"
-    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
-
-
-@dataclass(frozen=True)
-class SdftObjective:
-    """Self-distillation from demonstrations that the teacher is shown (SDFT, arXiv 2601.19897).
-
-    Questions come from `[data]`, `data.rows_per_step` a step; the student answers each
-    `rollout.rollouts_per_prompt` times. Nothing is graded, and a response that was cut off is kept,
-    as in the authors' code.
-    """
-
-    name: Literal["sdft"] = "sdft"
-    alpha: float = 0.0
-    """0: KL(teacher || student), which the paper's results used (its code's default; so the authors
-    in April 2026); 1: KL(student || teacher), which the paper's text says; between:
-    generalised Jensen-Shannon."""
-    top_k: int = 0
-    """Compare on the student's likeliest tokens, the rest in one bucket; 0 compares the whole
-    vocabulary, as the paper does."""
-    importance_cap: float = 2.0
-    """A response's weight is the mean over its tokens of min(ratio, cap), detached; ratio is new to
-    rollout probability."""
-    skip_first_tokens: int = 3
-    """First tokens of a response, left out of its loss: there a demonstration's opening is
-    copied."""
-    closing: Literal["own", "correct"] = "own"
-    """What the teacher's prompt ends in: a request for an answer of one's own, as in the paper, or
-    for a correct one, `sdpo`'s sentence: the only one that the embedded model has learned."""
-    reduction: Literal["token_mean", "sequence_mean"] = "sequence_mean"
-    """Mean over active tokens or over rows of token means (the authors' code)."""
-
-
-Demonstrated = SftObjective | SdftObjective
-"""What learns from the demonstrations of `[data]`."""
-
-Objective = SdpoObjective | GrpoObjective | SftObjective | SdftObjective
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sdpo_jax.config import (
     Config,
     EnvironmentConfig,
     Objective,
+    SdpoObjective,
 )
 from sdpo_jax.errors import UserError
 from sdpo_jax.recipe_checks import contradictions, out_of_range
@@ -106,7 +107,7 @@ def fingerprint(config: Config) -> str:
 
     Left out: `run_dir`, `checkpoint.*`, the limit on skipped updates, the mesh and the sizes of the
     pieces (they reorder the same sums; bit-for-bit resumption needs them unchanged too), and the
-    number of steps as long as the schedule is constant. A cosine bends with it, so there it counts.
+    number of steps as long as no schedule ends with it: a cosine does, and a distillation's decay.
     """
     kept = {key: value for key, value in _leaves(config).items() if key in _fixed(config)}
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -307,7 +308,11 @@ def _leaves(config: Config) -> Tree:
 
 
 def _fixed(config: Config) -> set[str]:
-    steps = {"train.steps"} if config.optimizer.schedule == "constant" else set[str]()
+    bends = config.optimizer.schedule != "constant" or (
+        isinstance(config.objective, SdpoObjective)
+        and config.objective.distillation_decay_steps > 0
+    )
+    steps = set[str]() if bends else {"train.steps"}
     return set(_leaves(config)) - _MAY_CHANGE - steps
 
 

@@ -12,14 +12,17 @@ from sdpo_jax.config import (
     GrpoObjective,
     SdftObjective,
     SdpoObjective,
+    TeacherConfig,
 )
 
 _COUNTS = """environment.train_prompts environment.held_out_prompts rollout.prompts_per_step
     rollout.rollouts_per_prompt rollout.max_prompt_tokens rollout.max_response_tokens
     teacher.max_prompt_tokens teacher.max_feedback_tokens data.rows_per_step data.max_tokens
-    optimizer.max_skipped_updates train.steps train.mini_batches train.micro_batch_tokens
+    teacher.refresh_steps teacher.refresh_window optimizer.max_skipped_updates train.steps
+    train.mini_batches train.micro_batch_tokens
     train.head_chunk_tokens mesh.fsdp mesh.tensor evaluation.samples_per_prompt
     evaluation.batch_prompts checkpoint.every_steps checkpoint.keep rollout.max_turns"""
+_SHARE = "above 0, at most 1"
 _CAPS = "objective.importance_cap objective.clip_high optimizer.clip_norm"
 
 # Keys, test, expectation in words. Every number of the config stands here once; nan fails all.
@@ -29,20 +32,23 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "optimizer.warmup_steps evaluation.every_steps evaluation.prompts "
         "environment.max_prompt_characters lora.rank objective.top_k rollout.slots "
-        "objective.skip_first_tokens "
-        "evaluation.top_k environment.slots environment.workers",
+        "evaluation.top_k environment.slots environment.workers teacher.success_buffer "
+        "objective.skip_first_tokens objective.distillation_warmup_steps "
+        "objective.distillation_decay_steps",
         lambda v: v >= 0,
         "0 or more",
     ),
     ("seed environment.seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
     (
         "objective.alpha teacher.ema_rate teacher.trust_region evaluation.min_p "
-        "environment.max_failed_share",
+        "environment.max_failed_share objective.grpo_weight objective.modulation "
+        "objective.modulation_bound objective.disagreement_reduction",
         lambda v: 0 <= v <= 1,
         "from 0 to 1",
     ),
     ("optimizer.b1 optimizer.b2", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("evaluation.top_p environment.public_share", lambda v: 0 < v <= 1, "above 0, at most 1"),
+    ("objective.control_probability teacher.refresh_fraction", lambda v: 0 < v <= 1, _SHARE),
+    ("evaluation.top_p environment.public_share", lambda v: 0 < v <= 1, _SHARE),
     (
         "objective.clip_low environment.held_out_share",
         lambda v: 0 < v < 1,
@@ -55,7 +61,13 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 < v < math.inf,
         "above 0, finite",
     ),
-    ("evaluation.temperature optimizer.weight_decay", lambda v: 0 <= v < math.inf, "0 or more"),
+    (
+        "evaluation.temperature optimizer.weight_decay teacher.refresh_gain teacher.refresh_length "
+        "teacher.return_drop objective.token_weight_beta objective.question_weight_floor "
+        "objective.reference_kl",
+        lambda v: 0 <= v < math.inf,
+        "0 or more",
+    ),
     ("teacher.success_threshold", math.isfinite, "a finite number"),
 )
 
@@ -96,6 +108,8 @@ def contradictions(c: Config) -> Iterator[tuple[str, str, str]]:
         yield from _teacher_checks(c)
     if isinstance(c.objective, SdpoObjective | SdftObjective):
         yield from _reprompt_checks(c)
+    if isinstance(c.objective, SdpoObjective):
+        yield from _switch_checks(c, c.objective)
     if isinstance(c.objective, SdftObjective):
         limit = c.rollout.max_response_tokens
         if c.objective.skip_first_tokens >= limit:
@@ -128,3 +142,49 @@ def _reprompt_checks(c: Config) -> Iterator[tuple[str, str, str]]:
         others = "rollout.max_prompt_tokens"
         text = f"at least {others} ({question}): the re-prompt repeats the question"
         yield "teacher.max_prompt_tokens", others, text
+    if c.teacher.control == "shuffled" and c.rollout.prompts_per_step < 2:
+        others = "teacher.control"
+        yield "rollout.prompts_per_step", others, "at least 2: another question's context is shown"
+    if c.teacher.weights == "refreshed":
+        yield from _return_checks(c.teacher)
+
+
+def _return_checks(teacher: TeacherConfig) -> Iterator[tuple[str, str, str]]:
+    """A return is judged on a whole window of steps after a refresh, so there must be both."""
+    if teacher.return_drop > 0 and teacher.refresh == "never":
+        text = '0 with teacher.refresh = "never": no teacher comes before the first'
+        yield "teacher.return_drop", "teacher.refresh", text
+    elif teacher.return_drop > 0 and teacher.refresh_window > teacher.refresh_steps:
+        text = f"at most teacher.refresh_steps ({teacher.refresh_steps}), or no return is ever seen"
+        yield "teacher.refresh_window", "teacher.refresh_steps teacher.return_drop", text
+
+
+def _switch_checks(c: Config, o: SdpoObjective) -> Iterator[tuple[str, str, str]]:
+    """Switches that say nothing together."""
+    by_advantage = o.credit not in ("logit", "token")
+    if o.credit == "token" and o.alpha != 1:
+        yield "objective.alpha", "objective.credit", '1 with credit "token": only it has that form'
+    if o.credit == "token" and o.top_k:
+        yield "objective.top_k", "objective.credit", '0 with credit "token": it has no support'
+    if by_advantage and o.token_weights != "none":
+        text = f'"none" with credit "{o.credit}"'
+        yield "objective.token_weights", "objective.credit", text
+    if o.credit == "modulated":
+        for key in ("route", "question_weights"):
+            if getattr(o, key) != "none":
+                text = '"none" with credit "modulated"'
+                yield f"objective.{key}", "objective.credit", text
+        if o.grpo_weight:
+            text = '0 with credit "modulated": every rollout has GRPO\'s advantage already'
+            yield "objective.grpo_weight", "objective.credit", text
+    if o.route == "outcome" and o.grpo_weight:
+        text = '0 with route "outcome": each rollout is in one term'
+        yield "objective.grpo_weight", "objective.route", text
+    if o.skip_first_tokens >= c.rollout.max_response_tokens:
+        others = "rollout.max_response_tokens"
+        text = f"below {others} ({c.rollout.max_response_tokens})"
+        yield "objective.skip_first_tokens", others, text
+    reinforced = o.grpo_weight > 0 or o.route != "none" or o.credit == "modulated"
+    if reinforced and c.rollout.rollouts_per_prompt < 2:
+        text = "at least 2: an advantage compares siblings"
+        yield "rollout.rollouts_per_prompt", "objective.grpo_weight objective.route", text

@@ -14,6 +14,7 @@ LAYER = {
     "compilation": 0,
     "config": 0,
     "config_environments": 0,
+    "config_objectives": 0,
     "devices": 0,
     "tokens": 0,
     "recipe": 1,

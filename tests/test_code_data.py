@@ -9,6 +9,7 @@ import sys
 import zlib
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -328,7 +329,7 @@ def test_programs_of_a_recipe_import_numpy_through_its_mounts(tmp_path):
             "[rollout]\nprompts_per_step = 1\n[evaluation]\nprompts = 1\n"
         )
         try:
-            made = make_environment(load_recipe(path).environment)
+            made: Any = make_environment(load_recipe(path).environment)
         except UserError as error:
             pytest.skip(f"no tier can mount numpy here: {error}")
         report = made._sandbox.report

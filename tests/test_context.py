@@ -256,7 +256,9 @@ def test_cuts_keep_whole_characters_when_tokens_are_bytes():
         lambda ids: bytes(ids).decode(errors="replace"),
         lambda messages: [b for m in messages for b in m["content"].encode()],
     )
-    assert fit(TeacherContext(None, "€€€"), 1000, 7, codec=codec).context == (None, "€€")
+    assert fit(TeacherContext(None, "€€€"), 1000, 7, codec=codec).context == TeacherContext(
+        None, "€€"
+    )
     budget = len((SYSTEM["content"] + "€€" + CLOSING).encode()) + 1
     fitted = fit(TeacherContext("d", None), budget, question="€€€", codec=codec)
     assert fitted == ((SYSTEM, {"role": "user", "content": "€€" + CLOSING}), None)

@@ -32,7 +32,7 @@ from sdpo_jax.teacher.context import choose_context
 from sdpo_jax.training.batch import Form
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience
-from sdpo_jax.training.objectives import graded_advantages
+from sdpo_jax.training.shares import graded_advantages
 from sdpo_jax.training.sources import RolloutSource
 from sdpo_jax.training.updates import cut_into_parts
 

@@ -143,10 +143,10 @@ def test_the_update_does_not_depend_on_what_is_said_of_the_environments_tokens(n
         return micro_batch._replace(tokens=tokens._replace(**changed))
 
     def updated(change):
+        (update,) = updates
+        batch = update.batch._replace(micro_batches=[change(m) for m in update.batch[0]])
         state = trainer.initial_state(params())
-        for update in updates:
-            batch = update.batch._replace(micro_batches=[change(m) for m in update.batch[0]])
-            state, metrics = train_step(trainer._train_step, state, batch, update.constants)
+        state, metrics = train_step(trainer._train_step, state, batch, update.constants)
         return state.params, metrics
 
     state = trainer.initial_state(params())

@@ -7,6 +7,7 @@ way in which an episode may go on or end comes up. One device.
 import zlib
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -334,7 +335,7 @@ def test_an_observation_is_cut_in_tokens_but_not_its_instruction():
 )
 def test_an_episode_that_breaks_its_promise_stops_the_run_with_one_message(answer, message):
     class Broken(Guess):
-        def reset(self, prompt):
+        def reset(self, prompt) -> Any:
             return self
 
         def step(self, response):

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -440,6 +439,7 @@ NOT_RESUMABLE = [
     Config(seed=1),
     Config(objective=GrpoObjective()),
     Config(objective=SdpoObjective(alpha=1.0)),
+    Config(teacher=TeacherConfig(refresh_steps=3)),
     Config(model=ModelConfig(random_init=True)),
     Config(evaluation=EvaluationConfig(samples_per_prompt=4)),
     Config(train=TrainConfig(mini_batches=2)),
@@ -464,14 +464,15 @@ def test_what_changes_the_result_changes_the_fingerprint():
 
 
 def test_differences_name_both_values():
-    old, new = Config(), replace(Config(seed=2), objective=GrpoObjective())
+    old, new = Config(objective=SftObjective()), Config(seed=2, objective=GrpoObjective())
     assert recipe.differences(old, new) == [
         "seed: the run has 0, the recipe has 2",
-        'objective.name: the run has "sdpo", the recipe has "grpo"',
-        "objective.alpha: the run has 0.5, the recipe has nothing",
-        "objective.top_k: the run has 0, the recipe has nothing",
-        "objective.importance_cap: the run has 2.0, the recipe has nothing",
+        'objective.name: the run has "sft", the recipe has "grpo"',
         "objective.clip_low: the run has nothing, the recipe has 0.2",
         "objective.clip_high: the run has nothing, the recipe has 0.28",
         "objective.dual_clip: the run has nothing, the recipe has 3.0",
+        "objective.reference_kl: the run has nothing, the recipe has 0.0",
+    ]
+    assert recipe.differences(new, old)[2:3] == [
+        "objective.clip_low: the run has 0.2, the recipe has nothing"
     ]

@@ -46,9 +46,11 @@ from sdpo_jax.training.batch import (
     reduction_weights,
 )
 from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.contexts import Contexts
 from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
 from sdpo_jax.training.parameters import full
+from sdpo_jax.training.scoring import Scorer
 from sdpo_jax.training.sources import DemonstrationSource
 from sdpo_jax.training.state import (
     TrainState,
@@ -194,7 +196,9 @@ def sdpo_updates(run, prompts=None, reduction: Reduction = "token_mean"):
     prompts = prompts or TeacherPrompts(run.config.teacher, TOKENIZER)
     objective = SdpoObjective(alpha=ALPHA, reduction=reduction)
     passes = TeacherPass(run.config, run.devices, run.form, run.forward, run.head)
-    return SdpoUpdates(run.config, objective, prompts, passes)
+    contexts = Contexts(run.config, prompts, TOKENIZER)
+    scorer = Scorer(MODEL, run.devices, run.config.rollout.temperature)
+    return SdpoUpdates(run.config, objective, contexts, passes, scorer, run.devices)
 
 
 def the_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = "token_mean"):
@@ -371,7 +375,7 @@ def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name, form):
 def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction):
     run, data = programs("sdpo"), experience()
     dropped, _ = apply(run, the_update("sdpo", run, reduction=reduction))
-    prompts, metrics = sdpo_updates(run)._contexts(data, 0)
+    prompts, metrics = sdpo_updates(run).contexts(data, 0)
     assert [i for i, ids in enumerate(prompts) if ids is not None] == SIGNAL
     assert metrics["teacher_signal"] == 0.5
     shown = [ids or data.prompt_ids[i] for i, ids in enumerate(prompts)]
@@ -507,7 +511,7 @@ def teacher_passes(run, prompts=None):
 
 def test_the_teacher_runs_a_prompt_that_several_rollouts_share_once():
     run, data = programs("sdpo"), experience()
-    prompts, _ = sdpo_updates(run)._contexts(data, 0)
+    prompts, _ = sdpo_updates(run).contexts(data, 0)
     shown = [tuple(prompts[i] or ()) for i in SIGNAL]
     assert len(set(shown)) == 2  # prompt 0's are shown the same demonstration, row 5 feedback
     responses = int(data.lengths[SIGNAL].sum())
@@ -619,7 +623,7 @@ def reference_loss():
     Teacher and importance weights are computed once, at the student's parameters: constants.
     """
     run, data = programs("sdpo"), experience()
-    prompts, _ = sdpo_updates(run)._contexts(data, 0)
+    prompts, _ = sdpo_updates(run).contexts(data, 0)
 
     def log_probs(params, prompt, response):
         logits = tiny.reference_logits(ARCHITECTURE, params, [*prompt, *response])

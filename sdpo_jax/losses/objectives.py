@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
-from sdpo_jax.losses.arrays import check_same_shape
+from sdpo_jax.losses.arrays import check_same_shape, where_active
 from sdpo_jax.losses.by_products import ByProducts, by_products
 from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, head_logits
 from sdpo_jax.losses.distillation import sampled_token_loss
@@ -239,11 +240,13 @@ def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
     """w_1 · first + w_2 · second, with weights per token: a mix, a route, a gate or a schedule.
 
     SDPO with 1 - λ and GRPO with λ is the paper's mix of advantages; 0/1 weights from
-    `outcome_routing` distil failures and reinforce successes.
+    `outcome_routing` distil failures and reinforce successes. What an objective knows of a token
+    that it has no weight at may be anything: it is not read.
 
     Returns:
-        PerTokenLoss of MixedTokens and MixedConstants. Metrics: those of both (the first's where
-        they share a name), first_loss and second_loss.
+        PerTokenLoss of MixedTokens and MixedConstants. Metrics: those of both, 0 where their
+        objective has no weight (of a shared name the first's, else the second's), first_loss and
+        second_loss, first_active and second_active.
 
     Source: equation 3 of arXiv 2601.20802; SRPO, arXiv 2604.02288; SDPG, arXiv 2606.04036.
 
@@ -257,14 +260,25 @@ def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
     def loss(
         logits: jax.Array, tokens: MixedTokens, constants: MixedConstants
     ) -> tuple[jax.Array, Metrics]:
-        one, metrics = first(logits, tokens.first, constants.first)
-        two, more = second(logits, tokens.second, constants.second)
         first_weights, second_weights = tokens.first_weights, tokens.second_weights
+        actives = first_weights != 0.0, second_weights != 0.0
+        one, metrics = first(logits, _known(tokens.first, actives[0]), constants.first)
+        two, more = second(logits, _known(tokens.second, actives[1]), constants.second)
         check_same_shape(first_weights=first_weights, second_weights=second_weights, tokens=one)
         total = first_weights.astype(one.dtype) * one + second_weights.astype(one.dtype) * two
-        return total, {**more, **metrics, "first_loss": one, "second_loss": two}
+        more = {name: where_active(actives[1], x) for name, x in more.items()}
+        return total, {
+            **more,
+            **{k: jnp.where(actives[0], x, more.get(k, 0)) for k, x in metrics.items()},
+            **{"first_loss": one, "second_loss": two},
+            **dict(zip(("first_active", "second_active"), actives, strict=True)),
+        }
 
     return loss
+
+
+def _known(tokens: Any, active: jax.Array) -> Any:
+    return jax.tree.map(partial(where_active, active), tokens)
 
 
 def _sampled(logits: jax.Array, targets: jax.Array, vocabulary_axis: str | None) -> Metrics:

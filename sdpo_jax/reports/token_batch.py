@@ -12,6 +12,7 @@ shown the context that `[teacher]` describes.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sdpo_jax.config import Config, SftObjective
@@ -26,8 +27,9 @@ from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.contexts import Contexts
 from sdpo_jax.training.experience import Experience, Table, draw
-from sdpo_jax.training.objectives import contexts_of, graded_advantages
+from sdpo_jax.training.shares import graded_advantages
 from sdpo_jax.training.trainer import Trainer
 
 TOKEN_BATCH = "token_batch.jsonl"
@@ -89,7 +91,9 @@ def batch_of(
     student = trainer.student(restored.state)
     asked = _next_prompts(config, parts["environment"], restored)[:prompts]
     experience = _sampled(trainer, parts["environment"], student, asked, restored.step + 1)
-    shown = teacher_prompts(config, experience, tokenizer, restored.step + 1)
+    shown = teacher_prompts(
+        config, experience, tokenizer, restored.step + 1, restored.extra.get("host", {})
+    )
     records = token_records(
         parts["model"],
         student,
@@ -151,19 +155,20 @@ def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> l
 
 
 def teacher_prompts(
-    config: Config, experience: Experience, tokenizer: Tokenizer, step: int
+    config: Config,
+    experience: Experience,
+    tokenizer: Tokenizer,
+    step: int,
+    host_state: Mapping[str, Any] = MappingProxyType({}),
 ) -> Shown:
-    """Contexts of all rows, and the ids of their re-prompts as training renders them."""
-    contexts = contexts_of(config, experience, step)
-    rows = [i for i, context in enumerate(contexts) if context is not None]
-    ids, survived = TeacherPrompts(config.teacher, tokenizer)(
-        [experience.prompts[i // experience.group].messages for i in rows],
-        [context for context in contexts if context is not None],
-    )
-    prompts: list[list[int] | None] = [None] * len(contexts)
-    for row, prompt, signal in zip(rows, ids, survived, strict=True):
-        prompts[row] = prompt if signal else None
-    return Shown(contexts, prompts)
+    """Contexts of all rows, and the ids of their re-prompts as training renders them.
+
+    `host_state` is the checkpoint's: successes that the run remembers may be shown.
+    """
+    contexts = Contexts(config, TeacherPrompts(config.teacher, tokenizer), tokenizer)
+    contexts.set_state(host_state.get("successes", {}))
+    chosen = contexts.choose(experience, step)
+    return Shown(chosen, contexts.render(experience, chosen))
 
 
 def response_rows(

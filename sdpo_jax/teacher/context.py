@@ -2,14 +2,14 @@
 
 Pure Python on strings; no array enters. The student answers the question; the teacher re-scores
 the same answer after a prompt that also shows a successful sibling attempt, or the environment's
-feedback (SDPO, arXiv 2601.20802, section 2 and table 2). The answer itself is never part of the
-teacher's prompt.
+feedback (SDPO, arXiv 2601.20802, section 2 and table 2). The answer itself is part of the
+teacher's prompt only with `teacher.own_attempt`.
 
 Where this differs from the released code:
 
 * A re-prompt that is too long is cut in its parts: first the demonstration's end, then the
-  feedback's end, then the question's start. The released code cuts the rendered prompt from the
-  right, and so removes the closing line and the assistant header.
+  own attempt's and the feedback's, then the question's start. The released code cuts the rendered
+  prompt from the right, and so removes the closing line and the assistant header.
 * An unclosed `<think>` hides everything after it, and a `</think>` without an opening tag
   (templates that open the block themselves) everything before it. A demonstration that is blank
   after this is no demonstration.
@@ -33,6 +33,7 @@ Messages = tuple[Mapping[str, str], ...]
 """Chat messages, `{"role": ..., "content": ...}`; the last one is the user's."""
 
 DEMONSTRATION_HEADER = "\nCorrect solution:\n\n"
+ATTEMPT_HEADER = "\nEarlier attempt:\n\n"
 FEEDBACK_HEADER = "\nFeedback on an earlier attempt:\n\n"
 CLOSING = "\n\nSolve the question above correctly."
 EXAMPLE_CLOSING = "\n\nSolve the question above yourself."
@@ -48,6 +49,7 @@ class TeacherContext(NamedTuple):
 
     demonstration: str | None
     feedback: str | None
+    attempt: str | None = None  # the rollout's own text, beside its feedback
 
 
 class Wording(NamedTuple):
@@ -97,6 +99,7 @@ def choose_context(
     config: TeacherConfig,
     *,
     seed: int = 0,
+    remembered: Sequence[Sequence[str]] = (),
 ) -> list[TeacherContext | None]:
     """Chooses what the teacher of each rollout sees.
 
@@ -110,31 +113,41 @@ def choose_context(
         group_size: rollouts per prompt, `G`.
         config: what may be shown, and which success is taken.
         seed: of the choice `random`, which depends on nothing but seed and row.
+        remembered: for each prompt successes of earlier steps, for groups without one; or none.
 
     Returns:
         [N]; None where there is neither a demonstration nor feedback: no teacher signal.
     """
     _check_groups(len(outcomes), len(responses), group_size)
-    shown = [_shown(response, config) for response in responses]
+    shown = [shown_text(response, config) for response in responses]
     contexts: list[TeacherContext | None] = []
     for row, outcome in enumerate(outcomes):
         if not outcome.graded:
             contexts.append(None)
             continue
         start = row - row % group_size
+        passed = [i for i in range(start, start + group_size) if is_success(outcomes[i], config)]
         candidates = [
             text
-            for sibling in range(start, start + group_size)
-            if outcomes[sibling].graded
-            and outcomes[sibling].reward >= config.success_threshold
-            and not (config.exclude_own_success and sibling == row)
+            for sibling in passed
+            if not (config.exclude_own_success and sibling == row)
             and (text := shown[sibling]) is not None
         ]
+        if not passed and remembered:
+            candidates = list(remembered[row // group_size])
         demonstration = _choose_demonstration(candidates, config.demonstration, seed, row)
         wanted = demonstration is None or not config.feedback_only_without_demonstration
         feedback = _text_or_none(outcome.feedback) if config.feedback and wanted else None
-        contexts.append(_context_or_none(demonstration, feedback))
+        context = _context_or_none(demonstration, feedback)
+        if config.own_attempt and context is not None and feedback is not None:
+            context = context._replace(attempt=_text_or_none(responses[row]))
+        contexts.append(context)
     return contexts
+
+
+def is_success(outcome: Outcome, config: TeacherConfig) -> bool:
+    """Whether a rollout may serve as a demonstration."""
+    return outcome.graded and outcome.reward >= config.success_threshold
 
 
 def reprompt(
@@ -159,9 +172,9 @@ def fit_reprompt(
     """Writes the re-prompt and cuts it to its budgets, both in tokens.
 
     Feedback is first cut to its own cap. If the rendered prompt is still too long, the
-    demonstration loses its end, then the feedback its end, then the question its start; each keeps
-    the longest part that fits, and a part that is gone loses its header. The closing line and what
-    the chat template puts after it are never cut.
+    demonstration loses its end, then the rollout's own attempt and the feedback theirs, then the
+    question its start; each keeps the longest part that fits, and a part that is gone loses its
+    header. The closing line and what the chat template puts after it are never cut.
 
     Args:
         messages: the question; the last message is the user's.
@@ -176,10 +189,9 @@ def fit_reprompt(
     """
     if context is None:
         return FittedReprompt(messages, None)
-    feedback = start_of(context.feedback or "", codec, max_feedback_tokens)
+    cut = context._replace(feedback=start_of(context.feedback or "", codec, max_feedback_tokens))
     write = partial(_from_parts, messages, wording)
-    parts = messages[-1]["content"], context.demonstration or "", feedback
-    fitted = _fit_parts(write, *parts, codec, max_prompt_tokens)
+    fitted = _fit_parts(write, messages[-1]["content"], cut, codec, max_prompt_tokens)
     if fitted is None:
         smallest = len(codec.render(write("", "", "").messages))
         raise UserError(
@@ -197,6 +209,8 @@ def _compose(messages: Messages, context: TeacherContext, wording: Wording) -> M
     content = messages[-1]["content"]
     if context.demonstration is not None:
         content += wording.demonstration + context.demonstration
+    if context.attempt is not None:
+        content += ATTEMPT_HEADER + context.attempt
     if context.feedback is not None:
         content += wording.feedback + context.feedback
     return (*messages[:-1], {**messages[-1], "content": content + wording.closing})
@@ -210,7 +224,7 @@ def _check_groups(outcomes: int, responses: int, group_size: int) -> None:
         )
 
 
-def _shown(response: str, config: TeacherConfig) -> str | None:
+def shown_text(response: str, config: TeacherConfig) -> str | None:
     """The response as a demonstration, None if nothing of it is left."""
     return _text_or_none(remove_thinking(response) if config.remove_thinking else response)
 
@@ -256,26 +270,36 @@ def _end_of(text: str, codec: TextCodec, tokens: int) -> str:
 
 
 def _from_parts(
-    messages: Messages, wording: Wording, question: str, demonstration: str, feedback: str
+    messages: Messages,
+    wording: Wording,
+    question: str,
+    demonstration: str,
+    feedback: str,
+    attempt: str = "",
 ) -> FittedReprompt:
     """The re-prompt of these parts; a blank part is absent, header and all."""
     context = _context_or_none(_text_or_none(demonstration), _text_or_none(feedback))
+    if context is not None:
+        context = context._replace(attempt=_text_or_none(attempt))
     asked = (*messages[:-1], {**messages[-1], "content": question})
     return FittedReprompt(_compose(asked, context or TeacherContext(None, None), wording), context)
 
 
 def _fit_parts(
-    write: Callable[[str, str, str], FittedReprompt],
+    write: Callable[..., FittedReprompt],
     question: str,
-    demonstration: str,
-    feedback: str,
+    context: TeacherContext,
     codec: TextCodec,
     max_tokens: int,
 ) -> FittedReprompt | None:
     """The longest re-prompt within `max_tokens`, cutting one part after the other."""
+    demonstration, feedback, attempt = (text or "" for text in context)
 
     def shorter_demonstration(tokens: int) -> FittedReprompt:
-        return write(question, start_of(demonstration, codec, tokens), feedback)
+        return write(question, start_of(demonstration, codec, tokens), feedback, attempt)
+
+    def shorter_attempt(tokens: int) -> FittedReprompt:
+        return write(question, "", feedback, start_of(attempt, codec, tokens))
 
     def shorter_feedback(tokens: int) -> FittedReprompt:
         return write(question, "", start_of(feedback, codec, tokens))
@@ -288,6 +312,7 @@ def _fit_parts(
 
     cuts = (
         (demonstration, shorter_demonstration),
+        (attempt, shorter_attempt),
         (feedback, shorter_feedback),
         (question, shorter_question),
     )

@@ -83,7 +83,7 @@ def frozen() -> Teacher:
     1.0
     """
     return Teacher(
-        init=_float32_copy,
+        init=float32_copy,
         update=lambda teacher, student: teacher,
         params=lambda teacher, student: teacher,
     )
@@ -101,7 +101,7 @@ def ema(rate: float) -> Teacher:
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"rate must lie in [0, 1], got {rate}")
     return Teacher(
-        init=_float32_copy,
+        init=float32_copy,
         update=lambda teacher, student: ema_update(teacher, student, rate),
         params=lambda teacher, student: teacher,
     )
@@ -141,6 +141,6 @@ def trust_region(coefficient: float) -> Teacher:
     )
 
 
-def _float32_copy(params: Params) -> Params:
+def float32_copy(params: Params) -> Params:
     """Copy for real: the train step donates the student's buffers, an alias would die with them."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)

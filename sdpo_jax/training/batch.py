@@ -8,7 +8,6 @@ same order, so that student and teacher meet at `[d, n, c]`.
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +23,6 @@ from sdpo_jax.data.packing import (
 )
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.reductions import sequence_mean_weights, token_mean_weights
-from sdpo_jax.losses.weights import skip_first_tokens
 from sdpo_jax.model import Blocks
 from sdpo_jax.training.step import Sequences
 
@@ -58,20 +56,19 @@ def reduction_weights(
     max_tokens: int,
     reduction: Reduction,
     own: Sequence[NDArray[np.bool_]] | None = None,
-    skip_first: int = 0,
+    skip: int = 0,
 ) -> tuple[NDArray[np.float32], float]:
     """Weight of each token `[N, T]` and the denominator, over all rows of an update.
 
     Inactive rows (no teacher signal) have weight 0; `sequence_mean` still counts them in the
     denominator. `own` says which tokens of each row the model wrote; no other token counts, nor do
-    the first `skip_first` of each row.
+    the first `skip` of each row's own (SDFT, arXiv 2601.19897).
     """
     mask = (np.arange(max_tokens)[None] < lengths[:, None]) & active[:, None]
     if own is not None:
         for line, written in zip(mask, own, strict=True):
             line[: len(written)] &= written
-    if skip_first:
-        mask = np.asarray(skip_first_tokens(jnp.asarray(mask), skip_first))
+    mask &= np.cumsum(mask, axis=1) > skip
     reduce = token_mean_weights if reduction == "token_mean" else sequence_mean_weights
     weights, denominator = reduce(mask)
     return np.asarray(weights), float(denominator)

@@ -22,6 +22,7 @@ from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.diagnostics import rollout_diagnostics
 
 
 class Experience(NamedTuple):
@@ -96,7 +97,7 @@ class Drawn:
             outcomes=[row.outcome for row in rows],
             own=None if self._max_turns == 1 else [row.own for row in rows],
         )
-        return experience, rollout_metrics(rows, self._max_turns)
+        return experience, rollout_metrics(rows, self._max_turns, self._group)
 
     def to_state(self) -> dict[str, Any]:
         """Of single turns: what was sampled, JSON-serialisable, at most 8 bytes a token."""
@@ -246,7 +247,7 @@ def _unpacked(text: str, dtype: str) -> NDArray[Any]:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
 
 
-def rollout_metrics(rows: Sequence[Episode], max_turns: int) -> dict[str, float]:
+def rollout_metrics(rows: Sequence[Episode], max_turns: int, group: int) -> dict[str, float]:
     """Reward and success of the final outcomes, the model's own tokens, and its turns."""
     outcomes = [row.outcome for row in rows]
     metrics = {
@@ -254,6 +255,12 @@ def rollout_metrics(rows: Sequence[Episode], max_turns: int) -> dict[str, float]
         "environment/failed": failed_share(outcomes),
         "response_tokens": float(np.mean([row.own_tokens for row in rows])),
         "truncated": float(1.0 - np.mean([row.stopped for row in rows])),
+        **rollout_diagnostics(
+            np.asarray([row.own_tokens for row in rows]),
+            [row.own_ids for row in rows],
+            outcomes,
+            group,
+        ),
         **environment_metrics(outcomes),
     }
     if max_turns == 1:

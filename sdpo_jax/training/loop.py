@@ -30,6 +30,7 @@ from sdpo_jax.training.console import Console, batch_arithmetic, generations_per
 from sdpo_jax.training.distributed import any_process
 from sdpo_jax.training.metrics import MetricsLog
 from sdpo_jax.training.parameters import checksum
+from sdpo_jax.training.state import to_saved
 from sdpo_jax.training.trainer import LoadParams, Trainer
 
 
@@ -108,6 +109,7 @@ def _run(
         first, state = restored.step, restored.state
         before, spent = restored.extra["before"], restored.extra["seconds"]
         trainer.source.set_state(restored.extra["data"])
+        trainer.set_host_state(restored.extra.get("host", {}))
         console.note(f"resumed   from step {first}")
     base = None if state.base is None else checksum(state.base)
     with _open_log(run_dir, first) as log, _stop_signals() as stop_asked:
@@ -130,7 +132,8 @@ def _run(
             if last or stopping or step % config.checkpoint.every_steps == 0:
                 seconds = spent + time.perf_counter() - began
                 extra = {"data": trainer.source.get_state(), "before": before, "seconds": seconds}
-                checkpoints.save(step, state.replace(base=None), extra | {"base": base})
+                extra |= {"host": trainer.host_state(), "base": base}
+                checkpoints.save(step, to_saved(state), extra)
             checkpoints.poll()
             report.compilation(step)
     checkpoints.finish()

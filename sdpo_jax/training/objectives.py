@@ -5,38 +5,58 @@ that still knows them. A generation batch is cut into `mini_batches` by prompts;
 update.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_jax.config import Config, GrpoObjective, SdpoObjective
 from sdpo_jax.devices import Devices
-from sdpo_jax.losses.objectives import GrpoConstants, GrpoTokens
-from sdpo_jax.losses.policy_gradient import group_advantages
+from sdpo_jax.losses.objectives import (
+    GrpoConstants,
+    GrpoTokens,
+    MixedConstants,
+    MixedTokens,
+    SdpoTokens,
+)
 from sdpo_jax.model import Params
-from sdpo_jax.teacher.context import TeacherContext, choose_context
-from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import Form, MicroBatchPlan, make_tokens
 from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.contexts import Contexts
 from sdpo_jax.training.experience import Experience
-from sdpo_jax.training.teacher_pass import TeacherPass
-from sdpo_jax.training.updates import Part, Update, cut_into_parts, make_update
+from sdpo_jax.training.per_token import BY_ADVANTAGE, is_mixed
+from sdpo_jax.training.scoring import Scorer
+from sdpo_jax.training.shares import Shares, graded_advantages, make_shares, weighs
+from sdpo_jax.training.teacher_pass import TeacherPass, TeacherSide
+from sdpo_jax.training.token_credit import (
+    entropy_weighted,
+    log_ratios,
+    own_reduction,
+    token_advantages,
+    worth_computing,
+)
+from sdpo_jax.training.updates import Part, Update, cut_into_parts, in_order, make_update
 
 
 class SdpoUpdates:
-    """Contexts, the teacher's forward pass, and the tokens to distil."""
+    """Contexts, the teacher's forward pass, and the tokens to distil, to reinforce, or both."""
 
     def __init__(
         self,
         config: Config,
         objective: SdpoObjective,
-        teacher_prompts: TeacherPrompts,
+        contexts: Contexts,
         teacher_pass: TeacherPass,
+        scorer: Scorer,
+        devices: Devices,
     ):
+        self.contexts = contexts
         self._config, self._objective = config, objective
-        self._teacher_prompts, self._teacher_pass = teacher_prompts, teacher_pass
+        self._teacher_pass, self._scorer, self._devices = teacher_pass, scorer, devices
+        self._form = teacher_pass.form
 
     def __call__(
         self,
@@ -48,44 +68,103 @@ class SdpoUpdates:
         clock: Clock,
     ) -> tuple[list[Update], dict[str, float]]:
         """Updates of one generation batch, and how much of it had a teacher signal."""
+        objective = self._objective
         with clock.phase("teacher"):
-            prompts, metrics = self._contexts(experience, step)
-            active = np.asarray([ids is not None for ids in prompts])
-            form = self._teacher_pass.form
+            prompts, metrics = self.contexts(experience, step)
+            has_teacher = np.asarray([ids is not None for ids in prompts])
+            shares = make_shares(self._config, objective, experience, has_teacher, step)
             parts = cut_into_parts(
-                self._config, experience, active, active, self._objective.reduction, form
+                self._config,
+                experience,
+                shares.counted,
+                worth_computing(objective, shares),
+                objective.reduction,
+                self._form,
+                skip=objective.skip_first_tokens,
             )
-            updates = self._teacher_pass(experience, parts, prompts, teacher_params, params, clock)
+            # Where a rollout without a context is computed, its teacher reads the plain question.
+            asked = [ids or experience.prompt_ids[i] for i, ids in enumerate(prompts)]
+            sides: list[TeacherSide] = []
+            if objective.credit != "fixed_negative":
+                sides = self._teacher_pass.sides(
+                    experience, parts, asked, teacher_params, params, clock
+                )
+            if objective.credit in BY_ADVANTAGE:
+                updates, more = self._by_advantage(experience, parts, sides, has_teacher, shares)
+                metrics |= more
+            else:
+                updates = [
+                    self._by_divergence(experience, part, side, has_teacher, shares)
+                    for part, side in zip(parts, sides, strict=True)
+                ]
+            jax.block_until_ready(updates)
         return updates, metrics
 
-    def _contexts(
-        self, experience: Experience, step: int
-    ) -> tuple[list[list[int] | None], dict[str, float]]:
-        contexts = contexts_of(self._config, experience, step)
-        rows = [i for i, context in enumerate(contexts) if context is not None]
-        questions = [experience.prompts[i // experience.group].messages for i in rows]
-        shown = [c for c in contexts if c is not None]
-        ids, survived = self._teacher_prompts(questions, shown)
-        prompts: list[list[int] | None] = [None] * len(contexts)
-        for i, row, signal in zip(rows, ids, survived, strict=True):
-            prompts[i] = row if signal else None
-        count = max(1, int(experience.graded.sum()))
-        return prompts, {
-            "teacher_signal": sum(p is not None for p in prompts) / count,
-            "shown/demonstration": sum(c.demonstration is not None for c in shown) / count,
-            "shown/feedback": sum(c.feedback is not None for c in shown) / count,
-        }
+    def _by_divergence(
+        self,
+        experience: Experience,
+        part: Part,
+        side: TeacherSide,
+        has_teacher: NDArray[np.bool_],
+        shares: Shares,
+    ) -> Update:
+        """Credit for candidates or sampled tokens, which the loss itself makes."""
+        objective, devices = self._objective, self._devices
+        distil = own_reduction(objective, experience, part, has_teacher, shares)
+        weights = [np.full(len(x), distil[i]) for x, i in zip(part.weights, part.rows, strict=True)]
+        if objective.token_weights == "teacher_entropy":
+            scores = self._scorer.of_teacher(part, *side)
+            counts = [w * (x > 0) for w, x in zip(weights, part.weights, strict=True)]
+            weights = entropy_weighted(counts, scores, beta=objective.token_weight_beta)
+        if not is_mixed(objective):
+            if weighs(objective):
+                pairs = zip(part.weights, weights, strict=True)
+                part = part._replace(weights=[a * b for a, b in pairs])
+            return make_update(
+                part, in_order(part, side.tokens), side.constants, self._form, devices
+            )
+        rows = [(len(experience.response_ids[i]), i) for i in part.rows]
+        repeated = [np.full(n, shares.reinforce[i]) for n, i in rows]
+        advantages = [np.full(n, shares.advantages[i]) for n, i in rows]
 
+        def mixed(known: SdpoTokens, micro_batch: MicroBatchPlan) -> MixedTokens:
+            place = partial(make_tokens, micro_batch=micro_batch, devices=devices, dtype=np.float32)
+            assert known.old_log_probs is not None  # the teacher's pass always has them
+            grpo = GrpoTokens(known.targets, known.old_log_probs, place(advantages))
+            return MixedTokens(known, grpo, place(weights), place(repeated))
 
-def contexts_of(config: Config, experience: Experience, step: int) -> list[TeacherContext | None]:
-    """What the teacher of each rollout of a step is shown, None for nothing."""
-    return choose_context(
-        experience.outcomes,
-        experience.texts,
-        experience.group,
-        config.teacher,
-        seed=config.seed * 1_000_003 + step,
-    )
+        tokens = [mixed(*x) for x in zip(side.tokens, part.micro_batches, strict=True)]
+        constants = MixedConstants(side.constants, GrpoConstants(side.constants.temperature))
+        return make_update(part, in_order(part, tokens), constants, self._form, devices)
+
+    def _by_advantage(
+        self,
+        experience: Experience,
+        parts: list[Part],
+        sides: list[TeacherSide],
+        has_teacher: NDArray[np.bool_],
+        shares: Shares,
+    ) -> tuple[list[Update], dict[str, float]]:
+        """Credit that is known before the loss."""
+        updates: list[Update] = []
+        gaps: list[NDArray[np.float32]] = []
+        for number, part in enumerate(parts):
+            gap = None
+            if sides:
+                scores = self._scorer.of_teacher(part, *sides[number])
+                gap = log_ratios(scores.log_probs, [experience.log_probs[i] for i in part.rows])
+                gaps += gap
+            distil = own_reduction(self._objective, experience, part, has_teacher, shares)
+            advantages = token_advantages(
+                self._config, self._objective, experience, part, gap, distil, shares
+            )
+            temperature = self._config.rollout.temperature
+            updates.append(
+                grpo_update(experience, part, advantages, temperature, self._form, self._devices)
+            )
+        if not gaps:
+            return updates, {}
+        return updates, {"teacher_gap": float(np.mean(np.concatenate(gaps)))}
 
 
 class GrpoUpdates:
@@ -108,40 +187,43 @@ class GrpoUpdates:
         del params, teacher_params, step
         with clock.phase("advantages"):
             advantages = graded_advantages(experience)
-            active, worth = np.ones(len(advantages), np.bool_), advantages != 0.0
+            active, signal = np.ones(len(advantages), np.bool_), advantages != 0.0
+            # A KL moves rollouts without an advantage, too.
+            worth = active if self._objective.reference_kl > 0 else signal
             parts = cut_into_parts(
                 self._config, experience, active, worth, self._objective.reduction, self._form
             )
             updates = [self._update(experience, part, advantages) for part in parts]
-        signal = worth[experience.graded]
+        signal = signal[experience.graded]
         return updates, {"advantage_signal": float(np.mean(signal)) if len(signal) else 0.0}
 
     def _update(
         self, experience: Experience, part: Part, advantages: NDArray[np.float32]
     ) -> Update:
-        responses = [experience.response_ids[i] for i in part.rows]
-        old = [experience.log_probs[i] for i in part.rows]
         repeated = [np.full(len(experience.response_ids[i]), advantages[i]) for i in part.rows]
-
-        def tokens(micro_batch: MicroBatchPlan) -> GrpoTokens:
-            place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
-            return GrpoTokens(
-                targets=place(responses, dtype=np.int32),
-                old_log_probs=place(old, dtype=np.float32),
-                advantages=place(repeated, dtype=np.float32),
-            )
-
-        constants = GrpoConstants(jnp.float32(self._config.rollout.temperature))
-        return make_update(part, tokens, constants, self._form, self._devices)
+        temperature = self._config.rollout.temperature
+        return grpo_update(experience, part, repeated, temperature, self._form, self._devices)
 
 
-def graded_advantages(experience: Experience) -> NDArray[np.float32]:
-    """Advantages [N] among the graded siblings; 0 for a rollout that could not be graded."""
-    rewards = np.asarray([o.reward for o in experience.outcomes], np.float32)
-    graded = experience.graded.reshape(-1, experience.group)
-    siblings = np.repeat(graded.sum(axis=1), experience.group)  # [N]
-    advantages = np.zeros(len(rewards), np.float32)
-    for count in np.unique(siblings[experience.graded]).tolist():
-        rows = np.flatnonzero(experience.graded & (siblings == count))
-        advantages[rows] = np.asarray(group_advantages(jnp.asarray(rewards[rows]), count))
-    return advantages
+def grpo_update(
+    experience: Experience,
+    part: Part,
+    advantages: Sequence[NDArray[np.float32]],
+    temperature: float,
+    form: Form,
+    devices: Devices,
+) -> Update:
+    """An update by advantages, `[|y|]` for each of the part's rows."""
+    responses = [experience.response_ids[i] for i in part.rows]
+    old = [experience.log_probs[i] for i in part.rows]
+
+    def tokens(micro_batch: MicroBatchPlan) -> GrpoTokens:
+        place = partial(make_tokens, micro_batch=micro_batch, devices=devices)
+        return GrpoTokens(
+            targets=place(responses, dtype=np.int32),
+            old_log_probs=place(old, dtype=np.float32),
+            advantages=place(advantages, dtype=np.float32),
+        )
+
+    constants = GrpoConstants(jnp.float32(temperature))
+    return make_update(part, tokens, constants, form, devices)

@@ -65,7 +65,7 @@ class SdftSource:
                 active & (experience.lengths > skip),
                 self._objective.reduction,
                 self._teacher_pass.form,
-                skip_first_tokens=skip,
+                skip=skip,
             )
             updates = self._teacher_pass(experience, parts, prompts, teacher_params, params, clock)
         metrics["teacher_signal"] = float(np.mean(active))

@@ -1,8 +1,9 @@
 """What a run carries from step to step, and the optimiser that moves it."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,16 @@ import numpy as np
 import optax
 from flax import struct
 
-from sdpo_jax.config import Config, OptimizerConfig, SdftObjective, SdpoObjective
+from sdpo_jax.config import (
+    Config,
+    GrpoObjective,
+    OptimizerConfig,
+    SdftObjective,
+    SdpoObjective,
+)
 from sdpo_jax.devices import Devices
 from sdpo_jax.model import Model, Params
-from sdpo_jax.teacher.weights import Teacher, ema, frozen, live, trust_region
+from sdpo_jax.teacher.weights import Teacher, ema, float32_copy, frozen, live, trust_region
 from sdpo_jax.training.parameters import Parameters, full, lora
 
 
@@ -25,6 +32,33 @@ class TrainState(struct.PyTreeNode):
     teacher: Params  # float32 copy for `ema` and `frozen`; None for `live` and without a teacher
     skipped: Any  # [] int32, consecutive updates that were not finite
     base: Params = None  # with adapters: the model's weights, which stay; not in checkpoints
+    previous: Params = None  # the teacher before its last refresh, where it may come back
+    reference: Params = None  # the initial model, where a KL to it needs a copy of its own
+
+
+def to_saved(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds: all but `base`; further copies only where a run keeps them.
+
+    So checkpoints of runs without them stay as they were before there were any.
+    """
+    kept = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    absent = [name for name in ("previous", "reference") if kept[name] is None]
+    return {name: x for name, x in kept.items() if name not in absent} | {"base": None}
+
+
+def from_saved(saved: Mapping[str, Any]) -> TrainState:
+    """Undoes `to_saved`, but for `base`."""
+    return TrainState(**saved)
+
+
+class Copies(NamedTuple):
+    """Which further copies of the model's weights a run keeps, in float32."""
+
+    previous: bool = False
+    reference: bool = False
+
+
+NO_COPIES = Copies()
 
 
 def make_parameters(config: Config) -> Parameters:
@@ -68,8 +102,32 @@ def make_teacher(config: Config) -> Teacher | None:
         "frozen": frozen(),
         "live": live(),
         "trust_region": trust_region(config.teacher.trust_region),
+        "refreshed": ema(config.teacher.refresh_fraction),
     }
     return kinds[config.teacher.weights]
+
+
+def make_copies(config: Config) -> Copies:
+    """The teacher before this one for a return, the initial model for a KL to it.
+
+    A frozen teacher, and the base of adapters, are the initial model already.
+    """
+    objective, teacher = config.objective, config.teacher
+    is_sdpo = isinstance(objective, SdpoObjective)
+    returns = is_sdpo and teacher.weights == "refreshed" and teacher.return_drop > 0
+    anchored = isinstance(objective, SdpoObjective | GrpoObjective) and objective.reference_kl > 0
+    is_there = config.lora.rank > 0 or (is_sdpo and teacher.weights in ("frozen", "trust_region"))
+    return Copies(returns, anchored and not is_there)
+
+
+def reference_params(config: Config, state: TrainState) -> Params:
+    """The initial model's weights, wherever they lie; None where nothing keeps them."""
+    if state.reference is not None:
+        return state.reference
+    if state.base is not None:
+        return state.base
+    stands = config.teacher.weights in ("frozen", "trust_region")
+    return state.teacher if stands else None
 
 
 def base_is_teacher(config: Config) -> bool:
@@ -83,6 +141,7 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
     parameters: Parameters,
+    copies: Copies = NO_COPIES,
 ) -> TrainState:
     """A `NamedSharding` for every array of the state; moments lie like their parameters."""
     key = jax.random.key(0)
@@ -104,7 +163,13 @@ def state_shardings(
         whole if keeps_weights else None,
         devices.replicated,
         base=None if jax.eval_shape(parameters.base, shapes) is None else whole,
+        previous=whole if copies.previous else None,
+        reference=whole if copies.reference else None,
     )
+
+
+def _copies_of(shardings: TrainState) -> Copies:
+    return Copies(shardings.previous is not None, shardings.reference is not None)
 
 
 def create_state(
@@ -126,7 +191,10 @@ def state_maker(
     parameters: Parameters,
 ) -> Callable[[Params, int], TrainState]:
     """`create_state` of `(params, seed)` for many starts: compiled once."""
-    create = jax.jit(partial(_create, optimizer, teacher, parameters), out_shardings=shardings)
+    create = jax.jit(
+        partial(_create, optimizer, teacher, parameters, _copies_of(shardings)),
+        out_shardings=shardings,
+    )
     return lambda params, seed: create(np.uint32(seed), params)
 
 
@@ -139,7 +207,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of what a checkpoint holds: all but `base`. No array exists."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    create = partial(_create, optimizer, teacher, parameters, np.uint32(0))
+    create = partial(_create, optimizer, teacher, parameters, _copies_of(shardings), np.uint32(0))
     state = jax.eval_shape(create, shapes)
 
     def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -152,6 +220,7 @@ def _create(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
     parameters: Parameters,
+    copies: Copies,
     seed: Any,
     params: Params,
 ) -> TrainState:
@@ -163,4 +232,6 @@ def _create(
         None if teacher is None else teacher.init(parameters.merged(base, trained)),
         jnp.zeros((), jnp.int32),
         base,
+        float32_copy(params) if copies.previous else None,
+        float32_copy(params) if copies.reference else None,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,20 @@ from sdpo_jax.training.batch import Form, MicroBatchPlan, Pair, make_sequences, 
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.step import Sequences
-from sdpo_jax.training.updates import Part, Update, make_update, token_count
+from sdpo_jax.training.updates import Part, Update, in_order, make_update, token_count
 
 TeacherForward = Callable[[Params, Sequences], jax.Array]
 """`(params, sequences) -> [D, n, c, width]`, compiled: `step.teacher_forward` of a model."""
 
 TeacherHead = Callable[[Params], jax.Array]
 """`params -> [width, V]`, compiled, as the loss wants the head to lie."""
+
+
+class TeacherSide(NamedTuple):
+    """What the teacher knows of one part."""
+
+    tokens: list[Any]  # of each micro-batch, `SdpoTokens` or `SdftTokens`
+    constants: SdpoConstants
 
 
 class TeacherPass:
@@ -52,7 +60,25 @@ class TeacherPass:
         params: Params,
         clock: Clock,
     ) -> list[Update]:
-        """One update for each part.
+        """One update for each part; arguments as in `sides`."""
+        sides = self.sides(experience, parts, prompts, teacher_params, params, clock)
+        updates = [
+            make_update(part, in_order(part, side.tokens), side.constants, self.form, self._devices)
+            for part, side in zip(parts, sides, strict=True)
+        ]
+        jax.block_until_ready(updates)
+        return updates
+
+    def sides(
+        self,
+        experience: Experience,
+        parts: Sequence[Part],
+        prompts: Sequence[list[int] | None],
+        teacher_params: Params,
+        params: Params,
+        clock: Clock,
+    ) -> list[TeacherSide]:
+        """What the teacher knows of each part's tokens.
 
         All passes run before the first update: the teacher may be the student.
 
@@ -68,11 +94,9 @@ class TeacherPass:
         if self._config.teacher.weights == "trust_region":
             weights.append(params)
         heads = [self._head(x) for x in weights] if parts else []
-        updates = [self._update(experience, part, prompts, weights, heads, clock) for part in parts]
-        jax.block_until_ready(updates)
-        return updates
+        return [self._side(experience, part, prompts, weights, heads, clock) for part in parts]
 
-    def _update(
+    def _side(
         self,
         experience: Experience,
         part: Part,
@@ -80,7 +104,7 @@ class TeacherPass:
         weights: list[Params],
         heads: list[jax.Array],
         clock: Clock,
-    ) -> Update:
+    ) -> TeacherSide:
         pairs = [
             Pair(ids, experience.response_ids[i])
             for i in part.rows
@@ -110,4 +134,4 @@ class TeacherPass:
         if len(heads) > 1:
             coefficient = jnp.float32(self._config.teacher.trust_region)
             constants = SdpoConstants(heads[0], temperature, heads[1], coefficient)
-        return make_update(part, tokens, constants, self.form, self._devices)
+        return TeacherSide([tokens(x) for x in part.micro_batches], constants)

@@ -1,6 +1,6 @@
 """The compiled programs of a run, and one step of it: rollouts, feedback, teacher, update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -21,8 +21,7 @@ from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.evaluation.accuracy import Evaluator
 from sdpo_jax.losses.chunked_head import chunked_head
-from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
-from sdpo_jax.losses.objectives import grpo_per_token, sdpo_per_token, sft_per_token
+from sdpo_jax.losses.objectives import sft_per_token
 from sdpo_jax.losses.sequence_importance import sequence_weighted_head
 from sdpo_jax.model import Model, Params
 from sdpo_jax.sampling.sampler import Sampler
@@ -33,19 +32,34 @@ from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.batch import Form
 from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
+from sdpo_jax.training.contexts import Contexts
 from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
 from sdpo_jax.training.parameters import refuse_another_base
+from sdpo_jax.training.per_token import (
+    SAMPLED,
+    Loss,
+    grpo_loss_of,
+    means,
+    sdft_loss_of,
+    sdpo_loss_of,
+)
+from sdpo_jax.training.refreshes import Refreshes
+from sdpo_jax.training.scoring import Scorer
 from sdpo_jax.training.sdft import SdftSource
 from sdpo_jax.training.sources import DemonstrationSource, RolloutSource, Source
 from sdpo_jax.training.state import (
     TrainState,
     abstract_state,
     base_is_teacher,
+    from_saved,
+    make_copies,
     make_optimizer,
     make_parameters,
     make_teacher,
+    reference_params,
     state_maker,
     state_shardings,
+    to_saved,
 )
 from sdpo_jax.training.step import (
     Metrics,
@@ -57,6 +71,7 @@ from sdpo_jax.training.step import (
     train_step,
 )
 from sdpo_jax.training.teacher_pass import TeacherPass
+from sdpo_jax.training.updates import Update
 
 LoadParams: TypeAlias = Callable[[], Params]
 """Loads a run's initial weights."""
@@ -85,7 +100,7 @@ class Trainer:
         updates = config.train.steps * config.train.mini_batches
         self.optimizer = make_optimizer(config.optimizer, updates)
         self.shardings = state_shardings(
-            model, self.devices, self.optimizer, self.teacher, self.parameters
+            model, self.devices, self.optimizer, self.teacher, self.parameters, make_copies(config)
         )
         self._new_state = state_maker(self.optimizer, self.teacher, self.shardings, self.parameters)
         self._merged = self.devices.jit(self.parameters.merged)
@@ -102,7 +117,16 @@ class Trainer:
                 donate_argnums=0,
                 out_shardings=self.shardings,
             )
+        self._refreshes = self._make_refreshes()
+        self._contexts: Contexts | None = None
+        self._scorer = Scorer(model, self.devices, config.rollout.temperature)
         self.source = self._source(model, environment, demonstrations, teacher_prompts)
+
+    def _make_refreshes(self) -> Refreshes | None:
+        teacher, config = self.teacher, self.config.teacher
+        if teacher is None or config.weights != "refreshed":
+            return None
+        return Refreshes(config, teacher, self.parameters, self.devices, self.shardings)
 
     def _compiled_train_step(self) -> TrainStep:
         config, devices = self.config, self.devices
@@ -147,7 +171,10 @@ class Trainer:
             )
         if isinstance(objective, SdpoObjective):
             teacher_pass = TeacherPass(config, devices, self.form, forward, head)
-            updates = SdpoUpdates(config, objective, teacher_prompts, teacher_pass)
+            self._contexts = Contexts(config, teacher_prompts, self.tokenizer)
+            updates = SdpoUpdates(
+                config, objective, self._contexts, teacher_pass, self._scorer, devices
+            )
         else:
             updates = GrpoUpdates(config, objective, devices, self.form)
         prompts = prompt_batches(
@@ -170,8 +197,11 @@ class Trainer:
         template = abstract_state(
             self._model, self.optimizer, self.teacher, self.shardings, self.parameters
         )
-        restored = checkpoints.restore(template)
-        if restored is None or self.config.lora.rank == 0:
+        restored = checkpoints.restore(to_saved(template))
+        if restored is None:
+            return None
+        restored = restored._replace(state=from_saved(restored.state))
+        if self.config.lora.rank == 0:
             return restored
         base = jax.jit(self.parameters.base, out_shardings=self.shardings.base)(load_params())
         refuse_another_base(base, restored.extra["base"], self.config.model.path)
@@ -199,17 +229,48 @@ class Trainer:
         clock = Clock()
         student = self.student(state)
         updates, row = self.source(student, self.teacher_params(state, student), step, clock)
+        updates = self._anchored(updates, state, clock)
         with clock.phase("train"):
             measured: list[Metrics] = []
             for update in updates:
                 state, metrics = train_step(self._train_step, state, update.batch, update.constants)
                 clock.count("train", update.tokens)
                 measured.append(metrics)
-            if self.teacher is not None and measured:
+            if self.teacher is not None and self._refreshes is None and measured:
                 any_finite = jnp.any(jnp.stack([m.finite for m in measured]))
                 state = self._follow(state, any_finite)
-            row |= _summarise(self.devices.fetch(measured))
+            fetched: list[Metrics] = self.devices.fetch(measured)
+            row |= _summarise(fetched)
+            if self._refreshes is not None:
+                moved = any(bool(m.finite) for m in fetched)
+                state, told = self._refreshes(state, row, moved=moved)
+                row |= told
         return state, row | clock.read()
+
+    def _anchored(self, updates: list[Update], state: TrainState, clock: Clock) -> list[Update]:
+        """With a KL to the initial model: updates that know its log-probabilities."""
+        objective = self.config.objective
+        if isinstance(objective, Demonstrated) or objective.reference_kl == 0:
+            return updates
+        with clock.phase("reference"):
+            updates = self._scorer.anchored(updates, reference_params(self.config, state))
+            return jax.block_until_ready(updates)
+
+    def host_state(self) -> dict[str, Any]:
+        """What a run remembers beside its arrays and its position in the data; for a checkpoint."""
+        kept: dict[str, Any] = {}
+        if self._refreshes is not None:
+            kept["teacher"] = self._refreshes.schedule.get_state()
+        if self._contexts is not None:
+            kept["successes"] = self._contexts.get_state()
+        return kept
+
+    def set_host_state(self, saved: Mapping[str, Any]) -> None:
+        """Goes to what `host_state` gave."""
+        if self._refreshes is not None:
+            self._refreshes.schedule.set_state(saved["teacher"])
+        if self._contexts is not None:
+            self._contexts.set_state(saved.get("successes", {}))
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """Held-out accuracy of the student, and of the teacher in context.
@@ -233,30 +294,15 @@ def shares_prompts(config: Config) -> bool:
     return config.train.share_prompts == "on"
 
 
-SAMPLED = ("log_prob", "student_entropy")
-PAIRS = ("teacher_entropy", "forward_kl", "reverse_kl", "jsd", "teacher_log_prob")
-
-
-def _per_token_loss(config: Config) -> tuple[Any, tuple[str, ...]]:
+def _per_token_loss(config: Config) -> Loss:
     """The loss, and which of its by-products are reported; others are not computed."""
     objective = config.objective
-    if isinstance(objective, SdpoObjective | SdftObjective):
-        divergence = partial(full_vocabulary_loss, alpha=objective.alpha)
-        if objective.top_k:
-            divergence = partial(
-                top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True
-            )
-        if isinstance(objective, SdftObjective):  # its importance weight is `_summed`'s
-            return sdpo_per_token(divergence), ("divergence", *SAMPLED, *PAIRS, "importance")
-        loss = sdpo_per_token(divergence, importance_cap=objective.importance_cap)
-        return loss, ("divergence", *SAMPLED, *PAIRS, "ratio")
+    if isinstance(objective, SdpoObjective):
+        return sdpo_loss_of(objective)
+    if isinstance(objective, SdftObjective):
+        return sdft_loss_of(objective)
     if isinstance(objective, GrpoObjective):
-        loss = grpo_per_token(
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            dual_clip=objective.dual_clip,
-        )
-        return loss, (*SAMPLED, "ratio", "clipped")
+        return grpo_loss_of(objective)
     return sft_per_token(), (*SAMPLED, "correct")
 
 
@@ -279,8 +325,9 @@ def _summarise(measured: list[Metrics]) -> dict[str, Any]:
     if not measured:  # Nothing in this batch could move the parameters.
         return {"updates": 0, "skipped": 0}
     tokens = max(1.0, sum(float(m.tokens) for m in measured))
+    names = measured[0].sums
     row: dict[str, Any] = {
-        name: sum(float(m.sums[name]) for m in measured) / tokens for name in measured[0].sums
+        **means({name: sum(float(m.sums[name]) for m in measured) for name in names}, tokens)
     }
     if "correct" in row:
         row["token_accuracy"] = row.pop("correct")

@@ -40,6 +40,7 @@ class Part(NamedTuple):
     micro_batches: list[MicroBatchPlan]
     weights: list[NDArray[np.float32]]  # of each row's tokens
     denominator: float
+    block: NDArray[np.intp] | None = None  # all graded rows of the mini-batch
 
 
 def cut_into_parts(
@@ -49,13 +50,14 @@ def cut_into_parts(
     worth: NDArray[np.bool_],
     reduction: Reduction,
     form: Form,
-    skip_first_tokens: int = 0,
+    *,
+    skip: int = 0,
 ) -> list[Part]:
     """Mini-batches of the rows that are `worth` computing; an empty one makes no update.
 
     `active` rows count in the reduction; a row that is active but not worth computing has zero
-    gradient. Rows that could not be graded are absent: no denominator knows them. Of each response
-    the first tokens may be left out of the loss and of the denominators.
+    gradient. Rows that could not be graded are absent: no denominator knows them, nor the first
+    `skip` tokens of each response.
     """
     total, parts, graded = len(experience.texts), list[Part](), experience.graded
     size = total // config.train.mini_batches
@@ -65,15 +67,20 @@ def cut_into_parts(
         if len(kept) == 0:
             continue
         lengths = experience.lengths[block]
-        own = None if experience.own is None else [experience.own[i] for i in block]
+        own = own_of(experience, block)
         weights, denominator = reduction_weights(
-            lengths, active[block], int(lengths.max()), reduction, own, skip_first_tokens
+            lengths, active[block], int(lengths.max()), reduction, own, skip
         )
         rows = block[kept].tolist()
         pairs = [Pair(experience.prompt_ids[i], experience.response_ids[i]) for i in rows]
         spread = [weights[i, : lengths[i]] for i in kept]
-        parts.append(Part(rows, pairs, plan(pairs, form), spread, denominator))
+        parts.append(Part(rows, pairs, plan(pairs, form), spread, denominator, block))
     return parts
+
+
+def own_of(experience: Experience, rows: NDArray[np.intp]) -> list[NDArray[np.bool_]] | None:
+    """Which tokens of these rows the model wrote; None: all of them."""
+    return None if experience.own is None else [experience.own[i] for i in rows]
 
 
 def make_update(
@@ -95,6 +102,12 @@ def make_update(
     ]
     batch = Batch(micro_batches, jnp.float32(part.denominator))
     return Update(batch, constants, token_count(part.pairs))
+
+
+def in_order(part: Part, tokens: Sequence[Any]) -> Callable[[MicroBatchPlan], Any]:
+    """For `make_update`: tokens that were made before, one for each of the part's micro-batches."""
+    ready = dict(zip(map(id, part.micro_batches), tokens, strict=True))
+    return lambda micro_batch: ready[id(micro_batch)]
 
 
 def token_count(pairs: Sequence[Pair]) -> int:

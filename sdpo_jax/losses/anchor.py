@@ -1,0 +1,150 @@
+"""Any objective held near a reference, and the log-probabilities that this needs of it.
+
+    anchored_per_token    loss + β · KL(π ‖ π_ref), the KL estimated at the sampled token
+    score_per_token       log p(y_t) and entropy of one model alone, for `chunked_head`
+
+The reference reads the student's own prompt, without any context: SDPG (arXiv 2606.04036) finds
+that lengths shrink without it. The estimate is GRPO's (arXiv 2402.03300, equation 4). Validated
+against plain autodiff of the formula (tests/test_anchor.py).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, head_logits
+from sdpo_jax.losses.divergences import entropy
+from sdpo_jax.losses.policy_gradient import reference_kl
+from sdpo_jax.losses.tiles import by_rows
+from sdpo_jax.losses.vocabulary import (
+    log_softmax,
+    select_targets,
+    shape_logits,
+    trust_region_logits,
+)
+
+
+class AnchoredTokens(NamedTuple):
+    """What an anchored objective knows of each token."""
+
+    objective: Any  # tokens of the objective
+    targets: jax.Array  # [M] integer, the sampled tokens
+    reference_log_probs: jax.Array  # [M]
+
+
+class AnchoredConstants(NamedTuple):
+    """What an anchored objective knows besides."""
+
+    objective: Any
+    temperature: jax.Array  # [] float32
+
+
+class ScoreTokens(NamedTuple):
+    """What a score knows of each token."""
+
+    targets: jax.Array  # [M] integer
+    live_hidden: jax.Array | None = None  # [M, D], of a trust region's other model
+
+
+class ScoreConstants(NamedTuple):
+    """What a score knows besides."""
+
+    temperature: jax.Array  # [] float32
+    live_head: jax.Array | None = None  # [D, V]
+    coefficient: jax.Array | None = None  # [] float32
+
+
+def anchored_per_token(
+    objective: PerTokenLoss,
+    *,
+    coefficient: float,
+    soft_cap: float | None = None,
+    vocabulary_axis: str | None = None,
+) -> PerTokenLoss:
+    """`objective`, any per-token loss, + β · `reference_kl` of the sampled token.
+
+    Args:
+        objective: as the last two arguments, see `sdpo_per_token`.
+        coefficient: β, at least 0.
+        soft_cap: of the model's logits.
+        vocabulary_axis: as there.
+
+    Returns:
+        PerTokenLoss of AnchoredTokens, AnchoredConstants; one more metric, reference_kl, in nats.
+
+    Source: equation 4 of arXiv 2402.03300; beside a distillation, SDPG, arXiv 2606.04036.
+
+    >>> from sdpo_jax.losses.objectives import SftTokens, sft_per_token
+    >>> loss = anchored_per_token(sft_per_token(), coefficient=1.0)
+    >>> tokens = AnchoredTokens(SftTokens(jnp.array([0])), jnp.array([0]), jnp.array([-1.0]))
+    >>> value, more = loss(jnp.zeros((1, 2)), tokens, AnchoredConstants(None, jnp.array(1.0)))
+    >>> print(f"{value[0]:.4f} {more['reference_kl'][0]:.4f}")
+    0.7358 0.0426
+    """
+    if not coefficient >= 0.0:
+        raise ValueError(f"coefficient must be at least 0, got {coefficient}")
+    kl = partial(_reference_kl, soft_cap=soft_cap, vocabulary_axis=vocabulary_axis)
+    kl = partial(by_rows, kl, vocabulary_axis=vocabulary_axis)
+
+    def loss(
+        logits: jax.Array, tokens: AnchoredTokens, constants: AnchoredConstants
+    ) -> tuple[jax.Array, Metrics]:
+        value, metrics = objective(logits, tokens.objective, constants.objective)
+        apart, _ = kl(logits, tokens._replace(objective=None), constants.temperature)
+        return value + coefficient * apart, {**metrics, "reference_kl": apart}
+
+    return loss
+
+
+def _reference_kl(
+    logits: jax.Array,
+    tokens: AnchoredTokens,
+    temperature: jax.Array,
+    *,
+    soft_cap: float | None,
+    vocabulary_axis: str | None,
+) -> tuple[jax.Array, Metrics]:
+    logits = shape_logits(logits, temperature=temperature, soft_cap=soft_cap)
+    log_probs = log_softmax(logits, vocabulary_axis=vocabulary_axis)
+    chosen = select_targets(log_probs, tokens.targets, vocabulary_axis=vocabulary_axis)
+    return reference_kl(chosen, tokens.reference_log_probs), {}
+
+
+def score_per_token(
+    *, soft_cap: float | None = None, vocabulary_axis: str | None = None
+) -> PerTokenLoss:
+    """The value is log p(y_t) of a model, or of the trust region between two; no gradient meant.
+
+    Returns:
+        PerTokenLoss of ScoreTokens and ScoreConstants. Metrics: log_prob, entropy, in nats.
+
+    Source: log q(y_t) of equation 2 and the mixture of equation 10, arXiv 2601.20802.
+
+    >>> loss, constants = score_per_token(), ScoreConstants(jnp.array(1.0))
+    >>> print(f"{loss(jnp.zeros((1, 4)), ScoreTokens(jnp.array([2])), constants)[0][0]:.4f}")
+    -1.3863
+    """
+    axis = vocabulary_axis
+
+    def of_rows(
+        logits: jax.Array, rows: tuple[jax.Array, jax.Array | None], constants: ScoreConstants
+    ) -> tuple[jax.Array, Metrics]:
+        targets, live = rows
+        shaped = partial(shape_logits, temperature=constants.temperature, soft_cap=soft_cap)
+        logits = shaped(logits)
+        if live is not None and constants.coefficient is not None:
+            logits = trust_region_logits(logits, shaped(live), constants.coefficient)
+        log_probs = log_softmax(logits, vocabulary_axis=axis)
+        chosen = select_targets(log_probs, targets, vocabulary_axis=axis)
+        return chosen, {"log_prob": chosen, "entropy": entropy(log_probs, vocabulary_axis=axis)}
+
+    def loss(
+        logits: jax.Array, tokens: ScoreTokens, constants: ScoreConstants
+    ) -> tuple[jax.Array, Metrics]:
+        live = None
+        if tokens.live_hidden is not None and constants.live_head is not None:
+            live = head_logits(tokens.live_hidden, constants.live_head)
+        return by_rows(of_rows, logits, (tokens.targets, live), constants, vocabulary_axis=axis)
+
+    return loss

@@ -1,0 +1,70 @@
+"""What tells early that a run goes wrong: length's tail, repetition, copying, useless groups.
+
+Host-side numbers of one generation batch. In reports of collapse these move before accuracy does
+(CGTR, arXiv 2606.03532; StableSDPO, arXiv 2607.01763).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdpo_jax.environments.base import Outcome
+
+REPETITION_GRAM = 4
+OVERLAP_GRAM = 8
+
+
+def rollout_diagnostics(
+    lengths: NDArray[np.int32],
+    responses: Sequence[Sequence[int]],
+    outcomes: Sequence[Outcome],
+    group: int,
+) -> dict[str, float]:
+    """Of `N` responses, a prompt's side by side.
+
+    Returns:
+      `response_tokens_p95`; `repetition`, the mean share of a response's 4-grams that came before
+      in it; `groups/no_success`, `one_success`, `all_success`: shares of the groups in which
+      something could be graded.
+    """
+    found = {
+        "response_tokens_p95": float(np.percentile(lengths, 95)),
+        "repetition": float(np.mean([repetition(ids) for ids in responses])),
+    }
+    graded = np.asarray([o.graded for o in outcomes]).reshape(-1, group)
+    passed = np.asarray([o.graded and o.passed for o in outcomes]).reshape(-1, group)
+    counts, totals = passed.sum(axis=1), graded.sum(axis=1)
+    counts, totals = counts[totals > 0], totals[totals > 0]
+    if len(totals):
+        found |= {
+            "groups/no_success": float(np.mean(counts == 0)),
+            "groups/one_success": float(np.mean(counts == 1)),
+            "groups/all_success": float(np.mean(counts == totals)),
+        }
+    return found
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of the 4-grams that repeat an earlier one; 0 where there are none.
+
+    >>> repetition([1, 2, 3, 4, 1, 2, 3, 4])
+    0.2
+    """
+    grams = _grams(ids, REPETITION_GRAM)
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def overlap(response: Sequence[int], shown: Sequence[int]) -> float:
+    """Share of the response's 8-grams that stand in the demonstration; 0 where it has none.
+
+    >>> overlap(range(9), range(8))
+    0.5
+    """
+    grams = _grams(response, OVERLAP_GRAM)
+    theirs = set(_grams(shown, OVERLAP_GRAM))
+    return sum(gram in theirs for gram in grams) / len(grams) if grams else 0.0
+
+
+def _grams(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)]
