@@ -101,7 +101,11 @@ def contradictions(c: Config) -> Iterator[tuple[str, str, str]]:
     if isinstance(c.objective, GrpoObjective) and c.rollout.rollouts_per_prompt < 2:
         text = "at least 2 with grpo: an advantage compares siblings"
         yield "rollout.rollouts_per_prompt", "", text
-    if c.rollout.ahead and c.rollout.max_turns > 1:
+    if isinstance(c.objective, Demonstrated) and (c.rollout.ahead or c.rollout.max_turns > 1):
+        key = "rollout.ahead" if c.rollout.ahead else "rollout.max_turns"
+        text = f"{'false' if c.rollout.ahead else 1} with {c.objective.name}: nothing is graded"
+        yield key, "objective.name", text
+    elif c.rollout.ahead and c.rollout.max_turns > 1:
         text = "1 with rollout.ahead: a later turn waits for what the environment says"
         yield "rollout.max_turns", "rollout.ahead", text
     if isinstance(c.objective, SdpoObjective):

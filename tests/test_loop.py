@@ -405,8 +405,8 @@ def test_mini_batches_make_that_many_updates_and_the_teacher_follows_once(tmp_pa
 def poisoned_after(good_updates):
     """`make_train_step`, whose gradient is not a number from then on."""
 
-    def make(*parts):
-        programs = make_train_step(*parts)
+    def make(*parts, **settings):
+        programs = make_train_step(*parts, **settings)
 
         def finish(state, sums, denominator):
             count = optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[0][1]

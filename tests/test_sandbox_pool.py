@@ -153,7 +153,8 @@ def test_the_box_that_waits_ends_with_a_killed_executor_and_the_programs_are_run
 
 
 def test_a_waiting_box_that_dies_is_replaced_and_no_wrong_answer(sandbox: LocalSandbox) -> None:
-    thread, found = start(sandbox, SLOW, 2)
+    # Long enough that the box is killed while it waits, also on a busy machine.
+    thread, found = start(sandbox, SLOW.replace("sleep(1)", "sleep(4)"), 2)
     waiting = boxes_of(sandbox)[-1]
     os.kill(waiting, signal.SIGKILL)
     thread.join(60)

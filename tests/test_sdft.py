@@ -127,7 +127,7 @@ def by_ours(alpha, hidden, teacher_hidden, chunk=8, importance=CAP):
     """The same through the head: an identity for a head makes hidden states logits."""
     _, _, targets, old = at_the_logits()
     weights, denominator = reduction_weights(
-        LENGTHS.astype(np.int32), np.ones(4, np.bool_), 9, "sequence_mean", SKIP
+        LENGTHS.astype(np.int32), np.ones(4, np.bool_), 9, "sequence_mean", skip=SKIP
     )
     flat = np.concatenate([row[:n] for row, n in zip(weights, LENGTHS, strict=True)])
     count = -len(flat) % chunk

@@ -164,7 +164,7 @@ def test_a_return_brings_the_weights_before_the_refresh_back_and_resumes_exactly
     ends = []
     for one, now in ((trainer, state), (again, other)):
         source: Any = one.source
-        source._environment.passing = ()  # no answer passes: reward falls
+        source._table.environment.passing = ()  # no answer passes: reward falls
         now, row = one.step(now, 3)
         assert row["teacher/returned"] == 1.0 and row["teacher/age"] == 0
         ends.append(jax.device_get(now))

@@ -37,6 +37,7 @@ from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.experience import Experience
+from sdpo_jax.training.state import to_saved
 from sdpo_jax.training.trainer import Trainer
 
 TOKENIZER = tiny.ByteTokenizer()
@@ -148,7 +149,7 @@ def save(config):
     trainer = trainer_of(config)
     extra = {"data": trainer.source.get_state()}
     with Checkpoints(Path(config.run_dir) / "checkpoints") as checkpoints:
-        checkpoints.save(3, start(trainer), extra)
+        checkpoints.save(3, to_saved(start(trainer)), extra)
         checkpoints.finish()
 
 
@@ -233,7 +234,7 @@ def test_what_was_not_graded_or_not_taught_has_no_context_and_no_advantage():
     rows = response_rows(batch, shown, records, TOKENIZER)
     assert [row["shown"] for row in rows] == [
         None,
-        {"demonstration": "y", "feedback": None},
+        {"demonstration": "y", "feedback": None, "attempt": None},
         None,
     ]
     assert [row["teacher_prompt"] for row in rows] == [None, "?y", None]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from sdpo_jax.config import Config, SftObjective
+from sdpo_jax.config import Config, Demonstrated
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
@@ -144,13 +144,14 @@ class TestTimeTraining:
         Raises:
           UserError: the objective learns from demonstrations and not from rollouts.
         """
-        if isinstance(config.objective, SftObjective):
+        if isinstance(config.objective, Demonstrated):
             raise UserError(
                 f"objective {config.objective.name}: expected one that learns from rollouts, "
                 "sdpo or grpo; choose it with --method"
             )
         self._trainer = Trainer(config, model, tokenizer, environment)
         self._updates = cast(RolloutSource, self._trainer.source).updates
+        self._start = self._trainer.host_state()
         self._config, self._environment, self._params = config, environment, params
 
     def __call__(
@@ -173,6 +174,7 @@ class TestTimeTraining:
         own = cell_seed(method, question.id, seed)
         source = _OneQuestion(trainer, self._updates, self._environment, question, own, budget)
         trainer.source = source
+        trainer.set_host_state(self._start)  # no cell knows what another one has seen
         state, step = trainer.initial_state(self._params, own), 0
         while not source.tally.over:
             step += 1
