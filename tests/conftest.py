@@ -25,6 +25,12 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error:::sdpo_models")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """For `-n auto`: each of the workers holds compiled programs, about a gigabyte of them."""
+    return min(8, os.cpu_count() or 1)
+
+
 @pytest.fixture
 def x64():
     """float64 for the length of one test."""

@@ -367,6 +367,7 @@ def test_a_run_of_a_pod_is_converted_on_one_device_without_its_environment(
     assert load_params(tmp_path / "out", load_architecture(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_convert_adds_adapters_in(sdpo, tmp_path):
     run_dir, out = tmp_path / "run", tmp_path / "out"
     steps = ["--train.steps", "2", "--evaluation.every-steps", "0"]

@@ -210,6 +210,7 @@ def assert_same_result(config, summary, expected):
 # Resuming
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_resumes_exactly_and_its_checkpoints_hold_adapters_alone(tmp_path):
     config = make_config(tmp_path / "whole", lora={"rank": 2}, teacher={"weights": "frozen"})
     run(config)

@@ -136,6 +136,7 @@ def cells(pairs, budget=12, shows_attempts=False, **rollout):
     return found
 
 
+@pytest.mark.slow
 def test_a_chain_depends_on_its_question_and_seed_and_on_no_other_chain(monkeypatch):
     monkeypatch.setattr(jax, "jit", tiny.quick_jit)
     pairs = [(question, seed) for question in Lottery.train for seed in (1, 2)]

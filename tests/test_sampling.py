@@ -272,7 +272,7 @@ def test_rows_that_are_done_leave_their_slots_and_change_nothing(params, long_ro
     del long_rollouts
 
 
-@pytest.mark.parametrize("slots", [8, 0])
+@pytest.mark.parametrize("slots", [8, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_engine_on_eight_devices_equals_one_device(params, slots):
     prompts = [PROMPTS[i % 3] for i in range(8)]
     one = generate_long(params, prompts=prompts, stop=STOP)

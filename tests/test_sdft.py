@@ -331,12 +331,13 @@ def test_a_teacher_with_the_students_weights_and_prompt_teaches_nothing(alpha):
     jax.tree.map(lambda g: np.testing.assert_allclose(g, 0.0, atol=1e-6), gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [
         {"micro_batch_tokens": 64, "head_chunk_tokens": 5},
-        pytest.param({"micro_batch_tokens": 1}, marks=pytest.mark.slow),
-        pytest.param({"share_prompts": "off", "micro_batch_tokens": 64}, marks=pytest.mark.slow),
+        {"micro_batch_tokens": 1},
+        {"share_prompts": "off", "micro_batch_tokens": 64},
     ],
 )
 def test_the_result_does_not_depend_on_how_responses_are_cut_into_micro_batches(form):
