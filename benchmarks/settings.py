@@ -70,6 +70,8 @@ def parse_flags(documentation: str | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 2")
     parser.add_argument("--json", help="a file to append one record to")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="ours")
+    parser.add_argument("--slots", type=int, default=0, help="rollouts decoded at a time; 0: all")
+    parser.add_argument("--share-prompts", choices=("auto", "on", "off"), default="auto")
     for shape in fields(Setting):
         parser.add_argument(f"--{shape.name.replace('_', '-')}", type=int, help="instead")
     return parser.parse_args()

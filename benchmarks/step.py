@@ -157,12 +157,15 @@ def make_config(s: Setting, options: argparse.Namespace) -> Config:
             rollouts_per_prompt=s.rollouts,
             max_prompt_tokens=s.prompt_tokens,
             max_response_tokens=s.response_tokens,
+            slots=options.slots,
         ),
         teacher=TeacherConfig(max_prompt_tokens=2 * s.teacher_prompt_tokens),
         data=Data(rows_per_step=s.rows, max_tokens=s.prompt_tokens + s.response_tokens),
         optimizer=OptimizerConfig(learning_rate=1e-5),
         train=TrainConfig(
-            steps=options.warmup + options.steps, micro_batch_tokens=options.micro_batch_tokens
+            steps=options.warmup + options.steps,
+            micro_batch_tokens=options.micro_batch_tokens,
+            share_prompts=options.share_prompts,
         ),
     )
 
