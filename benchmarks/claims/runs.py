@@ -1,0 +1,218 @@
+"""What the scripts of the claims share: arms over seeds, their measures, tables, results.
+
+An arm is a recipe with options. Each run is a process of its own from the same start weights; runs
+that are finished in the folder are read, not repeated. A script ends by writing
+`docs/claims/NAME.json`: measures of every seed, the verdict and the command.
+
+Intervals are 95 %, from Student's t over the seeds: what another set of seeds might give.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from sdpo_jax.reports.curves import main as draw_curves
+from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.training.run_directory import read_summary
+
+RESULTS = Path("docs/claims")
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""97.5 % quantile of Student's t by the number of seeds."""
+
+
+class Arm(NamedTuple):
+    """One way to train."""
+
+    name: str
+    recipe: str
+    options: tuple[str, ...] = ()
+
+
+class Run(NamedTuple):
+    """A finished run, step by step."""
+
+    evaluations: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    seconds: float
+    """On the wall, evaluations and compilation included."""
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The last evaluation."""
+        return self.evaluations[-1]
+
+    def spent(self, step: int) -> tuple[int, float]:
+        """Generations up to a step, and seconds of steps 2 to it: step 1 compiles."""
+        rows = [row for row in self.steps if row["step"] <= step]
+        times = [sum(v for k, v in row.items() if k in PHASES) for row in rows[1:]]
+        return (rows[-1]["generations"] if rows else 0), sum(times)
+
+    def to_reach(self, level: float) -> tuple[int, float] | None:
+        """Generations and seconds at the first evaluation of at least this accuracy."""
+        found = next((r for r in self.evaluations if r["accuracy"] >= level), None)
+        return None if found is None else self.spent(found["step"])
+
+
+PHASES = (
+    *("seconds_rollout", "seconds_teacher", "seconds_advantages", "seconds_train"),
+    *("seconds_wait", "seconds_reference", "seconds_data"),
+)
+"""Of a step; grading lies inside the rollout's."""
+
+
+def parse(documentation: str | None, name: str) -> argparse.Namespace:
+    """The flags of every script; `--quick` is for tests of the machinery."""
+    parser = argparse.ArgumentParser(description=(documentation or "").split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--runs", type=Path, default=Path("runs/claims") / name)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--quick", action="store_true", help="two small steps, no verdict's worth")
+    return parser.parse_args()
+
+
+QUICK = (
+    *("--train.steps", "2", "--evaluation.every-steps", "1", "--evaluation.prompts", "8"),
+    *("--rollout.prompts-per-step", "4", "--rollout.rollouts-per-prompt", "4"),
+)
+
+
+def train_all(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, list[Run]]:
+    """Every arm with every seed; runs by arm, in the order of the seeds."""
+    jobs = [(arm, seed) for seed in options.seeds for arm in arms]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        folders = list(pool.map(lambda job: _train(job[0], job[1], options), jobs))
+    found: dict[str, list[Run]] = {arm.name: [] for arm in arms}
+    for (arm, _), folder in zip(jobs, folders, strict=True):
+        found[arm.name].append(read(folder))
+    return found
+
+
+def _train(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
+    folder = options.runs / f"{arm.name.replace(' ', '_')}_{seed}"
+    summary = read_summary(folder) if folder.is_dir() else None
+    if summary is None or not summary["complete"]:
+        words = [
+            sys.executable,
+            "-m",
+            "sdpo_jax.cli",
+            "train",
+            arm.recipe,
+            "--run-dir",
+            str(folder),
+        ]
+        words += ["--seed", str(seed), *(QUICK if options.quick else ()), *arm.options]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def read(folder: Path) -> Run:
+    """A run's evaluations and steps."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("eval", "train")}
+    summary = read_summary(folder)
+    return Run(of["eval"], of["train"], summary["seconds"] if summary else 0.0)
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, with what another set of seeds might give."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and its 95 % interval by Student's t; of a single value the interval is the value."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return Interval(mean, mean, mean)
+    variance = sum((x - mean) ** 2 for x in values) / (n - 1)
+    half = T_95.get(n, 2.0) * (variance / n) ** 0.5
+    return Interval(mean, mean - half, mean + half)
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Of the differences first - second, seed by seed: the same seed asks the same prompts."""
+    return interval([a - b for a, b in zip(first, second, strict=True)])
+
+
+Measure = tuple[str, Callable[[Run], float]]
+
+
+def tabulate(found: dict[str, list[Run]], measures: Sequence[Measure]) -> dict[str, dict[str, Any]]:
+    """Prints a row for each arm; returns values and intervals by arm and measure."""
+    width = max(map(len, found))
+    print(f"{'':<{width}} | " + " | ".join(name for name, _ in measures))
+    table: dict[str, dict[str, Any]] = {}
+    for arm, runs in found.items():
+        values = {name: [of(run) for run in runs] for name, of in measures}
+        cells = {name: interval(x) for name, x in values.items()}
+        print(f"{arm:<{width}} | " + " | ".join(map(str, cells.values())), flush=True)
+        table[arm] = {n: {"values": values[n], **cells[n]._asdict()} for n in values}
+    return table
+
+
+class Verdict(NamedTuple):
+    """What came out of one claim."""
+
+    claim: str
+    holds: bool
+    because: str
+
+
+def write(
+    name: str,
+    options: argparse.Namespace,
+    table: dict[str, dict[str, Any]],
+    verdicts: Sequence[Verdict],
+    found: dict[str, list[Run]],
+) -> None:
+    """Prints the verdicts and keeps everything in `NAME.json`."""
+    for verdict in verdicts:
+        print(
+            f"{'holds' if verdict.holds else 'does not hold'}: {verdict.claim}\n  {verdict.because}"
+        )
+    record = {
+        "command": f"python benchmarks/claims/{name}.py",
+        "seeds": options.seeds,
+        "quick": options.quick,
+        "seconds": round(sum(run.seconds for runs in found.values() for run in runs)),
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "table": table,
+        "verdicts": [verdict._asdict() for verdict in verdicts],
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def picture(path: Path, metric: str, arms: Sequence[Arm], options: argparse.Namespace) -> None:
+    """The curves of arms over their seeds, as SVG."""
+    words = [str(path), "--metric", metric]
+    for arm in arms:
+        stem = arm.name.replace(" ", "_")
+        files = [str(options.runs / f"{stem}_{seed}" / "metrics.jsonl") for seed in options.seeds]
+        words.append(f"{arm.name}={','.join(files)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_curves(words)
+
+
+def accuracy(run: Run) -> float:
+    """Held-out accuracy at the end."""
+    return run.final["accuracy"]
+
+
+def mean_accuracy(run: Run) -> float:
+    """Over all evaluations: how early it learns."""
+    return sum(row["accuracy"] for row in run.evaluations) / len(run.evaluations)
