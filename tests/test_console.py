@@ -65,8 +65,14 @@ def test_plain_header_evaluation_and_summary():
     console.header(
         training="sdpo, nano on tool_calls", devices="1 cpu", run_dir="runs/x", batch=batch
     )
-    before = {"step": 0, "accuracy": 0.25, "teacher_accuracy": 0.5, "pass_at_2": 0.3}
-    after = {"step": 60, "accuracy": 0.625, "pass_at_2": 0.7, "seconds": 130.0}
+    before = {
+        "step": 0,
+        "accuracy": 0.25,
+        "teacher_accuracy": 0.5,
+        "a_ratio": 0.3,
+        "pass_at_2": 0.4,
+    }
+    after = {"step": 60, "accuracy": 0.625, "a_ratio": 0.7, "pass_at_2": 0.9, "seconds": 130.0}
     console.evaluation(before)
     console.note("a note with [brackets] and 100%")
     console.summary(before, after, "runs/x", ["sdpo report runs/x", "sdpo export runs/x"])
@@ -75,13 +81,14 @@ def test_plain_header_evaluation_and_summary():
         "devices   1 cpu",
         "run       runs/x",
         "batch     16 prompts x 8 rollouts = 128 generations a step, 60 steps",
-        "step  0/60  evaluation  held-out accuracy 25.0 %  teacher accuracy 50.0 %  pass at 2 0.3",
+        "step  0/60  evaluation  held-out accuracy 25.0 %  teacher accuracy 50.0 %  a ratio 0.3",
         "a note with [brackets] and 100%",
         "",
         "                   before       after",
         "held-out accuracy  25.0 %      62.5 %",
         "teacher accuracy   50.0 %           -",
-        "pass at 2             0.3         0.7",
+        "a ratio               0.3         0.7",
+        "pass@2             40.0 %      90.0 %",
         "time                    -  2 min 10 s",
         "",
         "run       runs/x",

@@ -99,8 +99,16 @@ LABELS: dict[str, tuple[str, Callable[[float], str]]] = {
     "response_tokens": ("response tokens", "{:.1f}".format),
     "truncated": ("cut off at the limit", percent),
     "seconds": ("time", duration),
+    "entropy": ("entropy, nats a token", "{:.3f}".format),
+    "repetition": ("repeated 4-grams", percent),
+    "most_common_output": ("most common output", percent),
+    "same_output": ("teacher repeats the attempt", percent),
 }
 """How evaluations and the summary spell a metric; others show their key."""
+
+_SHARES = ("pass_at_", "maj_at_")
+_DIAGNOSTICS = (*_SHARES, "best_at_", "entropy", "repetition", "most_common_output", "same_output")
+"""For the log and the summary: what an evaluation's line has no room for."""
 
 
 def batch_arithmetic(config: Config) -> str:
@@ -190,8 +198,9 @@ class Console:
         """One evaluation after `step` steps; in the table it joins the row of its step."""
         if self._table is not None and self._table.join(row):
             return
-        # Parts of a metric (`accuracy/FAMILY`) are for the log and the summary, not for a line.
-        keys = [key for key in row if key != "step" and "/" not in key]
+        # Nor for parts of a metric (`accuracy/FAMILY`).
+        aside = ("step", *_DIAGNOSTICS)
+        keys = [key for key in row if "/" not in key and not key.startswith(aside)]
         values = [f"{_label(key)} {_spell(key, row[key])}" for key in keys]
         self.note("  ".join([self._place(row), "evaluation", *values]))
 
@@ -304,11 +313,15 @@ def _label(key: str) -> str:
     whole, _, part = key.partition("/")
     if part:
         return f"  {part.replace('_', ' ')}"
+    if whole.startswith(_SHARES):
+        return whole.replace("_at_", "@")
     return LABELS[whole][0] if whole in LABELS else whole.replace("_", " ")
 
 
 def _spell(key: str, value: Any) -> str:
     whole = key.partition("/")[0]
+    if whole.startswith(_SHARES):
+        return _format(value, percent)
     return _format(value, LABELS[whole][1] if whole in LABELS else number)
 
 
