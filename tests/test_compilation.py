@@ -88,6 +88,7 @@ def lines_of(out):
     return {int(line[2].rstrip(":")): int(line[3]) for line in words}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_repeated_elsewhere_compiles_nothing_and_measures_the_same(tmp_path):
     home = tmp_path / "home"

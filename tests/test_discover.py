@@ -231,6 +231,7 @@ class Crash(Exception):
     """Ends a run where it stands."""
 
 
+@pytest.mark.slow
 def test_a_restart_reads_finished_cells_and_gives_the_same_table(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "BATCH", 8)
     whole = run(tmp_path / "whole")
