@@ -243,7 +243,7 @@ def test_varied_lengths_compile_at_most_one_program_for_each_phase_and_bucket():
         sampler._begin: widths,
         sampler._advance: widths * 2 * 3,  # caches of 75 and 150; all, a quarter of the slots
         sampler._resize: 2 * 3,
-        teacher._updates._teacher_pass._forward: 8,  # with re-prompts, up to 8 times 512 tokens
+        teacher.updates._teacher_pass._forward: 8,  # with re-prompts, up to 8 times 512 tokens
         step.start: 1,
         step.accumulate: sizes * 2,  # twice: the table of blocks may be longer
         step.finish: 1,
@@ -251,3 +251,5 @@ def test_varied_lengths_compile_at_most_one_program_for_each_phase_and_bucket():
     }
     compiled = {program: program.compiled._cache_size() for program in limits}
     assert all(0 < compiled[program] <= most for program, most in limits.items())
+    # Where one micro-batch is all of an update; there may be none.
+    assert step.gradient.compiled._cache_size() <= sizes * 2
