@@ -30,7 +30,7 @@ from sdpo_jax.config import (
     TrainConfig,
 )
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
-from sdpo_jax.environments.grading import grade_all
+from sdpo_jax.environments.grading import Grader
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation import baselines, discover_command
 from sdpo_jax.evaluation.discover_command import discover, read_cells
@@ -160,7 +160,7 @@ def test_a_success_in_the_first_step_is_that_of_samples_of_the_start_model(objec
             **settings,
         )
         texts = [TOKENIZER.decode(ids) for ids in rollouts.responses()]
-        passed = [o.passed for o in grade_all(toy, toy.train[:1], texts)]
+        passed = [o.passed for o in Grader(toy)([toy.train[0]] * len(texts), texts)]
         cell = train(toy.train[0], seed, 64, quiet)
         if any(passed):
             assert cell.first == passed.index(True) + 1

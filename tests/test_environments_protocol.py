@@ -21,7 +21,7 @@ from sdpo_jax.config_environments import (
     ToolUseEnvironment,
 )
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
-from sdpo_jax.environments.grading import Grader, grade_all, refuse_failures
+from sdpo_jax.environments.grading import Grader, refuse_failures
 from sdpo_jax.environments.registry import ENVIRONMENTS, make_environment, settings_of
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import Graded, accuracy_metrics, environment_metrics
@@ -123,7 +123,8 @@ def test_an_environment_without_more_than_grade_is_asked_one_by_one():
         WRONG,
         FAILED,
     ]
-    assert grade_all(Quiz(), Quiz.train, ["y", "n", "n", "y"]) == [RIGHT, WRONG, WRONG, RIGHT]
+    twice = [prompt for prompt in Quiz.train for _ in range(2)]
+    assert Grader(Quiz())(twice, ["y", "n", "n", "y"]) == [RIGHT, WRONG, WRONG, RIGHT]
 
 
 @pytest.mark.parametrize("environment", [Quiz(), Batches()], ids=["grade", "grade_many"])

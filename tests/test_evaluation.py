@@ -13,7 +13,8 @@ import tiny
 
 from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.grading import grade_all
+from sdpo_jax.environments.grading import Grader, OpenEpisodes
+from sdpo_jax.environments.retries import with_episodes
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.accuracy import (
     EVALUATION_STREAM,
@@ -179,7 +180,7 @@ def test_the_teacher_is_not_asked_where_the_recipe_leaves_it_out():
 
 
 def test_one_family_alone_is_not_listed_beside_the_whole():
-    graded = Graded(["y"], grade_all(Quiz(), PROMPTS[:1], ["y"]), [2], [True])
+    graded = Graded(["y"], Grader(Quiz())(PROMPTS[:1], ["y"]), [2], [True])
     metrics = accuracy_metrics(graded, PROMPTS[:1])
     assert [name for name in metrics if name.startswith("accuracy")] == ["accuracy"]
 
@@ -204,8 +205,10 @@ def test_answers_are_graded_with_the_prompt_that_they_answer():
         def grade(self, prompt, response):
             return Outcome(1.0, True, f"{prompt.id} {response}", {})
 
-    outcomes = grade_all(Echo(), PROMPTS[:2], ["a", "b", "c", "d"])
-    assert [outcome.feedback for outcome in outcomes] == ["p0 a", "p0 b", "p1 c", "p1 d"]
+    asked = [prompt for prompt in PROMPTS[:2] for _ in range(2)]
+    episodes = OpenEpisodes(with_episodes(Echo(), 1), asked)
+    steps = episodes(range(4), ["a", "b", "c", "d"], [False] * 4)
+    assert [step.outcome.feedback for step in steps] == ["p0 a", "p0 b", "p1 c", "p1 d"]
 
 
 def test_a_metric_that_only_some_outcomes_have_is_a_mean_over_those():

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+import quick
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 
 from sdpo_jax.config import (
     CheckpointConfig,
@@ -93,25 +93,11 @@ def start_params():
 @pytest.fixture(scope="module", autouse=True)
 def quick_programs(tmp_path_factory):
     """One device, cheap compilation, and each program compiled once for the whole file."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
-        patch.setattr(jax, "jit", tiny.quick_jit)
-        # A sampler keeps nothing but its programs, so that all runs may share one.
+    # A sampler keeps nothing but its programs, so that all runs may share one.
+    with quick.programs(tmp_path_factory.mktemp("compiled")), pytest.MonkeyPatch.context() as patch:
         sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
         patch.setattr(trainer_module, "Sampler", lambda *_, **options: sampler)
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 class Crash(Exception):

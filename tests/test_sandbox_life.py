@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from importlib import util
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, in_background, tree, wait_until
 
 from sdpo_jax.environments.sandbox import (
     Call,
@@ -46,48 +46,6 @@ def sandbox() -> Iterator[LocalSandbox]:
     opened.close()
 
 
-def tree(pid: int) -> list[int]:
-    found = [pid]
-    for process in found:
-        found += children(process)
-    return found
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those that run: the dead count neither before nor after their parent looks."""
-    found: list[int] = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        found += [pid] if state not in "ZX" else []
-    return found
-
-
-def wait_until(condition: Any, seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def start(target: Any) -> tuple[threading.Thread, list[Any]]:
-    found: list[Any] = []
-
-    def work() -> None:
-        try:
-            found.append(target())
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread, found
-
-
 def executor_of(sandbox: LocalSandbox) -> int:
     assert sandbox.executor_pid is not None
     return sandbox.executor_pid
@@ -95,7 +53,7 @@ def executor_of(sandbox: LocalSandbox) -> int:
 
 def test_close_ends_every_process(sandbox: LocalSandbox) -> None:
     executor = executor_of(sandbox)
-    thread, _ = start(lambda: sandbox.run([SLEEPER, SLEEPER]))
+    thread, _ = in_background(lambda: sandbox.run([SLEEPER, SLEEPER]))
     assert wait_until(lambda: len(tree(executor)) > 4)
     pids = tree(executor)
     sandbox.close()
@@ -131,7 +89,7 @@ def test_the_trainers_death_ends_every_process(tier: str) -> None:
 def test_a_killed_executor_is_replaced_and_its_boxes_end(sandbox: LocalSandbox) -> None:
     executor = executor_of(sandbox)
     program = ANSWER._replace(source="import time\ntime.sleep(1)\ndef f(): return 42")
-    thread, found = start(lambda: sandbox.run([program, program]))
+    thread, found = in_background(lambda: sandbox.run([program, program]))
     assert wait_until(lambda: len(tree(executor)) > 4)
     pids = tree(executor)
     os.kill(executor, signal.SIGKILL)
@@ -142,7 +100,7 @@ def test_a_killed_executor_is_replaced_and_its_boxes_end(sandbox: LocalSandbox) 
 
 
 def test_an_executor_that_dies_again_and_again_is_a_failure_of_ours(sandbox: LocalSandbox) -> None:
-    thread, found = start(lambda: sandbox.run([SLEEPER]))
+    thread, found = in_background(lambda: sandbox.run([SLEEPER]))
     killed: set[int] = set()
 
     def kill_the_next() -> bool:
@@ -165,7 +123,7 @@ def test_two_sandboxes_do_not_end_each_others_boxes(tier: str) -> None:
     first, second = open_sandbox(tier, slots=1), open_sandbox(tier, slots=1)
     try:
         slow = ANSWER._replace(source="import time\ntime.sleep(1)\ndef f(): return 42")
-        thread, found = start(lambda: first.run([slow]))
+        thread, found = in_background(lambda: first.run([slow]))
         while thread.is_alive():
             assert second.run([ANSWER])[0][0].value == 42
         assert found[0][0][0].value == 42

@@ -6,11 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
+from processes import alive, in_background, tree
 
 from sdpo_jax.environments.sandbox import Call, Limits, Program, Run, open_sandbox
 from sdpo_jax.environments.sandbox.boxes import children
@@ -20,6 +22,7 @@ from sdpo_jax.environments.sandbox.client import LocalSandbox
 WHO = "import os\ndef f(): return [os.readlink('/proc/self/ns/pid'), os.getppid()]"
 SLEEP = "import time\ndef f():\n    time.sleep(30)\n    return 42"
 SLOW = "import time\ndef f():\n    time.sleep(1)\n    return 42"
+wait_until = partial(processes.wait_until, seconds=30.0)
 LIMITS = Limits(cpu_seconds=2.0, wall_seconds=40.0)
 
 
@@ -40,50 +43,9 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[LocalSandbox]:
     opened.close()
 
 
-def in_background(target: Any) -> tuple[threading.Thread, list[Any]]:
-    found: list[Any] = []
-
-    def work() -> None:
-        # A sandbox that is closed meanwhile says so.
-        with suppress(RuntimeError):
-            found.append(target())
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread, found
-
-
 def executor_of(sandbox: LocalSandbox) -> int:
     assert sandbox.executor_pid is not None
     return sandbox.executor_pid
-
-
-def tree(pid: int) -> list[int]:
-    found = [pid]
-    for process in found:
-        found += children(process)
-    return found
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those that run: the dead count neither before nor after their parent looks."""
-    found: list[int] = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        found += [pid] if state not in "ZX" else []
-    return found
-
-
-def wait_until(condition: Any, seconds: float = 30.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def boxes_of(sandbox: LocalSandbox) -> list[int]:

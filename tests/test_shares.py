@@ -10,11 +10,12 @@ import tiny
 
 from sdpo_jax.config import Config, RolloutConfig, SdpoObjective, TeacherConfig, TrainConfig
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.evaluation.measures import repeated_share
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.controls import shuffled
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.contexts import Contexts
-from sdpo_jax.training.diagnostics import overlap, repetition, rollout_diagnostics
+from sdpo_jax.training.diagnostics import overlap, rollout_diagnostics
 from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.scoring import Scores
 from sdpo_jax.training.shares import distillation_coefficient, make_shares
@@ -263,5 +264,5 @@ def test_diagnostics_count_by_hand():
     assert found["repetition"] == pytest.approx(0.2 / 9)
     assert found["groups/no_success"] == found["groups/one_success"] == pytest.approx(1 / 3)
     assert found["groups/all_success"] == 0.0
-    assert repetition([1, 1, 1, 1, 1, 1]) == pytest.approx(2 / 3)
+    assert repeated_share([1, 1, 1, 1, 1, 1]) == pytest.approx(2 / 3)
     assert overlap(range(9), range(8)) == 0.5 and overlap([1], [1]) == 0.0

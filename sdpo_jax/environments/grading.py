@@ -142,18 +142,6 @@ class OpenEpisodes:
         ]
 
 
-def grade_all(
-    environment: Environment,
-    prompts: Sequence[Prompt],
-    responses: Sequence[str],
-    truncated: Sequence[bool] | None = None,
-) -> list[Outcome]:
-    """Grades `N` responses of `P` prompts, `G = N / P` of each."""
-    group = len(responses) // len(prompts)
-    asked = [prompts[i // group] for i in range(len(responses))]
-    return Grader(environment)(asked, responses, truncated)
-
-
 def answers_of(
     environment: Environment, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> list[str | None] | None:

@@ -21,7 +21,7 @@ from sdpo_jax.sampling.prompts import prompt_ids
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import Table, draw
+from sdpo_jax.training.experience import draw, make_table
 
 BATCH = 256
 """Samples of best-of-k that are drawn in one call; the result depends on it, memory hardly."""
@@ -54,8 +54,7 @@ def best_of_k(
     size = min(BATCH, samples)
     rollout = replace(config.rollout, rollouts_per_prompt=size)
     own, step = cell_seed("best_of_k", question.id, seed), 0
-    limit = start.config.teacher.max_feedback_tokens
-    table = Table(rollout, start.tokenizer, start.environment, limit)
+    table = make_table(replace(config, rollout=rollout), start.tokenizer, start.environment)
     while tally.generations < samples:
         step += 1
         drawn = draw(

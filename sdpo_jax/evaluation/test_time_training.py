@@ -24,7 +24,7 @@ from sdpo_jax.evaluation.discovery import Cell
 from sdpo_jax.model import Params
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import Table, draw
+from sdpo_jax.training.experience import draw, make_table
 from sdpo_jax.training.sources import RolloutSource, UpdateMaker
 from sdpo_jax.training.trainer import Trainer
 from sdpo_jax.training.updates import Update
@@ -94,8 +94,7 @@ class _OneQuestion:
     ) -> tuple[list[Update], dict[str, float]]:
         """Samples and grades one group; its updates, unless the cell is over."""
         config, trainer = self._trainer.config, self._trainer
-        limit = config.teacher.max_feedback_tokens
-        table = Table(config.rollout, trainer.tokenizer, self._environment, limit)
+        table = make_table(config, trainer.tokenizer, self._environment)
         drawn = draw(
             table,
             trainer.sampler,

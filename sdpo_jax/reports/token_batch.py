@@ -28,7 +28,7 @@ from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.contexts import Contexts
-from sdpo_jax.training.experience import Experience, Table, draw
+from sdpo_jax.training.experience import Experience, draw, make_table
 from sdpo_jax.training.shares import graded_advantages
 from sdpo_jax.training.trainer import Trainer
 
@@ -122,9 +122,8 @@ def _sampled(
 ) -> Experience:
     """Graded rollouts, as the step draws them."""
     config = trainer.config
-    limit = config.teacher.max_feedback_tokens
     experience, _ = draw(
-        Table(config.rollout, trainer.tokenizer, environment, limit),
+        make_table(config, trainer.tokenizer, environment),
         trainer.sampler,
         student,
         asked,

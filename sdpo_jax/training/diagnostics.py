@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_jax.environments.base import Outcome
+from sdpo_jax.evaluation.measures import repeated_share
 
-REPETITION_GRAM = 4
 OVERLAP_GRAM = 8
 
 
@@ -30,7 +30,7 @@ def rollout_diagnostics(
     """
     found = {
         "response_tokens_p95": float(np.percentile(lengths, 95)),
-        "repetition": float(np.mean([repetition(ids) for ids in responses])),
+        "repetition": float(np.mean([repeated_share(ids) for ids in responses])),
     }
     graded = np.asarray([o.graded for o in outcomes]).reshape(-1, group)
     passed = np.asarray([o.graded and o.passed for o in outcomes]).reshape(-1, group)
@@ -43,16 +43,6 @@ def rollout_diagnostics(
             "groups/all_success": float(np.mean(counts == totals)),
         }
     return found
-
-
-def repetition(ids: Sequence[int]) -> float:
-    """Share of the 4-grams that repeat an earlier one; 0 where there are none.
-
-    >>> repetition([1, 2, 3, 4, 1, 2, 3, 4])
-    0.2
-    """
-    grams = _grams(ids, REPETITION_GRAM)
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def overlap(response: Sequence[int], shown: Sequence[int]) -> float:

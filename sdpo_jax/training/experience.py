@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import RolloutConfig
+from sdpo_jax.config import Config, RolloutConfig
 from sdpo_jax.environments.base import Environment, Outcome, Prompt, Step
 from sdpo_jax.environments.grading import OpenEpisodes, agreed, failed_share
 from sdpo_jax.environments.retries import with_episodes
@@ -118,6 +118,12 @@ class Table(NamedTuple):
     tokenizer: Tokenizer
     environment: Environment
     max_observation_tokens: int
+
+
+def make_table(config: Config, tokenizer: Tokenizer, environment: Environment) -> Table:
+    """Who plays in a run of this recipe."""
+    limit = config.teacher.max_feedback_tokens
+    return Table(config.rollout, tokenizer, environment, limit)
 
 
 def draw(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from sdpo_jax.training.console import Console, batch_arithmetic, generations_per
 from sdpo_jax.training.distributed import any_process
 from sdpo_jax.training.metrics import MetricsLog
 from sdpo_jax.training.parameters import checksum
-from sdpo_jax.training.state import to_saved
+from sdpo_jax.training.state import TrainState, to_saved
 from sdpo_jax.training.trainer import LoadParams, Trainer
 
 
@@ -91,26 +91,8 @@ def _run(
     run_dir: Path,
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    taught = isinstance(config.objective, Demonstrated)
-    task = config.data.source if taught else config.environment.kind
-    console.header(
-        training=f"{config.objective.name} on {task}, model {config.model.path} "
-        f"with {trainer.size / 1e6:.2f} M parameters",
-        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        run_dir=str(run_dir),
-        batch=batch_arithmetic(config),
-    )
-    restored = trainer.restore(checkpoints, load_params)
-    first, before, spent = 0, None, 0.0
-    if restored is None:
-        state = trainer.initial_state(load_params())
-        _refuse_weights_that_are_not_finite(trainer.student(state), config.model.path)
-    else:
-        first, state = restored.step, restored.state
-        before, spent = restored.extra["before"], restored.extra["seconds"]
-        trainer.source.set_state(restored.extra["data"])
-        trainer.set_host_state(restored.extra.get("host", {}))
-        console.note(f"resumed   from step {first}")
+    _introduce(config, trainer, console, run_dir)
+    first, state, before, spent = _start(config, trainer, load_params, checkpoints, console)
     base = None if state.base is None else checksum(state.base)
     with _open_log(run_dir, first) as log, _stop_signals() as stop_asked:
         report = _Reporter(log, console, counter)
@@ -143,6 +125,46 @@ def _run(
     summary["compilation"] = counter.total()._asdict()
     _finish(config, summary, console, run_dir)
     return summary
+
+
+def _introduce(config: Config, trainer: Trainer, console: Console, run_dir: Path) -> None:
+    taught = isinstance(config.objective, Demonstrated)
+    task = config.data.source if taught else config.environment.kind
+    console.header(
+        training=f"{config.objective.name} on {task}, model {config.model.path} "
+        f"with {trainer.size / 1e6:.2f} M parameters",
+        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        run_dir=str(run_dir),
+        batch=batch_arithmetic(config),
+    )
+
+
+class _Start(NamedTuple):
+    """Where a run begins or goes on."""
+
+    step: int
+    state: TrainState
+    before: dict[str, float] | None  # the evaluation of step 0, where there has been one
+    seconds: float  # spent by earlier processes
+
+
+def _start(
+    config: Config,
+    trainer: Trainer,
+    load_params: LoadParams,
+    checkpoints: Checkpoints,
+    console: Console,
+) -> _Start:
+    restored = trainer.restore(checkpoints, load_params)
+    if restored is None:
+        state = trainer.initial_state(load_params())
+        _refuse_weights_that_are_not_finite(trainer.student(state), config.model.path)
+        return _Start(0, state, None, 0.0)
+    trainer.source.set_state(restored.extra["data"])
+    trainer.set_host_state(restored.extra.get("host", {}))
+    console.note(f"resumed   from step {restored.step}")
+    extra = restored.extra
+    return _Start(restored.step, restored.state, extra["before"], extra["seconds"])
 
 
 def _refuse_weights_that_are_not_finite(params: Params, path: str) -> None:

@@ -27,7 +27,7 @@ from sdpo_jax.training.batch import (
     reduction_weights,
 )
 from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import Drawn, Experience, Table, draw, redraw
+from sdpo_jax.training.experience import Drawn, Experience, draw, make_table, redraw
 from sdpo_jax.training.updates import Part, Update, make_update
 
 
@@ -88,8 +88,7 @@ class RolloutSource:
     ):
         self.updates = updates
         self._config, self._prompts, self._sampler = config, prompts, sampler
-        limit = config.teacher.max_feedback_tokens
-        self._table = Table(config.rollout, tokenizer, environment, limit)
+        self._table = make_table(config, tokenizer, environment)
         self._ahead = _Ahead(ThreadPoolExecutor(1)) if config.rollout.ahead else None
 
     def __call__(
