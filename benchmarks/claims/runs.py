@@ -2,19 +2,22 @@
 
 An arm is a recipe with options. Each run is a process of its own from the same start weights; runs
 that are finished in the folder are read, not repeated. A script ends by writing
-`docs/claims/NAME.json`: measures of every seed, the verdict and the command.
+`docs/claims/NAME.json`: measures of every seed, the verdicts and the command; `table.py` makes the
+README's table and `docs/claims.md` of these files.
 
 Intervals are 95 %, from Student's t over the seeds: what another set of seeds might give.
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +27,8 @@ from sdpo_jax.training.metrics import read_metrics
 from sdpo_jax.training.run_directory import read_summary
 
 RESULTS = Path("docs/claims")
+RATE_SEED = 100
+"""Rates are chosen on this seed, which no result has."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5 % quantile of Student's t by the number of seeds."""
 
@@ -85,32 +90,65 @@ QUICK = (
 )
 
 
-def train_all(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, list[Run]]:
+def train_all(
+    arms: Sequence[Arm], options: argparse.Namespace, seeds: Sequence[int] = ()
+) -> dict[str, list[Run]]:
     """Every arm with every seed; runs by arm, in the order of the seeds."""
-    jobs = [(arm, seed) for seed in options.seeds for arm in arms]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        folders = list(pool.map(lambda job: _train(job[0], job[1], options), jobs))
+    jobs = [(arm, seed) for seed in seeds or options.seeds for arm in arms]
+    folders = in_parallel(lambda job: _train(job[0], job[1], options), jobs, options.jobs)
     found: dict[str, list[Run]] = {arm.name: [] for arm in arms}
     for (arm, _), folder in zip(jobs, folders, strict=True):
         found[arm.name].append(read(folder))
     return found
 
 
+def in_parallel(function: Callable[[Any], Any], jobs: Sequence[Any], at_a_time: int) -> list[Any]:
+    """`function` of each job, in order; with several at a time each keeps to cores of its own."""
+    if at_a_time == 1 or not hasattr(os, "sched_setaffinity"):
+        with ThreadPoolExecutor(at_a_time) as pool:
+            return list(pool.map(function, jobs))
+    cores, shares = sorted(os.sched_getaffinity(0)), SimpleQueue[list[int]]()
+    for place in range(at_a_time):
+        shares.put(cores[place::at_a_time] or cores)
+    take = lambda: os.sched_setaffinity(0, shares.get())  # noqa: E731  of the thread, inherited
+    with ThreadPoolExecutor(at_a_time, initializer=take) as pool:
+        return list(pool.map(function, jobs))
+
+
+def best_rates(
+    arms: Sequence[Arm], grid: Sequence[str], options: argparse.Namespace
+) -> tuple[list[Arm], dict[str, dict[str, float]]]:
+    """Each arm at the rate of `grid` that ends best on `RATE_SEED`; and what each rate gave."""
+    tried = [
+        Arm(f"{arm.name} {rate}", arm.recipe, (*arm.options, "--optimizer.learning-rate", rate))
+        for arm in arms
+        for rate in grid
+    ]
+    found, chosen = train_all(tried, options, [RATE_SEED]), list[Arm]()
+    given: dict[str, dict[str, float]] = {}
+    for arm in arms:
+        given[arm.name] = {rate: accuracy(found[f"{arm.name} {rate}"][0]) for rate in grid}
+        rate = max(given[arm.name], key=given[arm.name].__getitem__)
+        chosen.append(arm._replace(options=(*arm.options, "--optimizer.learning-rate", rate)))
+        print(f"{arm.name}: rate {rate} of {given[arm.name]}", flush=True)
+    return chosen, given
+
+
 def _train(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
     folder = options.runs / f"{arm.name.replace(' ', '_')}_{seed}"
+    words = ["--seed", str(seed), *arm.options, *(QUICK if options.quick else ())]
+    return run_to_end(arm.recipe, folder, words)
+
+
+def run_to_end(recipe: str, folder: Path, words: Sequence[str]) -> Path:
+    """A training run in a process of its own, unless `folder` holds it; returns `folder`."""
     summary = read_summary(folder) if folder.is_dir() else None
     if summary is None or not summary["complete"]:
-        words = [
-            sys.executable,
-            "-m",
-            "sdpo_jax.cli",
-            "train",
-            arm.recipe,
-            "--run-dir",
-            str(folder),
-        ]
-        words += ["--seed", str(seed), *(QUICK if options.quick else ()), *arm.options]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "sdpo_jax.cli", "train", recipe]
+        command += ["--run-dir", str(folder), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{folder}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return folder
 
 
@@ -153,23 +191,54 @@ Measure = tuple[str, Callable[[Run], float]]
 
 def tabulate(found: dict[str, list[Run]], measures: Sequence[Measure]) -> dict[str, dict[str, Any]]:
     """Prints a row for each arm; returns values and intervals by arm and measure."""
-    width = max(map(len, found))
-    print(f"{'':<{width}} | " + " | ".join(name for name, _ in measures))
+    return table_of(
+        {
+            arm: {name: [of(run) for run in runs] for name, of in measures}
+            for arm, runs in found.items()
+        }
+    )
+
+
+def table_of(values: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    """The same from the values of each seed, by arm and measure."""
+    width = max(map(len, values))
+    names = next(iter(values.values()))
+    print(f"{'':<{width}} | " + " | ".join(names))
     table: dict[str, dict[str, Any]] = {}
-    for arm, runs in found.items():
-        values = {name: [of(run) for run in runs] for name, of in measures}
-        cells = {name: interval(x) for name, x in values.items()}
+    for arm, measures in values.items():
+        cells = {name: interval(x) for name, x in measures.items()}
         print(f"{arm:<{width}} | " + " | ".join(map(str, cells.values())), flush=True)
-        table[arm] = {n: {"values": values[n], **cells[n]._asdict()} for n in values}
+        table[arm] = {n: {"values": measures[n], **cells[n]._asdict()} for n in measures}
     return table
 
 
 class Verdict(NamedTuple):
     """What came out of one claim."""
 
+    number: int
+    """Of the claim, in the README's order."""
     claim: str
     holds: bool
     because: str
+
+
+def no_worse(number: int, claim: str, *gains: tuple[str, Interval]) -> Verdict:
+    """Holds unless a difference lies below 0 with its whole interval."""
+    return _all(number, claim, all(gain.high >= 0.0 for _, gain in gains), gains)
+
+
+def ahead(number: int, claim: str, *gains: tuple[str, Interval]) -> Verdict:
+    """Holds where each difference lies above 0 with its whole interval."""
+    return _all(number, claim, all(gain.low > 0.0 for _, gain in gains), gains)
+
+
+def _all(number: int, claim: str, holds: bool, gains: Sequence[tuple[str, Interval]]) -> Verdict:
+    return Verdict(number, claim, holds, "; ".join(f"{name} {gain}" for name, gain in gains))
+
+
+def seconds_of(found: dict[str, list[Run]]) -> float:
+    """Of all runs, one after the other."""
+    return sum(run.seconds for runs in found.values() for run in runs)
 
 
 def write(
@@ -177,21 +246,24 @@ def write(
     options: argparse.Namespace,
     table: dict[str, dict[str, Any]],
     verdicts: Sequence[Verdict],
-    found: dict[str, list[Run]],
+    seconds: float,
+    **more: Any,
 ) -> None:
     """Prints the verdicts and keeps everything in `NAME.json`."""
     for verdict in verdicts:
-        print(
-            f"{'holds' if verdict.holds else 'does not hold'}: {verdict.claim}\n  {verdict.because}"
-        )
+        print(f"{'holds' if verdict.holds else 'does not hold'}: {verdict.claim}")
+        print(f"  {verdict.because}")
     record = {
         "command": f"python benchmarks/claims/{name}.py",
+        "about": (sys.modules["__main__"].__doc__ or "").strip(),
         "seeds": options.seeds,
         "quick": options.quick,
-        "seconds": round(sum(run.seconds for runs in found.values() for run in runs)),
+        "seconds": round(seconds),
+        "runs_at_a_time": options.jobs,
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "table": table,
         "verdicts": [verdict._asdict() for verdict in verdicts],
+        **more,
     }
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,129 @@
+"""Do larger models gain more from SDPO over GRPO? The embedded model and two smaller ones.
+
+    PYTHONPATH=models:. python benchmarks/claims/sizes.py
+
+The two smaller models are pre-trained here like the embedded one (`configs/nano_pretrain.toml`,
+with a seed of its own), once. Every size and objective has its rate from one grid, chosen on a seed
+that no result has. "Shown a solution" and "shown feedback" are what the start model passes with a
+context: how good a teacher it is.
+
+The paper's claim is about 0.6 to 8 billion parameters; here 0.13 to 0.85 million.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import sdpo_models.nano
+from runs import (
+    RATE_SEED,
+    RESULTS,
+    Arm,
+    Run,
+    Verdict,
+    accuracy,
+    best_rates,
+    in_parallel,
+    interval,
+    paired,
+    parse,
+    picture,
+    run_to_end,
+    seconds_of,
+    tabulate,
+    train_all,
+    write,
+)
+
+NAME = "sizes"
+RECIPES = {"SDPO": "configs/nano.toml", "GRPO": "configs/nano_grpo.toml"}
+RATES = ("3e-4", "6e-4", "1e-3")
+EMBEDDED = Path(sdpo_models.nano.__file__).parent
+
+
+class Size(NamedTuple):
+    """Of a model with heads of 32."""
+
+    name: str
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+
+
+MADE = (Size("0.13M", 64, 2, 2, 1), Size("0.37M", 96, 3, 3, 1))
+LARGEST = "0.85M"
+
+
+def made(size: Size, options: argparse.Namespace) -> str:
+    """The folder of a pre-training run of this size, which is trained if there is none."""
+    source = options.runs / f"{size.name}_config"
+    if not source.is_dir():
+        shutil.copytree(EMBEDDED, source, ignore=shutil.ignore_patterns("*.py", "*.safetensors"))
+        config = json.loads((source / "config.json").read_text())
+        config |= {"hidden_size": size.width, "num_hidden_layers": size.layers}
+        config |= {"num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads}
+        config |= {"intermediate_size": 3 * size.width}
+        (source / "config.json").write_text(json.dumps(config))
+    words = ["--model.path", str(source), "--seed", str(RATE_SEED)]
+    if options.quick:
+        words += ["--train.steps", "2", "--evaluation.prompts", "8"]
+    folder = options.runs / f"{size.name}_pretrained"
+    return str(run_to_end("configs/nano_pretrain.toml", folder, words))
+
+
+def shown(kind: str) -> tuple[str, Callable[[Run], float]]:
+    """What the start model passes with a context of this kind."""
+    return f"shown a {kind}", lambda run: run.evaluations[0].get(f"teacher_accuracy/{kind}", 0.0)
+
+
+def verdict_of(found: dict[str, list[Run]], names: Sequence[str]) -> Verdict:
+    """Claim 6: the gain of each size above that of the next smaller one, over the seeds."""
+    gains = [
+        [
+            accuracy(a) - accuracy(b)
+            for a, b in zip(found[f"SDPO {n}"], found[f"GRPO {n}"], strict=True)
+        ]
+        for n in names
+    ]
+    steps = [paired(more, less) for less, more in pairwise(gains)]
+    because = "; ".join(f"{n}: {interval(g)}" for n, g in zip(names, gains, strict=True))
+    return Verdict(
+        6,
+        "larger models gain more from SDPO over GRPO",
+        all(step.low > 0.0 for step in steps),
+        f"SDPO - GRPO, accuracy, {because}; growth from size to size {', '.join(map(str, steps))}",
+    )
+
+
+def main() -> None:
+    """Pre-trains, chooses rates, trains, prints the table and the verdict, draws the picture."""
+    options = parse(__doc__, NAME)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    paths = in_parallel(lambda size: made(size, options), MADE, options.jobs)
+    names = [*(size.name for size in MADE), LARGEST]
+    arms = [
+        Arm(f"{objective} {name}", recipe, ("--model.path", path))
+        for name, path in zip(names, [*paths, "nano"], strict=True)
+        for objective, recipe in RECIPES.items()
+    ]
+    arms, rates = best_rates(arms, RATES[:1] if options.quick else RATES, options)
+    found = train_all(arms, options)
+    measures = [
+        ("before", lambda run: run.evaluations[0]["accuracy"]),
+        shown("solution"),
+        shown("feedback"),
+        ("accuracy", accuracy),
+    ]
+    table = tabulate(found, measures)
+    write(NAME, options, table, [verdict_of(found, names)], seconds_of(found), rates=rates)
+    if options.results == RESULTS:
+        picture(RESULTS / f"{NAME}.svg", "accuracy", arms, options)
+
+
+if __name__ == "__main__":
+    main()
