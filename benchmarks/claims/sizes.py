@@ -18,7 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import sdpo_models.nano
 from runs import (
     RATE_SEED,
     RESULTS,
@@ -38,6 +37,8 @@ from runs import (
     train_all,
     write,
 )
+
+import sdpo_models.nano
 
 NAME = "sizes"
 RECIPES = {"SDPO": "configs/nano.toml", "GRPO": "configs/nano_grpo.toml"}
