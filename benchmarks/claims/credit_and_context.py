@@ -27,20 +27,26 @@ from runs import (
 )
 
 NAME = "credit_and_context"
-RECIPE = "configs/nano.toml"
+
+
+def arm(name: str, *options: str) -> Arm:
+    """SDPO with one difference."""
+    return Arm(name, "configs/nano.toml", ("--evaluation.every-steps", "15", *options))
+
+
 REVERSE = ("--objective.alpha", "1")
 SEEN = (
-    Arm("SDPO", RECIPE),
-    Arm("solution and feedback", RECIPE, ("--teacher.no-feedback-only-without-demonstration",)),
-    Arm("solution only", RECIPE, ("--teacher.no-feedback",)),
-    Arm("feedback only", RECIPE, ("--teacher.demonstration", "none")),
-    Arm("shuffled context", RECIPE, ("--teacher.control", "shuffled")),
+    arm("SDPO"),
+    arm("solution and feedback", "--teacher.no-feedback-only-without-demonstration"),
+    arm("solution only", "--teacher.no-feedback"),
+    arm("feedback only", "--teacher.demonstration", "none"),
+    arm("shuffled context", "--teacher.control", "shuffled"),
 )
 CREDITED = (
-    Arm("logit credit", RECIPE, REVERSE),
-    Arm("token credit", RECIPE, (*REVERSE, "--objective.credit", "token")),
-    Arm("sequence credit", RECIPE, ("--objective.credit", "sequence")),
-    Arm("fixed negative", RECIPE, ("--objective.credit", "fixed_negative")),
+    arm("logit credit", *REVERSE),
+    arm("token credit", *REVERSE, "--objective.credit", "token"),
+    arm("sequence credit", "--objective.credit", "sequence"),
+    arm("fixed negative", "--objective.credit", "fixed_negative"),
 )
 
 
