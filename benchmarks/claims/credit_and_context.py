@@ -10,7 +10,6 @@ failures without any teacher.
 """
 
 from runs import (
-    RESULTS,
     Arm,
     Interval,
     accuracy,
@@ -19,7 +18,7 @@ from runs import (
     no_worse,
     paired,
     parse,
-    picture,
+    pictures,
     seconds_of,
     tabulate,
     train_all,
@@ -80,10 +79,8 @@ def main() -> None:
             gain("SDPO", "fixed negative"),
         ),
     ]
-    write(NAME, options, table, verdicts, seconds_of(found))
-    if options.results == RESULTS:
-        picture(RESULTS / "context.svg", "accuracy", SEEN, options)
-        picture(RESULTS / "credit.svg", "accuracy", CREDITED, options)
+    drawn = pictures({"context.svg": SEEN, "credit.svg": CREDITED}, options)
+    write(NAME, options, table, verdicts, seconds_of(found), pictures=drawn)
 
 
 if __name__ == "__main__":

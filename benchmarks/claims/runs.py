@@ -134,10 +134,14 @@ def best_rates(
     return chosen, given
 
 
+def folder_of(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    return options.runs / f"{arm.name.replace(' ', '_')}_{seed}"
+
+
 def _train(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
-    folder = options.runs / f"{arm.name.replace(' ', '_')}_{seed}"
     words = ["--seed", str(seed), *arm.options, *(QUICK if options.quick else ())]
-    return run_to_end(arm.recipe, folder, words)
+    return run_to_end(arm.recipe, folder_of(arm, seed, options), words)
 
 
 def run_to_end(recipe: str, folder: Path, words: Sequence[str]) -> Path:
@@ -249,7 +253,10 @@ def write(
     seconds: float,
     **more: Any,
 ) -> None:
-    """Prints the verdicts and keeps everything in `NAME.json`."""
+    """Prints the verdicts and keeps everything in `NAME.json`.
+
+    `more` may hold what `table.py` shows besides: `rates` of `best_rates`, `pictures`.
+    """
     for verdict in verdicts:
         print(f"{'holds' if verdict.holds else 'does not hold'}: {verdict.claim}")
         print(f"  {verdict.because}")
@@ -269,15 +276,18 @@ def write(
     (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def picture(path: Path, metric: str, arms: Sequence[Arm], options: argparse.Namespace) -> None:
-    """The curves of arms over their seeds, as SVG."""
-    words = [str(path), "--metric", metric]
-    for arm in arms:
-        stem = arm.name.replace(" ", "_")
-        files = [str(options.runs / f"{stem}_{seed}" / "metrics.jsonl") for seed in options.seeds]
-        words.append(f"{arm.name}={','.join(files)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_curves(words)
+def pictures(
+    wanted: dict[str, Sequence[Arm]], options: argparse.Namespace, metric: str = "accuracy"
+) -> list[str]:
+    """The curves of some arms over their seeds, as SVG beside the results; returns `wanted`."""
+    options.results.mkdir(parents=True, exist_ok=True)
+    for name, arms in wanted.items():
+        words = [str(options.results / name), "--metric", metric]
+        for arm in arms:
+            folders = [folder_of(arm, seed, options) for seed in options.seeds]
+            words.append(f"{arm.name}={','.join(str(f / 'metrics.jsonl') for f in folders)}")
+        draw_curves(words)
+    return list(wanted)
 
 
 def accuracy(run: Run) -> float:

@@ -9,7 +9,6 @@ twice its generations. Held-out accuracy is measured every 5 steps, so that a qu
 """
 
 from runs import (
-    RESULTS,
     Arm,
     Run,
     Verdict,
@@ -21,7 +20,7 @@ from runs import (
     no_worse,
     paired,
     parse,
-    picture,
+    pictures,
     seconds_of,
     tabulate,
     train_all,
@@ -95,9 +94,8 @@ def main() -> None:
         ("seconds of steps", lambda run: run.spent(run.final["step"])[1]),
     ]
     table = tabulate(found, measures)
-    write(NAME, options, table, verdicts_of(found), seconds_of(found), rates=rates)
-    if options.results == RESULTS:
-        picture(RESULTS / f"{NAME}.svg", "accuracy", arms, options)
+    drawn = pictures({f"{NAME}.svg": arms}, options)
+    write(NAME, options, table, verdicts_of(found), seconds_of(found), rates=rates, pictures=drawn)
 
 
 if __name__ == "__main__":

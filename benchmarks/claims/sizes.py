@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from runs import (
     RATE_SEED,
-    RESULTS,
     Arm,
     Run,
     Verdict,
@@ -30,7 +29,7 @@ from runs import (
     interval,
     paired,
     parse,
-    picture,
+    pictures,
     run_to_end,
     seconds_of,
     tabulate,
@@ -121,9 +120,16 @@ def main() -> None:
         ("accuracy", accuracy),
     ]
     table = tabulate(found, measures)
-    write(NAME, options, table, [verdict_of(found, names)], seconds_of(found), rates=rates)
-    if options.results == RESULTS:
-        picture(RESULTS / f"{NAME}.svg", "accuracy", arms, options)
+    drawn = pictures({f"{NAME}.svg": arms}, options)
+    write(
+        NAME,
+        options,
+        table,
+        [verdict_of(found, names)],
+        seconds_of(found),
+        rates=rates,
+        pictures=drawn,
+    )
 
 
 if __name__ == "__main__":

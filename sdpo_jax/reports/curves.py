@@ -22,12 +22,15 @@ from sdpo_jax.training.metrics import read_metrics
 USAGE = "python -m sdpo_jax.reports.curves OUT.svg [--metric accuracy] NAME=FILE[,FILE...] ..."
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 84, 44, 56
+LETTER = 8
+"""Width of a letter of the legend, at most."""
 COLOURS = (
     ("#0b62c4", "#6cb0ff"),
     ("#c2500a", "#ff9d57"),
     ("#1f7a45", "#5ccb8c"),
     ("#8a3ab0", "#d18cf0"),
     ("#5a6572", "#a9b4c0"),
+    ("#a3711f", "#e3bd62"),
 )
 """Of each curve, on light and on dark ground."""
 LABELS = {"accuracy": "held-out accuracy", "teacher_accuracy": "teacher accuracy"}
@@ -168,11 +171,13 @@ def picture(
 ) -> str:
     """The SVG of curves on given axes, with a label on the left and a note on the right."""
     title = f"{label} of {', '.join(curve.name for curve in curves)} against {across}"
+    # A long name stands beside its line, not beyond the picture's edge.
+    width = WIDTH + max(0, max(LETTER * len(curve.name) for curve in curves) + 14 - RIGHT)
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" role="img">',
         f"<title>{escape(title)}</title>",
         _style(len(curves)),
-        f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="8"/>',
+        f'<rect class="ground" width="{width}" height="{HEIGHT}" rx="8"/>',
         f'<text class="label" x="{LEFT}" y="26">{escape(label)}</text>',
         *_grid(x, y, is_share, across),
         *(_band(i, curve, x, y) for i, curve in enumerate(curves) if curve.seeds > 1),
