@@ -132,9 +132,10 @@ class DataConfig:
     """Demonstrations for `sft` and `sdft`, which see the same rows in the same order."""
 
     source: str = "tool_call_corpus"
-    """`tool_call_corpus` (generated; the nano model's own pre-training text), `environment` (an
-    accepted answer to each training prompt, where the environment knows one: `tool_calls`, `bfcl`)
-    or a JSONL file with `prompt` and `response` in each row."""
+    """`tool_call_corpus` (generated; the nano model's own pre-training text),
+    `tool_call_corpus_with_asides` (the same, where a model without a context first talks),
+    `environment` (an accepted answer to each training prompt, where the environment knows one:
+    `tool_calls`, `bfcl`) or a JSONL file with `prompt` and `response` in each row."""
     rows_per_step: int = 64
     max_tokens: int = 256
     """`sft`: prompt and response together, and the width of the rows into which demonstrations are

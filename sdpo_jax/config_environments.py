@@ -22,6 +22,9 @@ class ToolCallsEnvironment:
     held_out_families: tuple[str, ...] = ()
     """Those of the held-out prompts, when they are others: what else a model could do before, or
     the other tasks of a sequence; empty means `families`."""
+    asides: bool = False
+    """Whether anything may stand on lines before the call; then only the last line is graded, so
+    that a model may say as much as it likes."""
     seed: int = 0
     """Seed of the prompts, apart from the run's seed: every run sees the same tasks."""
     max_failed_share: float = 0.2

@@ -235,3 +235,32 @@ def test_held_out_prompts_may_come_from_other_families():
     assert made.train == alone.train
     with pytest.raises(UserError, match=r"environment\.held_out_families: unknown 'musik'"):
         ToolCalls(train_prompts=1, held_out_prompts=1, held_out_families=("musik",))
+
+
+def test_with_asides_the_last_line_is_graded_and_without_them_the_whole():
+    call, words = 'set_alarm(time="19:30", day="tue")', "let me see.\none moment.\n"
+    prompt = Prompt("alarm", ({"role": "user", "content": question(ALARM)},), {"task": ALARM})
+    free, strict = (
+        ToolCalls(train_prompts=1, held_out_prompts=1, asides=asides) for asides in (True, False)
+    )
+    for response, passes in [(words + call, True), (call, True), (f"{call}\nso.", False)]:
+        assert free.grade(prompt, response).passed == passes
+        assert strict.grade(prompt, response).passed == (response == call)
+    assert free.answer(prompt, words + call) == free.answer(prompt, call) is not None
+    assert strict.answer(prompt, words + call) is None
+
+
+def test_asides_of_the_corpus_stand_before_calls_alone_and_before_solutions():
+    plain, talking = ToolCallCorpus(), ToolCallCorpus(asides=True)
+    talked = 0
+    for index in range(400):
+        before, after = plain[index], talking[index]
+        *lines, call = after.response.split("\n")
+        assert call == before.response
+        if len(before.messages[-1]["content"].split("\n")) > 2:  # a context
+            assert not lines
+        else:
+            assert after.messages == before.messages
+            talked += bool(lines)
+    bare = sum(len(plain[i].messages[-1]["content"].split("\n")) == 2 for i in range(400))
+    assert abs(talked / bare - 0.7) < 4 * (0.7 * 0.3 / bare) ** 0.5

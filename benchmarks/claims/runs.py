@@ -196,24 +196,27 @@ Measure = tuple[str, Callable[[Run], float]]
 def tabulate(found: dict[str, list[Run]], measures: Sequence[Measure]) -> dict[str, dict[str, Any]]:
     """Prints a row for each arm; returns values and intervals by arm and measure."""
     return table_of(
-        {
-            arm: {name: [of(run) for run in runs] for name, of in measures}
-            for arm, runs in found.items()
-        }
+        {arm: {n: [of(run) for run in runs] for n, of in measures} for arm, runs in found.items()}
     )
 
 
 def table_of(values: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
     """The same from the values of each seed, by arm and measure."""
-    width = max(map(len, values))
-    names = next(iter(values.values()))
-    print(f"{'':<{width}} | " + " | ".join(names))
-    table: dict[str, dict[str, Any]] = {}
-    for arm, measures in values.items():
-        cells = {name: interval(x) for name, x in measures.items()}
-        print(f"{arm:<{width}} | " + " | ".join(map(str, cells.values())), flush=True)
-        table[arm] = {n: {"values": measures[n], **cells[n]._asdict()} for n in measures}
+    table: dict[str, dict[str, Any]] = {
+        arm: {n: {"values": x, **interval(x)._asdict()} for n, x in measures.items()}
+        for arm, measures in values.items()
+    }
+    print_table(table)
     return table
+
+
+def print_table(table: dict[str, dict[str, Any]]) -> None:
+    """A row for each arm."""
+    width = max(map(len, table))
+    print(f"{'':<{width}} | " + " | ".join(next(iter(table.values()))))
+    for arm, measures in table.items():
+        cells = [str(Interval(x["mean"], x["low"], x["high"])) for x in measures.values()]
+        print(f"{arm:<{width}} | " + " | ".join(cells), flush=True)
 
 
 class Verdict(NamedTuple):

@@ -6,6 +6,10 @@ teach three things: the bare request (how common each form is), the request with
 made by the environment's own grader from an attempt under another API, and contexts by the
 teacher's own re-prompt.
 
+With asides, a response without a context begins with lines of talk, about two on average, and one
+after a context is the call alone; solutions that are shown may begin with talk, too. Such a model
+can say less without losing anything, as its teacher does.
+
 What keeps the model honest: with feedback, an argument is attempted wrongly half of the time
 *whatever* its form, so silence about an argument carries no news and the model falls back on how
 common each form is. No held-out task appears.
@@ -31,6 +35,18 @@ BARE, SOLUTION, FEEDBACK, BOTH = 0.35, 0.2, 0.4, 0.05
 """Shares of the kinds of prompt."""
 
 
+ASIDES = (
+    "let me see.",
+    "one moment.",
+    "first the tool.",
+    "now the time and the day.",
+    "i will look at the tools.",
+    "this is a request.",
+)
+MORE_ASIDES, MOST_ASIDES = 0.7, 5
+"""How often one more line follows, and how many there are at most."""
+
+
 class Attempt(NamedTuple):
     """A call under one API and the API that the environment really has."""
 
@@ -41,8 +57,8 @@ class Attempt(NamedTuple):
 class ToolCallCorpus(Sequence[Demonstration]):
     """A random-access sequence of demonstrations; row `i` is a pure function of `(seed, i)`."""
 
-    def __init__(self, size: int = 1_000_000, *, seed: int = 0):
-        self._size, self._seed = size, seed
+    def __init__(self, size: int = 1_000_000, *, seed: int = 0, asides: bool = False):
+        self._size, self._seed, self._asides = size, seed, asides
 
     def __len__(self) -> int:
         return self._size
@@ -55,9 +71,21 @@ class ToolCallCorpus(Sequence[Demonstration]):
             ("bare", "solution", "feedback", "both"), (BARE, SOLUTION, FEEDBACK, BOTH)
         )
         context, api = _context(rng, task, kind[0])
-        if context is not None:
-            messages = reprompt(messages, context)
-        return Demonstration(str(index), messages, write_call(task, api))
+        talk = _talk(rng) if self._asides else ""
+        response = write_call(task, api)
+        if context is None:
+            return Demonstration(str(index), messages, talk + response)
+        if context.demonstration is not None:
+            context = context._replace(demonstration=talk + context.demonstration)
+        return Demonstration(str(index), reprompt(messages, context), response)
+
+
+def _talk(rng: random.Random) -> str:
+    """Lines that a call can do without."""
+    lines: list[str] = []
+    while len(lines) < MOST_ASIDES and rng.random() < MORE_ASIDES:
+        lines.append(rng.choice(ASIDES) + "\n")
+    return "".join(lines)
 
 
 def _draw_seen_task(rng: random.Random) -> Task:

@@ -64,6 +64,7 @@ def _tool_calls(config: ToolCallsEnvironment) -> Environment:
         held_out_prompts=config.held_out_prompts,
         families=config.families,
         held_out_families=config.held_out_families,
+        asides=config.asides,
         seed=config.seed,
     )
 

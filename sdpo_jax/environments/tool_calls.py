@@ -136,7 +136,8 @@ def _slot_complaints(slot: Slot, form: Form, values: Values, call: Call) -> list
 class ToolCalls:
     """The environment: seeded prompts, exact grading against `TODAY`.
 
-    Reward is 1 for an accepted call, else 0. `metrics` holds `well_formed`.
+    Reward is 1 for an accepted call, else 0. `metrics` holds `well_formed`. With `asides` the call
+    is a response's last line.
     """
 
     def __init__(
@@ -146,8 +147,10 @@ class ToolCalls:
         held_out_prompts: int,
         families: Sequence[str] = (),
         held_out_families: Sequence[str] = (),
+        asides: bool = False,
         seed: int = 0,
     ):
+        self._asides = asides
         _check_families("families", families)
         _check_families("held_out_families", held_out_families)
         chosen = tuple(families) or tuple(FAMILIES)
@@ -158,15 +161,19 @@ class ToolCalls:
     def grade(self, prompt: Prompt, response: str) -> Outcome:
         """Accepts exactly the call that today's API wants; feedback lists every complaint."""
         task: Task = prompt.data["task"]
-        found = complaints(task, response, TODAY)
-        well_formed = float(isinstance(parse_call(response), Call))
+        call = self._call(response)
+        found = complaints(task, call, TODAY)
+        well_formed = float(isinstance(parse_call(call), Call))
         return Outcome(float(not found), not found, "\n".join(found), {"well_formed": well_formed})
 
     def answer(self, prompt: Prompt, response: str) -> str | None:
         """The call, its arguments in the order of their names."""
         del prompt
-        call = parse_call(response)
+        call = parse_call(self._call(response))
         return repr((call.tool, sorted(call.arguments.items()))) if isinstance(call, Call) else None
+
+    def _call(self, response: str) -> str:
+        return response.strip().rpartition("\n")[2] if self._asides else response
 
     def reference(self, prompt: Prompt) -> str:
         """The call that today's API wants."""

@@ -1,0 +1,61 @@
+"""What a training step of SDPO takes over one of GRPO, on equal shapes.
+
+    PYTHONPATH=models:. python benchmarks/claims/step_time.py
+
+CPU seconds of one pinned thread, from `benchmarks/step.py`: SDPO with the full-vocabulary
+divergence and a teacher that follows, GRPO with one update for each batch. Setting A has responses
+of 64 tokens, C of 256. A seed is a round of both, one after the other; the ratio is taken round by
+round. Grading costs nothing here: an environment that takes time makes the ratio smaller.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from runs import Verdict, interval, parse, table_of, write
+
+NAME = "step_time"
+STEP = Path(__file__).parent.parent / "step.py"
+MOST = 1.25
+"""Of GRPO's time, what "virtually the same" is taken to mean here, on responses of 256 tokens."""
+TINY = ("--prompts", "2", "--rollouts", "2", "--layers", "1", "--response-tokens", "8")
+
+
+def seconds(setting: str, objective: str, options: argparse.Namespace) -> float:
+    """CPU seconds of a step, median over a few."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "record.jsonl"
+        words = [sys.executable, str(STEP), "--setting", setting, "--objective", objective]
+        words += ["--steps", "3", "--json", str(file), *(TINY if options.quick else ())]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(file.read_text())["cpu_seconds"]
+
+
+def main() -> None:
+    """Measures, prints the table and the verdict."""
+    options = parse(__doc__, NAME)
+    rows: dict[str, dict[str, list[float]]] = {}
+    for setting in ("A", "C"):
+        spent = [[seconds(setting, o, options) for o in ("sdpo", "grpo")] for _ in options.seeds]
+        rows[f"setting {setting}"] = {
+            "SDPO, s": [a for a, _ in spent],
+            "GRPO, s": [b for _, b in spent],
+            "ratio": [a / b for a, b in spent],
+        }
+    table = table_of(rows)
+    ratios = {name: interval(row["ratio"]) for name, row in rows.items()}
+    verdict = Verdict(
+        11,
+        f"a step of SDPO takes at most {MOST} times one of GRPO, with responses of 256 tokens",
+        ratios["setting C"].high <= MOST,
+        "SDPO / GRPO: " + "; ".join(f"{name} {ratio}" for name, ratio in ratios.items()),
+    )
+    total = sum(sum(row["SDPO, s"]) + sum(row["GRPO, s"]) for row in rows.values())
+    write(NAME, options, table, [verdict], 5 * total)  # two steps of warm-up, three that count
+
+
+if __name__ == "__main__":
+    main()
