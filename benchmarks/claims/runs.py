@@ -258,7 +258,8 @@ def write(
 ) -> None:
     """Prints the verdicts and keeps everything in `NAME.json`.
 
-    `more` may hold what `table.py` shows besides: `rates` of `best_rates`, `pictures`.
+    `more` may hold what `table.py` shows besides: `rates` of `best_rates`, `pictures`, `tables` by
+    title.
     """
     for verdict in verdicts:
         print(f"{'holds' if verdict.holds else 'does not hold'}: {verdict.claim}")

@@ -97,6 +97,8 @@ def _section(record: Mapping[str, Any], pictures: Path) -> list[str]:
             for v in record["verdicts"]
         ),
     ]
+    for title, table in record.get("tables", {}).items():
+        parts += [f"{title}:", _table(table)]
     for arm, rates in record.get("rates", {}).items():
         given = ", ".join(f"{rate}: {value:.3f}" for rate, value in rates.items())
         parts.append(f"Rates of {arm}, accuracy on the seed for rates: {given}.")
