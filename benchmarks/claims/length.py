@@ -43,7 +43,7 @@ def talking(options: argparse.Namespace) -> str:
     words = [*TALK, "--model.no-random-init", "--data.source", "tool_call_corpus_with_asides"]
     words += ["--data.max-tokens", "320", "--train.steps", "2" if options.quick else "300"]
     words += ["--optimizer.learning-rate", "1e-3", "--seed", str(RATE_SEED)]
-    words += ["--evaluation.prompts", "8"] if options.quick else []
+    words += ["--evaluation.prompts", "8", "--optimizer.warmup-steps", "1"] if options.quick else []
     return str(run_to_end("configs/nano_pretrain.toml", options.runs / "start", words))
 
 

@@ -71,7 +71,8 @@ def made(size: Size, options: argparse.Namespace) -> str:
         (source / "config.json").write_text(json.dumps(config))
     words = ["--model.path", str(source), "--seed", str(RATE_SEED)]
     if options.quick:
-        words += ["--train.steps", "2", "--evaluation.prompts", "8"]
+        words += ["--train.steps", "2", "--optimizer.warmup-steps", "1"]
+        words += ["--evaluation.prompts", "8"]
     folder = options.runs / f"{size.name}_pretrained"
     return str(run_to_end("configs/nano_pretrain.toml", folder, words))
 
