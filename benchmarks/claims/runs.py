@@ -87,6 +87,7 @@ def parse(documentation: str | None, name: str) -> argparse.Namespace:
 QUICK = (
     *("--train.steps", "2", "--evaluation.every-steps", "1", "--evaluation.prompts", "8"),
     *("--rollout.prompts-per-step", "4", "--rollout.rollouts-per-prompt", "4"),
+    *("--optimizer.warmup-steps", "1"),
 )
 
 
