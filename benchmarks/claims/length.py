@@ -78,7 +78,7 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     shared = (*TALK, "--model.path", talking(options))
     arms = [Arm("SDPO", "configs/nano.toml", shared), Arm("GRPO", "configs/nano_grpo.toml", shared)]
-    arms, rates = best_rates(arms, RATES[:1] if options.quick else RATES, options)
+    arms, rates = best_rates(arms, RATES[:1] if options.quick else RATES, options, accuracy)
     found = train_all(arms, options)
     table = tabulate(
         found,

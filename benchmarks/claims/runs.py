@@ -117,9 +117,12 @@ def in_parallel(function: Callable[[Any], Any], jobs: Sequence[Any], at_a_time: 
 
 
 def best_rates(
-    arms: Sequence[Arm], grid: Sequence[str], options: argparse.Namespace
+    arms: Sequence[Arm],
+    grid: Sequence[str],
+    options: argparse.Namespace,
+    by: Callable[[Run], float],
 ) -> tuple[list[Arm], dict[str, dict[str, float]]]:
-    """Each arm at the rate of `grid` that ends best on `RATE_SEED`; and what each rate gave."""
+    """Each arm at the rate of `grid` with the most on `RATE_SEED`; and what each rate gave."""
     tried = [
         Arm(f"{arm.name} {rate}", arm.recipe, (*arm.options, "--optimizer.learning-rate", rate))
         for arm in arms
@@ -128,7 +131,7 @@ def best_rates(
     found, chosen = train_all(tried, options, [RATE_SEED]), list[Arm]()
     given: dict[str, dict[str, float]] = {}
     for arm in arms:
-        given[arm.name] = {rate: accuracy(found[f"{arm.name} {rate}"][0]) for rate in grid}
+        given[arm.name] = {rate: by(found[f"{arm.name} {rate}"][0]) for rate in grid}
         rate = max(given[arm.name], key=given[arm.name].__getitem__)
         chosen.append(arm._replace(options=(*arm.options, "--optimizer.learning-rate", rate)))
         print(f"{arm.name}: rate {rate} of {given[arm.name]}", flush=True)
@@ -147,8 +150,14 @@ def _train(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
 
 def run_to_end(recipe: str, folder: Path, words: Sequence[str]) -> Path:
     """A training run in a process of its own, unless `folder` holds it; returns `folder`."""
+    record, asked = folder.parent / f"{folder.name}.asked.json", [recipe, *words]
+    # A finished run of other options must not pass for this one.
+    if record.is_file() and json.loads(record.read_text()) != asked:
+        raise SystemExit(f"{folder} was asked with other options; remove it, or name other --runs")
     summary = read_summary(folder) if folder.is_dir() else None
     if summary is None or not summary["complete"]:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(asked))
         command = [sys.executable, "-m", "sdpo_jax.cli", "train", recipe]
         command += ["--run-dir", str(folder), *words]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -112,7 +112,7 @@ def main() -> None:
         for name, path in zip(names, [*paths, "nano"], strict=True)
         for objective, recipe in RECIPES.items()
     ]
-    arms, rates = best_rates(arms, RATES[:1] if options.quick else RATES, options)
+    arms, rates = best_rates(arms, RATES[:1] if options.quick else RATES, options, accuracy)
     found = train_all(arms, options)
     measures = [
         ("before", lambda run: run.evaluations[0]["accuracy"]),

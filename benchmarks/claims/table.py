@@ -101,7 +101,7 @@ def _section(record: Mapping[str, Any], pictures: Path) -> list[str]:
         parts += [f"{title}:", _table(table)]
     for arm, rates in record.get("rates", {}).items():
         given = ", ".join(f"{rate}: {value:.3f}" for rate, value in rates.items())
-        parts.append(f"Rates of {arm}, accuracy on the seed for rates: {given}.")
+        parts.append(f"Rates of {arm}, tried on a seed of their own: {given}.")
     for picture in record.get("pictures", ()):
         if not (pictures / picture).is_file():
             raise SystemExit(f"{pictures / picture} is missing; run the script again")
