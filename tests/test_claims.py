@@ -158,7 +158,7 @@ def test_a_finished_run_of_other_options_is_refused(runs, tmp_path):
 
 SCRIPTS = {
     "sample_efficiency": ["SDPO", "SDPO siblings only", "GRPO"],
-    "credit_and_context": 9,
+    "credit_and_context": 10,
     "regularisation": 9,
     "sizes": 6,
     "length": ["SDPO", "GRPO"],

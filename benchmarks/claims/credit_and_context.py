@@ -2,7 +2,7 @@
 
     PYTHONPATH=models:. python benchmarks/claims/credit_and_context.py
 
-All arms are `configs/nano.toml` with one difference, at that recipe's rate. Credit is compared
+All arms but GRPO are `configs/nano.toml` with one difference, at that recipe's rate. Credit is compared
 under reverse KL, of which the sampled token's form is an unbiased estimate. "Solution and feedback"
 shows both where there is a solution; SDPO's default shows feedback only where there is none. The
 controls show another question's context, and give a fixed negative advantage to unlikely tokens of
@@ -28,9 +28,12 @@ from runs import (
 NAME = "credit_and_context"
 
 
+EVERY = ("--evaluation.every-steps", "15")
+
+
 def arm(name: str, *options: str) -> Arm:
     """SDPO with one difference."""
-    return Arm(name, "configs/nano.toml", ("--evaluation.every-steps", "15", *options))
+    return Arm(name, "configs/nano.toml", (*EVERY, *options))
 
 
 REVERSE = ("--objective.alpha", "1")
@@ -46,6 +49,7 @@ CREDITED = (
     arm("token credit", *REVERSE, "--objective.credit", "token"),
     arm("sequence credit", "--objective.credit", "sequence"),
     arm("fixed negative", "--objective.credit", "fixed_negative"),
+    Arm("GRPO", "configs/nano_grpo.toml", EVERY),
 )
 
 
