@@ -2,11 +2,11 @@
 
     PYTHONPATH=models:. python benchmarks/claims/credit_and_context.py
 
-All arms but GRPO are `configs/nano.toml` with one difference, at that recipe's rate. Credit is compared
-under reverse KL, of which the sampled token's form is an unbiased estimate. "Solution and feedback"
-shows both where there is a solution; SDPO's default shows feedback only where there is none. The
-controls show another question's context, and give a fixed negative advantage to unlikely tokens of
-failures without any teacher.
+All arms but GRPO are `configs/nano.toml` with one difference, at that recipe's rate. Credit is
+compared under reverse KL, of which the sampled token's form is an unbiased estimate. "Solution and
+feedback" shows both where there is a solution; SDPO's default shows feedback only where there is
+none. The controls show another question's context, and give a fixed negative advantage to unlikely
+tokens of failures without any teacher.
 """
 
 from runs import (
