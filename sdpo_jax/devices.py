@@ -9,6 +9,7 @@ part.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -61,6 +62,20 @@ def fitting_mesh(config: MeshConfig) -> MeshConfig:
     return config if fits else MeshConfig()
 
 
+@cache
+def _eigen_products() -> dict[str, str]:
+    """Leaves XLA:CPU the reductions of its second library, and its matrix products to Eigen.
+
+    Those of a layer then take 0.85 of the time. Nothing where this XLA does not know the option.
+    """
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
 def partition_spec(axes: tuple[str | None, ...]) -> P:
     """Mesh axes of a parameter's logical axes; a mesh axis that comes up twice is an error."""
     mesh_axes = [None if axis is None else RULES[axis] for axis in axes]
@@ -83,6 +98,8 @@ class Devices:
         self.replicated = NamedSharding(mesh, P())
         self.head = NamedSharding(mesh, P(None, "tensor"))  # [D, V], whole but for the vocabulary
         self.row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._compiler_options = _eigen_products() if on_cpu else {}
 
     def parameter_shardings(self, logical_axes: Any, shapes: Any) -> Any:
         """A `NamedSharding` per parameter.
@@ -113,7 +130,8 @@ class Devices:
 
         `lower` of what it returns lowers under it, too.
         """
-        compiled = jax.jit(function, **options)
+        compiler = {**self._compiler_options, **(options.pop("compiler_options", None) or {})}
+        compiled = jax.jit(function, compiler_options=compiler or None, **options)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with jax.set_mesh(self.mesh):

@@ -57,11 +57,12 @@ class InitFn(Protocol):
 
 
 class HiddenFn(Protocol):
-    """`hidden(params, tokens[B, S], positions[B, S], attention) -> [B, S, D]`.
+    """`hidden(params, tokens[B, S], positions[B, S], attention, take=None) -> [B, S, D]`.
 
     Final-norm hidden states. `attention` is either segments `[B, S]` int32, where a token attends
     to the tokens of its own segment that are not after it and segment 0 is padding; or `Blocks`.
-    What is padding, or in no block, is undefined but finite.
+    What is padding, or in no block, is undefined but finite. `take: [R, m]` asks for some places
+    alone, each among the tokens of one of `R` equal parts of the rows, row after row: `[R, m, D]`.
     """
 
     def __call__(
@@ -71,6 +72,8 @@ class HiddenFn(Protocol):
         positions: jax.Array,
         attention: jax.Array | Blocks,
         /,
+        *,
+        take: jax.Array | None = None,
     ) -> jax.Array: ...
 
 

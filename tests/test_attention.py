@@ -104,7 +104,7 @@ def reference(q, k, v, slope, window=None):
 
 def run(q, k, v, slope, blocks, slides=None, window=None):
     """Output and gradients of what is in a sequence, as every loss reads it."""
-    there = jnp.asarray(in_sequences())[:, :, None, None]
+    there = jnp.asarray(in_sequences())[:, : q.shape[1], None, None]
 
     def attend(q, k, v):
         out = blocks_attention(q, k, v, blocks, window=window, slides=slides)
@@ -126,6 +126,21 @@ def assert_close(got, expected, atol=FLOAT32):
 
 def test_values_and_gradients_are_those_of_a_softmax_over_each_whole_sequence():
     assert_close(compiled()(*arrays(), blocks()), reference(*arrays()))
+
+
+def test_a_bin_may_end_with_its_last_token():
+    """A block that would reach over the end begins earlier, and leaves what it finds there."""
+    end = max(np.flatnonzero(there).max(initial=0) for there in in_sequences()) + 1
+    assert end % BLOCK_TOKENS
+    short = [x[:, :end] for x in arrays()]
+    expected = [x[:, :end] for x in reference(*arrays())]
+    assert_close(compiled()(*short, blocks()), expected)
+
+
+def test_a_bin_of_less_than_a_block_is_refused_with_both_values():
+    q, k, v, _ = (x[:, :40] for x in arrays())
+    with pytest.raises(ValueError, match="at least 64 tokens, got 40"):
+        blocks_attention(q, k, v, blocks())
 
 
 @pytest.mark.parametrize("window", [WINDOW, pytest.param(3, marks=pytest.mark.slow)])
@@ -182,7 +197,7 @@ def test_bfloat16_stays_bfloat16_and_close():
 @pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
 def test_a_mesh_of_rows_and_heads_changes_nothing(shape):
     devices = tiny.make_devices(*shape)
-    across = devices.jit(lambda *args: run(*args, window=WINDOW), **tiny.quick_jit.keywords)
+    across = devices.jit(lambda *args: run(*args, window=WINDOW), compiler_options=tiny.QUICK)
     placed = jax.tree.map(devices.put_rows, (*arrays(), blocks()))
     slides = jnp.array(True)
     got = across(*placed, jax.device_put(slides, devices.replicated))
@@ -240,6 +255,28 @@ def test_the_model_in_blocks_is_the_model_in_packed_segments(family):
     got, expected = both(params)
     # Float32 over up to three layers and 140 tokens, forwards and backwards.
     assert_same(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["blocks", "segments"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+def test_places_that_are_asked_for_have_the_values_and_gradients_of_all_places(form, remat):
+    """In blocks the last layer then ends with these tokens; olmo3 has norms after its products."""
+    architecture = tiny.FAMILIES["olmo3"]
+    model, params = tiny.make_model(architecture, remat=remat), tiny.make_params(architecture)
+    tokens, positions, attention, take = two_forms()[form == "segments"]
+
+    def loss(params, early):
+        if early:
+            taken = model.hidden(params, tokens, positions, attention, take=take[None])[0]
+        else:
+            hidden = model.hidden(params, tokens, positions, attention)
+            taken = hidden.reshape(-1, hidden.shape[-1])[take]
+        return jnp.sum(jnp.sin(taken + jnp.arange(len(take), dtype=jnp.float32)[:, None])), taken
+
+    assert take.size < tokens.size
+    both = tiny.quick_jit(lambda p: [jax.grad(loss, has_aux=True)(p, x) for x in (True, False)])
+    got, expected = both(params)
+    assert_same(got, expected, atol=1e-5)
 
 
 POLICIES = ["dots", "full", "offload"]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -101,3 +102,15 @@ def test_every_matrix_of_the_model_is_split_over_fsdp_and_tensor():
         local = np.prod(sharding.shard_shape(shape.shape))
         matrix = min(shape.shape[-2:]) > architecture.layers and len(shape.shape) > 1
         assert local * (8 if matrix else 2) <= shape.size
+
+
+def test_on_a_cpu_products_are_left_to_the_library_that_is_faster_at_them():
+    square = jnp.ones((64, 64))
+    program = tiny.make_devices().jit(jnp.matmul).lower(square, square).compile().as_text()
+    assert program is not None and "ynn" not in program
+
+
+def test_options_of_a_program_stand_beside_those_of_its_devices():
+    devices = tiny.make_devices()
+    double = devices.jit(lambda x: x + x, compiler_options=tiny.QUICK)
+    np.testing.assert_array_equal(double(devices.put_rows(np.ones(8))), np.full(8, 2.0))

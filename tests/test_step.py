@@ -131,7 +131,7 @@ def compiled(name, mesh, alpha):
     shardings = state_shardings(MODEL, devices, optimizer, teacher, full())
     per_token = sdpo(alpha) if name == "sdpo" else PER_TOKEN[name]
     step = make_train_step(MODEL, per_token, METRICS[name], optimizer, full())
-    jit = partial(devices.jit, **tiny.quick_jit.keywords)
+    jit = partial(devices.jit, compiler_options=tiny.QUICK)
     whole: Any = devices.replicated
     sums = Sums(shardings.params, dict.fromkeys(METRICS[name], whole), whole, whole)
     return Programs(

@@ -25,6 +25,8 @@ from sdpo_jax.model import BLOCK_TOKENS, Blocks
 
 NEVER = -1e30
 ATTENTION = "attention"
+WIDE = 2 * BLOCK_TOKENS
+"""Keys looked at in one go where every query of a block sees them all."""
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -92,7 +94,7 @@ def blocks_attention(
     """Causal attention of sequences laid end to end in bins, as `blocks` says.
 
     Args:
-        q: [B, S, Q, d].
+        q: [B, S, Q, d], S at least `BLOCK_TOKENS`.
         k: [B, S, H, d].
         v: [B, S, H, d].
         blocks: see `sdpo_jax.model.Blocks`.
@@ -144,65 +146,113 @@ def _bins(
 def _bin(
     window: int | None, slides: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks
 ) -> jax.Array:
-    """`[S, Q, d]` to head-major arrays with room for a whole block after the last token."""
-    s, heads, d = q.shape
-    kv = k.shape[1]
-    room = ((0, 0), (0, BLOCK_TOKENS), (0, 0))
-    k, v = jnp.pad(k.swapaxes(0, 1), room), jnp.pad(v.swapaxes(0, 1), room)
-    q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(s, kv, -1, d).swapaxes(0, 1)
-    q = jnp.pad(q, ((0, 0), (0, BLOCK_TOKENS), (0, 0), (0, 0))).reshape(kv, -1, d)
-    out: jax.Array = _walk(window, q, k, v, blocks, slides)  # pyright: ignore[reportAssignmentType]
-    out = out.reshape(kv, s + BLOCK_TOKENS, -1, d)[:, :s]
-    return out.swapaxes(0, 1).reshape(s, heads, d)
+    """One bin, `[S, Q, d]`. Arrays stay as they are; each block is turned heads first by itself."""
+    if q.shape[0] < BLOCK_TOKENS:
+        raise ValueError(f"expected bins of at least {BLOCK_TOKENS} tokens, got {q.shape[0]}")
+    return _walk(window, q, k, v, blocks, slides)
 
 
 class _Block(NamedTuple):
-    """One row of the table, with what follows from it."""
+    """One row of the table, with what follows from it.
 
-    row: jax.Array  # [] int32, of the first query among the `r` rows of each token
-    query: jax.Array  # [T·r] int32, token of each query row
-    live: jax.Array  # [T·r, 1] bool, False behind the sequence's end
+    A block that would reach over the end of the bin begins earlier, and has tokens before its own.
+    """
+
+    place: jax.Array  # [] int32, of its first token in the bin
+    query: jax.Array  # [r·T] int32, token of each query row
+    live: jax.Array  # [r·T] bool, whether that token is one of the block's
     shared: jax.Array  # [] int32, where the prompt begins
     shared_end: jax.Array
     own: jax.Array  # [] int32, where the sequence's own tokens begin
-    first: jax.Array  # [] int32, number of key blocks over the prompt
-    total: jax.Array  # [] int32, number of key blocks
+    start: jax.Array  # [] int32, the block's own first token
 
 
-def _block(row: jax.Array, r: int) -> _Block:
+def _block(row: jax.Array, r: int, tokens: int) -> _Block:
     start, count, shared, shared_count, own = row
-    query = start + jnp.arange(BLOCK_TOKENS * r, dtype=jnp.int32) // r
-    first = (shared_count + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    mine = (start + count - own + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    live = (query < start + count)[:, None]
-    end = shared + shared_count
-    return _Block(start * r, query, live, shared, end, own, first, first + mine)
+    place = jnp.minimum(start, tokens - BLOCK_TOKENS)
+    query = place + jnp.arange(r * BLOCK_TOKENS, dtype=jnp.int32) % BLOCK_TOKENS
+    live = (query >= start) & (query < start + count)
+    return _Block(place, query, live, shared, shared + shared_count, own, start)
 
 
-def _seen(
-    block: _Block, index: jax.Array, window: int | None, slides: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Where key block `index` starts, and which of its keys each query row sees `[T·r, T]`."""
-    of_prompt = index < block.first
-    offset = jnp.where(of_prompt, index, index - block.first) * BLOCK_TOKENS
-    start = jnp.where(of_prompt, block.shared, block.own) + offset
-    key = (start + jnp.arange(BLOCK_TOKENS, dtype=jnp.int32))[None]
-    query = block.query[:, None]
-    seen = jnp.where(of_prompt, key < block.shared_end, key <= query)
+class _Keys(NamedTuple):
+    """A block of keys, and which of them each query row sees."""
+
+    place: jax.Array  # [] int32, of the first one in the bin
+    size: int
+    seen: jax.Array | None  # [r·T, size] bool; None where every row sees all
+
+
+def _over_keys(
+    block: _Block, tokens: int, sliding: tuple[int | None, jax.Array], visit: Any, carry: Any
+) -> Any:
+    """`carry = visit(keys, carry)` for all keys that a block of queries sees, some at a time.
+
+    First the wide blocks in which every query sees every key, without a mask; then the rest.
+    """
+    of_prompt, of_own = jnp.zeros((2,), jnp.int32)
+    if sliding[0] is None:
+        of_prompt = (block.shared_end - block.shared) // WIDE
+        of_own = (block.start - block.own) // WIDE
+
+        def wide(j: jax.Array, carry: Any) -> Any:
+            after = block.own + (j - of_prompt) * WIDE
+            place = jnp.where(j < of_prompt, block.shared + j * WIDE, after)
+            return visit(_Keys(place, WIDE, None), carry)
+
+        carry = jax.lax.fori_loop(0, of_prompt + of_own, wide, carry)
+    shared, own = block.shared + of_prompt * WIDE, block.own + of_own * WIDE
+    first = (block.shared_end - shared + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+
+    def narrow(j: jax.Array, carry: Any) -> Any:
+        after = own + (j - first) * BLOCK_TOKENS
+        start = jnp.where(j < first, shared + j * BLOCK_TOKENS, after)
+        return visit(_masked(block, start, j < first, tokens, *sliding), carry)
+
+    total = first + (block.start - own) // BLOCK_TOKENS + 1
+    return jax.lax.fori_loop(0, total, narrow, carry)
+
+
+def _masked(
+    block: _Block,
+    start: jax.Array,
+    of_prompt: jax.Array,
+    tokens: int,
+    window: int | None,
+    slides: jax.Array,
+) -> _Keys:
+    """Keys from `start` on, up to the end of the prompt or to each query."""
+    place = jnp.minimum(start, tokens - BLOCK_TOKENS)
+    key = (place + jnp.arange(BLOCK_TOKENS, dtype=jnp.int32))[None]
+    last = jnp.where(of_prompt, block.shared_end - 1, block.query)[:, None]
+    seen = (key >= start) & (key <= last)
     if window is not None:
         # Counted along the sequence: the prompt ends where the own tokens begin.
         gap = jnp.where(of_prompt, block.own - block.shared_end, 0)
-        seen &= (query - key - gap < window) | ~slides
-    return start, seen
+        seen &= (block.query[:, None] - key - gap < window) | ~slides
+    return _Keys(place, BLOCK_TOKENS, seen)
 
 
-def _take(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Columns `[H, size, ...]` from `start` on."""
-    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+_slice = jax.lax.dynamic_slice_in_dim
 
 
-def _put(x: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis=1)
+def _take(x: jax.Array, place: jax.Array, heads: int, size: int = BLOCK_TOKENS) -> jax.Array:
+    """A block of `x: [S, n, ...]`, `[H, n/H·size, ...]`: query heads of a head one by one."""
+    return _slice(x, place, size).swapaxes(0, 1).reshape(heads, -1, *x.shape[2:])
+
+
+def _write(x: jax.Array, part: jax.Array, block: _Block) -> jax.Array:
+    """Puts `part: [H, r·T, ...]` where the block's own tokens stand in `x: [S, Q, ...]`."""
+    live = block.live[:BLOCK_TOKENS].reshape(-1, *(1,) * (x.ndim - 1))
+    part = part.reshape(-1, BLOCK_TOKENS, *part.shape[2:]).swapaxes(0, 1).astype(x.dtype)
+    part = jnp.where(live, part, _slice(x, block.place, BLOCK_TOKENS))
+    return jax.lax.dynamic_update_slice_in_dim(x, part, block.place, axis=0)
+
+
+def _add(x: jax.Array, part: jax.Array, keys: _Keys) -> jax.Array:
+    """Adds `part: [H, size, d]` to a block of `x: [S, H, d]`."""
+    part = _slice(x, keys.place, keys.size) + part.swapaxes(0, 1)
+    return jax.lax.dynamic_update_slice_in_dim(x, part, keys.place, axis=0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -215,32 +265,31 @@ def _walk(
 def _forward(
     window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, slides: jax.Array
 ) -> tuple[jax.Array, Any]:
-    r = q.shape[1] // k.shape[1]
-    rows = BLOCK_TOKENS * r
+    (s, heads, d), kv = q.shape, k.shape[1]
 
     def one(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        block = _block(blocks.table[index], r)
-        queries = _take(q, block.row, rows)
+        block = _block(blocks.table[index], heads // kv, s)
+        queries = _take(q, block.place, kv) * jnp.asarray(d**-0.5, q.dtype)
 
-        def keys(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def visit(keys: _Keys, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             most, total, out = sums
-            start, seen = _seen(block, j, window, slides)
-            scores = _dot("hqd,hkd->hqk", queries, _take(k, start, BLOCK_TOKENS))
-            scores = jnp.where(seen[None], scores, NEVER)
+            theirs, values = (_take(x, keys.place, kv, keys.size) for x in (k, v))
+            scores = _dot("hqd,hkd->hqk", queries, theirs)
+            if keys.seen is not None:
+                scores = jnp.where(keys.seen[None], scores, NEVER)
             new_most = jnp.maximum(most, scores.max(axis=-1))
             kept = jnp.exp(most - new_most)
             weights = jnp.exp(scores - new_most[..., None])
-            mixed = _dot("hqk,hkd->hqd", weights.astype(v.dtype), _take(v, start, BLOCK_TOKENS))
+            mixed = _dot("hqk,hkd->hqd", weights.astype(v.dtype), values)
             total = total * kept + weights.sum(axis=-1)
             return new_most, total, out * kept[..., None] + mixed
 
         empty = jnp.zeros(queries.shape[:2], jnp.float32)
         start = empty + NEVER, empty, jnp.zeros(queries.shape, jnp.float32)
-        most, total, out = jax.lax.fori_loop(0, block.total, keys, start)
-        # In order: what a block writes behind its sequence's end is overwritten by the next one.
+        most, total, out = _over_keys(block, s, (window, slides), visit, start)
         whole, normalisers = carry
-        whole = _put(whole, out / total[..., None], block.row)
-        return whole, _put(normalisers, most + jnp.log(total), block.row)
+        whole = _write(whole, out / total[..., None], block)
+        return whole, _write(normalisers, most + jnp.log(total), block)
 
     start = jnp.zeros_like(q), jnp.zeros(q.shape[:2], jnp.float32)
     out, normalisers = jax.lax.fori_loop(0, blocks.filled, one, start)
@@ -250,35 +299,38 @@ def _forward(
 
 
 def _backward(window: int | None, residuals: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    """Scores lie keys first here, `[H, T, r·T]`.
+
+    Four of the five products then have no operand to turn; queries first, it would be three.
+    """
     q, k, v, blocks, slides, out, normalisers = residuals
-    r = q.shape[1] // k.shape[1]
-    rows = BLOCK_TOKENS * r
-    kept = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)  # [H, S·r]
+    (s, heads, d), kv = q.shape, k.shape[1]
+    scale = jnp.asarray(d**-0.5, q.dtype)
+    kept = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)  # [S, Q]
 
     def one(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        block = _block(blocks.table[index], r)
-        take = partial(_take, start=block.row, size=rows)
-        queries, slopes = take(q), take(cotangent)
-        normaliser, mean = take(normalisers)[..., None], take(kept)[..., None]
+        block = _block(blocks.table[index], heads // kv, s)
+        take = partial(_take, place=block.place, heads=kv)
+        queries, slopes, mean = take(q) * scale, take(cotangent), take(kept)[:, None]
+        # Rows that are not the block's own weigh nothing.
+        normaliser = jnp.where(block.live[None], take(normalisers), -NEVER)[:, None]
 
-        def keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def visit(keys: _Keys, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk, dv = carry
-            start, seen = _seen(block, j, window, slides)
-            theirs, values = _take(k, start, BLOCK_TOKENS), _take(v, start, BLOCK_TOKENS)
-            scores = _dot("hqd,hkd->hqk", queries, theirs)
-            weights = jnp.where((seen & block.live)[None], jnp.exp(scores - normaliser), 0.0)
-            ds = weights * (_dot("hqd,hkd->hqk", slopes, values) - mean)
-            more = _dot("hqk,hqd->hkd", weights.astype(v.dtype), slopes)
-            dv = _put(dv, _take(dv, start, BLOCK_TOKENS) + more, start)
+            theirs, values = (_take(x, keys.place, kv, keys.size) for x in (k, v))
+            weights = jnp.exp(_dot("hkd,hqd->hkq", theirs, queries) - normaliser)
+            if keys.seen is not None:
+                weights = jnp.where(keys.seen.T[None], weights, 0.0)
+            ds = weights * (_dot("hkd,hqd->hkq", values, slopes) - mean)
+            dv = _add(dv, _dot("hkq,hqd->hkd", weights.astype(v.dtype), slopes), keys)
             ds = ds.astype(k.dtype)
-            more = _dot("hqk,hqd->hkd", ds, queries)
-            dk = _put(dk, _take(dk, start, BLOCK_TOKENS) + more, start)
-            return dq + _dot("hqk,hkd->hqd", ds, theirs), dk, dv
+            dk = _add(dk, _dot("hkq,hqd->hkd", ds, queries), keys)
+            return dq + _dot("hkd,hkq->hdq", theirs, ds), dk, dv
 
         dq, dk, dv = carry
-        zeros = jnp.zeros(queries.shape, jnp.float32)
-        mine, dk, dv = jax.lax.fori_loop(0, block.total, keys, (zeros, dk, dv))
-        return _put(dq, mine, block.row), dk, dv
+        zeros = jnp.zeros((kv, d, queries.shape[1]), jnp.float32)
+        mine, dk, dv = _over_keys(block, s, (window, slides), visit, (zeros, dk, dv))
+        return _write(dq, mine.swapaxes(1, 2) * scale.astype(jnp.float32), block), dk, dv
 
     wide = partial(jnp.zeros, dtype=jnp.float32)
     start = wide(q.shape), wide(k.shape), wide(v.shape)

@@ -94,9 +94,17 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def block(
-    a: Architecture, layer: Layer, x: jax.Array, turns: Rotations, attend: Attend
+    a: Architecture,
+    layer: Layer,
+    x: jax.Array,
+    turns: Rotations,
+    attend: Attend,
+    read: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One layer on `x: [..., D]`; returns what `attend` kept, too."""
+    """One layer on `x: [..., D]`; returns what `attend` kept, too.
+
+    `read` picks the tokens that are wanted: what follows attention is computed for them alone.
+    """
     weights = layer.weights
     norm_in = partial(_norm_if, not a.post_norm, a, weights)
     norm_out = partial(_norm_if, a.post_norm, a, weights)
@@ -104,8 +112,10 @@ def block(
         h = norm_in("attention_norm", x)
         q, k, v = (_project(a, weights, h, name) for name in ("query", "key", "value"))
         out, kept = attend(rotate(q, turns, layer.slides), rotate(k, turns, layer.slides), v)
-        out = out.reshape(*x.shape[:-1], -1) @ weights["output"].astype(x.dtype)
-        x = x + norm_out("attention_norm", out)
+        out = out.reshape(*x.shape[:-1], -1)
+        if read is not None:
+            x, out = read(x), read(out)
+        x = x + norm_out("attention_norm", out @ weights["output"].astype(x.dtype))
     with jax.named_scope("mlp"):
         out = mlp(a, weights, norm_in("mlp_norm", x))
         return x + norm_out("mlp_norm", out), kept

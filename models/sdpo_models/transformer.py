@@ -15,6 +15,7 @@ Validated against a second implementation in float64 numpy (tests/test_transform
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -113,19 +114,44 @@ def hidden(
     tokens: jax.Array,
     positions: jax.Array,
     attention: jax.Array | Blocks,
+    *,
+    take: jax.Array | None = None,
 ) -> jax.Array:
-    """Final-norm hidden states `[B, S, D]`; see `sdpo_jax.model.HiddenFn`."""
+    """Final-norm hidden states `[B, S, D]`, or at places alone; see `sdpo_jax.model.HiddenFn`."""
     turns = rotations(a, positions.reshape(-1))
     attend = _whole_sequences(a, settings, positions, attention)
 
-    def layer_step(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+    def layer_step(x: jax.Array, layer: Layer, read: Any = None) -> tuple[jax.Array, None]:
         x = checkpoint_name(x, LAYER_INPUT)
-        return block(a, layer, x, turns, partial(attend, layer.slides))[0], None
+        return block(a, layer, x, turns, partial(attend, layer.slides), read)[0], None
 
     # All tokens on one axis: XLA:CPU multiplies [B·S, D] a quarter faster than [B, S, D].
     x = params["embedding"].astype(settings.dtype)[tokens.reshape(-1)]
-    x, _ = jax.lax.scan(recomputed(settings.remat, layer_step), x, stacked_layers(a, params))
-    return rms_norm(x, params["final_norm"], a.norm_epsilon).reshape(*tokens.shape, -1)
+    layers, step = stacked_layers(a, params), partial(recomputed, settings.remat)
+    if take is not None and _ends_early(a, attention, take.size < tokens.size):
+        layers, last = (jax.tree.map(itemgetter(i), layers) for i in (slice(-1), -1))
+        x, _ = jax.lax.scan(step(layer_step), x, layers)
+        x, _ = step(partial(layer_step, read=partial(_at, take)))(x, last)
+    else:
+        x, _ = jax.lax.scan(step(layer_step), x, layers)
+        x = x if take is None else _at(take, x)
+    shape = tokens.shape if take is None else take.shape
+    return rms_norm(x, params["final_norm"], a.norm_epsilon).reshape(*shape, -1)
+
+
+def _ends_early(a: Architecture, attention: jax.Array | Blocks, reads_less: bool) -> bool:
+    """Whether the last layer stands apart, to end with the tokens that are read.
+
+    Only few layers in the form of a CPU: the others' weights without the last one's are a copy, and
+    of many layers the last one is little.
+    """
+    return reads_less and isinstance(attention, Blocks) and a.layers <= UNROLLED_LAYERS
+
+
+def _at(take: jax.Array, x: jax.Array) -> jax.Array:
+    """Of `x: [B·S, D]` the tokens at `take: [R, m]`, `[R·m, D]`."""
+    parts = x.reshape(take.shape[0], -1, x.shape[-1])
+    return jnp.take_along_axis(parts, take[..., None], axis=1).reshape(-1, x.shape[-1])
 
 
 def _whole_sequences(

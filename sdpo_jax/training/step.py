@@ -82,10 +82,9 @@ class Metrics(NamedTuple):
 def at_predictions(model: Model, params: Params, sequences: Sequences) -> jax.Array:
     """Hidden states `[D, n, c, width]` that predict the response tokens."""
     tokens, positions, attention, take = sequences
-    hidden = model.hidden(params, tokens, positions, attention)
-    hidden = hidden.reshape(take.shape[0], -1, hidden.shape[-1])
-    taken = jnp.take_along_axis(hidden, take.reshape(take.shape[0], -1, 1), axis=1)
-    return taken.reshape(*take.shape, -1)
+    places = take.reshape(take.shape[0], -1)
+    hidden = model.hidden(params, tokens, positions, attention, take=places)
+    return hidden.reshape(*take.shape, -1)
 
 
 def head_on_shards(
