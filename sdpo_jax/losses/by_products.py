@@ -7,13 +7,14 @@ second pass over the vocabulary, and those that nobody reads are dropped by the 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from sdpo_jax.losses.divergences import entropy, forward_kl, generalized_jsd, reverse_kl
-from sdpo_jax.losses.vocabulary import select_targets
+from sdpo_jax.losses.vocabulary import select_targets, vocabulary_max
 
 
 class ByProducts(NamedTuple):
-    """Detached values per token, each `[...]` in nats."""
+    """Detached values per token, each `[...]`, in nats but for the last."""
 
     student_entropy: jax.Array  # H(π)
     teacher_entropy: jax.Array  # H(q)
@@ -22,6 +23,7 @@ class ByProducts(NamedTuple):
     jsd: jax.Array  # α = 1/2, at most ln 2
     log_prob: jax.Array  # log π(y_t) of the sampled token
     teacher_log_prob: jax.Array  # log q(y_t)
+    same_token: jax.Array  # 1 where one token is the likeliest to both, else 0
 
 
 def by_products(
@@ -60,4 +62,15 @@ def by_products(
         jsd=generalized_jsd(*pair, alpha=0.5, vocabulary_axis=axis),
         log_prob=select_targets(student, targets, vocabulary_axis=axis),
         teacher_log_prob=select_targets(teacher, targets, vocabulary_axis=axis),
+        same_token=_same_likeliest(student, teacher, axis),
     )
+
+
+def _same_likeliest(student: jax.Array, teacher: jax.Array, axis: str | None) -> jax.Array:
+    """[..., V] to [...]; of several that are equally likely, any one will do.
+
+    Maxima alone: XLA:CPU does not vectorise `argmax`.
+    """
+    best = teacher >= vocabulary_max(teacher, axis)[..., None]
+    among = vocabulary_max(jnp.where(best, student, -jnp.inf), axis)
+    return (among >= vocabulary_max(student, axis)).astype(student.dtype)
