@@ -26,6 +26,7 @@ from sdpo_jax.model import Params
 from sdpo_jax.training.batch import Form, MicroBatchPlan, make_tokens
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.contexts import Contexts
+from sdpo_jax.training.diagnostics import gap_agreement, verdicts
 from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.per_token import BY_ADVANTAGE, is_mixed
 from sdpo_jax.training.scoring import Scorer
@@ -38,7 +39,15 @@ from sdpo_jax.training.token_credit import (
     token_advantages,
     worth_computing,
 )
-from sdpo_jax.training.updates import Part, Update, cut_into_parts, in_order, make_update
+from sdpo_jax.training.token_sums import agreement_shares
+from sdpo_jax.training.updates import (
+    Part,
+    Update,
+    cut_into_parts,
+    in_order,
+    make_update,
+    with_outcomes,
+)
 
 
 class SdpoUpdates:
@@ -93,9 +102,14 @@ class SdpoUpdates:
                 updates, more = self._by_advantage(experience, parts, sides, has_teacher, shares)
                 metrics |= more
             else:
-                updates = [
+                judged = verdicts(experience.outcomes, shares.distil != 0)
+                made = [
                     self._by_divergence(experience, part, side, has_teacher, shares)
                     for part, side in zip(parts, sides, strict=True)
+                ]
+                updates = [
+                    with_outcomes(update, part, judged, self._devices)
+                    for update, part in zip(made, parts, strict=True)
                 ]
             jax.block_until_ready(updates)
         return updates, metrics
@@ -148,12 +162,16 @@ class SdpoUpdates:
         """Credit that is known before the loss."""
         updates: list[Update] = []
         gaps: list[NDArray[np.float32]] = []
+        agreeing = np.zeros(4)
+        judged = verdicts(experience.outcomes, shares.distil != 0)
         for number, part in enumerate(parts):
             gap = None
             if sides:
                 scores = self._scorer.of_teacher(part, *sides[number])
                 gap = log_ratios(scores.log_probs, [experience.log_probs[i] for i in part.rows])
                 gaps += gap
+                active = [x * (w > 0) for x, w in zip(gap, part.weights, strict=True)]
+                agreeing += gap_agreement(active, judged[part.rows])
             distil = own_reduction(self._objective, experience, part, has_teacher, shares)
             advantages = token_advantages(
                 self._config, self._objective, experience, part, gap, distil, shares
@@ -164,7 +182,8 @@ class SdpoUpdates:
             )
         if not gaps:
             return updates, {}
-        return updates, {"teacher_gap": float(np.mean(np.concatenate(gaps)))}
+        mean = float(np.mean(np.concatenate(gaps)))
+        return updates, {"teacher_gap": mean, **agreement_shares(agreeing)}
 
 
 class GrpoUpdates:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdpo_jax.config import (
     Config,
@@ -71,6 +72,7 @@ from sdpo_jax.training.step import (
     train_step,
 )
 from sdpo_jax.training.teacher_pass import TeacherPass
+from sdpo_jax.training.token_sums import is_mean, read
 from sdpo_jax.training.updates import Update
 
 LoadParams: TypeAlias = Callable[[], Params]
@@ -325,9 +327,10 @@ def _summarise(measured: list[Metrics]) -> dict[str, Any]:
     if not measured:  # Nothing in this batch could move the parameters.
         return {"updates": 0, "skipped": 0}
     tokens = max(1.0, sum(float(m.tokens) for m in measured))
-    names = measured[0].sums
+    sums = {k: sum(np.asarray(m.sums[k], np.float64) for m in measured) for k in measured[0].sums}
     row: dict[str, Any] = {
-        **means({name: sum(float(m.sums[name]) for m in measured) for name in names}, tokens)
+        **means({k: float(x) for k, x in sums.items() if is_mean(k)}, tokens),
+        **read(sums),
     }
     if "correct" in row:
         row["token_accuracy"] = row.pop("correct")
