@@ -58,7 +58,7 @@ def sdpo_loss_of(objective: SdpoObjective) -> Loss:
     if objective.credit == "token":
         loss = sampled_token_per_token(**settings)
     else:
-        loss, names = sdpo_per_token(_divergence(objective), **settings), (*names, *SPREAD)
+        loss, names = sdpo_per_token(divergence_of(objective), **settings), (*names, *SPREAD)
     if is_mixed(objective):
         loss = mixed_per_token(loss, surrogate)
         names = (*names, "clipped", "first_active", "second_active")
@@ -68,7 +68,7 @@ def sdpo_loss_of(objective: SdpoObjective) -> Loss:
 def sdft_loss_of(objective: SdftObjective) -> Loss:
     """The loss of an `sdft` recipe; a response's weight is `sequence_weighted_head`'s."""
     names = ("divergence", *SAMPLED, *PAIRS, *SPREAD, "importance")
-    return sdpo_per_token(_divergence(objective)), names
+    return sdpo_per_token(divergence_of(objective)), names
 
 
 def grpo_loss_of(objective: GrpoObjective) -> Loss:
@@ -76,7 +76,8 @@ def grpo_loss_of(objective: GrpoObjective) -> Loss:
     return _anchored(objective, _surrogate(objective), (*SAMPLED, "ratio", "clipped"))
 
 
-def _divergence(objective: SdpoObjective | SdftObjective) -> Divergence:
+def divergence_of(objective: SdpoObjective | SdftObjective) -> Divergence:
+    """The divergence over the vocabulary, or over the student's likeliest tokens."""
     if objective.top_k:
         return partial(top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True)
     return partial(full_vocabulary_loss, alpha=objective.alpha)
