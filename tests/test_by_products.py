@@ -10,14 +10,15 @@ import reference
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sdpo_jax.losses.by_products import ByProducts, by_products
+from sdpo_jax.losses.by_products import ByProducts, by_products, same_likeliest
+from sdpo_jax.losses.distillation import full_vocabulary_loss
+from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
 
 N, V = 4, 6
 
 
 def arrays(dtype):
     student, teacher = reference.log_softmax(np.random.default_rng(0).normal(size=(2, N, V)))
-    teacher[0] = np.sort(teacher[0])[student[0].argsort().argsort()]  # one order: they agree once
     return jnp.array(student, dtype), jnp.array(teacher, dtype), jnp.array([0, 5, 2, 2])
 
 
@@ -31,7 +32,6 @@ def expected(student, teacher, targets):
         jsd=reference.divergence(s, t, 0.5),
         log_prob=reference.pick(s, targets),
         teacher_log_prob=reference.pick(t, targets),
-        same_token=np.float64(s.argmax(axis=-1) == t.argmax(axis=-1)),
     )
 
 
@@ -74,33 +74,44 @@ def test_impossible_tokens_leave_all_but_their_own_log_prob_finite():
     np.testing.assert_array_equal(got.log_prob, [0.0, -np.inf])
 
 
+def test_the_likeliest_tokens_are_those_of_numpy():
+    student, teacher = np.random.default_rng(0).normal(size=(2, 200, V))
+    want = student.argmax(axis=-1) == teacher.argmax(axis=-1)
+    assert 0 < want.sum() < 200
+    np.testing.assert_array_equal(same_likeliest(jnp.array(student), jnp.array(teacher)), want)
+
+
 def test_the_likeliest_tokens_are_compared_also_where_the_vocabulary_is_cut_and_several_tie():
-    student = np.log([[0.4, 0.1, 0.4, 0.1], [0.4, 0.1, 0.4, 0.1], [0.7, 0.1, 0.1, 0.1]])
-    teacher = np.log([[0.1, 0.1, 0.7, 0.1], [0.1, 0.7, 0.1, 0.1], [0.25] * 4])
-    pair = jnp.array(student), jnp.array(teacher)
-    targets = jnp.zeros(3, jnp.int32)
+    student = jnp.array([[4.0, 1.0, 4.0, 1.0], [4.0, 1.0, 4.0, 1.0], [7.0, 1.0, 1.0, -jnp.inf]])
+    teacher = jnp.array([[1.0, 1.0, 7.0, 1.0], [1.0, 7.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
     cut = jax.shard_map(
-        partial(by_products, vocabulary_axis="tensor"),
+        partial(same_likeliest, vocabulary_axis="tensor"),
         mesh=mesh,
-        in_specs=(P(None, "tensor"), P(None, "tensor"), P()),
+        in_specs=(P(None, "tensor"), P(None, "tensor")),
         out_specs=P(),
     )
-    for got in (by_products(*pair, targets), jax.jit(cut)(*pair, targets)):
-        np.testing.assert_array_equal(got.same_token, [1.0, 0.0, 1.0])
+    for got in (same_likeliest(student, teacher), jax.jit(cut)(student, teacher)):
+        np.testing.assert_array_equal(got, [1.0, 0.0, 1.0])
 
 
-def test_what_nobody_reads_is_not_computed():
-    student, teacher, targets = arrays("float32")
+def test_the_comparison_is_not_computed_where_nobody_reads_it():
+    loss = sdpo_per_token(partial(full_vocabulary_loss, alpha=0.5))
+    random = np.random.default_rng(0)
+    logits, teacher, head = (
+        jnp.array(random.normal(size=shape), jnp.float32) for shape in ((N, V), (N, 3), (3, V))
+    )
+    constants = SdpoConstants(head, jnp.float32(1.0))
 
-    def compiled(*names):
-        def read(student, teacher):
-            found = by_products(jax.nn.log_softmax(student), jax.nn.log_softmax(teacher), targets)
-            return [getattr(found, name) for name in names]
+    def operations(*names):
+        def read(logits, teacher):
+            tokens = SdpoTokens(teacher, jnp.zeros(N, jnp.int32))
+            value, metrics = loss(logits, tokens, constants)
+            return value, [metrics[name] for name in names]
 
-        cost = jax.jit(read).lower(student, teacher).compile().cost_analysis()
+        cost = jax.jit(read).lower(logits, teacher).compile().cost_analysis()
         assert cost is not None
         return cost["flops"]
 
-    assert compiled("jsd", "same_token") > compiled("jsd")
-    assert compiled("same_token") < compiled("jsd", "same_token")
+    assert operations("jsd") < operations("jsd", "same_token")
+    assert operations("jsd") == operations()  # the loss is the same divergence

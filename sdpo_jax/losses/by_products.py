@@ -14,7 +14,7 @@ from sdpo_jax.losses.vocabulary import select_targets, vocabulary_max
 
 
 class ByProducts(NamedTuple):
-    """Detached values per token, each `[...]`, in nats but for the last."""
+    """Detached values per token, each `[...]` in nats."""
 
     student_entropy: jax.Array  # H(π)
     teacher_entropy: jax.Array  # H(q)
@@ -23,7 +23,6 @@ class ByProducts(NamedTuple):
     jsd: jax.Array  # α = 1/2, at most ln 2
     log_prob: jax.Array  # log π(y_t) of the sampled token
     teacher_log_prob: jax.Array  # log q(y_t)
-    same_token: jax.Array  # 1 where one token is the likeliest to both, else 0
 
 
 def by_products(
@@ -62,15 +61,30 @@ def by_products(
         jsd=generalized_jsd(*pair, alpha=0.5, vocabulary_axis=axis),
         log_prob=select_targets(student, targets, vocabulary_axis=axis),
         teacher_log_prob=select_targets(teacher, targets, vocabulary_axis=axis),
-        same_token=_same_likeliest(student, teacher, axis),
     )
 
 
-def _same_likeliest(student: jax.Array, teacher: jax.Array, axis: str | None) -> jax.Array:
-    """[..., V] to [...]; of several that are equally likely, any one will do.
+def same_likeliest(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, vocabulary_axis: str | None = None
+) -> jax.Array:
+    """1 where one token is the likeliest to both, else 0; of several that tie, any one will do.
 
-    Maxima alone: XLA:CPU does not vectorise `argmax`.
+    Maxima of the logits alone: the softmaxes beside it have two of the three already, and XLA:CPU
+    does not vectorise an `argmax`.
+
+    Args:
+        student_logits: [..., V], or log-probabilities.
+        teacher_logits: [..., V].
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+
+    Returns:
+        [...], detached, in the dtype of the student's.
+
+    >>> student, teacher = jnp.array([[2.0, 1.0], [2.0, 1.0]]), jnp.array([[9.0, 3.0], [0.0, 3.0]])
+    >>> same_likeliest(student, teacher).tolist()
+    [1.0, 0.0]
     """
-    best = teacher >= vocabulary_max(teacher, axis)[..., None]
-    among = vocabulary_max(jnp.where(best, student, -jnp.inf), axis)
-    return (among >= vocabulary_max(student, axis)).astype(student.dtype)
+    student, teacher = jax.lax.stop_gradient((student_logits, teacher_logits))
+    best = teacher >= vocabulary_max(teacher, vocabulary_axis)[..., None]
+    among = vocabulary_max(jnp.where(best, student, -jnp.inf), vocabulary_axis)
+    return (among >= vocabulary_max(student, vocabulary_axis)).astype(student.dtype)
