@@ -312,12 +312,8 @@ def _distillation(
         student = shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
         teacher = jax.lax.stop_gradient(_teacher_logits(rows, constants, soft_cap))
         value = estimate(student, teacher, rows.targets)
-        products = by_products(
-            log_softmax(student, vocabulary_axis=vocabulary_axis),
-            log_softmax(teacher, vocabulary_axis=vocabulary_axis),
-            rows.targets,
-            vocabulary_axis=vocabulary_axis,
-        )
+        p, q = (log_softmax(x, vocabulary_axis=vocabulary_axis) for x in (student, teacher))
+        products = by_products(p, q, rows.targets, vocabulary_axis=vocabulary_axis)
         same = same_likeliest(student, teacher, vocabulary_axis=vocabulary_axis)
         metrics = {"divergence": value, **products._asdict(), "same_token": same}
         weights = _weights(products, rows.old_log_probs, importance_cap, weigh)

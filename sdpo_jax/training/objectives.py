@@ -102,14 +102,9 @@ class SdpoUpdates:
                 updates, more = self._by_advantage(experience, parts, sides, has_teacher, shares)
                 metrics |= more
             else:
-                judged = verdicts(experience.outcomes, shares.distil != 0)
-                made = [
+                updates = [
                     self._by_divergence(experience, part, side, has_teacher, shares)
                     for part, side in zip(parts, sides, strict=True)
-                ]
-                updates = [
-                    with_outcomes(update, part, judged, self._devices)
-                    for update, part in zip(made, parts, strict=True)
                 ]
             jax.block_until_ready(updates)
         return updates, metrics
@@ -124,6 +119,7 @@ class SdpoUpdates:
     ) -> Update:
         """Credit for candidates or sampled tokens, which the loss itself makes."""
         objective, devices = self._objective, self._devices
+        judged = verdicts(experience.outcomes, shares.distil != 0)
         distil = own_reduction(objective, experience, part, has_teacher, shares)
         weights = [np.full(len(x), distil[i]) for x, i in zip(part.weights, part.rows, strict=True)]
         if objective.token_weights == "teacher_entropy":
@@ -134,9 +130,9 @@ class SdpoUpdates:
             if weighs(objective):
                 pairs = zip(part.weights, weights, strict=True)
                 part = part._replace(weights=[a * b for a, b in pairs])
-            return make_update(
-                part, in_order(part, side.tokens), side.constants, self._form, devices
-            )
+            placed = in_order(part, side.tokens)
+            update = make_update(part, placed, side.constants, self._form, devices)
+            return with_outcomes(update, part, judged, devices)
         rows = [(len(experience.response_ids[i]), i) for i in part.rows]
         repeated = [np.full(n, shares.reinforce[i]) for n, i in rows]
         advantages = [np.full(n, shares.advantages[i]) for n, i in rows]
@@ -149,7 +145,8 @@ class SdpoUpdates:
 
         tokens = [mixed(*x) for x in zip(side.tokens, part.micro_batches, strict=True)]
         constants = MixedConstants(side.constants, GrpoConstants(side.constants.temperature))
-        return make_update(part, in_order(part, tokens), constants, self._form, devices)
+        update = make_update(part, in_order(part, tokens), constants, self._form, devices)
+        return with_outcomes(update, part, judged, devices)
 
     def _by_advantage(
         self,
