@@ -1,12 +1,18 @@
 """By-products against numpy: each reduction, detached, alone and next to a loss."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from sdpo_jax.losses.by_products import ByProducts, by_products
+from sdpo_jax.losses.by_products import ByProducts, by_products, same_likeliest
+from sdpo_jax.losses.distillation import full_vocabulary_loss
+from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
 
 N, V = 4, 6
 
@@ -61,8 +67,51 @@ def test_all_are_detached_from_student_and_teacher():
 def test_impossible_tokens_leave_all_but_their_own_log_prob_finite():
     student = jnp.array([[0.0, -jnp.inf], [-jnp.inf, 0.0]])
     got = by_products(student, student[::-1], jnp.array([0, 0]))
-    for name in ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl", "jsd"):
+    for name in set(ByProducts._fields) - {"log_prob", "teacher_log_prob"}:
         assert np.all(np.isfinite(got._asdict()[name])), name
     np.testing.assert_array_equal(got.student_entropy, 0.0)
     np.testing.assert_allclose(got.jsd, np.log(2), rtol=1e-6)
     np.testing.assert_array_equal(got.log_prob, [0.0, -np.inf])
+
+
+def test_the_likeliest_tokens_are_those_of_numpy():
+    student, teacher = np.random.default_rng(0).normal(size=(2, 200, V))
+    want = student.argmax(axis=-1) == teacher.argmax(axis=-1)
+    assert 0 < want.sum() < 200
+    np.testing.assert_array_equal(same_likeliest(jnp.array(student), jnp.array(teacher)), want)
+
+
+def test_the_likeliest_tokens_are_compared_also_where_the_vocabulary_is_cut_and_several_tie():
+    student = jnp.array([[4.0, 1.0, 4.0, 1.0], [4.0, 1.0, 4.0, 1.0], [7.0, 1.0, 1.0, -jnp.inf]])
+    teacher = jnp.array([[1.0, 1.0, 7.0, 1.0], [1.0, 7.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    cut = jax.shard_map(
+        partial(same_likeliest, vocabulary_axis="tensor"),
+        mesh=mesh,
+        in_specs=(P(None, "tensor"), P(None, "tensor")),
+        out_specs=P(),
+    )
+    for got in (same_likeliest(student, teacher), jax.jit(cut)(student, teacher)):
+        np.testing.assert_array_equal(got, [1.0, 0.0, 1.0])
+
+
+def test_the_comparison_is_not_computed_where_nobody_reads_it():
+    loss = sdpo_per_token(partial(full_vocabulary_loss, alpha=0.5))
+    random = np.random.default_rng(0)
+    logits, teacher, head = (
+        jnp.array(random.normal(size=shape), jnp.float32) for shape in ((N, V), (N, 3), (3, V))
+    )
+    constants = SdpoConstants(head, jnp.float32(1.0))
+
+    def operations(*names):
+        def read(logits, teacher):
+            tokens = SdpoTokens(teacher, jnp.zeros(N, jnp.int32))
+            value, metrics = loss(logits, tokens, constants)
+            return value, [metrics[name] for name in names]
+
+        cost = jax.jit(read).lower(logits, teacher).compile().cost_analysis()
+        assert cost is not None
+        return cost["flops"]
+
+    assert operations("jsd") < operations("jsd", "same_token")
+    assert operations("jsd") == operations()  # the loss is the same divergence

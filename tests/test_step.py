@@ -69,7 +69,8 @@ from sdpo_jax.training.step import (
     train_step,
 )
 from sdpo_jax.training.teacher_pass import TeacherPass
-from sdpo_jax.training.updates import Part, make_update
+from sdpo_jax.training.token_sums import AGREEMENT, BY_TOKEN, HISTOGRAM
+from sdpo_jax.training.updates import Part, make_update, with_outcomes
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
@@ -88,7 +89,10 @@ PER_TOKEN = {
     "sft": sft_per_token(),
 }
 METRICS = {
-    "sdpo": ("divergence", "log_prob", "student_entropy", "teacher_entropy", "ratio"),
+    "sdpo": (
+        *("divergence", "log_prob", "student_entropy", "teacher_entropy", "ratio", "same_token"),
+        *(HISTOGRAM, BY_TOKEN, AGREEMENT),
+    ),
     "grpo": ("log_prob", "student_entropy", "ratio", "clipped"),
     "sft": ("log_prob", "student_entropy", "correct"),
 }
@@ -331,11 +335,12 @@ def padded(micro_batch):
         attention = Blocks(longer(table, 9), attention.filled)
     else:
         attention = longer(attention, 0)
-    fills = {np.dtype(np.int32): 5, np.dtype(np.float32): np.nan}
+    fills, outcomes = {np.dtype(np.int32): 5, np.dtype(np.float32): np.nan}, micro_batch.outcomes
     return micro_batch._replace(
         sequences=Sequences(longer(tokens, 7), longer(positions, 3), attention, longer(take, 1)),
         weights=longer(micro_batch.weights, 0),
         tokens=jax.tree.map(lambda x: longer(x, fills[x.dtype]), micro_batch.tokens),
+        outcomes=None if outcomes is None else longer(outcomes, 1),
     )
 
 
@@ -395,7 +400,8 @@ def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction
         )
 
     constants = SdpoConstants(run.head(teacher_weights()), jnp.float32(TEMPERATURE))
-    kept, _ = apply(run, by_hand(run, part, tokens, constants))
+    update = by_hand(run, part, tokens, constants)
+    kept, _ = apply(run, with_outcomes(update, part, np.zeros(8, np.int32), run.devices))
     assert_close(gradient_of(dropped), gradient_of(kept), atol=1e-6)
 
 

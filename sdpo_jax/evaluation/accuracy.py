@@ -6,7 +6,7 @@ share of those answers that pass, the measure of the paper's figure 10. What is 
 what it is computed, stands in `measures`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -42,6 +42,10 @@ EVALUATION_STREAM = 1 << 30
 TEACHER_STREAM = 3 << 29
 
 
+Compare = Callable[[Params, Params, Sequence[list[int]], Sequence[Sequence[int]]], dict[str, float]]
+"""`(student, teacher, prompt_ids[N], response_ids[N]) -> metrics` of both weights."""
+
+
 class Evaluator:
     """Evaluates on the held-out prompts of an environment."""
 
@@ -69,14 +73,24 @@ class Evaluator:
         """Whether the recipe wants the teacher's accuracy, too."""
         return self._config.evaluation.teacher
 
-    def __call__(self, params: Params, teacher_params: Params, step: int) -> dict[str, float]:
-        """Metrics of the student and, if wanted and there is one, of the teacher in context."""
+    def __call__(
+        self, params: Params, teacher_params: Params, step: int, compare: Compare | None = None
+    ) -> dict[str, float]:
+        """Metrics of the student and, if wanted and there is one, of the teacher in context.
+
+        `compare` sees the answers to the first `evaluation.batch_prompts` prompts.
+        """
         if not self._prompts:  # evaluation.prompts = 0
             return {}
         graded = self.attempts(params, step)
         metrics = accuracy_metrics(graded, self._prompts, self.answers(graded))
         if teacher_params is not None and self.asks_teacher:
             metrics |= self.teacher_metrics(teacher_params, graded, step)
+            if compare is not None and graded.ids:
+                asked = self._ids[: self._config.evaluation.batch_prompts]
+                group = len(graded.ids) // len(self._prompts)
+                rows = [list(ids) for ids in asked for _ in range(group)]
+                metrics |= compare(params, teacher_params, rows, graded.ids[: len(rows)])
         return metrics
 
     def attempts(
@@ -183,6 +197,7 @@ def _graded(rows: Sequence[Episode], *, several_turns: bool, greedy: bool) -> Gr
         [repeated_share(row.own_ids) for row in rows],
         [row.steps[0].outcome for row in rows] if several_turns else (),
         [row.turns for row in rows] if several_turns else (),
+        () if several_turns else [row.own_ids for row in rows],
     )
 
 

@@ -48,6 +48,8 @@ class Graded(NamedTuple):
     """[N], of the first turn, where there may be several; the others then are of the last turn."""
     turns: Sequence[int] = ()
     """[N], of the model."""
+    ids: Sequence[Sequence[int]] = ()
+    """[N], tokens of responses of a single turn."""
 
 
 def repeated_share(ids: Sequence[int]) -> float:

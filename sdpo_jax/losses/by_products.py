@@ -7,9 +7,10 @@ second pass over the vocabulary, and those that nobody reads are dropped by the 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from sdpo_jax.losses.divergences import entropy, forward_kl, generalized_jsd, reverse_kl
-from sdpo_jax.losses.vocabulary import select_targets
+from sdpo_jax.losses.vocabulary import select_targets, vocabulary_max
 
 
 class ByProducts(NamedTuple):
@@ -61,3 +62,29 @@ def by_products(
         log_prob=select_targets(student, targets, vocabulary_axis=axis),
         teacher_log_prob=select_targets(teacher, targets, vocabulary_axis=axis),
     )
+
+
+def same_likeliest(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, vocabulary_axis: str | None = None
+) -> jax.Array:
+    """1 where one token is the likeliest to both, else 0; of several that tie, any one will do.
+
+    Maxima of the logits alone: the softmaxes beside it have two of the three already, and XLA:CPU
+    does not vectorise an `argmax`.
+
+    Args:
+        student_logits: [..., V], or log-probabilities.
+        teacher_logits: [..., V].
+        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+
+    Returns:
+        [...], detached, in the dtype of the student's.
+
+    >>> student, teacher = jnp.array([[2.0, 1.0], [2.0, 1.0]]), jnp.array([[9.0, 3.0], [0.0, 3.0]])
+    >>> same_likeliest(student, teacher).tolist()
+    [1.0, 0.0]
+    """
+    student, teacher = jax.lax.stop_gradient((student_logits, teacher_logits))
+    best = teacher >= vocabulary_max(teacher, vocabulary_axis)[..., None]
+    among = vocabulary_max(jnp.where(best, student, -jnp.inf), vocabulary_axis)
+    return (among >= vocabulary_max(student, vocabulary_axis)).astype(student.dtype)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import check_same_shape, where_active
-from sdpo_jax.losses.by_products import ByProducts, by_products
+from sdpo_jax.losses.by_products import ByProducts, by_products, same_likeliest
 from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, head_logits
 from sdpo_jax.losses.distillation import sampled_token_loss
 from sdpo_jax.losses.divergences import entropy
@@ -113,7 +113,8 @@ def sdpo_per_token(
 
     Returns:
         PerTokenLoss of SdpoTokens and SdpoConstants. Metrics: divergence, those of `ByProducts`,
-        and where they apply ratio (new to rollout probability, before the cap) and weight.
+        same_token (see `same_likeliest`), and where they apply ratio (new to rollout probability,
+        before the cap) and weight.
 
     Source: equation 1 of arXiv 2601.20802, with the importance weight of its code.
 
@@ -311,13 +312,10 @@ def _distillation(
         student = shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
         teacher = jax.lax.stop_gradient(_teacher_logits(rows, constants, soft_cap))
         value = estimate(student, teacher, rows.targets)
-        products = by_products(
-            log_softmax(student, vocabulary_axis=vocabulary_axis),
-            log_softmax(teacher, vocabulary_axis=vocabulary_axis),
-            rows.targets,
-            vocabulary_axis=vocabulary_axis,
-        )
-        metrics = {"divergence": value, **products._asdict()}
+        p, q = (log_softmax(x, vocabulary_axis=vocabulary_axis) for x in (student, teacher))
+        products = by_products(p, q, rows.targets, vocabulary_axis=vocabulary_axis)
+        same = same_likeliest(student, teacher, vocabulary_axis=vocabulary_axis)
+        metrics = {"divergence": value, **products._asdict(), "same_token": same}
         weights = _weights(products, rows.old_log_probs, importance_cap, weigh)
         for weight in weights.values():
             value = value * weight.by

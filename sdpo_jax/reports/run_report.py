@@ -30,7 +30,11 @@ SMOOTHED = 5
 """Steps of a rolling mean, as in the paper's figure 10."""
 INSIDE = ("seconds_grade",)
 """Phases that lie inside others."""
-SHARES = ("accuracy", "teacher_accuracy", "success", "truncated", "teacher_signal", "clipped")
+SHARES = (
+    *("accuracy", "teacher_accuracy", "success", "truncated", "teacher_signal", "clipped"),
+    *("divergence_top20_tokens", "same_token", "gap_agreement/success"),
+)
+DASHED = ("teacher_entropy", "gap_agreement/failure")
 STEP_PANELS = {
     "Reward of the batch": ("reward",),
     "Response length, tokens": ("response_tokens",),
@@ -38,6 +42,13 @@ STEP_PANELS = {
     "Responses with a signal": ("teacher_signal", "advantage_signal"),
     "Loss": ("loss",),
     "Divergence of student and teacher (JSD)": ("jsd",),
+    "99th percentile of the tokens' divergence": ("divergence_p99",),
+    "Divergence on the 20 tokens with most of it": ("divergence_top20_tokens",),
+    "Tokens where both have the same likeliest": ("same_token",),
+    "Teacher for successes (dashed: against failures)": (
+        "gap_agreement/success",
+        "gap_agreement/failure",
+    ),
     "Entropy, student (dashed: teacher)": ("student_entropy", "teacher_entropy"),
     "Gradient norm": ("grad_norm",),
     "Clipped tokens": ("clipped",),
@@ -236,7 +247,7 @@ def _training_panels(runs: Sequence[Run]) -> str:
                 f"{run.name}, {metric.replace('_', ' ')}",
                 _against_steps(run, metric, "train"),
                 i,
-                dashed=metric == "teacher_entropy",
+                dashed=metric in DASHED,
             )
             for i, run in enumerate(runs)
             for metric in metrics

@@ -159,6 +159,12 @@ def make_tokens(
     return devices.put_rows(_fill(micro_batch, shards, dtype))
 
 
+def rollout_numbers(pairs: Sequence[Pair], micro_batch: MicroBatchPlan) -> list[NDArray[np.int32]]:
+    """Of each token the number of its rollout in its shard, from 1 on; 0 in other micro-batches."""
+    number = {i: n for shard in micro_batch.members for n, i in enumerate(shard, 1)}
+    return [np.full(len(p.response), number.get(i, 0), np.int32) for i, p in enumerate(pairs)]
+
+
 def _fill(micro_batch: MicroBatchPlan, shards: Sequence[Any], dtype: Any) -> Any:
     out = np.zeros((len(shards), micro_batch.chunks * micro_batch.chunk_tokens), dtype)
     for line, values in zip(out, shards, strict=True):

@@ -103,11 +103,15 @@ LABELS: dict[str, tuple[str, Callable[[float], str]]] = {
     "repetition": ("repeated 4-grams", percent),
     "most_common_output": ("most common output", percent),
     "same_output": ("teacher repeats the attempt", percent),
+    "weight_lag": ("student to teacher without a context, nats a token", "{:.4f}".format),
 }
 """How evaluations and the summary spell a metric; others show their key."""
 
 _SHARES = ("pass_at_", "maj_at_")
-_DIAGNOSTICS = (*_SHARES, "best_at_", "entropy", "repetition", "most_common_output", "same_output")
+_DIAGNOSTICS = (
+    *(*_SHARES, "best_at_", "entropy", "repetition", "most_common_output", "same_output"),
+    "weight_lag",
+)
 """For the log and the summary: what an evaluation's line has no room for."""
 
 

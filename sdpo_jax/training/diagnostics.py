@@ -45,6 +45,21 @@ def rollout_diagnostics(
     return found
 
 
+def verdicts(outcomes: Sequence[Outcome], distilled: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """[N]: 1 of a success, -1 of a failure, 0 where a rollout is not graded or not distilled."""
+    signs = [(1 if o.passed else -1) if o.graded else 0 for o in outcomes]
+    return np.where(distilled, np.asarray(signs, np.int32), 0).astype(np.int32)
+
+
+def gap_agreement(
+    gaps: Sequence[NDArray[np.float32]], verdicts: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """The counts of `token_sums`, of gaps that are known on the host, `[|y|]` of each rollout."""
+    sums, passed, failed = np.asarray([np.sum(x) for x in gaps]), verdicts > 0, verdicts < 0
+    counts = (passed & (sums > 0), passed, failed & (sums < 0), failed)
+    return np.asarray([np.sum(x) for x in counts], np.float64)
+
+
 def overlap(response: Sequence[int], shown: Sequence[int]) -> float:
     """Share of the response's 8-grams that stand in the demonstration; 0 where it has none.
 

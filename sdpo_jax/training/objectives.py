@@ -26,6 +26,7 @@ from sdpo_jax.model import Params
 from sdpo_jax.training.batch import Form, MicroBatchPlan, make_tokens
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.contexts import Contexts
+from sdpo_jax.training.diagnostics import gap_agreement, verdicts
 from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.per_token import BY_ADVANTAGE, is_mixed
 from sdpo_jax.training.scoring import Scorer
@@ -38,7 +39,15 @@ from sdpo_jax.training.token_credit import (
     token_advantages,
     worth_computing,
 )
-from sdpo_jax.training.updates import Part, Update, cut_into_parts, in_order, make_update
+from sdpo_jax.training.token_sums import agreement_shares
+from sdpo_jax.training.updates import (
+    Part,
+    Update,
+    cut_into_parts,
+    in_order,
+    make_update,
+    with_outcomes,
+)
 
 
 class SdpoUpdates:
@@ -110,6 +119,7 @@ class SdpoUpdates:
     ) -> Update:
         """Credit for candidates or sampled tokens, which the loss itself makes."""
         objective, devices = self._objective, self._devices
+        judged = verdicts(experience.outcomes, shares.distil != 0)
         distil = own_reduction(objective, experience, part, has_teacher, shares)
         weights = [np.full(len(x), distil[i]) for x, i in zip(part.weights, part.rows, strict=True)]
         if objective.token_weights == "teacher_entropy":
@@ -120,9 +130,9 @@ class SdpoUpdates:
             if weighs(objective):
                 pairs = zip(part.weights, weights, strict=True)
                 part = part._replace(weights=[a * b for a, b in pairs])
-            return make_update(
-                part, in_order(part, side.tokens), side.constants, self._form, devices
-            )
+            placed = in_order(part, side.tokens)
+            update = make_update(part, placed, side.constants, self._form, devices)
+            return with_outcomes(update, part, judged, devices)
         rows = [(len(experience.response_ids[i]), i) for i in part.rows]
         repeated = [np.full(n, shares.reinforce[i]) for n, i in rows]
         advantages = [np.full(n, shares.advantages[i]) for n, i in rows]
@@ -135,7 +145,8 @@ class SdpoUpdates:
 
         tokens = [mixed(*x) for x in zip(side.tokens, part.micro_batches, strict=True)]
         constants = MixedConstants(side.constants, GrpoConstants(side.constants.temperature))
-        return make_update(part, in_order(part, tokens), constants, self._form, devices)
+        update = make_update(part, in_order(part, tokens), constants, self._form, devices)
+        return with_outcomes(update, part, judged, devices)
 
     def _by_advantage(
         self,
@@ -148,12 +159,16 @@ class SdpoUpdates:
         """Credit that is known before the loss."""
         updates: list[Update] = []
         gaps: list[NDArray[np.float32]] = []
+        agreeing = np.zeros(4)
+        judged = verdicts(experience.outcomes, shares.distil != 0)
         for number, part in enumerate(parts):
             gap = None
             if sides:
                 scores = self._scorer.of_teacher(part, *sides[number])
                 gap = log_ratios(scores.log_probs, [experience.log_probs[i] for i in part.rows])
                 gaps += gap
+                active = [x * (w > 0) for x, w in zip(gap, part.weights, strict=True)]
+                agreeing += gap_agreement(active, judged[part.rows])
             distil = own_reduction(self._objective, experience, part, has_teacher, shares)
             advantages = token_advantages(
                 self._config, self._objective, experience, part, gap, distil, shares
@@ -164,7 +179,8 @@ class SdpoUpdates:
             )
         if not gaps:
             return updates, {}
-        return updates, {"teacher_gap": float(np.mean(np.concatenate(gaps)))}
+        mean = float(np.mean(np.concatenate(gaps)))
+        return updates, {"teacher_gap": mean, **agreement_shares(agreeing)}
 
 
 class GrpoUpdates:

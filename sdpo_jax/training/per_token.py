@@ -20,9 +20,12 @@ from sdpo_jax.losses.objectives import (
 )
 from sdpo_jax.losses.weights import disagreement_weights
 from sdpo_jax.training.shares import reinforces, weighs
+from sdpo_jax.training.token_sums import AGREEMENT, BY_TOKEN, HISTOGRAM
 
 SAMPLED = ("log_prob", "student_entropy")
-PAIRS = ("teacher_entropy", "forward_kl", "reverse_kl", "jsd", "teacher_log_prob")
+PAIRS = ("teacher_entropy", "forward_kl", "reverse_kl", "jsd", "teacher_log_prob", "same_token")
+SPREAD = (HISTOGRAM, BY_TOKEN)
+"""Of a divergence, which is nowhere negative; the sampled token's estimate may be."""
 BY_ADVANTAGE = ("sequence", "modulated", "fixed_negative")
 """Credits that are known before the loss: they run through GRPO's surrogate."""
 
@@ -49,13 +52,13 @@ def sdpo_loss_of(objective: SdpoObjective) -> Loss:
     if objective.credit in BY_ADVANTAGE:
         return _anchored(objective, surrogate, (*SAMPLED, "ratio", "clipped"))
     settings: dict[str, Any] = {"importance_cap": objective.importance_cap}
-    names = ("divergence", *SAMPLED, *PAIRS, "ratio")
+    names = ("divergence", *SAMPLED, *PAIRS, "ratio", AGREEMENT)
     if objective.token_weights == "disagreement":
         settings["weigh"], names = _disagreement(objective), (*names, "weight")
     if objective.credit == "token":
         loss = sampled_token_per_token(**settings)
     else:
-        loss = sdpo_per_token(_divergence(objective), **settings)
+        loss, names = sdpo_per_token(divergence_of(objective), **settings), (*names, *SPREAD)
     if is_mixed(objective):
         loss = mixed_per_token(loss, surrogate)
         names = (*names, "clipped", "first_active", "second_active")
@@ -64,7 +67,8 @@ def sdpo_loss_of(objective: SdpoObjective) -> Loss:
 
 def sdft_loss_of(objective: SdftObjective) -> Loss:
     """The loss of an `sdft` recipe; a response's weight is `sequence_weighted_head`'s."""
-    return sdpo_per_token(_divergence(objective)), ("divergence", *SAMPLED, *PAIRS, "importance")
+    names = ("divergence", *SAMPLED, *PAIRS, *SPREAD, "importance")
+    return sdpo_per_token(divergence_of(objective)), names
 
 
 def grpo_loss_of(objective: GrpoObjective) -> Loss:
@@ -72,7 +76,8 @@ def grpo_loss_of(objective: GrpoObjective) -> Loss:
     return _anchored(objective, _surrogate(objective), (*SAMPLED, "ratio", "clipped"))
 
 
-def _divergence(objective: SdpoObjective | SdftObjective) -> Divergence:
+def divergence_of(objective: SdpoObjective | SdftObjective) -> Divergence:
+    """The divergence over the vocabulary, or over the student's likeliest tokens."""
     if objective.top_k:
         return partial(top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True)
     return partial(full_vocabulary_loss, alpha=objective.alpha)

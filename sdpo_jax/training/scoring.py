@@ -17,10 +17,11 @@ from sdpo_jax.losses.anchor import (
     score_per_token,
 )
 from sdpo_jax.losses.chunked_head import chunked_head
-from sdpo_jax.losses.objectives import MixedTokens, SdpoConstants, SdpoTokens
+from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
 from sdpo_jax.model import Model, Params
 from sdpo_jax.training.batch import MicroBatchPlan
 from sdpo_jax.training.step import head_on_shards, teacher_forward
+from sdpo_jax.training.token_sums import sampled
 from sdpo_jax.training.updates import Part, Update
 
 
@@ -67,7 +68,7 @@ class Scorer:
         def anchor(update: Update) -> Update:
             micro_batches: list[Any] = []
             for one in update.batch.micro_batches:
-                hidden, targets = self._forward(reference, one.sequences), _targets(one.tokens)
+                hidden, targets = self._forward(reference, one.sequences), sampled(one.tokens)
                 scores = self._score(hidden, head, ScoreTokens(targets), constants, one.chunks)
                 tokens = AnchoredTokens(one.tokens, targets, scores["log_prob"])
                 micro_batches.append(one._replace(tokens=tokens))
@@ -96,10 +97,6 @@ def _score(
         (constants, chunks),
     )
     return {name: metrics[name].reshape(shape) for name in ("log_prob", "entropy")}
-
-
-def _targets(tokens: Any) -> jax.Array:
-    return _targets(tokens.second) if isinstance(tokens, MixedTokens) else tokens.targets
 
 
 def _of_rows(part: Part, values: list[Any]) -> list[NDArray[np.float32]]:

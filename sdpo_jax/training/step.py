@@ -32,6 +32,7 @@ from sdpo_jax.model import Blocks, Model, Params
 from sdpo_jax.teacher.weights import Teacher
 from sdpo_jax.training.parameters import Parameters
 from sdpo_jax.training.state import TrainState
+from sdpo_jax.training.token_sums import Tokens, add_up, condense, sampled, zeros
 
 
 class Sequences(NamedTuple):
@@ -50,6 +51,9 @@ class MicroBatch(NamedTuple):
     weights: jax.Array  # [D, n, c] float32, 0 where there is no token
     tokens: Any  # a NamedTuple of sdpo_jax.losses.objectives with leading [D, n, c]
     chunks: jax.Array  # [] int32, how many of the n hold tokens
+    outcomes: jax.Array | None = None
+    """[D, n, c] int32, the number of a token's rollout in its shard, from 1 on, negative where the
+    rollout failed; 0 where there is none, or nobody to agree with. For diagnostics alone."""
 
 
 class Batch(NamedTuple):
@@ -63,7 +67,7 @@ class Sums(NamedTuple):
     """What micro-batches add up to."""
 
     gradient: Params
-    metrics: dict[str, jax.Array]  # over active tokens
+    metrics: dict[str, jax.Array]  # over active tokens, [] but for those of `token_sums`
     tokens: jax.Array  # [] float32, active tokens
     loss: jax.Array  # [] float32
 
@@ -179,15 +183,15 @@ def make_train_step(
             model.head(params),
             (constants, micro_batch.chunks),
         )
-        active = weights > 0
-        sums = {k: jnp.sum(jnp.where(active, metrics[k], 0.0)) for k in metric_names}
+        active, metrics = weights > 0, jax.lax.stop_gradient(metrics)
+        known = flat(sampled(micro_batch.tokens)), micro_batch.outcomes, model.vocabulary
+        sums = add_up(metric_names, Tokens(metrics, active, *known))
         return total, (sums, jnp.sum(active.astype(jnp.float32)))
 
     def start(trained: Params) -> Sums:
         zero = jnp.zeros((), jnp.float32)
-        return Sums(
-            jax.tree.map(jnp.zeros_like, trained), dict.fromkeys(metric_names, zero), zero, zero
-        )
+        metrics = zeros(metric_names, model.vocabulary)
+        return Sums(jax.tree.map(jnp.zeros_like, trained), metrics, zero, zero)
 
     def gradient(trained: Params, base: Params, micro_batch: MicroBatch, constants: Any) -> Sums:
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
@@ -204,7 +208,9 @@ def make_train_step(
         mean = jax.tree.map(lambda g: g / denominator, sums.gradient)
         state, norm, finite = _update(optimizer, state, mean, sums.loss)
         loss = sums.loss / denominator
-        return state, Metrics(sums.metrics, sums.tokens, loss, norm, finite, state.skipped)
+        return state, Metrics(
+            condense(sums.metrics), sums.tokens, loss, norm, finite, state.skipped
+        )
 
     return TrainStep(gradient, start, accumulate, finish)
 

@@ -13,7 +13,14 @@ from sdpo_jax.devices import Devices
 from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
 from sdpo_jax.losses.sequence_importance import SdftTokens
 from sdpo_jax.model import Params
-from sdpo_jax.training.batch import Form, MicroBatchPlan, Pair, make_sequences, make_tokens
+from sdpo_jax.training.batch import (
+    Form,
+    MicroBatchPlan,
+    Pair,
+    make_sequences,
+    make_tokens,
+    rollout_numbers,
+)
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.step import Sequences
@@ -125,8 +132,7 @@ class TeacherPass:
             )
             if not self._number_rollouts:
                 return distilled
-            number = {i: n for shard in micro_batch.members for n, i in enumerate(shard, 1)}
-            numbers = [np.full(len(p.response), number.get(i, 0)) for i, p in enumerate(pairs)]
+            numbers = rollout_numbers(pairs, micro_batch)
             return SdftTokens(distilled, place(numbers, dtype=np.int32))
 
         temperature = jnp.float32(self._config.rollout.temperature)

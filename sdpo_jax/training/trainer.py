@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdpo_jax.config import (
     Config,
@@ -71,7 +72,9 @@ from sdpo_jax.training.step import (
     train_step,
 )
 from sdpo_jax.training.teacher_pass import TeacherPass
+from sdpo_jax.training.token_sums import is_mean, read
 from sdpo_jax.training.updates import Update
+from sdpo_jax.training.weight_lag import WeightLag
 
 LoadParams: TypeAlias = Callable[[], Params]
 """Loads a run's initial weights."""
@@ -117,7 +120,7 @@ class Trainer:
                 donate_argnums=0,
                 out_shardings=self.shardings,
             )
-        self._refreshes = self._make_refreshes()
+        self._refreshes, self._weight_lag = self._make_refreshes(), self._make_weight_lag()
         self._contexts: Contexts | None = None
         self._scorer = Scorer(model, self.devices, config.rollout.temperature)
         self.source = self._source(model, environment, demonstrations, teacher_prompts)
@@ -127,6 +130,13 @@ class Trainer:
         if teacher is None or config.weights != "refreshed":
             return None
         return Refreshes(config, teacher, self.parameters, self.devices, self.shardings)
+
+    def _make_weight_lag(self) -> WeightLag | None:
+        objective = self.config.objective
+        taught = isinstance(objective, SdpoObjective | SdftObjective)
+        if not taught or self.config.teacher.weights == "live":
+            return None
+        return WeightLag(self.config, objective, self._model, self.devices, self.form)
 
     def _compiled_train_step(self) -> TrainStep:
         config, devices = self.config, self.devices
@@ -281,7 +291,7 @@ class Trainer:
         student = self.student(state)
         teacher = student if is_sft else self.teacher_params(state, student)
         self.source.wait()  # an environment is never asked by two threads at a time
-        return self.evaluator(student, teacher, step)
+        return self.evaluator(student, teacher, step, self._weight_lag)
 
 
 def shares_prompts(config: Config) -> bool:
@@ -325,9 +335,10 @@ def _summarise(measured: list[Metrics]) -> dict[str, Any]:
     if not measured:  # Nothing in this batch could move the parameters.
         return {"updates": 0, "skipped": 0}
     tokens = max(1.0, sum(float(m.tokens) for m in measured))
-    names = measured[0].sums
+    sums = {k: sum(np.asarray(m.sums[k], np.float64) for m in measured) for k in measured[0].sums}
     row: dict[str, Any] = {
-        **means({name: sum(float(m.sums[name]) for m in measured) for name in names}, tokens)
+        **means({k: float(x) for k, x in sums.items() if is_mean(k)}, tokens),
+        **read(sums),
     }
     if "correct" in row:
         row["token_accuracy"] = row.pop("correct")

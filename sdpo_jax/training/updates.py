@@ -18,6 +18,7 @@ from sdpo_jax.training.batch import (
     make_tokens,
     plan,
     reduction_weights,
+    rollout_numbers,
 )
 from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.step import Batch, MicroBatch
@@ -102,6 +103,21 @@ def make_update(
     ]
     batch = Batch(micro_batches, jnp.float32(part.denominator))
     return Update(batch, constants, token_count(part.pairs))
+
+
+def with_outcomes(
+    update: Update, part: Part, verdicts: NDArray[np.int32], devices: Devices
+) -> Update:
+    """An update whose tokens know how their rollouts ended; `verdicts[N]` as from `diagnostics`."""
+
+    def known(one: MicroBatch, micro_batch: MicroBatchPlan) -> MicroBatch:
+        numbers = rollout_numbers(part.pairs, micro_batch)
+        signed = [verdicts[i] * x for i, x in zip(part.rows, numbers, strict=True)]
+        return one._replace(outcomes=make_tokens(signed, micro_batch, np.int32, devices))
+
+    pairs = zip(update.batch.micro_batches, part.micro_batches, strict=True)
+    batch = update.batch._replace(micro_batches=[known(*x) for x in pairs])
+    return update._replace(batch=batch)
 
 
 def in_order(part: Part, tokens: Sequence[Any]) -> Callable[[MicroBatchPlan], Any]:
