@@ -134,20 +134,27 @@ def test_falls_and_alarms_are_found_where_they_were_made():
     script = load("regularisation")
     calm = {"reward": 0.9, "student_entropy": 0.01, "repetition": 0.0, "truncated": 0.0}
     steady = made_up([calm] * 100)
-    assert script.fall(steady) is None and script.alarm(steady, "student's entropy") is None
+    assert script.fall(steady) is None
+    assert script.alarm(steady, "student_entropy", 0.01) is None
     # Entropy trebles from step 51 on; reward drops to 0.3 from step 71 on: after 4 of 10 such steps
     # its mean is 0.24 lower.
     moved, fallen = calm | {"student_entropy": 0.03}, {"student_entropy": 0.03, "reward": 0.3}
     run = made_up([calm] * 50 + [moved] * 20 + [calm | fallen] * 30)
     assert script.fall(run) == 74
-    assert script.alarm(run, "student's entropy") == 55
-    assert script.alarm(run, "repetition") is None
+    assert script.alarm(run, "student_entropy", 0.019) == 55
+    assert script.alarm(run, "student_entropy", 0.04) is None
     assert script.collapsed(run) == 1.0
-    table = script.diagnostics([run, steady])
+    # Before it has learned, a run is no measure: an early peak of one that holds is not looked at.
+    early = made_up([calm | {"student_entropy": 0.5}] * 10 + [calm] * 90)
+    table = script.diagnostics(
+        {arm: [early, steady] for arm in script.HOLD}
+        | {"EMA 0.05 (default)": [run, steady], "rate falls": [run], "live": [], "EMA 0.5": []}
+    )
     row = table["student's entropy"]
-    assert row["rings before a fall"]["values"] == [1.0]
-    assert row["steps before it"]["values"] == [19.0]
-    assert row["rings without a fall"]["values"] == [0.0]
+    assert row["default: rings before"]["values"] == [1.0, 1.0]
+    assert row["default: steps before"]["values"] == [23.0, 23.0]
+    assert row["quick: rings before"]["values"] == [0.0]
+    assert table["repetition"]["default: rings before"]["values"] == [0.0, 0.0]
 
 
 def test_a_finished_run_of_other_options_is_refused(runs, tmp_path):

@@ -1,4 +1,4 @@
-"""Runs twelve times as long as needed: what collapses, what keeps it from that, and what it costs.
+"""Runs twelve times as long as needed: what collapses, what keeps it from that, what tells.
 
     PYTHONPATH=models:. python benchmarks/claims/regularisation.py
 
@@ -7,12 +7,12 @@ on for 240. All arms are `configs/nano.toml` with one difference, at that recipe
 rate of its own. A run has collapsed if it ends below half of its best accuracy.
 
 Diagnostics are means of the last ten steps. A run begins to fall where its training reward is 0.2
-below its highest so far. An alarm rings, after step 30, where an entropy or the divergence is twice
-its lowest so far, the 95th percentile of length a tenth above it, where 1 in 100 four-grams of a
-response is a repetition, or 1 in 50 responses is cut off.
+below its highest so far. An alarm rings, after step 30, where a diagnostic is above all that the
+runs of two arms which hold ("frozen", "failures alone") ever reach after that step: set afterwards,
+so that these never ring, not a rule that was tried on other runs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runs import (
@@ -81,31 +81,32 @@ def fall(run: Run) -> int | None:
     return first([max(values[: i + 1]) - value >= FALL for i, value in enumerate(values)])
 
 
-def rise(times: float) -> Callable[[Sequence[float]], list[bool]]:
-    """Whether each mean is so many times the lowest so far."""
-    return lambda values: [x >= times * min(values[: i + 1]) for i, x in enumerate(values)]
-
-
-def above(level: float) -> Callable[[Sequence[float]], list[bool]]:
-    """Whether each mean reaches a level."""
-    return lambda values: [x >= level for x in values]
-
-
-ALARMS: Mapping[str, tuple[str, Callable[[Sequence[float]], list[bool]]]] = {
-    "student's entropy": ("student_entropy", rise(2.0)),
-    "teacher's entropy": ("teacher_entropy", rise(2.0)),
-    "divergence": ("divergence", rise(2.0)),
-    "length, 95th percentile": ("response_tokens_p95", rise(1.1)),
-    "repetition": ("repetition", above(0.01)),
-    "cut off": ("truncated", above(0.02)),
+ALARMS = {
+    "student's entropy": "student_entropy",
+    "length, 95th percentile": "response_tokens_p95",
+    "repetition": "repetition",
+    "cut off": "truncated",
+    "gradient": "grad_norm",
+    "teacher's entropy": "teacher_entropy",
+    "divergence": "divergence",
 }
+HOLD = ("frozen", "failures alone")
+GROUPS = {
+    "default": ("EMA 0.05 (default)", "rate falls"),
+    "quick": ("live", "EMA 0.5"),
+}
+"""Arms whose falls are looked at together."""
 
 
-def alarm(run: Run, name: str) -> int | None:
+def settled(run: Run, key: str) -> list[float]:
+    """`means` from step `SETTLED` on."""
+    return means(run, key)[SETTLED - WINDOW :]
+
+
+def alarm(run: Run, key: str, level: float) -> int | None:
     """Where a diagnostic first rings."""
-    key, rings = ALARMS[name]
-    found = rings(means(run, key))
-    return first([is_so and i + WINDOW > SETTLED for i, is_so in enumerate(found)])
+    at = first([value > level for value in settled(run, key)])
+    return None if at is None else at + SETTLED - WINDOW
 
 
 def best(run: Run) -> float:
@@ -118,21 +119,23 @@ def collapsed(run: Run) -> float:
     return float(accuracy(run) < best(run) / 2)
 
 
-def diagnostics(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """How often each alarm rings before a fall, how long before, and how often without one."""
-    falling = [(run, step) for run in runs if (step := fall(run)) is not None]
-    steady = [run for run in runs if fall(run) is None]
+def diagnostics(found: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
+    """How often each alarm rings before a fall, and how many steps before (negative: behind it)."""
     rows: dict[str, dict[str, list[float]]] = {}
-    for name in ALARMS:
-        lead = [step - at for run, step in falling if (at := alarm(run, name)) is not None]
-        early = [float((at := alarm(run, name)) is not None and at < step) for run, step in falling]
-        rows[name] = {
-            "rings before a fall": early or [0.0],
-            "steps before it": [float(x) for x in lead] or [0.0],
-            "rings without a fall": [float(alarm(run, name) is not None) for run in steady]
-            or [0.0],
-        }
-    print(f"{len(falling)} runs fall, {len(steady)} do not")
+    for name, key in ALARMS.items():
+        held = [value for arm in HOLD for run in found[arm] for value in settled(run, key)]
+        rows[name] = {}
+        for group, arms in GROUPS.items():
+            runs = [run for arm in arms for run in found[arm]]
+            falls = [(run, step) for run in runs if (step := fall(run)) is not None]
+            leads = [
+                float(step - at)
+                for run, step in falls
+                if (at := alarm(run, key, max(held, default=0.0))) is not None
+            ]
+            before = [float(x > 0) for x in leads] + [0.0] * (len(falls) - len(leads))
+            rows[name][f"{group}: rings before"] = before or [0.0]
+            rows[name][f"{group}: steps before"] = leads or [0.0]
     return table_of(rows)
 
 
@@ -171,8 +174,7 @@ def main() -> None:
         ("seconds of steps", lambda run: run.spent(run.final["step"])[1]),
     ]
     table = tabulate(found, measures)
-    distilled = [run for name, runs in found.items() if name != "GRPO" for run in runs]
-    tables = {"What moves before the training reward falls": diagnostics(distilled)}
+    tables = {"What moves before the training reward falls": diagnostics(found)}
     drawn = pictures({"teachers.svg": TEACHERS, "remedies.svg": OTHERS}, options)
     seconds = seconds_of(found)
     write(NAME, options, table, verdicts_of(found), seconds, pictures=drawn, tables=tables)
