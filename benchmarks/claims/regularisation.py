@@ -171,7 +171,6 @@ def main() -> None:
         ("best accuracy", best),
         ("accuracy", accuracy),
         ("collapsed", collapsed),
-        ("seconds of steps", lambda run: run.spent(run.final["step"])[1]),
     ]
     table = tabulate(found, measures)
     tables = {"What moves before the training reward falls": diagnostics(found)}
