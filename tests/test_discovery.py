@@ -19,6 +19,7 @@ from sdpo_jax.evaluation.discovery import (
     speed_up,
     summary,
 )
+from sdpo_jax.reports.curves import COLOURS
 from sdpo_jax.reports.discovery import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -162,4 +163,4 @@ def test_points_of_the_picture_lie_at_the_logarithm_of_k():
 
 def test_a_picture_of_more_methods_than_colours_is_refused():
     with pytest.raises(UserError, match="--method"):
-        draw([stopped(1, method=f"m{i}") for i in range(6)])
+        draw([stopped(1, method=f"m{i}") for i in range(len(COLOURS) + 1)])

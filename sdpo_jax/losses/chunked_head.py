@@ -216,7 +216,7 @@ def _forward(
         active = (weights != 0)[:, None]
         # Both products read the working precision (bfloat16 on an accelerator) and accumulate wide.
         grad = jnp.where(active, grad, 0.0).astype(hidden.dtype)  # [C, V]
-        rows = _put(rows, _product("mv,vd->md", grad, turned).astype(hidden.dtype), index)
+        rows = _put(rows, _by_hidden(grad, head, turned).astype(hidden.dtype), index)
         head_grad = head_grad + _product("md,mv->dv", jnp.where(active, hidden, 0.0), grad)
         # The value leaves as an output: whether it differs between devices is the loss's affair.
         return (rows, head_grad), (value, metrics)
@@ -298,6 +298,16 @@ def _turned(head: jax.Array) -> jax.Array:
     # Without the barrier XLA:CPU reads [D, V] by columns, which takes 1.6 times as long.
     in_memory = lambda x: jax.lax.optimization_barrier(x.T)  # noqa: E731
     return jax.lax.platform_dependent(head, cpu=in_memory, default=jnp.transpose)
+
+
+def _by_hidden(grad: jax.Array, head: jax.Array, turned: jax.Array) -> jax.Array:
+    """Gradient by the hidden states, `[C, V]` times the head's transpose."""
+    # Elsewhere than on a CPU the turned head would be a copy of it, kept through the loop.
+    return jax.lax.platform_dependent(
+        (grad, head, turned),
+        cpu=lambda x: _product("mv,vd->md", x[0], x[2]),
+        default=lambda x: _product("mv,dv->md", x[0], x[1]),
+    )
 
 
 def _cut(tree: Any, into: _Cut) -> Any:
