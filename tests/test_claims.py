@@ -167,7 +167,7 @@ SCRIPTS = {
     "sample_efficiency": ["SDPO", "SDPO siblings only", "GRPO"],
     "credit_and_context": 10,
     "regularisation": 9,
-    "sizes": 6,
+    "sizes": 4,
     "length": ["SDPO", "GRPO"],
     "continual": ["SFT", "SDFT"],
     "discovery": ["SDPO", "best-of-k", "asking in turns"],
