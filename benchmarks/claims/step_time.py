@@ -21,7 +21,7 @@ NAME = "step_time"
 STEP = Path(__file__).parent.parent / "step.py"
 MOST = 1.25
 """Of GRPO's time, what "virtually the same" is taken to mean here, on responses of 256 tokens."""
-TINY = ("--prompts", "2", "--rollouts", "2", "--layers", "1", "--response-tokens", "8")
+TINY = ("--layers", "1", "--response-tokens", "8")
 
 
 def seconds(setting: str, objective: str, options: argparse.Namespace) -> float:
