@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import nano_prior
 from runs import (
     Verdict,
+    ahead,
     in_parallel,
     no_worse,
     paired,
@@ -68,9 +69,8 @@ def train_stages(method: str, seed: int, options: argparse.Namespace) -> Sequel:
         words += ["--evaluation.prompts", "12"] if options.quick else []
         folder = run_to_end(RECIPES[method], options.runs / f"{method}_{seed}_{stage}", words)
         run = read(folder)
-        for row in run.evaluations[
-            1 if stage else 0 :
-        ]:  # a stage starts where the one before ended
+        # A stage starts where the one before ended.
+        for row in run.evaluations[1 if stage else 0 :]:
             way.append((stage * steps + row["step"], by_task(row)))
         rows += [way[0][1]] if stage == 0 else []
         rows.append(way[-1][1])
@@ -121,12 +121,7 @@ def verdicts_of(rows: dict[str, dict[str, list[float]]]) -> list[Verdict]:
             "SDFT learns each task as well as SFT",
             ("learned, SDFT - SFT", paired(sdft["learned"], sft["learned"])),
         ),
-        Verdict(
-            9,
-            "SDFT keeps earlier tasks and abilities better",
-            all(gain.low > 0.0 for _, gain in keeps),
-            "; ".join(f"{name} {gain}" for name, gain in keeps),
-        ),
+        ahead(9, "SDFT keeps earlier tasks and abilities better", *keeps),
     ]
 
 

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.losses.anchor import AnchoredTokens
 from sdpo_jax.losses.objectives import MixedTokens
 from sdpo_jax.losses.sequence_importance import SdftTokens
 
@@ -153,8 +152,6 @@ def agreement_shares(counts: Any) -> dict[str, float]:
 
 def sampled(tokens: Any) -> jax.Array:
     """The sampled tokens' ids, of what any objective knows of its tokens."""
-    if isinstance(tokens, AnchoredTokens):
-        return tokens.targets
     if isinstance(tokens, MixedTokens):
         return sampled(tokens.second)
     if isinstance(tokens, SdftTokens):
