@@ -30,7 +30,7 @@ RESULTS = Path("docs/claims")
 RATE_SEED = 100
 """Rates are chosen on this seed, which no result has."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % quantile of Student's t by the number of seeds; more have that of 10, which is too wide."""
+"""97.5 % quantile of Student's t by the number of seeds; of more, that of 10 (too wide)."""
 
 
 class Arm(NamedTuple):
