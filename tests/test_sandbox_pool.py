@@ -95,11 +95,12 @@ def test_no_more_than_one_box_waits_and_none_where_nothing_else_is_queued(
 
 def test_a_program_without_a_successor_starts_no_second_box(sandbox: LocalSandbox) -> None:
     thread, _ = in_background(lambda: sandbox.run([Program(SLOW, (Call("f"),), LIMITS)]))
-    seen: set[int] = set()
+    most = 0
     while thread.is_alive():
-        seen |= set(boxes_of(sandbox))
+        # At once, not in all: what a box leaves is the executor's child until it is reaped.
+        most = max(most, len(boxes_of(sandbox)))
         time.sleep(0.01)
-    assert len(seen) <= 1
+    assert most == 1
 
 
 def test_close_ends_the_box_that_waits(sandbox: LocalSandbox) -> None:
