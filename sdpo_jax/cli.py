@@ -32,7 +32,8 @@ USAGE = """usage: sdpo COMMAND ...
   sdpo env check FILE.py|RECIPE [--SECTION.KEY VALUE ...]       is this environment sound?
   sdpo env template [FILE.py]                                   an environment to start from
 
-Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir says otherwise.
+Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir says otherwise. RUN_DIR is its
+last checkpoint; RUN_DIR@best is the one with the highest held-out accuracy, RUN_DIR@STEP any other.
 """
 
 
@@ -120,23 +121,22 @@ def _eval(words: list[str]) -> None:
     from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.evaluation.command import evaluate_run, evaluate_start, parse_options
     from sdpo_jax.recipe import load_recipe
+    from sdpo_jax.training.found_run import find
     from sdpo_models.gguf_convert import cache_folder
 
     options = parse_options(words)
     _quiet_libraries()
-    if options.is_recipe:
-        config = load_recipe(Path(options.target), options.settings)
-    else:
-        config = _run_config(options.target)[1]
+    run = None if options.is_recipe else find(options.target)
+    config = load_recipe(Path(options.target), options.settings) if run is None else run.config
     environment = make_environment(config.environment)  # before there is a device
     config = replace(config, mesh=fitting_mesh(config.mesh))
     asked: dict[str, Any] = {"samples": options.samples, "json_file": options.json_file}
     with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
         parts = load_parts(config, environment)
-        if options.is_recipe:
+        if run is None:
             evaluate_start(options.target, config, parts, **asked)
         else:
-            evaluate_run(Path(options.target), config, parts, **asked)
+            evaluate_run(run._replace(config=config), parts, **asked)
 
 
 def _report(words: list[str]) -> None:
@@ -150,15 +150,16 @@ def _heatmap(words: list[str]) -> None:
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.reports.command import heatmap_run, parse_options
+    from sdpo_jax.training.found_run import find
     from sdpo_models.gguf_convert import cache_folder
 
     options = parse_options(words)
     _quiet_libraries()
-    run_dir, config = _run_config(words[0])
-    environment = make_environment(config.environment)  # before there is a device
-    config = replace(config, mesh=fitting_mesh(config.mesh))
+    run = find(words[0])
+    environment = make_environment(run.config.environment)  # before there is a device
+    run = run._replace(config=replace(run.config, mesh=fitting_mesh(run.config.mesh)))
     with persistent_cache(cache_folder, partial(print, file=sys.stderr)):
-        heatmap_run(run_dir, config, load_parts(config, environment), **options)
+        heatmap_run(run, load_parts(run.config, environment), **options)
 
 
 def _discover(words: list[str]) -> None:
@@ -197,12 +198,13 @@ def _convert(words: list[str]) -> None:
         convert(source, out, dtype=dtype)
         print(f"wrote {out}: {source} as {dtype}")
         return
+    from sdpo_jax.training.found_run import find
     from sdpo_models.hugging_face import save_run
 
-    run_dir, config = _run_config(source)
-    step, params = _student(run_dir, config)
-    save_run(out, params, source=model_folder(config), dtype=dtype)
-    print(f"wrote {out}: the student of {run_dir} after step {step}, as {dtype}")
+    run = find(source)
+    step, params = _student(run)
+    save_run(out, params, source=model_folder(run.config), dtype=dtype)
+    print(f"wrote {out}: the student of {run.folder} after step {step}, as {dtype}")
 
 
 def _env(words: list[str]) -> int:
@@ -256,28 +258,17 @@ def _env_check(path: Path, options: list[str]) -> int:
     return 2 if any(line.problem for line in lines) else 0
 
 
-def _run_config(run_dir: str) -> tuple[Path, Config]:
-    from sdpo_jax.recipe import load_recipe
-
-    folder = Path(run_dir)
-    if not (folder / "config.toml").is_file():
-        raise UserError(
-            f"{folder}: expected the folder of a run, with config.toml in it; "
-            "`sdpo train RECIPE` makes one under runs/"
-        )
-    return folder, replace(load_recipe(folder / "config.toml"), run_dir=str(folder))
-
-
 def model_folder(config: Config) -> Path:
     """The folder that `model.path` names; a package's weights are converted the first time.
 
     A run's folder leads to the folder that the run itself started from.
     """
+    from sdpo_jax.training.found_run import find, names_a_run
     from sdpo_models.nano import FOLDER
 
     path = config.model.path
-    if _is_run(path):
-        return model_folder(_run_config(path)[1])
+    if names_a_run(path):
+        return model_folder(find(path).config)
     if path.startswith("package:"):
         from sdpo_models.gguf_convert import package_folder
 
@@ -356,31 +347,28 @@ def _initial_params(config: Config, model: Any, folder: Path, architecture: Any)
     import jax
 
     from sdpo_jax.devices import Devices, make_mesh
+    from sdpo_jax.training.found_run import find, names_a_run
     from sdpo_models.hugging_face import load_params
 
     if config.model.random_init:
         return jax.jit(model.init)(jax.random.key(config.seed))
-    if _is_run(config.model.path):
-        run_dir, trained = _run_config(config.model.path)
-        return _student(run_dir, replace(trained, mesh=config.mesh))[1]
+    if names_a_run(config.model.path):
+        run = find(config.model.path)
+        return _student(run._replace(config=replace(run.config, mesh=config.mesh)))[1]
     devices = Devices(make_mesh(config.mesh))
     return load_params(folder, architecture, shardings=devices.parameter_shardings)
 
 
-def _student(run_dir: Path, config: Config) -> tuple[int, Any]:
-    """Step and weights of a run's last checkpoint, on whatever devices are here."""
+def _student(run: Any) -> tuple[int, Any]:
+    """Step and weights of a run's checkpoint, on whatever devices are here."""
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.evaluation.command import restore_student
 
-    config, folder = replace(config, mesh=fitting_mesh(config.mesh)), model_folder(config)
+    config = replace(run.config, mesh=fitting_mesh(run.config.mesh))
+    folder = model_folder(config)
     architecture, model = _model(config, folder)
     load_params = partial(_initial_params, config, model, folder, architecture)
-    return restore_student(run_dir, config, model, load_params)
-
-
-def _is_run(path: str) -> bool:
-    # A run in a folder `nano` would otherwise be its own model, for ever.
-    return path != "nano" and (Path(path) / "config.toml").is_file()
+    return restore_student(run._replace(config=config), model, load_params)
 
 
 def _quiet_libraries() -> None:

@@ -214,6 +214,9 @@ class CheckpointConfig:
 
     every_steps: int = 10
     keep: int = 2
+    keep_best: bool = True
+    """Save a step whose evaluation has the highest held-out accuracy so far, and keep the last such
+    one beside the last `keep`: `sdpo eval RUN@best`."""
 
 
 @dataclass(frozen=True)

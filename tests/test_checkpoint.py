@@ -92,6 +92,35 @@ def test_keep_drops_the_oldest_complete_steps(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"3", "4"}
 
 
+def test_one_more_step_is_kept_as_long_as_it_is_named(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step, also in ((1, 1), (2, 1), (3, 1), (4, 4), (5, None)):
+            checkpoints.save(step, make_state(step), {}, also=also)
+            checkpoints.finish()
+            assert checkpoints.steps() == sorted({step, also or step})
+
+
+def test_a_step_that_is_asked_for_is_restored_or_refused(tmp_path):
+    save_steps(tmp_path, [1, 2, 3])
+    warnings: list[str] = []
+    with Checkpoints(tmp_path, warn=warnings.append) as checkpoints:
+        restored = checkpoints.restore(make_state(), step=2)
+        assert restored is not None and restored.step == 2
+        assert_same_bits(restored.state, make_state(2))
+        part = checkpoints.restore_part("params", make_state()["params"], step=1)
+        assert part is not None
+        assert_same_bits(part.state, make_state(1)["params"])
+        path = data_file(tmp_path, 2)
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(UserError, match=r"step 2 is damaged or not there; .*\[1, 2, 3\]"):
+            checkpoints.restore(make_state(), step=2)
+        with pytest.raises(UserError, match="step 7 is damaged or not there"):
+            checkpoints.restore_part("params", make_state()["params"], step=7)
+    # Nothing was put aside: the run itself may not need this step.
+    assert Checkpoints(tmp_path).steps() == [1, 2, 3]
+    assert path.name in warnings[0]
+
+
 def test_saving_a_complete_step_again_leaves_it(tmp_path):
     save_steps(tmp_path, [2])
     before = (tmp_path / "2" / MANIFEST).read_bytes()

@@ -28,6 +28,7 @@ from sdpo_jax.evaluation.report import table
 from sdpo_jax.recipe import _leaves, load_recipe
 from sdpo_jax.training import run_directory
 from sdpo_jax.training.clock import is_time
+from sdpo_jax.training.manifest import complete
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 from sdpo_models.hugging_face import load_architecture, load_params
 from sdpo_models.nano import FOLDER as NANO
@@ -339,12 +340,14 @@ def test_the_papers_recipes_run_with_the_embedded_model_in_place_of_theirs(name,
     assert row["updates"] >= 1 and row["skipped"] == 0 and row["grad_norm"] > 0
 
 
-def test_a_run_is_the_start_of_a_second_stage(finished):
+def test_a_run_or_one_of_its_checkpoints_is_the_start_of_a_second_stage(finished):
     run_dir, _ = finished
-    parts = load_parts(replace(load_recipe(RECIPE), model=ModelConfig(path=str(run_dir))))
-    trained = final_state(run_dir)["params"]
-    for a, b in zip(jax.tree.leaves(parts["params"]()), jax.tree.leaves(trained), strict=True):
-        np.testing.assert_array_equal(a, b)
+    first, last = complete(run_dir / "checkpoints")
+    for path, step in ((str(run_dir), last), (f"{run_dir}@{first}", first)):
+        parts = load_parts(replace(load_recipe(RECIPE), model=ModelConfig(path=path)))
+        trained = final_state(run_dir, step)["params"]
+        for a, b in zip(jax.tree.leaves(parts["params"]()), jax.tree.leaves(trained), strict=True):
+            np.testing.assert_array_equal(a, b)
     fresh = load_parts(load_recipe(RECIPE))
     assert parts["tokenizer"].render(CHAT) == fresh["tokenizer"].render(CHAT)
 

@@ -41,6 +41,7 @@ from sdpo_jax.training import loop
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.clock import is_time
 from sdpo_jax.training.console import Console
+from sdpo_jax.training.found_run import find
 from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.training.state import from_saved, to_saved
 from sdpo_jax.training.step import make_train_step
@@ -285,6 +286,44 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_reports(w
     assert (
         summary["after"] == expected["after"] and (Path(config.run_dir) / "summary.json").exists()
     )
+
+
+# The best checkpoint
+
+
+ACCURACIES = (0.1, 0.5, 0.9, 0.3)
+
+
+@pytest.fixture
+def rising_and_falling(monkeypatch):
+    """Evaluations of a run that learns and then forgets."""
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: {"accuracy": ACCURACIES[_[-1]]})
+
+
+def test_the_best_step_is_saved_kept_and_named(rising_and_falling, tmp_path):
+    config = make_config(tmp_path / "run", checkpoint={"every_steps": 99, "keep": 1})
+    summary, text = run(config)
+    assert saved_steps(config) == [2, 3]
+    assert summary["best"] == {"step": 2, "accuracy": 0.9}
+    assert f"sdpo eval {config.run_dir}@best   # 90.0 % after step 2" in text
+    assert find(f"{config.run_dir}@best").step == 2
+
+
+def test_a_resumed_run_knows_its_best_step(rising_and_falling, tmp_path):
+    config = make_config(tmp_path / "run", checkpoint={"every_steps": 99, "keep": 1})
+    with pytest.raises(Crash):
+        run(config, crash_after=3)
+    assert saved_steps(config) == [2]
+    summary, text = run(config)
+    assert "resumed   from step 2" in text and f"step 1/{STEPS}" not in text
+    assert saved_steps(config) == [2, 3] and summary["best"]["step"] == 2
+
+
+def test_the_best_step_goes_where_it_is_not_wanted(rising_and_falling, tmp_path):
+    settings = {"every_steps": 1, "keep": 1, "keep_best": False}
+    config = make_config(tmp_path / "run", checkpoint=settings)
+    summary, text = run(config)
+    assert saved_steps(config) == [3] and "best" not in summary and "@best" not in text
 
 
 # What a run reports

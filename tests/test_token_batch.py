@@ -37,6 +37,7 @@ from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.experience import Experience
+from sdpo_jax.training.found_run import FoundRun
 from sdpo_jax.training.state import to_saved
 from sdpo_jax.training.trainer import Trainer
 
@@ -157,7 +158,7 @@ def test_the_command_writes_rows_and_page_and_leaves_the_run_alone(tmp_path, cap
     config = make_config(tmp_path)
     save(config)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    heatmap_run(tmp_path, config, parts(), prompts=1, top=2, tokens=64)
+    heatmap_run(FoundRun(tmp_path, config, 3), parts(), prompts=1, top=2, tokens=64)
     lines = [json.loads(x) for x in (tmp_path / "token_batch.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 3
     assert [x["kind"] for x in lines] == ["batch"] + ["response"] * 4
@@ -169,7 +170,7 @@ def test_the_command_writes_rows_and_page_and_leaves_the_run_alone(tmp_path, cap
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        token_batch(tmp_path, make_config(tmp_path), parts(), prompts=1, top=1)
+        token_batch(FoundRun(tmp_path, make_config(tmp_path), None), parts(), prompts=1, top=1)
 
 
 # Texts

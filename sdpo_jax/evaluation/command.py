@@ -14,6 +14,7 @@ from sdpo_jax.evaluation.measures import Measures
 from sdpo_jax.evaluation.report import Evaluation, evaluation, report, table
 from sdpo_jax.model import Model, Params
 from sdpo_jax.training.checkpoint import Checkpoints, Restored
+from sdpo_jax.training.found_run import FoundRun
 from sdpo_jax.training.parameters import refuse_another_base
 from sdpo_jax.training.state import make_parameters
 from sdpo_jax.training.trainer import LoadParams, Trainer
@@ -21,20 +22,18 @@ from sdpo_jax.training.trainer import LoadParams, Trainer
 USAGE = "sdpo eval RUN_DIR|RECIPE [--samples K] [--json FILE]"
 
 
-def restore_student(
-    run_dir: Path, config: Config, model: Model, load_params: LoadParams
-) -> tuple[int, Params]:
+def restore_student(run: FoundRun, model: Model, load_params: LoadParams) -> tuple[int, Params]:
     """Step and weights of a run's student: no optimiser, no teacher, no environment is needed.
 
     Args:
-      run_dir: of the run.
-      config: of the run; `mesh` may be another.
+      run: and which of its checkpoints.
       model: of the run.
       load_params: loads the initial weights; called only where adapters need their base.
 
     Raises:
       UserError: the run has no checkpoint yet, or adapters and base do not belong together.
     """
+    config = run.config
     parameters, devices = make_parameters(config), Devices(make_mesh(config.mesh))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     trained = jax.eval_shape(parameters.trainable, shapes, jax.random.key(0))
@@ -43,8 +42,8 @@ def restore_student(
         trained,
         devices.parameter_shardings(parameters.logical_axes(model.logical_axes), trained),
     )
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        restored = _found(run_dir, checkpoints.restore_part("params", template))
+    with Checkpoints(run.folder / "checkpoints") as checkpoints:
+        restored = _found(run.folder, checkpoints.restore_part("params", template, run.step))
     if config.lora.rank == 0:
         return restored.step, restored.state
     base = load_params()
@@ -109,21 +108,21 @@ def parse_options(words: Sequence[str]) -> Options:
 
 
 def evaluate_run(
-    run_dir: Path, config: Config, parts: dict[str, Any], *, samples: int, json_file: str = ""
+    run: FoundRun, parts: dict[str, Any], *, samples: int, json_file: str = ""
 ) -> None:
     """Evaluates a run before and after training; prints a table, writes `eval.json` into the run.
 
     Raises:
       UserError: the run has no checkpoint yet, or evaluates no prompts.
     """
-    trainer, load_params = _trainer(str(run_dir), config, parts)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        restored = _found(run_dir, trainer.restore(checkpoints, load_params))
+    trainer, load_params = _trainer(str(run.folder), run.config, parts)
+    with Checkpoints(run.folder / "checkpoints") as checkpoints:
+        restored = _found(run.folder, trainer.restore(checkpoints, load_params, run.step))
     trained = _evaluate(trainer, restored.state, samples)
     start = _evaluate(trainer, trainer.initial_state(load_params()), samples)
     rows = {"start": start, f"step {restored.step}": trained}
-    files = [run_dir / "eval.json", *([Path(json_file)] if json_file else [])]
-    _tell(rows, config, trainer, samples, files)
+    files = [run.folder / "eval.json", *([Path(json_file)] if json_file else [])]
+    _tell(rows, run.config, trainer, samples, files)
 
 
 def evaluate_start(

@@ -1,24 +1,22 @@
 """`sdpo heatmap`: a batch of a run, token by token, as rows of JSON and as a page."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from sdpo_jax.config import Config
 from sdpo_jax.errors import UserError
 from sdpo_jax.reports.heatmap import HEATMAP, heatmap_page
 from sdpo_jax.reports.page import write_page
 from sdpo_jax.reports.token_batch import TOKEN_BATCH, token_batch, write_rows
+from sdpo_jax.training.found_run import FoundRun
 
 
 def heatmap_run(
-    run_dir: Path, config: Config, parts: Mapping[str, Any], *, prompts: int, top: int, tokens: int
+    run: FoundRun, parts: Mapping[str, Any], *, prompts: int, top: int, tokens: int
 ) -> None:
     """Writes `token_batch.jsonl` and `heatmap.html` into the run's folder.
 
     Args:
-      run_dir: of the run.
-      config: of the run; `mesh` may be another.
+      run: and which of its checkpoints.
       parts: what `load_parts` returns.
       prompts: how many of the batch's prompts, the first ones.
       top: alternatives per token of student and of teacher.
@@ -27,7 +25,7 @@ def heatmap_run(
     Raises:
       UserError: the run has no checkpoint yet, or its environment fails too often.
     """
-    rows = token_batch(run_dir, config, parts, prompts=prompts, top=top)
+    rows, run_dir = token_batch(run, parts, prompts=prompts, top=top), run.folder
     write_rows(run_dir / TOKEN_BATCH, rows)
     write_page(run_dir / HEATMAP, heatmap_page(rows, max_tokens=tokens))
     count = sum(len(row["tokens"]) for row in rows[1:])

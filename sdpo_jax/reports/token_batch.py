@@ -29,6 +29,7 @@ from sdpo_jax.training.checkpoint import Checkpoints, Restored
 from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.contexts import Contexts
 from sdpo_jax.training.experience import Experience, draw, make_table
+from sdpo_jax.training.found_run import FoundRun
 from sdpo_jax.training.shares import graded_advantages
 from sdpo_jax.training.trainer import Trainer
 
@@ -44,13 +45,12 @@ class Shown(NamedTuple):
 
 
 def token_batch(
-    run_dir: Path, config: Config, parts: Mapping[str, Any], *, prompts: int, top: int
+    run: FoundRun, parts: Mapping[str, Any], *, prompts: int, top: int
 ) -> list[dict[str, Any]]:
     """Samples the next batch of a run and compares student and teacher on it.
 
     Args:
-      run_dir: of the run.
-      config: of the run; `mesh` may be another.
+      run: and which of its checkpoints.
       parts: what `load_parts` returns.
       prompts: at most so many of the batch's prompts, the first ones.
       top: alternatives per token of student and of teacher.
@@ -62,15 +62,19 @@ def token_batch(
       UserError: the run has no checkpoint yet, or its environment fails too often.
     """
     trainer = Trainer(
-        config, parts["model"], parts["tokenizer"], parts["environment"], parts["demonstrations"]
+        run.config,
+        parts["model"],
+        parts["tokenizer"],
+        parts["environment"],
+        parts["demonstrations"],
     )
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        restored = trainer.restore(checkpoints, parts["params"])
+    with Checkpoints(run.folder / "checkpoints") as checkpoints:
+        restored = trainer.restore(checkpoints, parts["params"], run.step)
     if restored is None:
         raise UserError(
-            f"{run_dir} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
+            f"{run.folder} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
         )
-    return batch_of(trainer, restored, parts, run=str(run_dir), prompts=prompts, top=top)
+    return batch_of(trainer, restored, parts, run=str(run.folder), prompts=prompts, top=top)
 
 
 def batch_of(

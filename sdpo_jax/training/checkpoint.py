@@ -19,11 +19,11 @@ and the others follow its verdict. The directory lies on a file system that all 
 
 import contextlib
 import os
-import re
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -34,9 +34,17 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sdpo_jax.errors import UserError
-from sdpo_jax.training.manifest import MANIFEST, Damaged, read_manifest, verify, write_manifest
+from sdpo_jax.training.manifest import (
+    MANIFEST,
+    Damaged,
+    complete,
+    numbered,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 
-_NOTHING_SAVED, _ALL_DAMAGED = -1, -2  # verdicts of process 0 beside a step
+_NOTHING_SAVED, _ALL_DAMAGED, _NOT_INTACT = -1, -2, -3  # verdicts of process 0 beside a step
 _DISK_ERRORS = (
     "No space left",
     "File too large",
@@ -106,9 +114,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Complete steps, ascending. Files are not verified; `restore` does that."""
-        return [step for step in _numbered(self._directory) if self._manifest_path(step).exists()]
+        return complete(self._directory)
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: Any, extra: Mapping[str, Any], *, also: int | None = None
+    ) -> None:
         """Copies the state to the host and writes it in the background.
 
         Returns when the arrays may be donated. An error of the previous save is raised here. A step
@@ -118,6 +128,7 @@ class Checkpoints:
             step: its number, 0 or more.
             state: a pytree of `jax.Array`.
             extra: JSON-serialisable; tuples come back as lists.
+            also: a step to keep beside the last ones, however old.
         """
         self.finish()
         if self._agree(step if step in self.steps() else -1) == step:
@@ -138,7 +149,7 @@ class Checkpoints:
         except Exception as error:
             self._raise_failed_save(error)
         self._completion = threading.Thread(
-            target=self._complete, args=(step, arrays), name=f"checkpoint-{step}"
+            target=self._complete, args=(step, arrays, also), name=f"checkpoint-{step}"
         )
         self._completion.start()
 
@@ -164,19 +175,22 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
-    def restore(self, template: Any) -> Restored | None:
+    def restore(self, template: Any, step: int | None = None) -> Restored | None:
         """The latest step whose files are intact; None if nothing was ever completed.
 
-        A damaged step is named, put aside as `N.corrupt`, and the one before it is taken.
+        A damaged step is named, put aside as `N.corrupt`, and the one before it is taken; not where
+        one step is asked for.
 
         Args:
             template: a pytree like the saved one, of `jax.Array` or `jax.ShapeDtypeStruct` with a
                 sharding; it decides structure, shapes, dtypes and shardings.
+            step: this one and no other.
 
         Raises:
-            UserError: every step is damaged, or the template's arrays are not the saved ones.
+            UserError: every step is damaged, the one asked for is damaged or not there, or the
+                template's arrays are not the saved ones.
         """
-        step = self._find()
+        step = self._find(step)
         if step is None:
             return None
         saved = read_manifest(self._manifest_path(step))["arrays"]
@@ -192,17 +206,18 @@ class Checkpoints:
         restored = manager.restore(step, args=items)
         return Restored(step, restored["state"], dict(restored["extra"]))
 
-    def restore_part(self, name: str, template: Any) -> Restored | None:
+    def restore_part(self, name: str, template: Any, step: int | None = None) -> Restored | None:
         """As `restore`, of one field of the state alone: nothing else is read into memory.
 
         Args:
             name: of the field, such as `params`; `Restored.state` is what was saved under it.
             template: of that field, as in `restore`.
+            step: as in `restore`.
 
         Raises:
             UserError: as in `restore`.
         """
-        step = self._find()
+        step = self._find(step)
         if step is None:
             return None
         saved = read_manifest(self._manifest_path(step))["arrays"]
@@ -219,10 +234,16 @@ class Checkpoints:
         extra = self._open().restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
         return Restored(step, state, dict(extra["extra"]))
 
-    def _find(self) -> int | None:
+    def _find(self, asked: int | None) -> int | None:
         """The step to restore, on every process; None if nothing was ever completed."""
         self.finish()
-        step = self._agree(self._newest_intact() if self._leader else _NOTHING_SAVED)
+        search = self._newest_intact if asked is None else partial(self._intact, asked)
+        step = self._agree(search() if self._leader else _NOTHING_SAVED)
+        if step == _NOT_INTACT:
+            raise UserError(
+                f"{self._directory}: step {asked} is damaged or not there; complete steps: "
+                f"{self.steps() or 'none'}."
+            )
         if step == _ALL_DAMAGED:
             raise UserError(
                 f"{self._directory}: no intact checkpoint is left; the damaged ones are kept as "
@@ -261,18 +282,20 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(step)).rename(aside)
 
-    def _complete(self, step: int, arrays: dict[str, Any]) -> None:
+    def _complete(self, step: int, arrays: dict[str, Any], also: int | None) -> None:
         """Background: waits for Orbax's commit, writes the manifest, drops old steps."""
         try:
             self._manager.wait_until_finished()
             if self._leader:
                 write_manifest(self._directory / str(step), step, arrays)
-                self._drop_old()
+                self._drop_old(also)
         except BaseException as error:
             self._error = error
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, also: int | None) -> None:
         for step in self.steps()[: -self._keep]:
+            if step == also:
+                continue
             doomed = self._directory / f"{step}.deleted"
             shutil.rmtree(doomed, ignore_errors=True)
             (self._directory / str(step)).rename(doomed)  # at once, so that no half step is seen
@@ -291,9 +314,18 @@ class Checkpoints:
             ) from error
         raise error
 
+    def _intact(self, step: int) -> int:
+        """The step, if its files are what its manifest says; nothing is put aside."""
+        try:
+            verify(self._directory / str(step))
+        except Damaged as error:
+            self._warn(f"checkpoint {self._directory / str(step)}: {error}")
+            return _NOT_INTACT
+        return step
+
     def _newest_intact(self) -> int:
         damaged = any(self._directory.glob("*.corrupt*"))
-        for step in reversed(_numbered(self._directory)):
+        for step in reversed(numbered(self._directory)):
             path = self._directory / str(step)
             if not (path / MANIFEST).exists():
                 self._warn(f"checkpoint {path}: no manifest, never completed; skipped")
@@ -319,14 +351,6 @@ def _print_to_stderr(line: str) -> None:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _numbered(directory: Path) -> list[int]:
-    """Directories with a number for a name, whoever made them."""
-    if not directory.is_dir():
-        return []
-    numbers = [path for path in directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
-    return sorted(int(path.name) for path in numbers if path.is_dir())
 
 
 def _free_name(path: Path) -> Path:

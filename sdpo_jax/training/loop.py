@@ -92,13 +92,15 @@ def _run(
 ) -> dict[str, Any]:
     began = time.perf_counter()
     _introduce(config, trainer, console, run_dir)
-    first, state, before, spent = _start(config, trainer, load_params, checkpoints, console)
+    first, state, before, best, spent = _start(config, trainer, load_params, checkpoints, console)
     base = None if state.base is None else checksum(state.base)
+    seconds = lambda: spent + time.perf_counter() - began  # noqa: E731
     with _open_log(run_dir, first) as log, _stop_signals() as stop_asked:
         report = _Reporter(log, console, counter)
         if before is None:
             before = trainer.evaluate(state, 0)
             report.evaluation(0, before)
+        saver = _Saver(config, trainer, checkpoints, before, best, base, seconds)
         after, step, stopping = before, first, False
         while step < config.train.steps and not stopping:
             step += 1
@@ -110,19 +112,18 @@ def _run(
             if last or (every and step % every == 0):
                 after = trainer.evaluate(state, step)
                 report.evaluation(step, after)
+                saver.best = saver.best.or_at(step, after)
             stopping = any_process(stop_asked())
-            if last or stopping or step % config.checkpoint.every_steps == 0:
-                seconds = spent + time.perf_counter() - began
-                extra = {"data": trainer.source.get_state(), "before": before, "seconds": seconds}
-                extra |= {"host": trainer.host_state(), "base": base}
-                checkpoints.save(step, to_saved(state), extra)
+            saver(step, state, now=last or stopping)
             checkpoints.poll()
             report.compilation(step)
     checkpoints.finish()
     if first == config.train.steps:
         after = trainer.evaluate(state, first)
-    summary = _summary(config, step, before, after, spent + time.perf_counter() - began)
+    summary = _summary(config, step, before, after, seconds())
     summary["compilation"] = counter.total()._asdict()
+    if saver.best.step in checkpoints.steps():
+        summary["best"] = saver.best._asdict()
     _finish(config, summary, console, run_dir)
     return summary
 
@@ -139,12 +140,58 @@ def _introduce(config: Config, trainer: Trainer, console: Console, run_dir: Path
     )
 
 
+class _Best(NamedTuple):
+    """The first evaluation with the highest held-out accuracy, of those after a step."""
+
+    step: int = 0
+    accuracy: float = -1.0
+
+    def or_at(self, step: int, evaluation: dict[str, float]) -> "_Best":
+        """The better of the two; an evaluation of no prompts has no accuracy."""
+        accuracy = evaluation.get("accuracy", -1.0)
+        return _Best(step, accuracy) if accuracy > self.accuracy else self
+
+
+class _Saver:
+    """Knows when a checkpoint is due, which one is to stay, and what lies beside the arrays."""
+
+    def __init__(
+        self,
+        config: Config,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        before: dict[str, float],
+        best: _Best,
+        base: int | None,
+        seconds: Callable[[], float],
+    ):
+        self._settings, self._trainer, self._checkpoints = config.checkpoint, trainer, checkpoints
+        self._before, self._base, self._seconds = before, base, seconds
+        self.best = best
+
+    def __call__(self, step: int, state: TrainState, *, now: bool) -> None:
+        """Saves a step if it is due, is the best so far, or `now`."""
+        best = self.best.step if self._settings.keep_best else None
+        if not (now or step == best or step % self._settings.every_steps == 0):
+            return
+        extra = {
+            "data": self._trainer.source.get_state(),
+            "host": self._trainer.host_state(),
+            "base": self._base,
+            "before": self._before,
+            "best": list(self.best),
+            "seconds": self._seconds(),
+        }
+        self._checkpoints.save(step, to_saved(state), extra, also=best)
+
+
 class _Start(NamedTuple):
     """Where a run begins or goes on."""
 
     step: int
     state: TrainState
     before: dict[str, float] | None  # the evaluation of step 0, where there has been one
+    best: _Best
     seconds: float  # spent by earlier processes
 
 
@@ -159,12 +206,13 @@ def _start(
     if restored is None:
         state = trainer.initial_state(load_params())
         _refuse_weights_that_are_not_finite(trainer.student(state), config.model.path)
-        return _Start(0, state, None, 0.0)
+        return _Start(0, state, None, _Best(), 0.0)
     trainer.source.set_state(restored.extra["data"])
     trainer.set_host_state(restored.extra.get("host", {}))
     console.note(f"resumed   from step {restored.step}")
     extra = restored.extra
-    return _Start(restored.step, restored.state, extra["before"], extra["seconds"])
+    best = _Best(*extra.get("best", ()))
+    return _Start(restored.step, restored.state, extra["before"], best, extra["seconds"])
 
 
 def _refuse_weights_that_are_not_finite(params: Params, path: str) -> None:
@@ -205,7 +253,11 @@ def _finish(config: Config, summary: dict[str, Any], console: Console, run_dir: 
 
 def show_summary(config: Config, summary: dict[str, Any], console: Console, run_dir: Path) -> None:
     """Prints before and after, where the run lies, and what to try next."""
-    console.summary(summary["before"], summary["after"], str(run_dir), next_steps(config, run_dir))
+    next_ones, best = next_steps(config, run_dir), summary.get("best")
+    if best is not None and best["step"] < summary["steps"]:
+        told = f"{100 * best['accuracy']:.1f} % after step {best['step']}"
+        next_ones.insert(0, f"sdpo eval {run_dir}@best   # {told}, the highest; it is kept")
+    console.summary(summary["before"], summary["after"], str(run_dir), next_ones)
 
 
 def next_steps(config: Config, run_dir: Path) -> list[str]:

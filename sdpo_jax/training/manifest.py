@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,19 @@ MANIFEST = "sdpo_manifest.json"
 
 class Damaged(Exception):
     """A step's files disagree with its manifest; the message names the file."""
+
+
+def numbered(directory: Path) -> list[int]:
+    """Directories with a number for a name, whoever made them, ascending."""
+    if not directory.is_dir():
+        return []
+    numbers = [path for path in directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
+    return sorted(int(path.name) for path in numbers if path.is_dir())
+
+
+def complete(directory: Path) -> list[int]:
+    """Steps with a manifest, ascending; their files are not verified."""
+    return [step for step in numbered(directory) if (directory / str(step) / MANIFEST).exists()]
 
 
 def _hash_file(path: Path) -> str:

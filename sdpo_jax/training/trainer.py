@@ -199,15 +199,17 @@ class Trainer:
         """
         return self._new_state(params, self.config.seed if seed is None else seed)
 
-    def restore(self, checkpoints: Checkpoints, load_params: LoadParams) -> Restored | None:
-        """The run's last intact checkpoint; None if there is none.
+    def restore(
+        self, checkpoints: Checkpoints, load_params: LoadParams, step: int | None = None
+    ) -> Restored | None:
+        """The run's last intact checkpoint, or that of `step`; None if there is none.
 
         The initial weights are loaded only where adapters need them as their base.
         """
         template = abstract_state(
             self._model, self.optimizer, self.teacher, self.shardings, self.parameters
         )
-        restored = checkpoints.restore(to_saved(template))
+        restored = checkpoints.restore(to_saved(template), step)
         if restored is None:
             return None
         restored = restored._replace(state=from_saved(restored.state))
