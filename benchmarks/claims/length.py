@@ -85,6 +85,7 @@ def main() -> None:
         [
             ("before", lambda run: run.evaluations[0]["accuracy"]),
             ("tokens before", lambda run: run.evaluations[0]["response_tokens"]),
+            ("after 10 steps", lambda run: run.evaluations[1]["response_tokens"]),
             ("accuracy", accuracy),
             ("tokens", tokens),
         ],
