@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from sdpo_jax.training.found_run import FoundRun
 
 _HELP = ("-h", "--help")
 USAGE = """usage: sdpo COMMAND ...
@@ -32,8 +35,9 @@ USAGE = """usage: sdpo COMMAND ...
   sdpo env check FILE.py|RECIPE [--SECTION.KEY VALUE ...]       is this environment sound?
   sdpo env template [FILE.py]                                   an environment to start from
 
-Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir says otherwise. RUN_DIR is its
-last checkpoint; RUN_DIR@best is the one with the highest held-out accuracy, RUN_DIR@STEP any other.
+Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir says otherwise. eval, heatmap
+and convert take its last checkpoint; of RUN_DIR@best that with the highest held-out accuracy, of
+RUN_DIR@STEP another that is saved.
 """
 
 
@@ -263,12 +267,12 @@ def model_folder(config: Config) -> Path:
 
     A run's folder leads to the folder that the run itself started from.
     """
-    from sdpo_jax.training.found_run import find, names_a_run
+    from sdpo_jax.training.found_run import config_of, names_a_run
     from sdpo_models.nano import FOLDER
 
     path = config.model.path
     if names_a_run(path):
-        return model_folder(find(path).config)
+        return model_folder(config_of(path))
     if path.startswith("package:"):
         from sdpo_models.gguf_convert import package_folder
 
@@ -281,8 +285,9 @@ def model_folder(config: Config) -> Path:
     folder = FOLDER if path == "nano" else Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"model.path = {path!r}: expected 'nano', 'package:NAME', the folder of a run, or a "
-            f"folder in Hugging Face layout; found no {folder / 'config.json'}"
+            f"model.path = {path!r}: expected 'nano', 'package:NAME', the folder of a run (also "
+            "RUN@best, RUN@STEP), or a folder in Hugging Face layout; found no "
+            f"{folder / 'config.json'}"
         )
     return folder
 
@@ -359,7 +364,7 @@ def _initial_params(config: Config, model: Any, folder: Path, architecture: Any)
     return load_params(folder, architecture, shardings=devices.parameter_shardings)
 
 
-def _student(run: Any) -> tuple[int, Any]:
+def _student(run: "FoundRun") -> tuple[int, Any]:
     """Step and weights of a run's checkpoint, on whatever devices are here."""
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.evaluation.command import restore_student

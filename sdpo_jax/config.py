@@ -22,8 +22,8 @@ class ModelConfig:
 
     path: str = "nano"
     """`nano` (the embedded model), a folder in Hugging Face layout, the folder of a run (its last
-    checkpoint: a second stage), or `package:NAME`: an installed Python package that holds one GGUF
-    file, which is converted once into `~/.cache/sdpo-jax`."""
+    checkpoint, or `RUN@best`, `RUN@STEP`: a second stage), or `package:NAME`: an installed Python
+    package that holds one GGUF file, which is converted once into `~/.cache/sdpo-jax`."""
     thinking: Literal["template", "on", "off"] = "template"
     """What the chat template is told as `enable_thinking`; `template` leaves it to its default."""
     random_init: bool = False
@@ -215,8 +215,8 @@ class CheckpointConfig:
     every_steps: int = 10
     keep: int = 2
     keep_best: bool = True
-    """Save a step whose evaluation has the highest held-out accuracy so far, and keep the last such
-    one beside the last `keep`: `sdpo eval RUN@best`."""
+    """Save a step whose evaluation has the highest held-out accuracy so far, the start's included,
+    and keep it beside the last `keep`, until there is a better one: `sdpo eval RUN@best`."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ _TYPE_NAMES: dict[Any, str] = {
 # cuts the same sums. Resuming is bit for bit only where the cut (mesh, micro-batch, chunk) stays.
 # Not environment.mounts: a program that imports numpy passes with it and fails without.
 _MAY_CHANGE = {
-    *("run_dir", "checkpoint.every_steps", "checkpoint.keep", "optimizer.max_skipped_updates"),
+    *("run_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_best"),
+    "optimizer.max_skipped_updates",
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.attention"),
     *("train.micro_batch_tokens", "train.share_prompts", "train.head_chunk_tokens"),
     *("rollout.slots", "evaluation.batch_prompts", "environment.slots", "environment.workers"),

@@ -112,7 +112,7 @@ def test_a_step_that_is_asked_for_is_restored_or_refused(tmp_path):
         assert_same_bits(part.state, make_state(1)["params"])
         path = data_file(tmp_path, 2)
         path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(UserError, match=r"step 2 is damaged or not there; .*\[1, 2, 3\]"):
+        with pytest.raises(UserError, match=r"step 2 is damaged or not there\. .*\[1, 3\]"):
             checkpoints.restore(make_state(), step=2)
         with pytest.raises(UserError, match="step 7 is damaged or not there"):
             checkpoints.restore_part("params", make_state()["params"], step=7)

@@ -199,7 +199,7 @@ def test_asked_to_stop_a_run_finishes_its_step_saves_and_goes_on_exactly(
     number, sdpo, finished, tmp_path
 ):
     run_dir = tmp_path / "run"
-    code, out, err = sdpo.train_until(run_dir, 3, number)  # between two regular checkpoints
+    code, out, err = sdpo.train_until(run_dir, 1, number)  # before the first regular checkpoint
     assert code == 0 and not err
     stopped = re.search(r"stopped +after step (\d+); saved. The same command goes on", out)
     assert stopped is not None, out
@@ -262,6 +262,13 @@ def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished, tmp_path)
     assert reported <= set(made["rows"]["start"]["metrics"])
     assert {path: data for path, data in bytes_of(run_dir, without=["eval.json"]).items()} == kept
 
+    # One of its other checkpoints, beside what the last one gave.
+    first = complete(run_dir / "checkpoints")[0]
+    sdpo.run("eval", f"{run_dir}@{first}", "--samples", "1")
+    asked = json.loads((run_dir / f"eval@{first}.json").read_text())
+    assert list(asked["rows"]) == ["start", f"step {first}"]
+    assert (run_dir / "eval.json").read_text() == text
+
     # A recipe with the run's settings has the same start.
     alone = tmp_path / "alone.json"
     settings = ["--run-dir", "runs/none", "--train.steps", str(STEPS), *SETTINGS.split()]
@@ -287,6 +294,7 @@ def test_heatmap_and_report_write_pages_and_leave_the_run_as_it_was(sdpo, finish
     assert f"wrote {run_dir / 'report.html'}" in out
     assert 'href="heatmap.html"' in (run_dir / "report.html").read_text()
     new = ["heatmap.html", "token_batch.jsonl", "report.html", "eval.json"]
+    new += [path.name for path in run_dir.glob("eval@*.json")]
     assert bytes_of(run_dir, without=new) == {
         path: data for path, data in kept.items() if path.name not in new
     }
@@ -342,7 +350,7 @@ def test_the_papers_recipes_run_with_the_embedded_model_in_place_of_theirs(name,
 
 def test_a_run_or_one_of_its_checkpoints_is_the_start_of_a_second_stage(finished):
     run_dir, _ = finished
-    first, last = complete(run_dir / "checkpoints")
+    first, *_, last = complete(run_dir / "checkpoints")
     for path, step in ((str(run_dir), last), (f"{run_dir}@{first}", first)):
         parts = load_parts(replace(load_recipe(RECIPE), model=ModelConfig(path=path)))
         trained = final_state(run_dir, step)["params"]

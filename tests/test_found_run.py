@@ -7,7 +7,7 @@ import pytest
 from sdpo_jax.config import Config
 from sdpo_jax.errors import UserError
 from sdpo_jax.recipe import to_toml
-from sdpo_jax.training.found_run import find, names_a_run
+from sdpo_jax.training.found_run import config_of, find, names_a_run
 from sdpo_jax.training.manifest import MANIFEST
 
 
@@ -58,6 +58,19 @@ def test_a_folder_may_hold_the_sign_in_its_own_name(tmp_path):
     make_run(tmp_path / "x@best", [5, 6])
     assert find(f"{tmp_path}/x@best").step is None
     assert find(f"{tmp_path}/x@best@5").step == 5
+
+
+def test_a_folder_of_weights_beside_a_run_is_not_one_of_its_checkpoints(tmp_path):
+    make_run(tmp_path / "x", [5], [(5, 0.5)])
+    (tmp_path / "x@best").mkdir()
+    assert not names_a_run(f"{tmp_path}/x@best")
+
+
+def test_the_recipe_of_a_run_is_known_without_its_checkpoints(tmp_path):
+    make_run(tmp_path / "x", [5])
+    assert config_of(f"{tmp_path}/x@7").seed == 7
+    with pytest.raises(UserError, match="y: expected the folder of a run"):
+        config_of(f"{tmp_path}/y@7")
 
 
 def test_what_names_a_run(tmp_path, monkeypatch):

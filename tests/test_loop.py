@@ -291,13 +291,15 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_reports(w
 # The best checkpoint
 
 
-ACCURACIES = (0.1, 0.5, 0.9, 0.3)
+ACCURACIES = (0.1, 0.5, 0.9, 0.3, 0.4)
 
 
 @pytest.fixture
 def rising_and_falling(monkeypatch):
     """Evaluations of a run that learns and then forgets."""
-    monkeypatch.setattr(Trainer, "evaluate", lambda *_: {"accuracy": ACCURACIES[_[-1]]})
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self, state, step: {"accuracy": ACCURACIES[step]}
+    )
 
 
 def test_the_best_step_is_saved_kept_and_named(rising_and_falling, tmp_path):
@@ -323,7 +325,22 @@ def test_the_best_step_goes_where_it_is_not_wanted(rising_and_falling, tmp_path)
     settings = {"every_steps": 1, "keep": 1, "keep_best": False}
     config = make_config(tmp_path / "run", checkpoint=settings)
     summary, text = run(config)
-    assert saved_steps(config) == [3] and "best" not in summary and "@best" not in text
+    assert saved_steps(config) == [3] and summary["best"] is None and "@best" not in text
+
+
+def test_what_is_worse_than_the_start_is_not_the_best(monkeypatch, tmp_path):
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, state, step: {"accuracy": 0.5 - step / 9})
+    config = make_config(tmp_path / "run", checkpoint={"every_steps": 99, "keep": 1})
+    summary, text = run(config)
+    assert saved_steps(config) == [3] and summary["best"] is None and "@best" not in text
+
+
+def test_a_run_that_is_given_more_steps_keeps_its_best_one(rising_and_falling, tmp_path):
+    settings = {"every_steps": 1, "keep": 1}
+    run(make_config(tmp_path / "run", checkpoint=settings, train={"steps": 2}))
+    more = make_config(tmp_path / "run", checkpoint=settings, train={"steps": 4})
+    run(more)
+    assert saved_steps(more) == [2, 4]
 
 
 # What a run reports

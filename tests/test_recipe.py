@@ -430,7 +430,7 @@ RESUMABLE = [
     Config(),
     Config(run_dir="elsewhere"),
     Config(train=TrainConfig(steps=600, micro_batch_tokens=1024, head_chunk_tokens=64)),
-    Config(checkpoint=CheckpointConfig(every_steps=3, keep=9)),
+    Config(checkpoint=CheckpointConfig(every_steps=3, keep=9, keep_best=False)),
     Config(mesh=MeshConfig(data=1, fsdp=4)),
     Config(optimizer=OptimizerConfig(max_skipped_updates=9)),
     Config(model=ModelConfig(remat="full"), evaluation=EvaluationConfig(batch_prompts=8)),

@@ -146,11 +146,12 @@ def test_a_run_without_a_teacher_is_taught_by_itself_in_context():
 
 
 def save(config):
-    """A checkpoint after step 3, without the training before it."""
+    """Checkpoints after steps 3 and 4, without the training before them."""
     trainer = trainer_of(config)
     extra = {"data": trainer.source.get_state()}
     with Checkpoints(Path(config.run_dir) / "checkpoints") as checkpoints:
-        checkpoints.save(3, to_saved(start(trainer)), extra)
+        for step in (3, 4):
+            checkpoints.save(step, to_saved(start(trainer)), extra)
         checkpoints.finish()
 
 

@@ -31,7 +31,7 @@ def restore_student(run: FoundRun, model: Model, load_params: LoadParams) -> tup
       load_params: loads the initial weights; called only where adapters need their base.
 
     Raises:
-      UserError: the run has no checkpoint yet, or adapters and base do not belong together.
+      UserError: the run has no such checkpoint, or adapters and base do not belong together.
     """
     config = run.config
     parameters, devices = make_parameters(config), Devices(make_mesh(config.mesh))
@@ -112,8 +112,10 @@ def evaluate_run(
 ) -> None:
     """Evaluates a run before and after training; prints a table, writes `eval.json` into the run.
 
+    Of a checkpoint that was asked for, the file is `eval@STEP.json`.
+
     Raises:
-      UserError: the run has no checkpoint yet, or evaluates no prompts.
+      UserError: the run has no such checkpoint, or evaluates no prompts.
     """
     trainer, load_params = _trainer(str(run.folder), run.config, parts)
     with Checkpoints(run.folder / "checkpoints") as checkpoints:
@@ -121,7 +123,8 @@ def evaluate_run(
     trained = _evaluate(trainer, restored.state, samples)
     start = _evaluate(trainer, trainer.initial_state(load_params()), samples)
     rows = {"start": start, f"step {restored.step}": trained}
-    files = [run.folder / "eval.json", *([Path(json_file)] if json_file else [])]
+    name = "eval.json" if run.step is None else f"eval@{run.step}.json"
+    files = [run.folder / name, *([Path(json_file)] if json_file else [])]
     _tell(rows, run.config, trainer, samples, files)
 
 

@@ -23,7 +23,7 @@ def heatmap_run(
       tokens: of each response that are on the page; the rows hold all.
 
     Raises:
-      UserError: the run has no checkpoint yet, or its environment fails too often.
+      UserError: the run has no such checkpoint, or its environment fails too often.
     """
     rows, run_dir = token_batch(run, parts, prompts=prompts, top=top), run.folder
     write_rows(run_dir / TOKEN_BATCH, rows)

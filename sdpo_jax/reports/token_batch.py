@@ -59,7 +59,7 @@ def token_batch(
       Rows as in the file.
 
     Raises:
-      UserError: the run has no checkpoint yet, or its environment fails too often.
+      UserError: the run has no such checkpoint, or its environment fails too often.
     """
     trainer = Trainer(
         run.config,

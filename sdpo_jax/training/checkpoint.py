@@ -241,8 +241,9 @@ class Checkpoints:
         step = self._agree(search() if self._leader else _NOTHING_SAVED)
         if step == _NOT_INTACT:
             raise UserError(
-                f"{self._directory}: step {asked} is damaged or not there; complete steps: "
-                f"{self.steps() or 'none'}."
+                f"{self._directory}: step {asked} is damaged or not there. Expected another one: "
+                f"{[step for step in self.steps() if step != asked] or 'there is none'}. Move a "
+                "damaged one away, and RUN@best is the best of the others."
             )
         if step == _ALL_DAMAGED:
             raise UserError(

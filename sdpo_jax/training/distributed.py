@@ -92,6 +92,13 @@ def any_process(asked: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(asked))))
 
 
+def of_leader(verdict: bool) -> bool:
+    """The first process's verdict, on all."""
+    if jax.process_count() == 1:
+        return verdict
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(verdict)))
+
+
 def leave(code: int) -> NoReturn:
     """Exits; after an error in a run of several processes without waiting for the others.
 

@@ -1,5 +1,6 @@
 """How a command names a run and one of its checkpoints: `DIR`, `DIR@best`, `DIR@STEP`."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,23 +23,37 @@ class FoundRun(NamedTuple):
     """Of a checkpoint; None for the last one."""
 
 
+class Best(NamedTuple):
+    """An evaluation during training."""
+
+    step: int
+    accuracy: float
+
+
 def find(text: str) -> FoundRun:
     """The run and the checkpoint that `DIR`, `DIR@best` or `DIR@STEP` names.
-
-    The best step is that with the highest held-out accuracy of all that are saved, the first of
-    equals.
 
     Raises:
       UserError: there is no run, or no such checkpoint of it.
     """
     folder, which = _split(text)
+    config = config_of(text)
+    return FoundRun(folder, config, None if which is None else _step(folder, which))
+
+
+def config_of(text: str) -> Config:
+    """Of the run that `find` takes from the same text; its checkpoints need not be there any more.
+
+    Raises:
+      UserError: there is no run.
+    """
+    folder = _split(text)[0]
     if not (folder / CONFIG).is_file():
         raise UserError(
             f"{folder}: expected the folder of a run, with {CONFIG} in it; "
             "`sdpo train RECIPE` makes one under runs/"
         )
-    config = replace(load_recipe(folder / CONFIG), run_dir=str(folder))
-    return FoundRun(folder, config, None if which is None else _step(folder, which))
+    return replace(load_recipe(folder / CONFIG), run_dir=str(folder))
 
 
 def names_a_run(text: str) -> bool:
@@ -47,10 +62,21 @@ def names_a_run(text: str) -> bool:
     return text != "nano" and (_split(text)[0] / CONFIG).is_file()
 
 
+def best_of(folder: Path, steps: Collection[int]) -> Best | None:
+    """The evaluation of one of these steps with the highest accuracy, the first of equals."""
+    log = folder / METRICS_FILE
+    found = [
+        Best(row["step"], row["accuracy"])
+        for row in (read_metrics(log) if log.is_file() else [])
+        if row["kind"] == "eval" and row["step"] in steps and row.get("accuracy") is not None
+    ]
+    return max(found, key=lambda best: (best.accuracy, -best.step), default=None)
+
+
 def _split(text: str) -> tuple[Path, str | None]:
     """Folder and what stands behind the last `@`; a folder's own name may hold one."""
     name, sign, which = text.rpartition("@")
-    if not sign or (Path(text) / CONFIG).is_file():
+    if not sign or Path(text).is_dir():
         return Path(text), None
     return Path(name), which
 
@@ -64,15 +90,10 @@ def _step(folder: Path, which: str) -> int:
         raise UserError(
             f"{folder}@{which}: expected @best or @STEP with a step that is saved: {there}"
         )
-    log = folder / METRICS_FILE
-    accuracies = {
-        row["step"]: row["accuracy"]
-        for row in (read_metrics(log) if log.is_file() else [])
-        if row["kind"] == "eval" and row["step"] in saved and row.get("accuracy") is not None
-    }
-    if not accuracies:
+    best = best_of(folder, saved)
+    if best is None:
         raise UserError(
             f"{folder}@best: expected an evaluation of a step that is saved ({there}); there is "
-            f"none in {log}. Name a step: {folder}@STEP"
+            f"none in {folder / METRICS_FILE}. Name a step: {folder}@STEP"
         )
-    return max(accuracies, key=lambda step: (accuracies[step], -step))
+    return best.step

@@ -27,7 +27,8 @@ from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training import run_directory
 from sdpo_jax.training.checkpoint import Checkpoints
 from sdpo_jax.training.console import Console, batch_arithmetic, generations_per_step
-from sdpo_jax.training.distributed import any_process
+from sdpo_jax.training.distributed import any_process, is_leader, of_leader
+from sdpo_jax.training.found_run import Best, best_of
 from sdpo_jax.training.metrics import MetricsLog
 from sdpo_jax.training.parameters import checksum
 from sdpo_jax.training.state import TrainState, to_saved
@@ -58,6 +59,7 @@ def train(
 
     Returns:
       The summary: evaluation `before` and `after`, `steps`, `generations`, `seconds`, `complete`;
+      `best`, step and accuracy, unless no step that is saved was better than the start;
       under `compilation` what this process compiled, not what it resumed from.
 
     Raises:
@@ -92,15 +94,14 @@ def _run(
 ) -> dict[str, Any]:
     began = time.perf_counter()
     _introduce(config, trainer, console, run_dir)
-    first, state, before, best, spent = _start(config, trainer, load_params, checkpoints, console)
+    first, state, before, spent = _start(config, trainer, load_params, checkpoints, console)
     base = None if state.base is None else checksum(state.base)
-    seconds = lambda: spent + time.perf_counter() - began  # noqa: E731
     with _open_log(run_dir, first) as log, _stop_signals() as stop_asked:
         report = _Reporter(log, console, counter)
         if before is None:
             before = trainer.evaluate(state, 0)
             report.evaluation(0, before)
-        saver = _Saver(config, trainer, checkpoints, before, best, base, seconds)
+        saver = _Saver(trainer, checkpoints, before, base=base, began=began - spent)
         after, step, stopping = before, first, False
         while step < config.train.steps and not stopping:
             step += 1
@@ -112,7 +113,7 @@ def _run(
             if last or (every and step % every == 0):
                 after = trainer.evaluate(state, step)
                 report.evaluation(step, after)
-                saver.best = saver.best.or_at(step, after)
+                saver.evaluated(step, after)
             stopping = any_process(stop_asked())
             saver(step, state, now=last or stopping)
             checkpoints.poll()
@@ -120,10 +121,8 @@ def _run(
     checkpoints.finish()
     if first == config.train.steps:
         after = trainer.evaluate(state, first)
-    summary = _summary(config, step, before, after, seconds())
-    summary["compilation"] = counter.total()._asdict()
-    if saver.best.step in checkpoints.steps():
-        summary["best"] = saver.best._asdict()
+    summary = _summary(config, step, before, after, saver.seconds())
+    summary |= {"compilation": counter.total()._asdict(), "best": saver.kept()}
     _finish(config, summary, console, run_dir)
     return summary
 
@@ -140,38 +139,41 @@ def _introduce(config: Config, trainer: Trainer, console: Console, run_dir: Path
     )
 
 
-class _Best(NamedTuple):
-    """The first evaluation with the highest held-out accuracy, of those after a step."""
-
-    step: int = 0
-    accuracy: float = -1.0
-
-    def or_at(self, step: int, evaluation: dict[str, float]) -> "_Best":
-        """The better of the two; an evaluation of no prompts has no accuracy."""
-        accuracy = evaluation.get("accuracy", -1.0)
-        return _Best(step, accuracy) if accuracy > self.accuracy else self
-
-
 class _Saver:
-    """Knows when a checkpoint is due, which one is to stay, and what lies beside the arrays."""
+    """Knows when a checkpoint is due, which one is to stay, and what lies beside the arrays.
+
+    Whether an evaluation is the best so far is for the first process to say: where grades differ
+    between processes, each would wait for the others in another place.
+    """
 
     def __init__(
         self,
-        config: Config,
         trainer: Trainer,
         checkpoints: Checkpoints,
         before: dict[str, float],
-        best: _Best,
+        *,
         base: int | None,
-        seconds: Callable[[], float],
+        began: float,
     ):
-        self._settings, self._trainer, self._checkpoints = config.checkpoint, trainer, checkpoints
-        self._before, self._base, self._seconds = before, base, seconds
-        self.best = best
+        self._settings, self._folder = trainer.config.checkpoint, Path(trainer.config.run_dir)
+        self._trainer, self._checkpoints = trainer, checkpoints
+        self._before, self._base, self._began = before, base, began
+        best = best_of(self._folder, {0, *checkpoints.steps()}) if is_leader() else None
+        self._best = best or Best(0, -1.0)
+
+    def seconds(self) -> float:
+        """Spent so far, by earlier processes too."""
+        return time.perf_counter() - self._began
+
+    def evaluated(self, step: int, evaluation: dict[str, float]) -> None:
+        """Notes an evaluation; one of no prompts has no accuracy."""
+        accuracy = evaluation.get("accuracy", -1.0)
+        if of_leader(accuracy > self._best.accuracy):
+            self._best = Best(step, accuracy)
 
     def __call__(self, step: int, state: TrainState, *, now: bool) -> None:
         """Saves a step if it is due, is the best so far, or `now`."""
-        best = self.best.step if self._settings.keep_best else None
+        best = self._best.step if self._settings.keep_best else None
         if not (now or step == best or step % self._settings.every_steps == 0):
             return
         extra = {
@@ -179,10 +181,13 @@ class _Saver:
             "host": self._trainer.host_state(),
             "base": self._base,
             "before": self._before,
-            "best": list(self.best),
-            "seconds": self._seconds(),
+            "seconds": self.seconds(),
         }
         self._checkpoints.save(step, to_saved(state), extra, also=best)
+
+    def kept(self) -> dict[str, Any] | None:
+        """The best evaluation of all, the start's included, if its step is saved."""
+        return self._best._asdict() if self._best.step in self._checkpoints.steps() else None
 
 
 class _Start(NamedTuple):
@@ -191,7 +196,6 @@ class _Start(NamedTuple):
     step: int
     state: TrainState
     before: dict[str, float] | None  # the evaluation of step 0, where there has been one
-    best: _Best
     seconds: float  # spent by earlier processes
 
 
@@ -206,13 +210,12 @@ def _start(
     if restored is None:
         state = trainer.initial_state(load_params())
         _refuse_weights_that_are_not_finite(trainer.student(state), config.model.path)
-        return _Start(0, state, None, _Best(), 0.0)
+        return _Start(0, state, None, 0.0)
     trainer.source.set_state(restored.extra["data"])
     trainer.set_host_state(restored.extra.get("host", {}))
     console.note(f"resumed   from step {restored.step}")
     extra = restored.extra
-    best = _Best(*extra.get("best", ()))
-    return _Start(restored.step, restored.state, extra["before"], best, extra["seconds"])
+    return _Start(restored.step, restored.state, extra["before"], extra["seconds"])
 
 
 def _refuse_weights_that_are_not_finite(params: Params, path: str) -> None:

@@ -202,7 +202,7 @@ class Trainer:
     def restore(
         self, checkpoints: Checkpoints, load_params: LoadParams, step: int | None = None
     ) -> Restored | None:
-        """The run's last intact checkpoint, or that of `step`; None if there is none.
+        """The run's last intact checkpoint, None if there is none; or that of `step`, or an error.
 
         The initial weights are loaded only where adapters need them as their base.
         """
