@@ -1,4 +1,4 @@
-"""SDPO and GRPO on the embedded model: seeds, a table, and the picture in the README.
+"""SDPO and GRPO on the embedded model: seeds, a table, and a picture.
 
     python benchmarks/nano_curves.py --seeds 1 2 3 4 5 --svg docs/nano_curves.svg
     python benchmarks/nano_curves.py --seeds 100 --rates 1e-4 3e-4 1e-3 3e-3      # choose a rate

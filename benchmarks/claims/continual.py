@@ -1,6 +1,6 @@
 """One model learns three tasks one after the other: what it learns, and what it keeps.
 
-    PYTHONPATH=models:. python benchmarks/claims/continual.py
+    python benchmarks/claims/continual.py
 
 A task is two families of requests; a stage is a run of 40 steps of 32 demonstrations that starts
 from the run before it and is evaluated on the held-out requests of all tasks. SFT and SDFT see the

@@ -1,6 +1,6 @@
 """What of SDPO does the work: who gets credit, what the teacher sees, information or style.
 
-    PYTHONPATH=models:. python benchmarks/claims/credit_and_context.py
+    python benchmarks/claims/credit_and_context.py
 
 All families of requests, 80 steps of 8 prompts with 4 rollouts each. All arms but GRPO are
 `configs/nano.toml` with one difference, at that recipe's rate. Credit is compared under reverse KL,

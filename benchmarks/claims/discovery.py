@@ -1,6 +1,6 @@
 """One hard question, no reward yet: SDPO against best-of-k and against asking in turns.
 
-    PYTHONPATH=models:. python benchmarks/claims/discovery.py
+    python benchmarks/claims/discovery.py
 
 The six questions are the hardest of 24,000 requests by the start model's own probability of the
 accepted call, except four that settings were chosen on (docs/experiments.md). SDPO and asking in

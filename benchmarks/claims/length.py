@@ -1,6 +1,6 @@
 """Responses that may be padded: what SDPO and GRPO make of their length.
 
-    PYTHONPATH=models:. python benchmarks/claims/length.py
+    python benchmarks/claims/length.py
 
 Anything may stand on lines before a call, and only the call is graded (`environment.asides`). The
 start model is the embedded one, trained on for 300 steps on text in which a call without a context

@@ -1,6 +1,6 @@
 """What the embedded model could do before: read contexts, and predict its own training text.
 
-    PYTHONPATH=models:. python benchmarks/claims/nano_prior.py nano runs/nano_sdft
+    python benchmarks/claims/nano_prior.py nano runs/nano_sdft
 
 Rows of the pre-training corpus under a seed that pre-training did not see; every row draws its own
 API, so that no task of the environment is asked. `solution` and `feedback` are the shares of

@@ -1,15 +1,18 @@
 """Runs twelve times as long as needed: what collapses, what keeps it from that, what tells.
 
-    PYTHONPATH=models:. python benchmarks/claims/regularisation.py
+    python benchmarks/claims/regularisation.py
 
 Two families of requests that SDPO learns within 20 steps of 8 prompts with 4 rollouts each, trained
-on for 240. All arms are `configs/nano.toml` with one difference, at that recipe's rate; GRPO at the
-rate of its own. A run has collapsed if it ends below half of its best accuracy.
+for 240 steps in all. All arms are `configs/nano.toml` with one difference, at that recipe's rate;
+GRPO at the rate of its own. A run has collapsed if it ends below half of its best accuracy.
 
 Diagnostics are means of the last ten steps. A run begins to fall where its training reward is 0.2
 below its highest so far. An alarm rings, after step 30, where a diagnostic is above all that the
 runs of two arms which hold ("frozen", "failures alone") ever reach after that step: set afterwards,
-so that these never ring, not a rule that was tried on other runs.
+so that these never ring, not a rule that was tried on other runs. "Default" is the ten runs of
+"EMA 0.05" and of "rate falls", "quick" the ten of "live" and "EMA 0.5". "Rings before" is the share
+of falls that an alarm preceded; "steps before" by how many steps, where it rang at all: after the
+fall where that is negative.
 """
 
 from collections.abc import Mapping, Sequence

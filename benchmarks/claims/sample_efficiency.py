@@ -1,6 +1,6 @@
 """SDPO against GRPO where rewards are sparse: generations, time, and the teacher.
 
-    PYTHONPATH=models:. python benchmarks/claims/sample_efficiency.py
+    python benchmarks/claims/sample_efficiency.py
 
 Requests for a table, which the start model answers rightly in 1 of 100 attempts, 8 prompts with 4
 rollouts each in a step: two steps in three see no success at first. Every arm has its rate from one

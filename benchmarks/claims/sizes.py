@@ -1,17 +1,18 @@
 """Do larger models gain more from SDPO over GRPO? The embedded model and two smaller ones.
 
-    PYTHONPATH=models:. python benchmarks/claims/sizes.py
+    python benchmarks/claims/sizes.py
 
 The two smaller models are pre-trained here like the embedded one (`configs/nano_pretrain.toml`,
 with a seed of its own), once. Every size and objective has its rate from one grid, chosen on a seed
-that no result has. "Shown a solution" and "shown feedback" are what the start model passes with a
-context: how good a teacher it is.
+that no result has. What the start model passes when it is shown a context says how good a teacher
+it is.
 
 The paper's claim is about 0.6 to 8 billion parameters; here 0.13 to 0.85 million.
 """
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -77,9 +78,9 @@ def made(size: Size, options: argparse.Namespace) -> str:
     return str(run_to_end("configs/nano_pretrain.toml", folder, words))
 
 
-def shown(kind: str) -> tuple[str, Callable[[Run], float]]:
-    """What the start model passes with a context of this kind."""
-    return f"shown a {kind}", lambda run: run.evaluations[0].get(f"teacher_accuracy/{kind}", 0.0)
+def at_start(metric: str) -> Callable[[Run], float]:
+    """What a run of SDPO measures of its start model."""
+    return lambda run: run.evaluations[0].get(metric, math.nan)
 
 
 def verdict_of(found: dict[str, list[Run]], names: Sequence[str]) -> Verdict:
@@ -102,7 +103,7 @@ def verdict_of(found: dict[str, list[Run]], names: Sequence[str]) -> Verdict:
 
 
 def main() -> None:
-    """Pre-trains, chooses rates, trains, prints the table and the verdict, draws the picture."""
+    """Pre-trains, chooses rates, trains, prints the table and the verdict, draws the pictures."""
     options = parse(__doc__, NAME)
     options.runs.mkdir(parents=True, exist_ok=True)
     sizes = MADE[:1] if options.quick else MADE  # each has programs of its own to compile
@@ -115,14 +116,16 @@ def main() -> None:
     ]
     arms, rates = best_rates(arms, RATES[:1] if options.quick else RATES, options, accuracy)
     found = train_all(arms, options)
-    measures = [
-        ("before", lambda run: run.evaluations[0]["accuracy"]),
-        shown("solution"),
-        shown("feedback"),
-        ("accuracy", accuracy),
+    table = tabulate(found, [("accuracy", accuracy)])
+    known = [
+        ("alone", at_start("accuracy")),
+        ("shown a solution", at_start("teacher_accuracy/demonstration")),
+        ("shown feedback", at_start("teacher_accuracy/feedback")),
     ]
-    table = tabulate(found, measures)
-    drawn = pictures({f"{NAME}.svg": arms}, options)
+    starts = tabulate({name: found[f"SDPO {name}"] for name in names}, known)
+    drawn = pictures(
+        {f"{NAME}_{n}.svg": [arm for arm in arms if arm.name.endswith(n)] for n in names}, options
+    )
     write(
         NAME,
         options,
@@ -131,6 +134,7 @@ def main() -> None:
         seconds_of(found),
         rates=rates,
         pictures=drawn,
+        tables={"What the start models pass": starts},
     )
 
 

@@ -1,6 +1,6 @@
 """What a training step of SDPO takes over one of GRPO, on equal shapes.
 
-    PYTHONPATH=models:. python benchmarks/claims/step_time.py
+    python benchmarks/claims/step_time.py
 
 CPU seconds of one pinned thread, from `benchmarks/step.py`: SDPO with the full-vocabulary
 divergence and a teacher that follows, GRPO with one update for each batch. Setting A has responses
