@@ -169,7 +169,7 @@ SCRIPTS = {
     "regularisation": 9,
     "sizes": 4,
     "length": ["SDPO", "GRPO"],
-    "continual": ["SFT", "SDFT"],
+    "continual": ["SFT", "SDFT", "SFT, another hand", "SDFT, another hand"],
     "discovery": ["SDPO", "best-of-k", "asking in turns"],
     "step_time": ["setting A", "setting C"],
 }

@@ -10,11 +10,19 @@ best since then minus the end, of the first two. What the model could do before 
 greedy answers that are the wanted call, of 256 when a solution is shown and of 256 when feedback
 is.
 
+Demonstrations are calls as the embedded model writes them itself, or, in another hand, the same
+calls after a line of talk, which the model has never seen or written. Anything may stand before a
+call; only the call is graded, here and among what the model could do before. Shown such a
+demonstration, it writes the call alone.
+
 The protocol is that of SDFT (arXiv 2601.19897, section 5) with tasks that a CPU learns in a minute.
 """
 
 import argparse
+import json
+import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import nano_prior
@@ -31,11 +39,15 @@ from runs import (
     write,
 )
 
+from sdpo_jax.data.tool_call_corpus import ASIDES
+from sdpo_jax.environments.tool_calls import ToolCalls
 from sdpo_jax.evaluation.continual import final_mean, forgetting, learned, spread
 from sdpo_jax.reports.curves import Curve, Point, draw
 
 NAME = "continual"
 RECIPES = {"SFT": "configs/nano_sft.toml", "SDFT": "configs/nano_sdft.toml"}
+HANDS = ("", ", another hand")
+METHODS = [f"{recipe}{hand}" for hand in HANDS for recipe in RECIPES]
 TASKS = ("alarm,music", "table,light", "money,weather")
 TRAIN_PROMPTS, STEPS, EVALUATIONS = 1024, 40, 3
 """Of each task; of each stage."""
@@ -67,7 +79,12 @@ def train_stages(method: str, seed: int, options: argparse.Namespace) -> Sequel:
         words += ["--evaluation.every-steps", str(max(1, steps // EVALUATIONS))]
         words += ["--train.steps", str(steps), "--optimizer.warmup-steps", str(min(5, steps - 1))]
         words += ["--evaluation.prompts", "12"] if options.quick else []
-        folder = run_to_end(RECIPES[method], options.runs / f"{method}_{seed}_{stage}", words)
+        if method.endswith(HANDS[1]):
+            words += ["--environment.asides", "--rollout.max-response-tokens", "64"]
+            words += ["--data.source", str(in_another_hand(stage, options.runs))]
+        name = method.replace(",", "").replace(" ", "_")
+        recipe = RECIPES[method.removesuffix(HANDS[1])]
+        folder = run_to_end(recipe, options.runs / f"{name}_{seed}_{stage}", words)
         run = read(folder)
         # A stage starts where the one before ended.
         for row in run.evaluations[1 if stage else 0 :]:
@@ -76,6 +93,22 @@ def train_stages(method: str, seed: int, options: argparse.Namespace) -> Sequel:
         rows.append(way[-1][1])
         start, seconds = str(folder), seconds + run.seconds
     return Sequel(rows, way, start, seconds)
+
+
+def in_another_hand(stage: int, runs: Path) -> Path:
+    """The file with a task's demonstrations, a line of talk before each call."""
+    return runs / f"another_hand_{stage}.jsonl"
+
+
+def write_in_another_hand(stage: int, runs: Path) -> None:
+    """The demonstrations that the environment gives, with talk."""
+    rng, families = random.Random(stage), TASKS[stage].split(",")
+    known = ToolCalls(train_prompts=TRAIN_PROMPTS, held_out_prompts=0, families=families)
+    lines: list[str] = []
+    for prompt in known.train:
+        response = f"{rng.choice(ASIDES)}\n{known.reference(prompt)}"
+        lines.append(json.dumps({"prompt": prompt.messages, "response": response}) + "\n")
+    in_another_hand(stage, runs).write_text("".join(lines))
 
 
 def by_task(row: dict[str, Any]) -> list[float]:
@@ -108,38 +141,38 @@ def row_of(found: Sequence[Sequel]) -> dict[str, list[float]]:
 
 
 def verdicts_of(rows: dict[str, dict[str, list[float]]]) -> list[Verdict]:
-    """Claim 9."""
-    sft, sdft = (rows[name] for name in RECIPES)
-    keeps = [
-        ("forgotten, SFT - SDFT", paired(sft["forgotten"], sdft["forgotten"])),
-        ("a solution shown, SDFT - SFT", paired(sdft["a solution shown"], sft["a solution shown"])),
-        ("feedback shown, SDFT - SFT", paired(sdft["feedback shown"], sft["feedback shown"])),
-    ]
-    return [
-        no_worse(
-            9,
-            "SDFT learns each task as well as SFT",
-            ("learned, SDFT - SFT", paired(sdft["learned"], sft["learned"])),
-        ),
-        ahead(9, "SDFT keeps earlier tasks and abilities better", *keeps),
-    ]
+    """Claim 9, for demonstrations in each hand."""
+    found: list[Verdict] = []
+    for hand in HANDS:
+        sft, sdft = (rows[f"{recipe}{hand}"] for recipe in RECIPES)
+        keeps = [("forgotten, SFT - SDFT", paired(sft["forgotten"], sdft["forgotten"]))]
+        for known in ("a solution shown", "feedback shown"):
+            keeps.append((f"{known}, SDFT - SFT", paired(sdft[known], sft[known])))
+        learns = ("learned, SDFT - SFT", paired(sdft["learned"], sft["learned"]))
+        which = "in another hand" if hand else "in the model's own hand"
+        found.append(no_worse(9, f"{which}, SDFT learns each task as well as SFT", learns))
+        found.append(ahead(9, f"{which}, SDFT keeps earlier tasks and abilities better", *keeps))
+    return found
 
 
 def main() -> None:
     """Trains, prints the table and the verdicts, draws the pictures."""
     options = parse(__doc__, NAME)
-    jobs = [(method, seed) for seed in options.seeds for method in RECIPES]
+    options.runs.mkdir(parents=True, exist_ok=True)
+    for stage in range(len(TASKS)):
+        write_in_another_hand(stage, options.runs)
+    jobs = [(method, seed) for seed in options.seeds for method in METHODS]
     done = in_parallel(lambda job: train_stages(job[0], job[1], options), jobs, options.jobs)
     found = {
         name: [run for (method, _), run in zip(jobs, done, strict=True) if method == name]
-        for name in RECIPES
+        for name in METHODS
     }
     rows = {name: row_of(runs) for name, runs in found.items()}
     table = table_of(rows)
     options.results.mkdir(parents=True, exist_ok=True)
     drawn: list[str] = []
     for name, runs in found.items():
-        drawn.append(f"{NAME}_{name.lower()}.svg")
+        drawn.append(f"{NAME}_{name.lower().replace(',', '').replace(' ', '_')}.svg")
         text = draw(curves_of(runs), "accuracy", across="steps")
         (options.results / drawn[-1]).write_text(text, encoding="utf-8")
     seconds = sum(run.seconds for run in done)

@@ -4,7 +4,7 @@
 
 Rows of the pre-training corpus under a seed that pre-training did not see; every row draws its own
 API, so that no task of the environment is asked. `solution` and `feedback` are the shares of
-greedy answers that are the wanted call, letter by letter, when a solution or feedback is shown;
+greedy answers whose last line is the wanted call, when a solution or feedback is shown;
 `context_loss` and `bare_loss` are nats per response token (the end token included) of rows with and
 without a context. A bare row wants the forms that were common before, which training on another API
 must unlearn: `bare_loss` rises in any model that learned the task.
@@ -29,7 +29,7 @@ from sdpo_jax.losses.likelihood import sft_loss
 from sdpo_jax.sampling.sampler import Sampler
 from sdpo_jax.teacher.context import DEMONSTRATION_HEADER, FEEDBACK_HEADER
 
-SEED, ROWS, MAX_TOKENS = 20_601, 256, 32
+SEED, ROWS, MAX_TOKENS = 20_601, 256, 64
 
 
 def rows_of_each_kind(count: int = ROWS) -> dict[str, list[Demonstration]]:
@@ -60,13 +60,13 @@ def measure(path: str) -> dict[str, float]:
 
 
 def copied(parts: dict[str, Any], params: Any, rows: Sequence[Demonstration]) -> float:
-    """Share of greedy answers that are the row's response."""
+    """Share of greedy answers whose last line is the row's response."""
     tokenizer = parts["tokenizer"]
     sampler = Sampler(parts["model"], Devices(make_mesh(MeshConfig())), tokenizer.stop_ids)
     prompts = [tokenizer.render(row.messages) for row in rows]
     settings: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "seed": 0, "step": 0}
     answers = sampler(params, prompts, group=1, **settings).responses()
-    texts = [tokenizer.decode(ids) for ids in answers]
+    texts = [tokenizer.decode(ids).strip().rpartition("\n")[2] for ids in answers]
     return float(np.mean([text == row.response for text, row in zip(texts, rows, strict=True)]))
 
 

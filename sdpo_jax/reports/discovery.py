@@ -22,10 +22,10 @@ NAMES = {
     "sdpo": "SDPO",
     "grpo": "GRPO",
     "best_of_k": "best-of-k",
-    "multi_turn_feedback": "feedback",
-    "multi_turn_conversation": "turns",
+    "multi_turn_feedback": "turns with feedback",
+    "multi_turn_conversation": "turns of conversation",
 }
-"""Short enough to stand at the end of a line."""
+"""What stands at the end of a line."""
 
 
 def draw(cells: Sequence[Cell]) -> str:
