@@ -13,14 +13,20 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runs import Verdict, interval, parse, table_of, write
+
+from sdpo_jax.evaluation.continual import spread
+from sdpo_jax.reports.curves import Curve, Point, draw
 
 NAME = "step_time"
 STEP = Path(__file__).parent.parent / "step.py"
 MOST = 1.25
 """Of GRPO's time, what "virtually the same" is taken to mean here, on responses of 256 tokens."""
+TOKENS = {"A": 64, "C": 256}
+"""Of a response, by setting."""
 TINY = ("--layers", "1", "--response-tokens", "8")
 
 
@@ -34,11 +40,21 @@ def seconds(setting: str, objective: str, options: argparse.Namespace) -> float:
         return json.loads(file.read_text())["cpu_seconds"]
 
 
+def curves_of(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Curve]:
+    """Seconds of a step against tokens of a response, a line for each objective."""
+    found: list[Curve] = []
+    for name in ("SDPO", "GRPO"):
+        values = [rows[f"setting {setting}"][f"{name}, s"] for setting in TOKENS]
+        points = [Point(n, *spread(own)) for n, own in zip(TOKENS.values(), values, strict=True)]
+        found.append(Curve(name, points, len(values[0])))
+    return found
+
+
 def main() -> None:
-    """Measures, prints the table and the verdict."""
+    """Measures, prints the table and the verdict, draws the picture."""
     options = parse(__doc__, NAME)
     rows: dict[str, dict[str, list[float]]] = {}
-    for setting in ("A", "C"):
+    for setting in TOKENS:
         spent = [[seconds(setting, o, options) for o in ("sdpo", "grpo")] for _ in options.seeds]
         rows[f"setting {setting}"] = {
             "SDPO, s": [a for a, _ in spent],
@@ -54,7 +70,12 @@ def main() -> None:
         "SDPO / GRPO: " + "; ".join(f"{name} {ratio}" for name, ratio in ratios.items()),
     )
     total = sum(sum(row["SDPO, s"]) + sum(row["GRPO, s"]) for row in rows.values())
-    write(NAME, options, table, [verdict], 5 * total)  # two steps of warm-up, three that count
+    options.results.mkdir(parents=True, exist_ok=True)
+    picture = draw(curves_of(rows), "cpu_seconds", across="tokens of a response")
+    (options.results / f"{NAME}.svg").write_text(picture, encoding="utf-8")
+    drawn = [f"{NAME}.svg"]
+    # Two steps of warm-up, three that count.
+    write(NAME, options, table, [verdict], 5 * total, pictures=drawn)
 
 
 if __name__ == "__main__":
