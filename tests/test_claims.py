@@ -84,7 +84,8 @@ def test_the_table_has_a_row_for_each_claim_and_says_what_was_not_measured():
     assert "| **holds** | a 1 [0, 2] ([how](docs/claims.md#one)) |" in rows[0]
     assert rows[1].endswith("| not measured yet |  |")
     mixed = table.readme_table([record("one", 7, True), record("two", 7, False)])
-    assert "| in part |" in mixed.splitlines()[2 + 6]
+    says = "| in part | holds: it is so. Does not hold: it is so ([how](docs/claims.md#one)) "
+    assert says in mixed.splitlines()[2 + 6]
     refuted = table.readme_table([record("one", 7, False)])
     assert "| does not hold |" in refuted.splitlines()[2 + 6]
 

@@ -149,9 +149,9 @@ def verdicts_of(rows: dict[str, dict[str, list[float]]]) -> list[Verdict]:
         for known in ("a solution shown", "feedback shown"):
             keeps.append((f"{known}, SDFT - SFT", paired(sdft[known], sft[known])))
         learns = ("learned, SDFT - SFT", paired(sdft["learned"], sft["learned"]))
-        which = "in another hand" if hand else "in the model's own hand"
-        found.append(no_worse(9, f"{which}, SDFT learns each task as well as SFT", learns))
-        found.append(ahead(9, f"{which}, SDFT keeps earlier tasks and abilities better", *keeps))
+        which = f"from demonstrations in {'another' if hand else "the model's own"} hand SDFT"
+        found.append(no_worse(9, f"{which} learns each task as well as SFT", learns))
+        found.append(ahead(9, f"{which} keeps earlier tasks and abilities better", *keeps))
     return found
 
 

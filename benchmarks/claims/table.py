@@ -57,17 +57,25 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def readme_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each claim; one without results says so."""
+    """A row for each claim; one without results says so, one that holds in part says in which."""
     lines = [
         "| | claim of the papers | in small | measured |",
         "|---|---|---|---|",
     ]
     for number, claim in CLAIMS.items():
         found = [(r, v) for r in records for v in r["verdicts"] if v["number"] == number]
-        words = _in_a_word([v["holds"] for _, v in found])
-        cells = "; ".join(f"{v['because']} ([how]({_anchor(r)}))" for r, v in found)
-        lines.append(f"| {number} | {claim} | {words} | {cells} |")
+        verdicts = [v for _, v in found]
+        words = _in_a_word([v["holds"] for v in verdicts])
+        text = _parts(verdicts) if words == "in part" else "; ".join(v["because"] for v in verdicts)
+        links = "".join(f" ([how]({link}))" for link in dict.fromkeys(_anchor(r) for r, _ in found))
+        lines.append(f"| {number} | {claim} | {words} | {text}{links} |")
     return "\n".join(lines)
+
+
+def _parts(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """What holds, then what does not; the numbers are on the page."""
+    held = {word: [v["claim"] for v in verdicts if v["holds"] == word] for word in (True, False)}
+    return f"holds: {'; '.join(held[True])}. Does not hold: {'; '.join(held[False])}"
 
 
 def _in_a_word(held: Sequence[bool]) -> str:
