@@ -149,7 +149,8 @@ def verdicts_of(rows: dict[str, dict[str, list[float]]]) -> list[Verdict]:
         for known in ("a solution shown", "feedback shown"):
             keeps.append((f"{known}, SDFT - SFT", paired(sdft[known], sft[known])))
         learns = ("learned, SDFT - SFT", paired(sdft["learned"], sft["learned"]))
-        which = f"from demonstrations in {'another' if hand else "the model's own"} hand SDFT"
+        whose = "another" if hand else "the model's own"
+        which = f"from demonstrations in {whose} hand SDFT"
         found.append(no_worse(9, f"{which} learns each task as well as SFT", learns))
         found.append(ahead(9, f"{which} keeps earlier tasks and abilities better", *keeps))
     return found
