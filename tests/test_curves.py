@@ -2,11 +2,16 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 
 import pytest
 
 from sdpo_jax.errors import UserError
 from sdpo_jax.reports.curves import (
+    BOTTOM,
+    HEIGHT,
+    NAME_HEIGHT,
+    Curve,
     Point,
     axes_for,
     draw,
@@ -130,3 +135,15 @@ def test_the_horizontal_axis_says_what_it_counts():
     curves = [merge("a", [{0: 0.0, 8: 1.0}])]
     plain, steps = draw(curves, "accuracy"), draw(curves, "accuracy", across="steps")
     assert steps == plain.replace("generations", "steps") != plain
+
+
+def test_names_of_lines_that_end_together_stay_apart_and_above_the_axis():
+    ends = {"high": 0.9, "low": 0.01, "lower": 0.0, "lowest": 0.0}
+    curves = [Curve(n, [Point(0, 1.0, 1.0, 1.0), Point(9, y, y, y)], 1) for n, y in ends.items()]
+    texts = [
+        t for t in ElementTree.fromstring(draw(curves, "accuracy")) if "name" in t.get("class", "")
+    ]
+    heights = [float(text.get("y", "")) for text in texts]
+    assert [text.text for text in texts] == list(ends)
+    assert all(b - a >= NAME_HEIGHT for a, b in pairwise(heights))
+    assert heights[-1] == HEIGHT - BOTTOM and heights[0] < 100

@@ -24,6 +24,8 @@ WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 84, 44, 56
 LETTER = 8
 """Width of a letter of the legend, at most."""
+NAME_HEIGHT = 17
+"""From one name of the legend to the next, at least."""
 COLOURS = (
     ("#0b62c4", "#6cb0ff"),
     ("#c2500a", "#ff9d57"),
@@ -247,10 +249,12 @@ def _names(curves: Sequence[Curve], x: Axis, y: Axis) -> list[str]:
     out: list[str] = []
     order = sorted(range(len(curves)), key=lambda i: -curves[i].points[-1].mean)
     lowest = -math.inf
-    for index in order:
+    for rank, index in enumerate(order):
         curve = curves[index]
-        at = max(y.place(curve.points[-1].mean) + 4, lowest + 17)
-        lowest = at
+        below = len(order) - 1 - rank
+        # Not under the picture, where the numbers of the axis stand: those above give way.
+        at = min(y.place(curve.points[-1].mean) + 4, y.place(y.low) - NAME_HEIGHT * below)
+        at = lowest = max(at, lowest + NAME_HEIGHT)
         left = x.place(curve.points[-1].generations) + 9
         place = f'x="{left:.1f}" y="{at:.1f}"'
         out.append(f'<text class="name name{index}" {place}>{escape(curve.name)}</text>')
