@@ -7,7 +7,7 @@ accepted call, except four that settings were chosen on (docs/experiments.md). S
 turns stop at the first success, at most 512 generations; best-of-k draws ten times as many.
 discovery@k is the probability that the first success is among the first k generations; here and in
 the mean generations to it, truncated at 512, intervals are 90 % of a bootstrap over seeds, as in
-the paper.
+the paper. The verdicts compare the curves themselves, without an interval.
 """
 
 import argparse
