@@ -99,8 +99,8 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(
-            f"{folder}: expected the folder of a run, with {CONFIG} in it; "
-            "`sdpo train RECIPE` makes one under runs/"
+            f"{folder}: expected the folder of a run, with {CONFIG} in it, and no checkpoint of it "
+            "(@); `sdpo train RECIPE` makes one under runs/"
         )
     rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
     if not rows:
