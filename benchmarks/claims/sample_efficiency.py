@@ -99,7 +99,7 @@ def main() -> None:
     ]
     table = tabulate(found, measures)
     drawn = pictures({f"{NAME}.svg": arms}, options)
-    drawn += pictures({"teacher_accuracy.svg": arms[:2]}, options, metric="teacher_accuracy")
+    drawn += pictures({"teacher_accuracy.svg": arms[:1]}, options, metric="teacher_accuracy")
     write(NAME, options, table, verdicts_of(found), seconds_of(found), rates=rates, pictures=drawn)
 
 
