@@ -168,3 +168,46 @@ def test_two_processes_train_as_one_does_and_an_error_in_one_ends_both(tmp_path)
     assert other.returncode == 2, other.stdout + other.stderr
     assert "[0] sdpo: " in other.stderr
     assert "the run has 0.0003, the recipe has 0.5" in other.stderr
+
+
+DISAGREE = f"""#!{sys.executable}
+from types import SimpleNamespace
+import jax
+from sdpo_jax.config import Config
+from sdpo_jax.training.distributed import initialize_from_environment
+from sdpo_jax.training import loop
+
+initialize_from_environment()
+saved = []
+trainer = SimpleNamespace(
+    config=Config(run_dir="nowhere"),
+    source=SimpleNamespace(get_state=dict),
+    host_state=dict,
+)
+checkpoints = SimpleNamespace(steps=list, save=lambda step, *_, also: saved.append((step, also)))
+loop.to_saved = lambda state: state
+saver = loop._Saver(trainer, checkpoints, {{}}, base=None, began=0.0)
+grades = [(0.5, 0.9, 0.3), (0.5, 0.1, 0.9)][jax.process_index()]
+for step, accuracy in enumerate(grades, start=1):
+    saver.evaluated(step, {{"accuracy": accuracy}})
+    saver(step, None, now=False)
+print("saved", saved, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_where_grades_differ_all_processes_save_what_the_first_finds_best(tmp_path):
+    script = tmp_path / "disagree"
+    script.write_text(DISAGREE)
+    script.chmod(0o755)
+    path = f"{ROOT}{os.pathsep}{ROOT / 'models'}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / "local_processes.sh", "unread"],
+        env=environment | {"PROCESSES": "2", "SDPO": str(script)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("saved [(1, 1), (2, 2)]") == 2, done.stdout

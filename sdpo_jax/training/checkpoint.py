@@ -29,11 +29,11 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sdpo_jax.errors import UserError
+from sdpo_jax.training.distributed import of_leader
 from sdpo_jax.training.manifest import (
     MANIFEST,
     Damaged,
@@ -131,7 +131,7 @@ class Checkpoints:
             also: a step to keep beside the last ones, however old.
         """
         self.finish()
-        if self._agree(step if step in self.steps() else -1) == step:
+        if of_leader(step if step in self.steps() else -1) == step:
             return
         if self._leader:
             self._make_room(step)
@@ -238,7 +238,7 @@ class Checkpoints:
         """The step to restore, on every process; None if nothing was ever completed."""
         self.finish()
         search = self._newest_intact if asked is None else partial(self._intact, asked)
-        step = self._agree(search() if self._leader else _NOTHING_SAVED)
+        step = of_leader(search() if self._leader else _NOTHING_SAVED)
         if step == _NOT_INTACT:
             raise UserError(
                 f"{self._directory}: step {asked} is damaged or not there. Expected another one: "
@@ -266,12 +266,6 @@ class Checkpoints:
 
     def _manifest_path(self, step: int) -> Path:
         return self._directory / str(step) / MANIFEST
-
-    def _agree(self, verdict: int) -> int:
-        """Process 0's number, on every process."""
-        if jax.process_count() == 1:
-            return verdict
-        return int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
 
     def _make_room(self, step: int) -> None:
         """Removes what killed saves left, and moves an unfinished directory out of the way."""

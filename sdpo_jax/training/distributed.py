@@ -92,11 +92,11 @@ def any_process(asked: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(asked))))
 
 
-def of_leader(verdict: bool) -> bool:
-    """The first process's verdict, on all."""
+def of_leader(verdict: int) -> int:
+    """The first process's number, on all."""
     if jax.process_count() == 1:
         return verdict
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(verdict)))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
 
 
 def leave(code: int) -> NoReturn:
