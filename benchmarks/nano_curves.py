@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_jax.reports import curves
-from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.run.metrics import read_metrics
 
 RECIPES = {"SDPO": "configs/nano.toml", "GRPO": "configs/nano_grpo.toml"}
 

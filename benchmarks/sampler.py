@@ -22,7 +22,7 @@ from step import make_architecture
 
 from sdpo_jax.config import MeshConfig
 from sdpo_jax.devices import Devices, make_mesh
-from sdpo_jax.sampling.sampler import HostRollouts, Sampler
+from sdpo_jax.rollouts.sampler import HostRollouts, Sampler
 from sdpo_models.transformer import build_model
 
 

@@ -60,7 +60,7 @@ from sdpo_jax.config import (
 from sdpo_jax.config import DataConfig as Data
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.training.clock import Clock
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.training.trainer import Trainer
 from sdpo_models.architecture import Architecture
 from sdpo_models.transformer import build_model
@@ -188,10 +188,10 @@ def make_architecture(s: Setting) -> Architecture:
 def watch_phases() -> dict[str, float]:
     """CPU seconds of each phase since the last `clear`, beside the wall seconds of the rows."""
     cpu: dict[str, float] = {}
-    phase = Clock.phase
+    phase = PhaseTimer.phase
 
     @contextlib.contextmanager
-    def watched(self: Clock, name: str) -> Iterator[None]:
+    def watched(self: PhaseTimer, name: str) -> Iterator[None]:
         began = time.process_time()
         try:
             with phase(self, name):
@@ -199,7 +199,7 @@ def watch_phases() -> dict[str, float]:
         finally:
             cpu[name] = cpu.get(name, 0.0) + time.process_time() - began
 
-    Clock.phase = watched
+    PhaseTimer.phase = watched
     return cpu
 
 

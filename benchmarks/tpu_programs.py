@@ -40,11 +40,11 @@ from sdpo_jax.config import OptimizerConfig
 from sdpo_jax.devices import AXES, Devices
 from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
 from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
-from sdpo_jax.sampling.draw import Filters
-from sdpo_jax.sampling.generate import Plan
-from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.rollouts.draw import Filters
+from sdpo_jax.rollouts.generate import Plan
+from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.teacher.weights import ema
-from sdpo_jax.training.parameters import full
+from sdpo_jax.training.lora import full
 from sdpo_jax.training.state import abstract_state, make_optimizer, state_shardings
 from sdpo_jax.training.step import MicroBatch, Sequences, Sums, make_train_step, teacher_forward
 from sdpo_models.architecture import Architecture

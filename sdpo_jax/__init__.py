@@ -3,7 +3,6 @@
 The names here are pure functions of arrays and need jax alone; `sdpo_jax.training` has the trainer.
 """
 
-from sdpo_jax.losses.by_products import ByProducts, by_products
 from sdpo_jax.losses.chunked_head import checkpointed_head, chunked_head
 from sdpo_jax.losses.credit import (
     candidate_loss,
@@ -62,6 +61,7 @@ from sdpo_jax.losses.reductions import (
     token_mean_weights,
 )
 from sdpo_jax.losses.support import SupportLogProbs, support_log_probs, top_k_log_probs
+from sdpo_jax.losses.token_stats import TokenStats, token_stats
 from sdpo_jax.losses.vocabulary import (
     log_softmax,
     select_targets,
@@ -85,7 +85,6 @@ from sdpo_jax.teacher.weights import Teacher, ema, ema_update, frozen, live, tru
 __version__ = "0.1.0"
 
 __all__ = [
-    "ByProducts",
     "GrpoConstants",
     "GrpoTokens",
     "LossOutput",
@@ -97,7 +96,7 @@ __all__ = [
     "SftTokens",
     "SupportLogProbs",
     "Teacher",
-    "by_products",
+    "TokenStats",
     "candidate_loss",
     "checkpointed_head",
     "chunked_head",
@@ -153,6 +152,7 @@ __all__ = [
     "teacher_entropy_weights",
     "token_mean",
     "token_mean_weights",
+    "token_stats",
     "top_k_indices",
     "top_k_log_probs",
     "top_k_loss",

@@ -18,7 +18,7 @@ from sdpo_jax.environments.base import Environment
 from sdpo_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from sdpo_jax.training.found_run import FoundRun
+    from sdpo_jax.run.run_ref import RunRef
 
 _HELP = ("-h", "--help")
 USAGE = """usage: sdpo COMMAND ...
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _leave(code: int) -> NoReturn:
     """Ends the process; a job of several ends with it, or the others would wait for ever."""
-    if code and "sdpo_jax.training.distributed" in sys.modules:
-        from sdpo_jax.training.distributed import leave
+    if code and "sdpo_jax.distributed" in sys.modules:
+        from sdpo_jax.distributed import leave
 
         leave(code)
     sys.exit(code)
@@ -81,7 +81,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> None:
-    from sdpo_jax.recipe import load_recipe
+    from sdpo_jax.config.recipe import load_recipe
 
     if not words or words[0].startswith("-"):
         raise UserError("sdpo train: expected a recipe first, as in `sdpo train configs/nano.toml`")
@@ -91,11 +91,11 @@ def _train(words: list[str]) -> None:
         config = replace(config, run_dir=str(Path("runs") / recipe.stem))
     _quiet_libraries()
     from sdpo_jax.compilation import persistent_cache
+    from sdpo_jax.distributed import initialize_from_environment, is_leader
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_jax.training import run_directory
-    from sdpo_jax.training.console import Console
-    from sdpo_jax.training.distributed import initialize_from_environment, is_leader
-    from sdpo_jax.training.loop import show_summary, train
+    from sdpo_jax.run import run_directory
+    from sdpo_jax.run.console import Console
+    from sdpo_jax.run.loop import show_summary, train
     from sdpo_models.gguf_convert import cache_folder
 
     run_dir = Path(config.run_dir)
@@ -120,12 +120,12 @@ def _train(words: list[str]) -> None:
 
 
 def _eval(words: list[str]) -> None:
+    from sdpo_jax.commands.evaluate import evaluate_run, evaluate_start, parse_options
     from sdpo_jax.compilation import persistent_cache
+    from sdpo_jax.config.recipe import load_recipe
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_jax.evaluation.command import evaluate_run, evaluate_start, parse_options
-    from sdpo_jax.recipe import load_recipe
-    from sdpo_jax.training.found_run import find
+    from sdpo_jax.run.run_ref import find
     from sdpo_models.gguf_convert import cache_folder
 
     options = parse_options(words)
@@ -150,11 +150,11 @@ def _report(words: list[str]) -> None:
 
 
 def _heatmap(words: list[str]) -> None:
+    from sdpo_jax.commands.heatmap_options import heatmap_run, parse_options
     from sdpo_jax.compilation import persistent_cache
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_jax.reports.command import heatmap_run, parse_options
-    from sdpo_jax.training.found_run import find
+    from sdpo_jax.run.run_ref import find
     from sdpo_models.gguf_convert import cache_folder
 
     options = parse_options(words)
@@ -168,15 +168,15 @@ def _heatmap(words: list[str]) -> None:
 
 def _discover(words: list[str]) -> None:
     if not words or words[0] in _HELP:
-        from sdpo_jax.evaluation.discover_options import USAGE as usage
+        from sdpo_jax.discovery.options import USAGE as usage
 
         print(f"usage: {usage}")
         return
     _quiet_libraries()
     from sdpo_jax.compilation import persistent_cache
+    from sdpo_jax.discovery.options import find_questions, parse
+    from sdpo_jax.discovery.runner import discover
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_jax.evaluation.discover_command import discover
-    from sdpo_jax.evaluation.discover_options import find_questions, parse
     from sdpo_models.gguf_convert import cache_folder
 
     config, options = parse(words)
@@ -202,7 +202,7 @@ def _convert(words: list[str]) -> None:
         convert(source, out, dtype=dtype)
         print(f"wrote {out}: {source} as {dtype}")
         return
-    from sdpo_jax.training.found_run import find
+    from sdpo_jax.run.run_ref import find
     from sdpo_models.hugging_face import save_run
 
     run = find(source)
@@ -240,14 +240,14 @@ def _env(words: list[str]) -> int:
 
 def _env_check(path: Path, options: list[str]) -> int:
     """Prints the table; 2 if there is a problem."""
-    from sdpo_jax.config_environments import (
+    from sdpo_jax.config.environments import (
         CodeEnvironment,
         FileEnvironment,
         NanoCodeEnvironment,
     )
+    from sdpo_jax.config.recipe import load_recipe
     from sdpo_jax.environments.check import check, report
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_jax.recipe import load_recipe
 
     _quiet_libraries()
     if path.suffix == ".toml":
@@ -267,7 +267,7 @@ def model_folder(config: Config) -> Path:
 
     A run's folder leads to the folder that the run itself started from.
     """
-    from sdpo_jax.training.found_run import config_of, names_a_run
+    from sdpo_jax.run.run_ref import config_of, names_a_run
     from sdpo_models.nano import FOLDER
 
     path = config.model.path
@@ -352,7 +352,7 @@ def _initial_params(config: Config, model: Any, folder: Path, architecture: Any)
     import jax
 
     from sdpo_jax.devices import Devices, make_mesh
-    from sdpo_jax.training.found_run import find, names_a_run
+    from sdpo_jax.run.run_ref import find, names_a_run
     from sdpo_models.hugging_face import load_params
 
     if config.model.random_init:
@@ -364,10 +364,10 @@ def _initial_params(config: Config, model: Any, folder: Path, architecture: Any)
     return load_params(folder, architecture, shardings=devices.parameter_shardings)
 
 
-def _student(run: "FoundRun") -> tuple[int, Any]:
+def _student(run: "RunRef") -> tuple[int, Any]:
     """Step and weights of a run's checkpoint, on whatever devices are here."""
+    from sdpo_jax.commands.evaluate import restore_student
     from sdpo_jax.devices import fitting_mesh
-    from sdpo_jax.evaluation.command import restore_student
 
     config = replace(run.config, mesh=fitting_mesh(run.config.mesh))
     folder = model_folder(config)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+_BROKEN_CHARACTER = "\ufffd"  # what half of a multi-byte character decodes to
+
 
 class Tokenizer(Protocol):
     """Chats to ids, ids to text."""
@@ -40,3 +42,20 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text without control tokens."""
         ...
+
+
+def start_of(text: str, tokenizer: Tokenizer, tokens: int) -> str:
+    """The longest start of `text` in at most `tokens` tokens, in whole characters of `text`."""
+    ids = tokenizer.encode(text)
+    if len(ids) <= tokens:
+        return text
+    return text[: len(tokenizer.decode(ids[:tokens]).rstrip(_BROKEN_CHARACTER))]
+
+
+def end_of(text: str, tokenizer: Tokenizer, tokens: int) -> str:
+    """The longest end of `text` in at most `tokens` tokens, in whole characters of `text`."""
+    ids = tokenizer.encode(text)
+    if len(ids) <= tokens:
+        return text
+    kept = tokenizer.decode(ids[len(ids) - tokens :]).lstrip(_BROKEN_CHARACTER)
+    return text[len(text) - len(kept) :]

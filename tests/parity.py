@@ -11,7 +11,7 @@ import numpy as np
 import tiny
 from make_fixtures import KEPT, NEW, PROMPT
 
-from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_models.hugging_face import load_architecture, load_params
 from sdpo_models.transformer import build_model
 

@@ -9,8 +9,7 @@ import jax
 import pytest
 import tiny
 
-from sdpo_jax import recipe
-from sdpo_jax.config import SdpoObjective
+from sdpo_jax.config import SdpoObjective, recipe
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.trainer import Trainer

@@ -17,7 +17,7 @@ process = int(sys.argv[2])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, process)
 from sdpo_jax.environments.base import Outcome, not_graded
-from sdpo_jax.environments.grading import agreed
+from sdpo_jax.rollouts.episodes import agreed
 rows = [Outcome(float(i), i == 2, f"row {i}", {}) for i in range(4)]
 rows[process] = not_graded(f"process {process} has no sandbox")
 print(json.dumps([[o.reward, o.passed, o.feedback, o.graded] for o in agreed(rows)]))

@@ -9,11 +9,11 @@ import test_loop
 from test_loop import BASE, MODEL, TOKENIZER, Toy, rows_of, start_params
 
 from sdpo_jax.config import GrpoObjective, SdpoObjective
+from sdpo_jax.config.recipe import load_recipe
 from sdpo_jax.errors import UserError
-from sdpo_jax.recipe import load_recipe
-from sdpo_jax.training import loop
-from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import Table, draw, redraw
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw, redraw
+from sdpo_jax.run import loop
 from sdpo_jax.training.trainer import Trainer
 
 OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
@@ -131,8 +131,8 @@ def test_a_recipe_refuses_to_draw_ahead_of_what_a_later_turn_waits_for():
 def test_a_draw_that_was_kept_is_the_same_to_the_bit():
     config = config_of("unused")
     trainer = Trainer(config, MODEL, TOKENIZER, Toy())
-    prompts, clock = list(Toy.train[:2]), Clock()
-    table = Table(config.rollout, TOKENIZER, Toy(), 32)
+    prompts, clock = list(Toy.train[:2]), PhaseTimer()
+    table = RolloutSetup(config.rollout, TOKENIZER, Toy(), 32)
     drawn = draw(table, trainer.sampler, start_params(), prompts, seed=0, step=3, clock=clock)
     again = redraw(table, prompts, drawn.to_state(), clock=clock)
     (old, metrics), (new, same) = drawn.finish(clock), again.finish(clock)

@@ -7,27 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYER = {
-    "losses": 0,
-    "model": 0,
-    "errors": 0,
-    "compilation": 0,
-    "config": 0,
-    "config_environments": 0,
-    "config_objectives": 0,
-    "devices": 0,
-    "tokens": 0,
-    "recipe": 1,
-    "recipe_checks": 1,
-    "teacher": 1,
-    "data": 1,
-    "sampling": 1,
-    "environments": 1,
-    "training": 2,
-    "evaluation": 2,
-    "reports": 2,
-    "cli": 3,
-}
+# From top to bottom, as in docs/architecture.md: a room imports only rooms below it.
+ROOMS = (
+    *("cli", "commands", "api", "discovery", "reports", "run", "evaluation"),
+    *("objectives", "training", "rollouts", "data", "teacher", "environments", "distributed"),
+    *("devices", "config", "tokens", "compilation", "model", "errors", "losses"),
+)
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "sdpo_jax").rglob("*.py"))
@@ -40,29 +25,36 @@ JAX_ALONE = [m for m in MODULES if m == FACADE or m.startswith("sdpo_jax.losses"
 
 
 def imports(path):
-    """Absolute names of everything that a file imports, anywhere in it."""
+    """Absolute names of everything that a file imports, anywhere in it; of modules by their own."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            source = node.module or ""
-            names = [f"{source}.{alias.name}" for alias in node.names]
-            yield from names if source == FACADE else [source]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from {name if name in MODULES else node.module for name in names}
 
 
-def part(module):
+def room(module):
     return module.split(".")[1]
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m != FACADE])
-def test_no_module_imports_a_higher_layer(module):
-    assert part(module) in LAYER, f"give {module} a layer"
+def test_a_room_imports_only_rooms_below_it(module):
+    assert room(module) in ROOMS, f"give {module} a room"
     for name in imports(MODULES[module]):
-        if name.startswith("sdpo_jax."):
-            assert LAYER[part(name)] <= LAYER[part(module)], f"{module} imports {name}"
+        if name.startswith("sdpo_jax.") and room(name) != room(module):
+            below = ROOMS.index(room(name)) > ROOMS.index(room(module))
+            assert below, f"{module} imports {name}, which stands above it"
         if name.split(".")[0] == "sdpo_models":
-            assert part(module) == "cli", f"{module} imports {name}; it should receive a Model"
+            assert room(module) in ("api", "commands"), f"{module} imports {name}; pass it a Model"
+
+
+def test_no_circle_of_files():
+    arrows = {m: {n for n in imports(p) if n in MODULES and n != m} for m, p in MODULES.items()}
+    while leaves := [m for m, to in arrows.items() if not to]:
+        arrows = {m: to - set(leaves) for m, to in arrows.items() if m not in leaves}
+    assert not arrows, f"these import each other: {sorted(arrows)}"
 
 
 @pytest.mark.parametrize("module", JAX_ALONE)

@@ -179,8 +179,8 @@ CASES = [
     ("clip_entries", lambda: S.clip_entries(f((3,)), NAN), "bound must be positive, got nan"),
     ("entropy", lambda: S.entropy(i((3,))), "floating dtype, got log_probs int32"),
     ("entropy", lambda: S.entropy(f(())), "[..., V] with V >= 1, got log_probs []"),
-    ("by_products", lambda: S.by_products(f((2, 3)), f((2, 4)), i((2,))), "[2, 3], teacher_log"),
-    ("by_products", lambda: S.by_products(f((2, 3)), f((2, 3)), i((3,))), "got targets [3]"),
+    ("token_stats", lambda: S.token_stats(f((2, 3)), f((2, 4)), i((2,))), "[2, 3], teacher_log"),
+    ("token_stats", lambda: S.token_stats(f((2, 3)), f((2, 3)), i((3,))), "got targets [3]"),
     # Vocabulary
     ("log_softmax", lambda: S.log_softmax(i((3,))), "floating dtype, got logits int32"),
     ("log_softmax", lambda: S.log_softmax(f(())), "[..., V] with V >= 1, got logits []"),

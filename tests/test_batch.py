@@ -10,7 +10,7 @@ import tiny
 from sdpo_jax.data.packing import TOKEN_STEP, Pair
 from sdpo_jax.model import Blocks
 from sdpo_jax.training.batch import (
-    Form,
+    BatchLayout,
     MicroBatchPlan,
     make_sequences,
     make_tokens,
@@ -21,7 +21,7 @@ from sdpo_jax.training.batch import (
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7]]
 RESPONSES = [[1, 2], [3, 4, 0], [0]]  # 0 ends a response here, and it is also what padding holds
 PAIRS = [Pair(*x) for x in zip(PROMPTS, RESPONSES, strict=True)]
-SHARED = Form(share_prompts=True, micro_batch_tokens=1024, head_chunk_tokens=5, shards=1)
+SHARED = BatchLayout(share_prompts=True, micro_batch_tokens=1024, head_chunk_tokens=5, shards=1)
 PACKED = SHARED._replace(share_prompts=False)
 FORMS = pytest.mark.parametrize("form", [SHARED, PACKED], ids=["shared", "packed"])
 

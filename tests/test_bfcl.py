@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdpo_jax.config_environments import BfclEnvironment
+from sdpo_jax.config.environments import BfclEnvironment
 from sdpo_jax.environments import bfcl
 from sdpo_jax.environments.base import Outcome
 from sdpo_jax.environments.bfcl import Bfcl, Row, is_held_out, load_rows, question, reference_call

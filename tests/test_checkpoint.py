@@ -17,8 +17,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sdpo_jax.errors import UserError
-from sdpo_jax.training.checkpoint import Checkpoints
-from sdpo_jax.training.manifest import MANIFEST
+from sdpo_jax.run.checkpoint import Checkpoints
+from sdpo_jax.run.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -252,7 +252,7 @@ def test_bad_arguments_are_user_errors(tmp_path):
 SAVER = """
 import sys
 import jax, jax.numpy as jnp
-from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.run.checkpoint import Checkpoints
 state = {"w": jnp.zeros((512, 512))}
 with Checkpoints(sys.argv[1], keep=2) as checkpoints:
     restored = checkpoints.restore(state)
@@ -305,7 +305,7 @@ FULL_DISK = """
 import resource, signal, sys
 import jax
 from sdpo_jax.errors import UserError
-from sdpo_jax.training.checkpoint import Checkpoints
+from sdpo_jax.run.checkpoint import Checkpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 state = {"w": jax.random.normal(jax.random.key(0), (256, 256))}
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -24,12 +24,12 @@ import pytest
 
 from sdpo_jax.cli import load_parts, main, model_folder
 from sdpo_jax.config import Config, ModelConfig
+from sdpo_jax.config.recipe import _leaves, load_recipe
 from sdpo_jax.evaluation.report import table
-from sdpo_jax.recipe import _leaves, load_recipe
-from sdpo_jax.training import run_directory
-from sdpo_jax.training.clock import is_time
-from sdpo_jax.training.manifest import complete
-from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.rollouts.phase_timer import is_time
+from sdpo_jax.run import run_directory
+from sdpo_jax.run.manifest import complete
+from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_models.hugging_face import load_architecture, load_params
 from sdpo_models.nano import FOLDER as NANO
 
@@ -258,7 +258,7 @@ def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished, tmp_path)
         assert row["metrics"]["pass_at_1"]["value"] == pytest.approx(accuracy)
         assert row["metrics"]["pass_at_4"]["value"] >= accuracy
     # All that training reports is there, for as many samples, but what its teacher's state tells.
-    reported = set((run_directory.read_summary(run_dir) or {})["after"]) - {"weight_lag"}
+    reported = set((run_directory.read_summary(run_dir) or {})["after"]) - {"student_teacher_kl"}
     assert reported <= set(made["rows"]["start"]["metrics"])
     assert {path: data for path, data in bytes_of(run_dir, without=["eval.json"]).items()} == kept
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from sdpo_jax.compilation import Compilation, CompileCounter, persistent_cache
-from sdpo_jax.training.clock import is_time
-from sdpo_jax.training.console import Console
-from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
-from sdpo_jax.training.run_directory import SUMMARY
+from sdpo_jax.rollouts.phase_timer import is_time
+from sdpo_jax.run.console import Console
+from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.run_directory import SUMMARY
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = """--train.steps 2 --rollout.prompts-per-step 4 --rollout.rollouts-per-prompt 4

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sdpo_jax.config import Config, RolloutConfig, SftObjective, TrainConfig
-from sdpo_jax.training.console import COLUMNS, Console, batch_arithmetic, duration
+from sdpo_jax.run.console import COLUMNS, Console, batch_arithmetic, duration
 
 STEP = {
     "step": 3,
@@ -169,7 +169,7 @@ def test_a_terminal_gets_the_table_unless_it_asks_for_plain_text(monkeypatch):
 
 def test_the_plain_face_does_not_import_rich():
     code = (
-        "import io, sys; from sdpo_jax.training.console import Console\n"
+        "import io, sys; from sdpo_jax.run.console import Console\n"
         "Console('sdpo', steps=1, stream=io.StringIO()).step({'step': 1})\n"
         "assert 'rich' not in sys.modules"
     )

@@ -1,6 +1,7 @@
 """The teacher's context: who sees which demonstration and feedback, and the exact prompt."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,6 @@ from sdpo_jax.errors import UserError
 from sdpo_jax.teacher.context import (
     CLOSING,
     TeacherContext,
-    TextCodec,
     choose_context,
     fit_reprompt,
     remove_thinking,
@@ -188,7 +188,11 @@ def _render(messages):
     return [ord(c) for m in messages for c in "#" + m["content"]] + [ord(c) for c in HEADER]
 
 
-CHARACTERS = TextCodec(lambda t: [ord(c) for c in t], lambda i: "".join(map(chr, i)), _render)
+CHARACTERS = SimpleNamespace(
+    encode=lambda text: [ord(c) for c in text],
+    decode=lambda ids: "".join(map(chr, ids)),
+    render=_render,
+)
 
 
 def fit(context, budget, feedback_budget=1000, question="0123456789", codec=CHARACTERS):
@@ -251,10 +255,10 @@ def test_a_budget_that_not_even_an_empty_question_meets_is_a_user_error():
 
 
 def test_cuts_keep_whole_characters_when_tokens_are_bytes():
-    codec = TextCodec(
-        lambda text: list(text.encode()),
-        lambda ids: bytes(ids).decode(errors="replace"),
-        lambda messages: [b for m in messages for b in m["content"].encode()],
+    codec = SimpleNamespace(
+        encode=lambda text: list(text.encode()),
+        decode=lambda ids: bytes(ids).decode(errors="replace"),
+        render=lambda messages: [b for m in messages for b in m["content"].encode()],
     )
     assert fit(TeacherContext(None, "€€€"), 1000, 7, codec=codec).context == TeacherContext(
         None, "€€"

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from sdpo_jax.evaluation.continual import (
+from forgetting import (
     final_mean,
     forgetting,
     learned,

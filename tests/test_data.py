@@ -14,7 +14,7 @@ from sdpo_jax.data.demonstrations import load_demonstrations
 from sdpo_jax.data.jsonl import Demonstration, read_demonstrations
 from sdpo_jax.data.packing import (
     TOKEN_STEP,
-    Laid,
+    PackedBatch,
     Pair,
     bucket,
     lay_end_to_end,
@@ -384,7 +384,7 @@ def test_long_sequences_are_cut_into_blocks_that_cover_each_token_once():
 SIZES = [(200, 64), (200, 65), (200, 1), (1, 130), (1, 2), (64, 129)]
 
 
-def seen_from(laid: Laid, number: int, place: int) -> list[int]:
+def seen_from(laid: PackedBatch, number: int, place: int) -> list[int]:
     """The tokens that a place of a bin attends to, itself last, as table or segments say."""
     tokens = laid.tokens.reshape(len(laid.take), -1)[number]
     if laid.segments is not None:

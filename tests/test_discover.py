@@ -29,14 +29,15 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
+from sdpo_jax.discovery import baselines
+from sdpo_jax.discovery import runner as discover_command
+from sdpo_jax.discovery.options import Options, find_questions, parse
+from sdpo_jax.discovery.runner import discover, read_cells
+from sdpo_jax.discovery.test_time import Tally, TestTimeTraining, cell_seed
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import Grader
 from sdpo_jax.errors import UserError
-from sdpo_jax.evaluation import baselines, discover_command
-from sdpo_jax.evaluation.discover_command import discover, read_cells
-from sdpo_jax.evaluation.discover_options import Options, find_questions, parse
-from sdpo_jax.evaluation.test_time_training import Tally, TestTimeTraining, cell_seed
-from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.training import trainer as trainer_module
 
 TOKENIZER = tiny.ByteTokenizer()

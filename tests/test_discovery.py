@@ -8,8 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from sdpo_jax.errors import UserError
-from sdpo_jax.evaluation.discovery import (
+from sdpo_jax.discovery.estimator import (
     Cell,
     discovery,
     fine_grid,
@@ -19,8 +18,9 @@ from sdpo_jax.evaluation.discovery import (
     speed_up,
     summary,
 )
+from sdpo_jax.discovery.picture import draw
+from sdpo_jax.errors import UserError
 from sdpo_jax.reports.curves import COLOURS
-from sdpo_jax.reports.discovery import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from sdpo_jax import distributed
+from sdpo_jax.distributed import Cluster, cluster_of, initialize_from_environment
 from sdpo_jax.errors import UserError
-from sdpo_jax.training import distributed
-from sdpo_jax.training.clock import is_time
-from sdpo_jax.training.distributed import Cluster, cluster_of, initialize_from_environment
+from sdpo_jax.rollouts.phase_timer import is_time
 
 ROOT = Path(__file__).parent.parent
 EXPLICIT = {"SDPO_COORDINATOR": "10.0.0.2:8476", "SDPO_NUM_PROCESSES": "4", "SDPO_PROCESS_ID": "3"}
@@ -174,8 +174,8 @@ DISAGREE = f"""#!{sys.executable}
 from types import SimpleNamespace
 import jax
 from sdpo_jax.config import Config
-from sdpo_jax.training.distributed import initialize_from_environment
-from sdpo_jax.training import loop
+from sdpo_jax.distributed import initialize_from_environment
+from sdpo_jax.run import loop
 
 initialize_from_environment()
 saved = []

@@ -5,7 +5,7 @@ import json
 import pytest
 from command import ROOT, need, sdpo
 
-from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 
 GENERATORS = ["basic_arithmetic", "chain_sum", "count_bits", "letter_counting", "number_sorting"]
 

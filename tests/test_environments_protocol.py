@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
-from sdpo_jax.config_environments import (
+from sdpo_jax.config.environments import (
     BfclEnvironment,
     EnvironmentConfig,
     FileEnvironment,
@@ -20,21 +20,22 @@ from sdpo_jax.config_environments import (
     ToolCallsEnvironment,
     ToolUseEnvironment,
 )
+from sdpo_jax.config.recipe import _kinds, load_recipe, problems, to_toml
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import Grader, refuse_failures
 from sdpo_jax.environments.registry import ENVIRONMENTS, make_environment, settings_of
 from sdpo_jax.errors import UserError
-from sdpo_jax.evaluation.accuracy import Graded, accuracy_metrics, environment_metrics
+from sdpo_jax.evaluation.evaluator import Graded, accuracy_metrics
 from sdpo_jax.losses.policy_gradient import group_advantages
-from sdpo_jax.recipe import _kinds, load_recipe, problems, to_toml
-from sdpo_jax.sampling.sampler import HostRollouts
+from sdpo_jax.objectives.loss_weights import graded_advantages
+from sdpo_jax.objectives.sources import RolloutSource
+from sdpo_jax.rollouts.diagnostics import environment_metrics
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch
+from sdpo_jax.rollouts.sampler import HostRollouts
 from sdpo_jax.teacher.context import choose_context
-from sdpo_jax.training.batch import Form
-from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import Experience
-from sdpo_jax.training.shares import graded_advantages
-from sdpo_jax.training.sources import RolloutSource
-from sdpo_jax.training.updates import cut_into_parts
+from sdpo_jax.training.batch import BatchLayout
+from sdpo_jax.training.updates import split_mini_batches
 
 TOKENIZER = tiny.ByteTokenizer()
 GROUP = 4
@@ -174,7 +175,7 @@ def test_a_batch_with_too_few_outcomes_is_refused():
 def experience(outcomes, lengths=None):
     rng, n = np.random.default_rng(0), len(outcomes)
     lengths = rng.integers(2, 9, n).astype(np.int32) if lengths is None else lengths
-    return Experience(
+    return RolloutBatch(
         prompts=[prompt(str(i)) for i in range(n // GROUP)],
         group=GROUP,
         prompt_ids=[[7, 8]] * n,
@@ -210,7 +211,7 @@ def test_the_mean_of_a_group_is_over_its_graded_siblings():
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_graded(reduction):
-    config, form = Config(), Form(False, 64, 8, 1)
+    config, form = Config(), BatchLayout(False, 64, 8, 1)
     failed = [2, 5, 6]
     outcomes = [FAILED if i in failed else RIGHT for i in range(2 * GROUP)]
     whole = experience(outcomes)
@@ -222,7 +223,7 @@ def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_grade
 
     def parts(batch, rows):
         on = active[rows]
-        return cut_into_parts(config, batch, on, np.ones_like(on), reduction, form)
+        return split_mini_batches(config, batch, on, np.ones_like(on), reduction, form)
 
     alone = whole._replace(
         prompt_ids=[whole.prompt_ids[i] for i in kept],
@@ -241,7 +242,12 @@ def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_grade
 
 def test_a_batch_of_which_nothing_could_be_graded_makes_no_update():
     batch, rows = experience([FAILED] * GROUP), np.ones(GROUP, np.bool_)
-    assert cut_into_parts(Config(), batch, rows, rows, "sequence_mean", Form(False, 64, 8, 1)) == []
+    assert (
+        split_mini_batches(
+            Config(), batch, rows, rows, "sequence_mean", BatchLayout(False, 64, 8, 1)
+        )
+        == []
+    )
     assert not graded_advantages(batch).any()
 
 
@@ -307,7 +313,7 @@ def step_of(environment, *answers, share=0.2):
     )
     batches = iter([list(Quiz.train)])
     source = RolloutSource(config, batches, environment, TOKENIZER, Script(*answers), updates)
-    return seen, source(None, None, 1, Clock())[1]
+    return seen, source(None, None, 1, PhaseTimer())[1]
 
 
 def test_a_step_counts_failures_and_means_over_the_rest():

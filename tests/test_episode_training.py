@@ -24,19 +24,19 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
+from sdpo_jax.config.recipe import load_recipe
 from sdpo_jax.environments.base import Outcome
-from sdpo_jax.recipe import load_recipe
-from sdpo_jax.training import loop
+from sdpo_jax.objectives.sdpo import GrpoUpdates
+from sdpo_jax.rollouts.phase_timer import PhaseTimer, is_time
+from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw
+from sdpo_jax.run import loop
+from sdpo_jax.run.console import Console
+from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.batch import reduction_weights
-from sdpo_jax.training.clock import Clock, is_time
-from sdpo_jax.training.console import Console
-from sdpo_jax.training.experience import Table, draw
-from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
-from sdpo_jax.training.objectives import GrpoUpdates
 from sdpo_jax.training.step import train_step
 from sdpo_jax.training.trainer import Trainer
-from sdpo_jax.training.updates import cut_into_parts
+from sdpo_jax.training.updates import split_mini_batches
 
 OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
 
@@ -80,9 +80,9 @@ def params():
 @cache
 def collected():
     trainer = trainer_of("grpo")
-    table = Table(trainer.config.rollout, trainer.tokenizer, Checksum(), 64)
-    drawn = draw(table, trainer.sampler, params(), PROMPTS[:2], seed=1, step=1, clock=Clock())
-    return drawn.finish(Clock())
+    table = RolloutSetup(trainer.config.rollout, trainer.tokenizer, Checksum(), 64)
+    drawn = draw(table, trainer.sampler, params(), PROMPTS[:2], seed=1, step=1, clock=PhaseTimer())
+    return drawn.finish(PhaseTimer())
 
 
 def assert_equal(a, b):
@@ -108,7 +108,7 @@ def test_weights_are_above_0_at_own_tokens_and_nowhere_else(reduction):
     trainer, own = trainer_of("grpo"), experience.own
     assert own is not None
     rows = np.ones(len(own), np.bool_)
-    (part,) = cut_into_parts(trainer.config, experience, rows, rows, reduction, trainer.form)
+    (part,) = split_mini_batches(trainer.config, experience, rows, rows, reduction, trainer.form)
     for row, weights in zip(part.rows, part.weights, strict=True):
         np.testing.assert_array_equal(weights > 0, own[row])
         total = own[row].sum() if reduction == "token_mean" else 1.0
@@ -152,7 +152,7 @@ def test_the_update_does_not_depend_on_what_is_said_of_the_environments_tokens(n
     state = trainer.initial_state(params())
     student = trainer.student(state)
     teacher = trainer.teacher_params(state, student)
-    updates, _ = trainer.source(student, teacher, 1, Clock())
+    updates, _ = trainer.source(student, teacher, 1, PhaseTimer())
     responses = sum(np.sum(np.asarray(m.weights) > 0) for u in updates for m in u.batch[0])
     assert responses > 0
     plain, other = updated(lambda m: m), updated(scrambled)
@@ -168,7 +168,7 @@ def test_the_update_does_not_depend_on_micro_batches():
     for tokens in (4096, 300):
         form = trainer.form._replace(micro_batch_tokens=tokens)
         make = GrpoUpdates(trainer.config, OBJECTIVES["grpo"], trainer.devices, form)
-        (update,), _ = make(experience, None, None, step=1, clock=Clock())
+        (update,), _ = make(experience, None, None, step=1, clock=PhaseTimer())
         state = trainer.initial_state(params())
         state, metrics = train_step(trainer._train_step, state, update.batch, update.constants)
         results.append((len(update.batch.micro_batches), metrics))

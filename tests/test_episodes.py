@@ -18,10 +18,10 @@ from sdpo_jax.environments.base import Outcome, Prompt, Step, not_graded
 from sdpo_jax.environments.grading import OpenEpisodes
 from sdpo_jax.environments.retries import HEADER, INSTRUCTION, SILENT, with_episodes
 from sdpo_jax.errors import UserError
-from sdpo_jax.sampling.episodes import Limits, Player
-from sdpo_jax.sampling.generate import Turn, rollout_keys, turn_keys
-from sdpo_jax.sampling.sampler import Sampler
-from sdpo_jax.sampling.turns import ids_between
+from sdpo_jax.rollouts.episodes import Limits, Player
+from sdpo_jax.rollouts.generate import Turn, rollout_keys, turn_keys
+from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.rollouts.turns import ids_between
 
 GROUP, TOKENS = 6, 8
 

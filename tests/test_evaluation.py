@@ -11,24 +11,24 @@ import numpy as np
 import pytest
 import tiny
 
+from sdpo_jax.commands.evaluate import evaluate_run
 from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.grading import Grader, OpenEpisodes
 from sdpo_jax.environments.retries import with_episodes
 from sdpo_jax.errors import UserError
-from sdpo_jax.evaluation.accuracy import (
+from sdpo_jax.evaluation.evaluator import (
     EVALUATION_STREAM,
     TEACHER_STREAM,
     Evaluator,
     Graded,
     accuracy_metrics,
-    environment_metrics,
 )
-from sdpo_jax.evaluation.command import evaluate_run
-from sdpo_jax.sampling.generate import rollout_keys
-from sdpo_jax.sampling.sampler import HostRollouts, Sampler
+from sdpo_jax.rollouts.diagnostics import environment_metrics
+from sdpo_jax.rollouts.generate import rollout_keys
+from sdpo_jax.rollouts.sampler import HostRollouts, Sampler
+from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.prompts import TeacherPrompts
-from sdpo_jax.training.found_run import FoundRun
 
 TOKENIZER = tiny.ByteTokenizer()
 STUDENT, TEACHER = "student", "teacher"
@@ -170,7 +170,7 @@ def test_evaluation_draws_with_its_own_temperature_and_top_p():
 def test_a_run_without_held_out_prompts_cannot_be_evaluated(tmp_path):
     config = replace(Config(), evaluation=EvaluationConfig(prompts=0))
     with pytest.raises(UserError, match=r"evaluation\.prompts = 0, there is nothing to evaluate"):
-        evaluate_run(FoundRun(tmp_path, config, None), {}, samples=1)
+        evaluate_run(RunRef(tmp_path, config, None), {}, samples=1)
 
 
 def test_the_teacher_is_not_asked_where_the_recipe_leaves_it_out():

@@ -36,13 +36,13 @@ from sdpo_jax.config import (
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
-from sdpo_jax.sampling.sampler import Sampler
-from sdpo_jax.training import loop
+from sdpo_jax.rollouts.phase_timer import is_time
+from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run import loop
+from sdpo_jax.run.console import Console
+from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.run_ref import find
 from sdpo_jax.training import trainer as trainer_module
-from sdpo_jax.training.clock import is_time
-from sdpo_jax.training.console import Console
-from sdpo_jax.training.found_run import find
-from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.training.state import from_saved, to_saved
 from sdpo_jax.training.step import make_train_step
 from sdpo_jax.training.trainer import Trainer

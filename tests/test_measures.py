@@ -12,11 +12,11 @@ from sdpo_jax.evaluation.measures import (
     Graded,
     groups,
     length_quantiles,
-    repeated_share,
     student_measures,
     teacher_measures,
     values,
 )
+from sdpo_jax.rollouts.diagnostics import repeated_share
 
 RIGHT, WRONG = Outcome(1.0, True, "", {}), Outcome(0.0, False, "no", {})
 FAILED = not_graded("the sandbox is gone")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sdpo_jax.errors import UserError
-from sdpo_jax.training.metrics import METRICS_FILE, MetricsLog, read_metrics, truncate_to
+from sdpo_jax.run.metrics import METRICS_FILE, MetricsLog, read_metrics, truncate_to
 
 
 def write_steps(run_dir, start, steps):

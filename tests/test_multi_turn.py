@@ -7,11 +7,11 @@ import pytest
 import tiny
 
 from sdpo_jax.config import Config, RolloutConfig, TeacherConfig
+from sdpo_jax.discovery.baselines import StartModel, multi_turn
+from sdpo_jax.discovery.multi_turn import Chain
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.errors import UserError
-from sdpo_jax.evaluation.baselines import StartModel, multi_turn
-from sdpo_jax.evaluation.multi_turn import Chain
-from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.rollouts.sampler import Sampler
 
 TOKENIZER = tiny.ByteTokenizer()
 SYSTEM = {"role": "system", "content": "be brief"}

@@ -10,9 +10,9 @@ import pytest
 
 from sdpo_jax.cli import load_parts
 from sdpo_jax.config import Config, EvaluationConfig
+from sdpo_jax.config.recipe import load_recipe
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
-from sdpo_jax.evaluation.accuracy import Evaluator, Graded, accuracy_metrics
-from sdpo_jax.recipe import load_recipe
+from sdpo_jax.evaluation.evaluator import Evaluator, Graded, accuracy_metrics
 from sdpo_jax.training.trainer import Trainer
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_jax import recipe, recipe_checks
 from sdpo_jax.config import (
     CheckpointConfig,
     Config,
@@ -21,8 +20,10 @@ from sdpo_jax.config import (
     SftObjective,
     TeacherConfig,
     TrainConfig,
+    recipe,
 )
-from sdpo_jax.config_environments import CodeEnvironment, ToolCallsEnvironment
+from sdpo_jax.config import checks as recipe_checks
+from sdpo_jax.config.environments import CodeEnvironment, ToolCallsEnvironment
 from sdpo_jax.errors import UserError
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))

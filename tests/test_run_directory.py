@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sdpo_jax.config import Config, GrpoObjective, OptimizerConfig, TrainConfig
+from sdpo_jax.config.recipe import load_recipe
 from sdpo_jax.errors import UserError
-from sdpo_jax.recipe import load_recipe
-from sdpo_jax.training import run_directory
+from sdpo_jax.run import run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from sdpo_jax.config import Config, GrpoObjective, SdpoObjective, SftObjective, TrainConfig
+from sdpo_jax.config.recipe import to_toml
 from sdpo_jax.errors import UserError
-from sdpo_jax.recipe import to_toml
 from sdpo_jax.reports.panels import HEIGHT, WIDTH, Series, panel, rolling_mean, thinned
 from sdpo_jax.reports.run_report import (
     generations,

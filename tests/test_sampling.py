@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from sdpo_jax.model import Model, Prefix, SuffixCache
-from sdpo_jax.sampling.draw import Filters, draw, nucleus
-from sdpo_jax.sampling.generate import rollout_keys
-from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.rollouts.draw import Filters, draw, nucleus
+from sdpo_jax.rollouts.generate import rollout_keys
+from sdpo_jax.rollouts.sampler import Sampler
 
 STOP = (7, 11, 13, 17, 19)
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=64)

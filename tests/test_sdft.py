@@ -29,16 +29,16 @@ from sdpo_jax.config import (
 )
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.evaluation.accuracy import Evaluator
+from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.losses.distillation import full_vocabulary_loss
 from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
 from sdpo_jax.losses.sequence_importance import SdftTokens, sequence_weighted_head
-from sdpo_jax.sampling.sampler import Sampler
-from sdpo_jax.teacher.context import EXAMPLE, TeacherContext, TextCodec, fit_reprompt
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.teacher.context import EXAMPLE, TeacherContext, fit_reprompt
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.batch import reduction_weights
-from sdpo_jax.training.clock import Clock
 from sdpo_jax.training.step import train_step
 from sdpo_jax.training.trainer import Trainer
 
@@ -225,7 +225,7 @@ def updates_of(trainer, student=None, teacher=None, seed=1):
     position = trainer.source.get_state()
     student = weights(0) if student is None else student
     teacher = weights(seed) if teacher is None else teacher
-    updates, row = trainer.source(student, teacher, 1, Clock())
+    updates, row = trainer.source(student, teacher, 1, PhaseTimer())
     trainer.source.set_state(position)
     return updates, row
 
@@ -388,7 +388,7 @@ def test_sft_and_sdft_see_the_same_demonstrations_in_the_same_order():
             trainer.source._sampler = trainer_of().sampler
             trainer.source._teacher_pass = trainer_of().source._teacher_pass
         for step in range(1, 3):
-            trainer.source(weights(0), weights(0), step, Clock())
+            trainer.source(weights(0), weights(0), step, PhaseTimer())
         orders.append(asked.order)
     assert orders[0] == orders[1] and len(orders[0]) == 8
     assert orders[0][:6] != sorted(orders[0][:6])
@@ -397,7 +397,7 @@ def test_sft_and_sdft_see_the_same_demonstrations_in_the_same_order():
 # What the teacher is shown
 
 
-CODEC = TextCodec(TOKENIZER.encode, TOKENIZER.decode, TOKENIZER.render)
+CODEC = TOKENIZER
 
 
 def shown(question, demonstration, limit=200):
@@ -435,7 +435,7 @@ def test_a_demonstration_of_thoughts_alone_is_no_signal_unless_thoughts_are_show
         trainer: Any = Trainer(config, MODEL, TOKENIZER, Environment(), thoughtful)
         trainer.source._sampler = trainer_of().sampler
         trainer.source._teacher_pass = trainer_of().source._teacher_pass
-        updates, row = trainer.source(weights(0), weights(1), 1, Clock())
+        updates, row = trainer.source(weights(0), weights(1), 1, PhaseTimer())
         counts.append((len(updates), row["teacher_signal"]))
     assert counts == [(0, 0.0), (1, 1.0)]
 

@@ -10,7 +10,7 @@ from importlib import util
 import pytest
 from command import ROOT, sdpo
 
-from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 
 SHORT = """--train.steps 2 --optimizer.warmup-steps 1 --evaluation.prompts 4
     --evaluation.samples-per-prompt 1 --evaluation.batch-prompts 4"""

@@ -36,22 +36,22 @@ from sdpo_jax.losses.objectives import (
     sft_per_token,
 )
 from sdpo_jax.model import BLOCK_TOKENS, Blocks
+from sdpo_jax.objectives.contexts import Contexts
+from sdpo_jax.objectives.sdpo import GrpoUpdates, SdpoUpdates
+from sdpo_jax.objectives.sources import DemonstrationSource
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import (
-    Form,
+    BatchLayout,
     Reduction,
     make_sequences,
     make_tokens,
     plan,
     reduction_weights,
 )
-from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.contexts import Contexts
-from sdpo_jax.training.experience import Experience
-from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
-from sdpo_jax.training.parameters import full
+from sdpo_jax.training.lora import full
 from sdpo_jax.training.scoring import Scorer
-from sdpo_jax.training.sources import DemonstrationSource
 from sdpo_jax.training.state import (
     TrainState,
     create_state,
@@ -69,8 +69,8 @@ from sdpo_jax.training.step import (
     train_step,
 )
 from sdpo_jax.training.teacher_pass import TeacherPass
-from sdpo_jax.training.token_sums import AGREEMENT, BY_TOKEN, HISTOGRAM
-from sdpo_jax.training.updates import Part, make_update, with_outcomes
+from sdpo_jax.training.token_metrics import AGREEMENT, BY_TOKEN, HISTOGRAM
+from sdpo_jax.training.updates import MiniBatch, make_update, with_outcomes
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
@@ -113,7 +113,7 @@ class Programs(NamedTuple):
     forward: Any
     head: Any
     follow: Any
-    form: Form
+    form: BatchLayout
 
 
 def programs(name, mesh=(1, 1, 1), alpha=ALPHA, **form):
@@ -153,7 +153,9 @@ def compiled(name, mesh, alpha):
         forward=jit(partial(teacher_forward, MODEL), out_shardings=devices.rows),
         head=jit(MODEL.head, out_shardings=whole),
         follow=jit(partial(follow, teacher, full()), out_shardings=shardings) if teacher else None,
-        form=Form(True, micro_batch_tokens=1024, head_chunk_tokens=48, shards=devices.row_shards),
+        form=BatchLayout(
+            True, micro_batch_tokens=1024, head_chunk_tokens=48, shards=devices.row_shards
+        ),
     )
 
 
@@ -181,7 +183,7 @@ def experience():
     ]
     messages = [({"role": "user", "content": text},) for text in ("one?", "and two?")]
     feedback = ["", "wrong: a", "", "", "", "wrong: b", "", ""]
-    return Experience(
+    return RolloutBatch(
         prompts=[Prompt(str(i), m, {}) for i, m in enumerate(messages)],
         group=GROUP,
         prompt_ids=[TOKENIZER.render(m) for m in messages for _ in range(GROUP)],
@@ -216,7 +218,7 @@ def the_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = 
         maker = GrpoUpdates(run.config, objective, run.devices, run.form)
     teacher = teacher_weights() if teacher is None else teacher
     teacher = jax.device_put(teacher, run.shardings.params)
-    updates, _ = maker(experience(), None, teacher, step=0, clock=Clock())
+    updates, _ = maker(experience(), None, teacher, step=0, clock=PhaseTimer())
     assert len(updates) == 1
     return updates[0]
 
@@ -389,7 +391,7 @@ def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction
     active = np.isin(np.arange(8), SIGNAL)
     weights, denominator = reduction_weights(data.lengths, active, 16, reduction)
     rows = [row[:size] for row, size in zip(weights, data.lengths, strict=True)]
-    part = Part(list(range(8)), pairs, plan(pairs, run.form), rows, denominator)
+    part = MiniBatch(list(range(8)), pairs, plan(pairs, run.form), rows, denominator)
 
     def tokens(micro_batch, place):
         sequences = make_sequences(taught, micro_batch, run.form, run.devices)
@@ -431,7 +433,7 @@ def demonstration_update(run, reduction):
     objective = SftObjective(reduction=reduction)
     rows = prompt_batches(demonstrations(), batch_size=6, seed=0)
     source = DemonstrationSource(run.config, objective, rows, TOKENIZER, run.devices, run.form)
-    updates, _ = source(None, None, 0, Clock())
+    updates, _ = source(None, None, 0, PhaseTimer())
     assert len(updates) == 1
     return updates[0]
 
@@ -451,7 +453,7 @@ def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
     rows = [row[:size] for row, size in zip(weights, lengths, strict=True)]
     # Each alone in a micro-batch of one row.
     alone = [plan([pair], run.form)[0]._replace(members=[[i]]) for i, pair in enumerate(pairs)]
-    part = Part(list(range(6)), pairs, alone, rows, denominator)
+    part = MiniBatch(list(range(6)), pairs, alone, rows, denominator)
     update = by_hand(run, part, lambda _, place: SftTokens(place(responses, dtype=np.int32)), None)
     assert all(np.max(m.sequences.attention) == 1 for m in update.batch.micro_batches)
     packed_state, packed_metrics = apply(run, packed)
@@ -546,7 +548,7 @@ def test_shared_prompts_halve_the_teachers_work():
     shared = [Pair(prompts[i // 4], tiny.random_ids(random, 64)) for i in range(64)]
     form = run.form._replace(micro_batch_tokens=65_536)
 
-    def passes(pairs: Sequence[Pair], form: Form):
+    def passes(pairs: Sequence[Pair], form: BatchLayout):
         return [make_sequences(pairs, m, form, run.devices) for m in plan(pairs, form)]
 
     (together,) = passes(shared, form)

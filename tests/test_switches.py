@@ -26,7 +26,7 @@ from sdpo_jax.config import (
     TrainConfig,
 )
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.state import from_saved, to_saved
 from sdpo_jax.training.trainer import Trainer

@@ -9,6 +9,7 @@ import pytest
 import quick
 import tiny
 
+from sdpo_jax.commands.heatmap_options import heatmap_run
 from sdpo_jax.config import (
     Config,
     EvaluationConfig,
@@ -21,7 +22,6 @@ from sdpo_jax.config import (
 )
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.errors import UserError
-from sdpo_jax.reports.command import heatmap_run
 from sdpo_jax.reports.token_batch import (
     Shown,
     batch_of,
@@ -32,12 +32,12 @@ from sdpo_jax.reports.token_batch import (
     write_rows,
 )
 from sdpo_jax.reports.token_records import TokenRecord
-from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch
+from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.training import trainer as trainer_module
-from sdpo_jax.training.checkpoint import Checkpoints, Restored
-from sdpo_jax.training.experience import Experience
-from sdpo_jax.training.found_run import FoundRun
 from sdpo_jax.training.state import to_saved
 from sdpo_jax.training.trainer import Trainer
 
@@ -159,7 +159,7 @@ def test_the_command_writes_rows_and_page_and_leaves_the_run_alone(tmp_path, cap
     config = make_config(tmp_path)
     save(config)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    heatmap_run(FoundRun(tmp_path, config, 3), parts(), prompts=1, top=2, tokens=64)
+    heatmap_run(RunRef(tmp_path, config, 3), parts(), prompts=1, top=2, tokens=64)
     lines = [json.loads(x) for x in (tmp_path / "token_batch.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 3
     assert [x["kind"] for x in lines] == ["batch"] + ["response"] * 4
@@ -171,7 +171,7 @@ def test_the_command_writes_rows_and_page_and_leaves_the_run_alone(tmp_path, cap
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        token_batch(FoundRun(tmp_path, make_config(tmp_path), None), parts(), prompts=1, top=1)
+        token_batch(RunRef(tmp_path, make_config(tmp_path), None), parts(), prompts=1, top=1)
 
 
 # Texts
@@ -226,7 +226,7 @@ def test_what_was_not_graded_or_not_taught_has_no_context_and_no_advantage():
     prompt = Prompt("p", ({"role": "user", "content": "?"},), {})
     outcomes = [Outcome(1.0, True, "", {}), Outcome(0.0, False, "bad", {}), not_graded("down")]
     ids = [TOKENIZER.encode(x) for x in ("y", "n", "m")]
-    batch = Experience(
+    batch = RolloutBatch(
         [prompt], 3, [[9]] * 3, ids, [np.zeros(1)] * 3, np.ones(3), ["y", "n", "m"], outcomes
     )
     shown = Shown([None, TeacherContext("y", None), None], [None, TOKENIZER.encode("?y"), None])

@@ -7,7 +7,7 @@ import tiny
 
 from sdpo_jax.losses.vocabulary import trust_region_logits
 from sdpo_jax.reports.token_records import Responses, token_records
-from sdpo_jax.training.batch import Form
+from sdpo_jax.training.batch import BatchLayout
 
 TOP = 3
 TEMPERATURE = 0.7
@@ -40,7 +40,7 @@ def records_of(teacher=(TEACHER,), mix=None, share_prompts=True, shards=1):
         STUDENT,
         teacher,
         ROWS,
-        form=Form(share_prompts, micro_batch_tokens=32, head_chunk_tokens=4, shards=shards),
+        form=BatchLayout(share_prompts, micro_batch_tokens=32, head_chunk_tokens=4, shards=shards),
         devices=tiny.make_devices(data=shards),
         temperature=TEMPERATURE,
         top=TOP,
@@ -109,7 +109,7 @@ def test_a_teacher_that_is_the_student_with_the_same_prompt_has_no_advantage():
         STUDENT,
         [STUDENT],
         rows,
-        form=Form(True, micro_batch_tokens=4096, head_chunk_tokens=64, shards=1),
+        form=BatchLayout(True, micro_batch_tokens=4096, head_chunk_tokens=64, shards=1),
         devices=tiny.make_devices(),
         temperature=1.0,
         top=TOP,

@@ -11,10 +11,10 @@ from sdpo_jax.config import Config, DataConfig, SftObjective
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives.sources import DemonstrationSource
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.batch import Form
-from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.sources import DemonstrationSource
+from sdpo_jax.training.batch import BatchLayout
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
 
@@ -141,9 +141,9 @@ def demonstrated(tokenizer, content, response):
     row = Demonstration("1", ({"role": "user", "content": content},), response)
     config = Config(SftObjective(), data=DataConfig(max_tokens=64, rows_per_step=1))
     rows = prompt_batches([row], batch_size=1, seed=0)
-    form = Form(True, micro_batch_tokens=64, head_chunk_tokens=64, shards=1)
+    form = BatchLayout(True, micro_batch_tokens=64, head_chunk_tokens=64, shards=1)
     source = DemonstrationSource(config, SftObjective(), rows, tokenizer, tiny.make_devices(), form)
-    (update,), _ = source({}, {}, 0, Clock())
+    (update,), _ = source({}, {}, 0, PhaseTimer())
     return np.asarray(update.batch.micro_batches[0].sequences.tokens).ravel()  # padded with 0
 
 

@@ -24,8 +24,8 @@ from sdpo_jax.config import (
     TrainConfig,
 )
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.run.console import Console
 from sdpo_jax.training import trainer as trainer_module
-from sdpo_jax.training.console import Console
 from sdpo_jax.training.trainer import Trainer
 
 TOKENIZER = tiny.ByteTokenizer()

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from sdpo_jax.errors import UserError
-from sdpo_jax.sampling.turns import PLACEHOLDER, ids_between
+from sdpo_jax.rollouts.turns import PLACEHOLDER, ids_between
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
 

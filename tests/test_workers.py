@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sdpo_jax.config_environments import FileEnvironment
+from sdpo_jax.config.environments import FileEnvironment
 from sdpo_jax.environments import workers
 from sdpo_jax.environments.base import HasEpisodes
 from sdpo_jax.environments.grading import Grader, OpenEpisodes, answers_of

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nano_prior
+from forgetting import final_mean, forgetting, learned, spread
 from runs import (
     Verdict,
     ahead,
@@ -41,7 +42,6 @@ from runs import (
 
 from sdpo_jax.data.tool_call_corpus import ASIDES
 from sdpo_jax.environments.tool_calls import ToolCalls
-from sdpo_jax.evaluation.continual import final_mean, forgetting, learned, spread
 from sdpo_jax.reports.curves import Curve, Point, draw
 
 NAME = "continual"

@@ -26,7 +26,7 @@ from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.losses.likelihood import sft_loss
-from sdpo_jax.sampling.sampler import Sampler
+from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.teacher.context import DEMONSTRATION_HEADER, FEEDBACK_HEADER
 
 SEED, ROWS, MAX_TOKENS = 20_601, 256, 64

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import jax
 
 from sdpo_jax.reports.curves import main as draw_curves
-from sdpo_jax.training.metrics import read_metrics
-from sdpo_jax.training.run_directory import read_summary
+from sdpo_jax.run.metrics import read_metrics
+from sdpo_jax.run.run_directory import read_summary
 
 RESULTS = Path("docs/claims")
 RATE_SEED = 100

@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from forgetting import spread
 from runs import Verdict, interval, parse, table_of, write
 
-from sdpo_jax.evaluation.continual import spread
 from sdpo_jax.reports.curves import Curve, Point, draw
 
 NAME = "step_time"

@@ -110,7 +110,7 @@ def spread_rows(pairs: Sequence[Pair], *, width: int, bins: int) -> list[list[in
     return members
 
 
-class Laid(NamedTuple):
+class PackedBatch(NamedTuple):
     """Token rows of one shape with the place of every prediction. All int32.
 
     `take` holds, pair after pair, the place in the bin (its rows one after the other) whose hidden
@@ -125,7 +125,7 @@ class Laid(NamedTuple):
     take: list[NDArray[np.int32]]  # for each bin
 
 
-def lay_end_to_end(bins: Sequence[Sequence[Pair]]) -> Laid:
+def lay_end_to_end(bins: Sequence[Sequence[Pair]]) -> PackedBatch:
     """Lays the pairs of each bin end to end, a shared prompt once; one row to a bin."""
     laid = [_end_to_end(pairs) for pairs in bins]
     width = size_bucket(max(len(tokens) for tokens, *_ in laid), TOKEN_STEP, sizes=TOKEN_SIZES)
@@ -139,7 +139,7 @@ def lay_end_to_end(bins: Sequence[Sequence[Pair]]) -> Laid:
         table[i, : len(blocks)] = blocks
     counts = np.asarray([len(blocks) for _, _, blocks, _ in laid], np.int32)
     take = [np.asarray(t, np.int32) for *_, t in laid]
-    return Laid(tokens, positions, None, table, counts, take)
+    return PackedBatch(tokens, positions, None, table, counts, take)
 
 
 def _end_to_end(
@@ -170,7 +170,7 @@ def _end_to_end(
     return tokens, positions, np.asarray(blocks, np.int32).reshape(-1, 5), flat
 
 
-def lay_in_rows(bins: Sequence[Sequence[Pair]], *, width: int) -> Laid:
+def lay_in_rows(bins: Sequence[Sequence[Pair]], *, width: int) -> PackedBatch:
     """Packs the pairs of each bin into rows of `width` tokens, longest first, apart by segment."""
     placed: list[tuple[list[tuple[int, int, int]], int]] = []
     for pairs in bins:
@@ -193,7 +193,7 @@ def lay_in_rows(bins: Sequence[Sequence[Pair]], *, width: int) -> Laid:
             first = row * width + start + len(prompt) - 1
             flat += range(first, first + len(response))
         take.append(np.asarray(flat, np.int32))
-    return Laid(tokens, positions, segments, None, None, take)
+    return PackedBatch(tokens, positions, segments, None, None, take)
 
 
 def _first_fit_decreasing(sizes: list[int], room: int) -> tuple[list[tuple[int, int, int]], int]:

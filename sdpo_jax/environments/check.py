@@ -19,7 +19,7 @@ from sdpo_jax.environments.base import (
     Prompt,
 )
 from sdpo_jax.environments.grading import Grader, OpenEpisodes
-from sdpo_jax.environments.hygiene import ADDRESS
+from sdpo_jax.environments.sanitize import ADDRESS
 
 SAMPLE = 16
 """Prompts of each side that are tried, evenly spread."""
@@ -228,7 +228,7 @@ def _feedback(
         if dirty and not problem:
             problem = (
                 f"feedback to {prompt.id!r} holds {dirty[0]!r}; clean what you quote "
-                "(sdpo_jax.environments.hygiene.clean)"
+                "(sdpo_jax.environments.sanitize.clean)"
             )
     if not problem and longest > LONG_FEEDBACK:
         problem = f"feedback of {longest} characters, expected at most {LONG_FEEDBACK}; quote less"

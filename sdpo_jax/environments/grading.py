@@ -25,7 +25,6 @@ from sdpo_jax.environments.base import (
     Prompt,
     Step,
     StepsBatches,
-    not_graded,
 )
 from sdpo_jax.errors import UserError
 
@@ -164,29 +163,6 @@ def answers_of(
             )
         found.append(given)
     return found
-
-
-def agreed(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """What one process of a run could not grade counts as not graded in all of them.
-
-    Every process grades all rollouts. A failure that only one of them sees would give them other
-    rows to compute, and they would wait for each other for ever.
-    """
-    import jax
-    import numpy as np
-
-    if jax.process_count() == 1:
-        return list(outcomes)
-    from jax.experimental import multihost_utils
-
-    mask = np.asarray([outcome.graded for outcome in outcomes])
-    gathered = np.asarray(multihost_utils.process_allgather(mask)).reshape(-1, len(mask))
-    everywhere: list[bool] = np.all(gathered, axis=0).tolist()
-    elsewhere = not_graded("another process of the run could not grade it")
-    return [
-        elsewhere if outcome.graded and not everywhere[i] else outcome
-        for i, outcome in enumerate(outcomes)
-    ]
 
 
 def failed_share(outcomes: Sequence[Outcome]) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from sdpo_jax.config_environments import (
+from sdpo_jax.config.environments import (
     BfclEnvironment,
     CodeEnvironment,
     EnvironmentConfig,

@@ -28,7 +28,6 @@ from numpy.typing import ArrayLike, NDArray
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.evaluation.estimators import Measure, best_at_k, majority_at_k, pass_at_k
 
-NGRAM = 4
 Measures = dict[str, Measure]
 
 
@@ -50,16 +49,6 @@ class Graded(NamedTuple):
     """[N], of the model."""
     ids: Sequence[Sequence[int]] = ()
     """[N], tokens of responses of a single turn."""
-
-
-def repeated_share(ids: Sequence[int]) -> float:
-    """Share of the 4-grams of a response that stand in it before; 0 if it has none.
-
-    >>> repeated_share([7, 7, 7, 7, 7])  # of two, the second
-    0.5
-    """
-    grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def student_measures(

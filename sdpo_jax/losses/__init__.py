@@ -5,7 +5,7 @@
     support          distributions on k tokens and a bucket for the rest
     distillation     the SDPO loss, from logits: full vocabulary, top-k, sampled token
     credit           SDPO as a policy gradient: advantages per candidate, token or rollout
-    by_products      entropies, divergences and log-probabilities of both, for metrics and weights
+    token_stats      entropies, divergences and log-probabilities of both, for metrics and weights
     weights          importance, entropy, disagreement, pass rate, routes; masks
     policy_gradient  group advantages and the clipped surrogate of GRPO, and its variants
     likelihood       cross-entropy and the SFT loss

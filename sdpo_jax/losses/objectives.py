@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import check_same_shape, where_active
-from sdpo_jax.losses.by_products import ByProducts, by_products, same_likeliest
 from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, head_logits
 from sdpo_jax.losses.distillation import sampled_token_loss
 from sdpo_jax.losses.divergences import entropy
 from sdpo_jax.losses.likelihood import cross_entropy
 from sdpo_jax.losses.policy_gradient import clip_ratio, policy_gradient_loss, reference_kl
 from sdpo_jax.losses.tiles import by_rows
+from sdpo_jax.losses.token_stats import TokenStats, same_likeliest, token_stats
 from sdpo_jax.losses.vocabulary import (
     log_softmax,
     select_targets,
@@ -34,8 +34,8 @@ Divergence: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """`(student_logits[C, V], teacher_logits[C, V]) -> [C]`: `full_vocabulary_loss` or `top_k_loss`
 with their hyper-parameters bound by `functools.partial`."""
 
-Weigh: TypeAlias = Callable[[ByProducts], jax.Array]
-"""`(by_products of [C] each) -> weights[C]`, detached. Weights that need a mean over the batch are
+Weigh: TypeAlias = Callable[[TokenStats], jax.Array]
+"""`(token_stats of [C] each) -> weights[C]`, detached. Weights that need a mean over the batch are
 divided by it afterwards: the metric `weight` has their sum, and the loss is linear in them."""
 
 
@@ -112,7 +112,7 @@ def sdpo_per_token(
         vocabulary_axis: mesh axis that cuts V inside `shard_map`.
 
     Returns:
-        PerTokenLoss of SdpoTokens and SdpoConstants. Metrics: divergence, those of `ByProducts`,
+        PerTokenLoss of SdpoTokens and SdpoConstants. Metrics: divergence, those of `TokenStats`,
         same_token (see `same_likeliest`), and where they apply ratio (new to rollout probability,
         before the cap) and weight.
 
@@ -313,7 +313,7 @@ def _distillation(
         teacher = jax.lax.stop_gradient(_teacher_logits(rows, constants, soft_cap))
         value = estimate(student, teacher, rows.targets)
         p, q = (log_softmax(x, vocabulary_axis=vocabulary_axis) for x in (student, teacher))
-        products = by_products(p, q, rows.targets, vocabulary_axis=vocabulary_axis)
+        products = token_stats(p, q, rows.targets, vocabulary_axis=vocabulary_axis)
         same = same_likeliest(student, teacher, vocabulary_axis=vocabulary_axis)
         metrics = {"divergence": value, **products._asdict(), "same_token": same}
         weights = _weights(products, rows.old_log_probs, importance_cap, weigh)
@@ -344,7 +344,7 @@ class _Weight(NamedTuple):
 
 
 def _weights(
-    products: ByProducts,
+    products: TokenStats,
     old_log_probs: jax.Array | None,
     importance_cap: float | None,
     weigh: Weigh | None,

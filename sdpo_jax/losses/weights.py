@@ -85,7 +85,7 @@ def teacher_entropy_weights(
     """exp(-β H(q_t)), divided by its mean over the mask: an undecided teacher counts less.
 
     Args:
-        teacher_entropy: [B, T], from `by_products`.
+        teacher_entropy: [B, T], from `token_stats`.
         mask: [B, T], the distilled tokens.
         beta: at least 0; 1 in SRPO, 0 switches the weight off.
 
@@ -114,7 +114,7 @@ def disagreement_weights(jsd: jax.Array, *, beta: float, max_reduction: float) -
     Under the reverse KL this is the target q^(1-α_t) π^α_t with α_t = 2 a (σ(β · JSD_t) - 1/2).
 
     Args:
-        jsd: [...], from `by_products`; at most ln 2, so that β below 5 changes little.
+        jsd: [...], from `token_stats`; at most ln 2, so that β below 5 changes little.
         beta: at least 0.
         max_reduction: a, in [0, 1].
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdpo_jax.errors import UserError
-from sdpo_jax.training.metrics import read_metrics
+from sdpo_jax.run.metrics import read_metrics
 
 USAGE = "python -m sdpo_jax.reports.curves OUT.svg [--metric accuracy] NAME=FILE[,FILE...] ..."
 WIDTH, HEIGHT = 720, 400

@@ -19,9 +19,9 @@ from sdpo_jax.errors import UserError
 from sdpo_jax.reports.heatmap import HEATMAP
 from sdpo_jax.reports.page import page, write_page
 from sdpo_jax.reports.panels import Points, Series, panel, rolling_mean
-from sdpo_jax.training.console import duration, number, percent
-from sdpo_jax.training.metrics import METRICS_FILE, read_metrics
-from sdpo_jax.training.run_directory import CONFIG, read_summary
+from sdpo_jax.run.console import duration, number, percent
+from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.run_directory import CONFIG, read_summary
 
 USAGE = "sdpo report RUN_DIR [RUN_DIR ...] [--out FILE.html]"
 MOST_RUNS = 6

@@ -21,16 +21,16 @@ from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
+from sdpo_jax.objectives.contexts import Contexts
+from sdpo_jax.objectives.loss_weights import graded_advantages
 from sdpo_jax.reports.token_records import Responses, TokenRecord, token_records
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch, draw, make_rollout_setup
+from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.checkpoint import Checkpoints, Restored
-from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.contexts import Contexts
-from sdpo_jax.training.experience import Experience, draw, make_table
-from sdpo_jax.training.found_run import FoundRun
-from sdpo_jax.training.shares import graded_advantages
 from sdpo_jax.training.trainer import Trainer
 
 TOKEN_BATCH = "token_batch.jsonl"
@@ -45,7 +45,7 @@ class Shown(NamedTuple):
 
 
 def token_batch(
-    run: FoundRun, parts: Mapping[str, Any], *, prompts: int, top: int
+    run: RunRef, parts: Mapping[str, Any], *, prompts: int, top: int
 ) -> list[dict[str, Any]]:
     """Samples the next batch of a run and compares student and teacher on it.
 
@@ -123,18 +123,18 @@ def batch_of(
 
 def _sampled(
     trainer: Trainer, environment: Environment, student: Params, asked: list[Prompt], step: int
-) -> Experience:
+) -> RolloutBatch:
     """Graded rollouts, as the step draws them."""
     config = trainer.config
     experience, _ = draw(
-        make_table(config, trainer.tokenizer, environment),
+        make_rollout_setup(config, trainer.tokenizer, environment),
         trainer.sampler,
         student,
         asked,
         seed=config.seed,
         step=step,
-        clock=Clock(),
-    ).finish(Clock())
+        clock=PhaseTimer(),
+    ).finish(PhaseTimer())
     limit = config.environment.max_failed_share
     refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
     return experience
@@ -159,7 +159,7 @@ def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> l
 
 def teacher_prompts(
     config: Config,
-    experience: Experience,
+    experience: RolloutBatch,
     tokenizer: Tokenizer,
     step: int,
     host_state: Mapping[str, Any] = MappingProxyType({}),
@@ -175,7 +175,7 @@ def teacher_prompts(
 
 
 def response_rows(
-    experience: Experience, shown: Shown, records: Sequence[TokenRecord], tokenizer: Tokenizer
+    experience: RolloutBatch, shown: Shown, records: Sequence[TokenRecord], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """The lines about the responses, in the order of the batch.
 

@@ -24,7 +24,14 @@ from sdpo_jax.losses.chunked_head import head_logits
 from sdpo_jax.losses.vocabulary import log_softmax, shape_logits
 from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import TeacherLogits
-from sdpo_jax.training.batch import Form, MicroBatchPlan, Pair, make_sequences, make_tokens, plan
+from sdpo_jax.training.batch import (
+    BatchLayout,
+    MicroBatchPlan,
+    Pair,
+    make_sequences,
+    make_tokens,
+    plan,
+)
 from sdpo_jax.training.step import teacher_forward
 
 
@@ -66,7 +73,7 @@ def token_records(
     teacher: Sequence[Params],
     responses: Responses,
     *,
-    form: Form,
+    form: BatchLayout,
     devices: Devices,
     temperature: float,
     top: int,
@@ -151,7 +158,7 @@ def _records_of(
     weights: Sequence[Params],
     responses: Responses,
     rows: Sequence[int],
-    form: Form,
+    form: BatchLayout,
     devices: Devices,
     temperature: float,
 ) -> list[TokenRecord]:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from sdpo_jax.config import TeacherConfig
 from sdpo_jax.environments.base import Outcome
 from sdpo_jax.errors import UserError
+from sdpo_jax.tokens import Tokenizer, end_of, start_of
 
 Messages = tuple[Mapping[str, str], ...]
 """Chat messages, `{"role": ..., "content": ...}`; the last one is the user's."""
@@ -41,7 +42,6 @@ EXAMPLE_CLOSING = "\n\nSolve the question above yourself."
 _THINK_BLOCK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 _THINK_UNOPENED = re.compile(r"\A.*</think>\s*", re.DOTALL)
 _THINK_UNCLOSED = re.compile(r"\s*<think>.*\Z", re.DOTALL)
-_BROKEN_CHARACTER = "\ufffd"  # what half of a multi-byte character decodes to
 
 
 class TeacherContext(NamedTuple):
@@ -75,14 +75,6 @@ class FittedReprompt(NamedTuple):
 
     messages: Messages
     context: TeacherContext | None
-
-
-class TextCodec(NamedTuple):
-    """How text becomes tokens: `render` applies the chat template, `encode` and `decode` do not."""
-
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-    render: Callable[[Messages], list[int]]
 
 
 def remove_thinking(text: str) -> str:
@@ -163,7 +155,7 @@ def reprompt(
 def fit_reprompt(
     messages: Messages,
     context: TeacherContext | None,
-    codec: TextCodec,
+    tokenizer: Tokenizer,
     *,
     max_prompt_tokens: int,
     max_feedback_tokens: int,
@@ -179,7 +171,7 @@ def fit_reprompt(
     Args:
         messages: the question; the last message is the user's.
         context: what to show; None gives the plain question, unchecked: no teacher will read it.
-        codec: text to tokens and back.
+        tokenizer: text to tokens and back.
         max_prompt_tokens: cap of the rendered prompt, template included.
         max_feedback_tokens: cap of the feedback alone.
         wording: the sentences around the parts.
@@ -189,11 +181,13 @@ def fit_reprompt(
     """
     if context is None:
         return FittedReprompt(messages, None)
-    cut = context._replace(feedback=start_of(context.feedback or "", codec, max_feedback_tokens))
+    cut = context._replace(
+        feedback=start_of(context.feedback or "", tokenizer, max_feedback_tokens)
+    )
     write = partial(_from_parts, messages, wording)
-    fitted = _fit_parts(write, messages[-1]["content"], cut, codec, max_prompt_tokens)
+    fitted = _fit_parts(write, messages[-1]["content"], cut, tokenizer, max_prompt_tokens)
     if fitted is None:
-        smallest = len(codec.render(write("", "", "").messages))
+        smallest = len(tokenizer.render(write("", "", "").messages))
         raise UserError(
             f"teacher.max_prompt_tokens = {max_prompt_tokens} is too small: the chat template, the "
             f"system message and the closing line alone take {smallest} tokens. Raise "
@@ -252,23 +246,6 @@ def _choose_demonstration(candidates: list[str], choice: str, seed: int, row: in
     return candidates[0]
 
 
-def start_of(text: str, codec: TextCodec, tokens: int) -> str:
-    """The longest start of `text` in at most `tokens` tokens, in whole characters of `text`."""
-    ids = codec.encode(text)
-    if len(ids) <= tokens:
-        return text
-    return text[: len(codec.decode(ids[:tokens]).rstrip(_BROKEN_CHARACTER))]
-
-
-def _end_of(text: str, codec: TextCodec, tokens: int) -> str:
-    """The longest end of `text` in at most `tokens` tokens, in whole characters of `text`."""
-    ids = codec.encode(text)
-    if len(ids) <= tokens:
-        return text
-    kept = codec.decode(ids[len(ids) - tokens :]).lstrip(_BROKEN_CHARACTER)
-    return text[len(text) - len(kept) :]
-
-
 def _from_parts(
     messages: Messages,
     wording: Wording,
@@ -289,26 +266,26 @@ def _fit_parts(
     write: Callable[..., FittedReprompt],
     question: str,
     context: TeacherContext,
-    codec: TextCodec,
+    tokenizer: Tokenizer,
     max_tokens: int,
 ) -> FittedReprompt | None:
     """The longest re-prompt within `max_tokens`, cutting one part after the other."""
     demonstration, feedback, attempt = (text or "" for text in context)
 
     def shorter_demonstration(tokens: int) -> FittedReprompt:
-        return write(question, start_of(demonstration, codec, tokens), feedback, attempt)
+        return write(question, start_of(demonstration, tokenizer, tokens), feedback, attempt)
 
     def shorter_attempt(tokens: int) -> FittedReprompt:
-        return write(question, "", feedback, start_of(attempt, codec, tokens))
+        return write(question, "", feedback, start_of(attempt, tokenizer, tokens))
 
     def shorter_feedback(tokens: int) -> FittedReprompt:
-        return write(question, "", start_of(feedback, codec, tokens))
+        return write(question, "", start_of(feedback, tokenizer, tokens))
 
     def shorter_question(tokens: int) -> FittedReprompt:
-        return write(_end_of(question, codec, tokens), "", "")
+        return write(end_of(question, tokenizer, tokens), "", "")
 
     def fits(candidate: FittedReprompt) -> bool:
-        return len(codec.render(candidate.messages)) <= max_tokens
+        return len(tokenizer.render(candidate.messages)) <= max_tokens
 
     cuts = (
         (demonstration, shorter_demonstration),
@@ -317,7 +294,7 @@ def _fit_parts(
         (question, shorter_question),
     )
     for text, shorter in cuts:
-        fitted = _longest_fit(len(codec.encode(text)), shorter, fits)
+        fitted = _longest_fit(len(tokenizer.encode(text)), shorter, fits)
         if fitted is not None:
             return fitted
     return None

@@ -6,7 +6,6 @@ from sdpo_jax.config import TeacherConfig
 from sdpo_jax.teacher.context import (
     ATTEMPTS,
     TeacherContext,
-    TextCodec,
     Wording,
     fit_reprompt,
 )
@@ -19,7 +18,6 @@ class TeacherPrompts:
     def __init__(self, config: TeacherConfig, tokenizer: Tokenizer, wording: Wording = ATTEMPTS):
         self._config, self._wording = config, wording
         self._tokenizer = tokenizer
-        self._codec = TextCodec(tokenizer.encode, tokenizer.decode, tokenizer.render)
 
     def __call__(
         self,
@@ -35,7 +33,7 @@ class TeacherPrompts:
                 fitted = fit_reprompt(
                     messages,
                     context,
-                    self._codec,
+                    self._tokenizer,
                     max_prompt_tokens=self._config.max_prompt_tokens,
                     max_feedback_tokens=self._config.max_feedback_tokens,
                     wording=self._wording,

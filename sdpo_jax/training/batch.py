@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_jax.data.packing import (
-    Laid,
+    PackedBatch,
     Pair,
     lay_end_to_end,
     lay_in_rows,
@@ -29,7 +29,7 @@ from sdpo_jax.training.step import Sequences
 Reduction = Literal["token_mean", "sequence_mean"]
 
 
-class Form(NamedTuple):
+class BatchLayout(NamedTuple):
     """How pairs become rows of tokens."""
 
     share_prompts: bool
@@ -74,7 +74,7 @@ def reduction_weights(
     return np.asarray(weights), float(denominator)
 
 
-def plan(pairs: Sequence[Pair], form: Form) -> list[MicroBatchPlan]:
+def plan(pairs: Sequence[Pair], form: BatchLayout) -> list[MicroBatchPlan]:
     """Cuts an update's pairs, in the student's form, into micro-batches of shards.
 
     Raises:
@@ -100,7 +100,7 @@ def plan(pairs: Sequence[Pair], form: Form) -> list[MicroBatchPlan]:
         count += 1
 
 
-def _tokens(pairs: Sequence[Pair], form: Form) -> int:
+def _tokens(pairs: Sequence[Pair], form: BatchLayout) -> int:
     """At least this many are computed, padding aside."""
     if form.share_prompts:
         prompts = sum(len(pairs[group[0]].prompt) for group in shared_prompts(pairs))
@@ -112,20 +112,20 @@ def _width(pairs: Sequence[Pair]) -> int:
     return size_bucket(max((len(p) + len(r) for p, r in pairs), default=1))
 
 
-def _spread(pairs: Sequence[Pair], bins: int, form: Form) -> list[list[int]]:
+def _spread(pairs: Sequence[Pair], bins: int, form: BatchLayout) -> list[list[int]]:
     if form.share_prompts:
         return spread(pairs, bins=bins)
     return spread_rows(pairs, width=_width(pairs), bins=bins)
 
 
-def _lay(pairs: Sequence[Pair], members: Sequence[Sequence[int]], form: Form) -> Laid:
+def _lay(pairs: Sequence[Pair], members: Sequence[Sequence[int]], form: BatchLayout) -> PackedBatch:
     bins = [[pairs[i] for i in shard] for shard in members]
     if form.share_prompts:
         return lay_end_to_end(bins)
     return lay_in_rows(bins, width=_width(pairs))
 
 
-def _in_chunks(laid: Laid, members: list[list[int]], form: Form) -> MicroBatchPlan:
+def _in_chunks(laid: PackedBatch, members: list[list[int]], form: BatchLayout) -> MicroBatchPlan:
     """Room for every response token, in chunks that follow from the shape alone."""
     most = max(len(take) for take in laid.take)
     size = laid.tokens.size // form.shards
@@ -135,7 +135,7 @@ def _in_chunks(laid: Laid, members: list[list[int]], form: Form) -> MicroBatchPl
 
 
 def make_sequences(
-    pairs: Sequence[Pair], micro_batch: MicroBatchPlan, form: Form, devices: Devices
+    pairs: Sequence[Pair], micro_batch: MicroBatchPlan, form: BatchLayout, devices: Devices
 ) -> Sequences:
     """Tokens, attention and places of prediction of one micro-batch, on the devices."""
     laid = _lay(pairs, micro_batch.members, form)

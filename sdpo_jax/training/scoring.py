@@ -21,8 +21,8 @@ from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
 from sdpo_jax.model import Model, Params
 from sdpo_jax.training.batch import MicroBatchPlan
 from sdpo_jax.training.step import head_on_shards, teacher_forward
-from sdpo_jax.training.token_sums import sampled
-from sdpo_jax.training.updates import Part, Update
+from sdpo_jax.training.token_metrics import sampled
+from sdpo_jax.training.updates import MiniBatch, Update
 
 
 class Scores(NamedTuple):
@@ -41,7 +41,9 @@ class Scorer:
         self._forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)
         self._head = devices.jit(model.head, out_shardings=devices.head)
 
-    def of_teacher(self, part: Part, tokens: list[SdpoTokens], constants: SdpoConstants) -> Scores:
+    def of_teacher(
+        self, part: MiniBatch, tokens: list[SdpoTokens], constants: SdpoConstants
+    ) -> Scores:
         """What the teacher, or the trust region around it, says of a part's tokens."""
         rest = ScoreConstants(constants.temperature, constants.live_head, constants.coefficient)
         found = [
@@ -99,7 +101,7 @@ def _score(
     return {name: metrics[name].reshape(shape) for name in ("log_prob", "entropy")}
 
 
-def _of_rows(part: Part, values: list[Any]) -> list[NDArray[np.float32]]:
+def _of_rows(part: MiniBatch, values: list[Any]) -> list[NDArray[np.float32]]:
     """`[D, n, c]` of each micro-batch to the ragged values of each row; undoes `make_tokens`."""
     rows: dict[int, NDArray[np.float32]] = {}
     for micro_batch, array in zip(part.micro_batches, values, strict=True):
@@ -108,7 +110,7 @@ def _of_rows(part: Part, values: list[Any]) -> list[NDArray[np.float32]]:
 
 
 def _of_micro_batch(
-    part: Part, micro_batch: MicroBatchPlan, array: NDArray[np.float32]
+    part: MiniBatch, micro_batch: MicroBatchPlan, array: NDArray[np.float32]
 ) -> dict[int, NDArray[np.float32]]:
     found: dict[int, NDArray[np.float32]] = {}
     for line, members in zip(array.reshape(len(array), -1), micro_batch.members, strict=True):

@@ -21,7 +21,7 @@ from sdpo_jax.config import (
 from sdpo_jax.devices import Devices
 from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import Teacher, ema, float32_copy, frozen, live, trust_region
-from sdpo_jax.training.parameters import Parameters, full, lora
+from sdpo_jax.training.lora import Parameters, full, lora
 
 
 class TrainState(struct.PyTreeNode):

@@ -30,9 +30,9 @@ from sdpo_jax.devices import ROWS
 from sdpo_jax.losses.chunked_head import PerTokenLoss, chunked_head
 from sdpo_jax.model import Blocks, Model, Params
 from sdpo_jax.teacher.weights import Teacher
-from sdpo_jax.training.parameters import Parameters
+from sdpo_jax.training.lora import Parameters
 from sdpo_jax.training.state import TrainState
-from sdpo_jax.training.token_sums import Tokens, add_up, condense, sampled, zeros
+from sdpo_jax.training.token_metrics import Tokens, add_up, condense, sampled, zeros
 
 
 class Sequences(NamedTuple):

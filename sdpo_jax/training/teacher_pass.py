@@ -13,18 +13,18 @@ from sdpo_jax.devices import Devices
 from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
 from sdpo_jax.losses.sequence_importance import SdftTokens
 from sdpo_jax.model import Params
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.training.batch import (
-    Form,
+    BatchLayout,
     MicroBatchPlan,
     Pair,
     make_sequences,
     make_tokens,
     rollout_numbers,
 )
-from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.step import Sequences
-from sdpo_jax.training.updates import Part, Update, in_order, make_update, token_count
+from sdpo_jax.training.updates import MiniBatch, Update, in_order, make_update, token_count
 
 TeacherForward = Callable[[Params, Sequences], jax.Array]
 """`(params, sequences) -> [D, n, c, width]`, compiled: `step.teacher_forward` of a model."""
@@ -33,7 +33,7 @@ TeacherHead = Callable[[Params], jax.Array]
 """`params -> [width, V]`, compiled, as the loss wants the head to lie."""
 
 
-class TeacherSide(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """What the teacher knows of one part."""
 
     tokens: list[Any]  # of each micro-batch, `SdpoTokens` or `SdftTokens`
@@ -47,7 +47,7 @@ class TeacherPass:
         self,
         config: Config,
         devices: Devices,
-        form: Form,
+        form: BatchLayout,
         forward: TeacherForward,
         head: TeacherHead,
         *,
@@ -60,12 +60,12 @@ class TeacherPass:
 
     def __call__(
         self,
-        experience: Experience,
-        parts: Sequence[Part],
+        experience: RolloutBatch,
+        parts: Sequence[MiniBatch],
         prompts: Sequence[list[int] | None],
         teacher_params: Params,
         params: Params,
-        clock: Clock,
+        clock: PhaseTimer,
     ) -> list[Update]:
         """One update for each part; arguments as in `sides`."""
         sides = self.sides(experience, parts, prompts, teacher_params, params, clock)
@@ -78,13 +78,13 @@ class TeacherPass:
 
     def sides(
         self,
-        experience: Experience,
-        parts: Sequence[Part],
+        experience: RolloutBatch,
+        parts: Sequence[MiniBatch],
         prompts: Sequence[list[int] | None],
         teacher_params: Params,
         params: Params,
-        clock: Clock,
-    ) -> list[TeacherSide]:
+        clock: PhaseTimer,
+    ) -> list[TeacherOutputs]:
         """What the teacher knows of each part's tokens.
 
         All passes run before the first update: the teacher may be the student.
@@ -105,13 +105,13 @@ class TeacherPass:
 
     def _side(
         self,
-        experience: Experience,
-        part: Part,
+        experience: RolloutBatch,
+        part: MiniBatch,
         prompts: Sequence[list[int] | None],
         weights: list[Params],
         heads: list[jax.Array],
-        clock: Clock,
-    ) -> TeacherSide:
+        clock: PhaseTimer,
+    ) -> TeacherOutputs:
         pairs = [
             Pair(ids, experience.response_ids[i])
             for i in part.rows
@@ -140,4 +140,4 @@ class TeacherPass:
         if len(heads) > 1:
             coefficient = jnp.float32(self._config.teacher.trust_region)
             constants = SdpoConstants(heads[0], temperature, heads[1], coefficient)
-        return TeacherSide([tokens(x) for x in part.micro_batches], constants)
+        return TeacherOutputs([tokens(x) for x in part.micro_batches], constants)

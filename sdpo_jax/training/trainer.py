@@ -20,23 +20,13 @@ from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.environments.base import Environment
-from sdpo_jax.evaluation.accuracy import Evaluator
+from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.losses.chunked_head import chunked_head
 from sdpo_jax.losses.objectives import sft_per_token
 from sdpo_jax.losses.sequence_importance import sequence_weighted_head
 from sdpo_jax.model import Model, Params
-from sdpo_jax.sampling.sampler import Sampler
-from sdpo_jax.sampling.turns import ids_between
-from sdpo_jax.teacher.context import ATTEMPTS, EXAMPLE, Wording
-from sdpo_jax.teacher.prompts import TeacherPrompts
-from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.batch import Form
-from sdpo_jax.training.checkpoint import Checkpoints, Restored
-from sdpo_jax.training.clock import Clock
-from sdpo_jax.training.contexts import Contexts
-from sdpo_jax.training.objectives import GrpoUpdates, SdpoUpdates
-from sdpo_jax.training.parameters import refuse_another_base
-from sdpo_jax.training.per_token import (
+from sdpo_jax.objectives.contexts import Contexts
+from sdpo_jax.objectives.per_token import (
     SAMPLED,
     Loss,
     grpo_loss_of,
@@ -44,10 +34,19 @@ from sdpo_jax.training.per_token import (
     sdft_loss_of,
     sdpo_loss_of,
 )
-from sdpo_jax.training.refreshes import Refreshes
+from sdpo_jax.objectives.sdft import SdftSource
+from sdpo_jax.objectives.sdpo import GrpoUpdates, SdpoUpdates
+from sdpo_jax.objectives.sources import DemonstrationSource, RolloutSource, Source
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.rollouts.turns import ids_between
+from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.teacher.context import ATTEMPTS, EXAMPLE, Wording
+from sdpo_jax.teacher.prompts import TeacherPrompts
+from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.batch import BatchLayout
+from sdpo_jax.training.lora import refuse_another_base
 from sdpo_jax.training.scoring import Scorer
-from sdpo_jax.training.sdft import SdftSource
-from sdpo_jax.training.sources import DemonstrationSource, RolloutSource, Source
 from sdpo_jax.training.state import (
     TrainState,
     abstract_state,
@@ -71,10 +70,11 @@ from sdpo_jax.training.step import (
     teacher_forward,
     train_step,
 )
+from sdpo_jax.training.student_teacher_kl import StudentTeacherKl
 from sdpo_jax.training.teacher_pass import TeacherPass
-from sdpo_jax.training.token_sums import is_mean, read
+from sdpo_jax.training.teacher_refresh import Refreshes
+from sdpo_jax.training.token_metrics import is_mean, read
 from sdpo_jax.training.updates import Update
-from sdpo_jax.training.weight_lag import WeightLag
 
 LoadParams: TypeAlias = Callable[[], Params]
 """Loads a run's initial weights."""
@@ -94,7 +94,7 @@ class Trainer:
         self.config, self.tokenizer, self._model = config, tokenizer, model
         self.devices = Devices(make_mesh(config.mesh))
         self.teacher, self.parameters = make_teacher(config), make_parameters(config)
-        self.form = Form(
+        self.form = BatchLayout(
             share_prompts=shares_prompts(config),
             micro_batch_tokens=config.train.micro_batch_tokens,
             head_chunk_tokens=config.train.head_chunk_tokens,
@@ -131,12 +131,12 @@ class Trainer:
             return None
         return Refreshes(config, teacher, self.parameters, self.devices, self.shardings)
 
-    def _make_weight_lag(self) -> WeightLag | None:
+    def _make_weight_lag(self) -> StudentTeacherKl | None:
         objective = self.config.objective
         taught = isinstance(objective, SdpoObjective | SdftObjective)
         if not taught or self.config.teacher.weights == "live":
             return None
-        return WeightLag(self.config, objective, self._model, self.devices, self.form)
+        return StudentTeacherKl(self.config, objective, self._model, self.devices, self.form)
 
     def _compiled_train_step(self) -> TrainStep:
         config, devices = self.config, self.devices
@@ -238,7 +238,7 @@ class Trainer:
 
     def step(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """One generation batch: rollouts, feedback, teacher, updates; the teacher follows once."""
-        clock = Clock()
+        clock = PhaseTimer()
         student = self.student(state)
         updates, row = self.source(student, self.teacher_params(state, student), step, clock)
         updates = self._anchored(updates, state, clock)
@@ -259,7 +259,9 @@ class Trainer:
                 row |= told
         return state, row | clock.read()
 
-    def _anchored(self, updates: list[Update], state: TrainState, clock: Clock) -> list[Update]:
+    def _anchored(
+        self, updates: list[Update], state: TrainState, clock: PhaseTimer
+    ) -> list[Update]:
         """With a KL to the initial model: updates that know its log-probabilities."""
         objective = self.config.objective
         if isinstance(objective, Demonstrated) or objective.reference_kl == 0:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from sdpo_jax.config import Config
 from sdpo_jax.devices import Devices
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.training.batch import (
-    Form,
+    BatchLayout,
     MicroBatchPlan,
     Pair,
     Reduction,
@@ -20,7 +21,6 @@ from sdpo_jax.training.batch import (
     reduction_weights,
     rollout_numbers,
 )
-from sdpo_jax.training.experience import Experience
 from sdpo_jax.training.step import Batch, MicroBatch
 
 
@@ -33,7 +33,7 @@ class Update(NamedTuple):
     """Of prompts and responses, without padding."""
 
 
-class Part(NamedTuple):
+class MiniBatch(NamedTuple):
     """The rows of one mini-batch that are worth computing, with their weights."""
 
     rows: list[int]
@@ -44,23 +44,23 @@ class Part(NamedTuple):
     block: NDArray[np.intp] | None = None  # all graded rows of the mini-batch
 
 
-def cut_into_parts(
+def split_mini_batches(
     config: Config,
-    experience: Experience,
+    experience: RolloutBatch,
     active: NDArray[np.bool_],
     worth: NDArray[np.bool_],
     reduction: Reduction,
-    form: Form,
+    form: BatchLayout,
     *,
     skip: int = 0,
-) -> list[Part]:
+) -> list[MiniBatch]:
     """Mini-batches of the rows that are `worth` computing; an empty one makes no update.
 
     `active` rows count in the reduction; a row that is active but not worth computing has zero
     gradient. Rows that could not be graded are absent: no denominator knows them, nor the first
     `skip` tokens of each response.
     """
-    total, parts, graded = len(experience.texts), list[Part](), experience.graded
+    total, parts, graded = len(experience.texts), list[MiniBatch](), experience.graded
     size = total // config.train.mini_batches
     for start in range(0, total, size):
         block = start + np.flatnonzero(graded[start : start + size])
@@ -75,20 +75,20 @@ def cut_into_parts(
         rows = block[kept].tolist()
         pairs = [Pair(experience.prompt_ids[i], experience.response_ids[i]) for i in rows]
         spread = [weights[i, : lengths[i]] for i in kept]
-        parts.append(Part(rows, pairs, plan(pairs, form), spread, denominator, block))
+        parts.append(MiniBatch(rows, pairs, plan(pairs, form), spread, denominator, block))
     return parts
 
 
-def own_of(experience: Experience, rows: NDArray[np.intp]) -> list[NDArray[np.bool_]] | None:
+def own_of(experience: RolloutBatch, rows: NDArray[np.intp]) -> list[NDArray[np.bool_]] | None:
     """Which tokens of these rows the model wrote; None: all of them."""
     return None if experience.own is None else [experience.own[i] for i in rows]
 
 
 def make_update(
-    part: Part,
+    part: MiniBatch,
     tokens: Callable[[MicroBatchPlan], Any],
     constants: Any,
-    form: Form,
+    form: BatchLayout,
     devices: Devices,
 ) -> Update:
     """The student's side of an update; `tokens` makes what the objective knows of each token."""
@@ -106,7 +106,7 @@ def make_update(
 
 
 def with_outcomes(
-    update: Update, part: Part, verdicts: NDArray[np.int32], devices: Devices
+    update: Update, part: MiniBatch, verdicts: NDArray[np.int32], devices: Devices
 ) -> Update:
     """An update whose tokens know how their rollouts ended; `verdicts[N]` as from `diagnostics`."""
 
@@ -120,7 +120,7 @@ def with_outcomes(
     return update._replace(batch=batch)
 
 
-def in_order(part: Part, tokens: Sequence[Any]) -> Callable[[MicroBatchPlan], Any]:
+def in_order(part: MiniBatch, tokens: Sequence[Any]) -> Callable[[MicroBatchPlan], Any]:
     """For `make_update`: tokens that were made before, one for each of the part's micro-batches."""
     ready = dict(zip(map(id, part.micro_batches), tokens, strict=True))
     return lambda micro_batch: ready[id(micro_batch)]

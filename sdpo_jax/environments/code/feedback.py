@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sdpo_jax.environments.code.problems import Case, InBox
-from sdpo_jax.environments.hygiene import clean
 from sdpo_jax.environments.sandbox.protocol import Limits, Observation, Run
+from sdpo_jax.environments.sanitize import clean
 
 MAX_CHARACTERS = 2000
 NO_PROGRAM = (

@@ -28,7 +28,6 @@ from typing import Any, cast
 
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.code.values import same_value
-from sdpo_jax.environments.hygiene import clean
 from sdpo_jax.environments.sandbox.protocol import (
     Evaluate,
     Limits,
@@ -36,6 +35,7 @@ from sdpo_jax.environments.sandbox.protocol import (
     Program,
     Sandbox,
 )
+from sdpo_jax.environments.sanitize import clean
 from sdpo_jax.environments.tool_apis import FAMILIES, TODAY
 from sdpo_jax.environments.tool_calls import Task, ToolCalls, complaints, write_call
 

@@ -1,0 +1,1 @@
+"""The commands of `sdpo`, one file each."""

@@ -1,0 +1,1 @@
+"""Test-time training on one hard question, and its baselines."""

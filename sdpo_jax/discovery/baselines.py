@@ -1,0 +1,159 @@
+"""The start model's own chances at a question: independent samples, and many turns of asking.
+
+Both sample at the recipe's temperature from the weights that test-time training starts from, and
+count every answer as one generation.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from sdpo_jax.config import Config
+from sdpo_jax.discovery.estimator import Cell
+from sdpo_jax.discovery.multi_turn import Chain
+from sdpo_jax.discovery.test_time import Tally, cell_seed
+from sdpo_jax.environments.base import Environment, Outcome, Prompt
+from sdpo_jax.environments.grading import Grader, refuse_failures
+from sdpo_jax.model import Params
+from sdpo_jax.rollouts.episodes import agreed
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.rollouts.prompts import prompt_ids
+from sdpo_jax.rollouts.rollout_batch import draw, make_rollout_setup
+from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.tokens import Tokenizer
+
+BATCH = 256
+"""Samples of best-of-k that are drawn in one call; the result depends on it, memory hardly."""
+
+
+FEWEST_JUDGED = 20
+"""Latest answers over which the share that could not be graded is taken: of one chain's single
+answer it would be all or nothing."""
+
+
+class StartModel(NamedTuple):
+    """What both baselines ask."""
+
+    config: Config
+    sampler: Sampler
+    tokenizer: Tokenizer
+    environment: Environment
+    params: Params
+
+
+def best_of_k(
+    start: StartModel,
+    question: Prompt,
+    seed: int,
+    samples: int,
+    tell: Callable[[int, int], None],
+) -> Cell:
+    """`samples` independent answers, all of them: a success does not end the cell."""
+    began, config, tally = time.perf_counter(), start.config, Tally(samples)
+    size = min(BATCH, samples)
+    rollout = replace(config.rollout, rollouts_per_prompt=size)
+    own, step = cell_seed("best_of_k", question.id, seed), 0
+    table = make_rollout_setup(replace(config, rollout=rollout), start.tokenizer, start.environment)
+    while tally.generations < samples:
+        step += 1
+        drawn = draw(
+            table, start.sampler, start.params, [question], seed=own, step=step, clock=PhaseTimer()
+        )
+        experience, _ = drawn.finish(PhaseTimer())
+        _refuse(start, experience.prompts, experience.outcomes, f"best_of_k, step {step}")
+        tally.add(experience.outcomes)
+        tell(tally.generations, samples)
+    cell = tally.cell("best_of_k", question.id, seed, time.perf_counter() - began)
+    return cell._replace(generations=samples, independent=True)  # the last call drew a few more
+
+
+class _Running(NamedTuple):
+    question: Prompt
+    seed: int
+    chain: Chain
+    tally: Tally
+
+
+def multi_turn(
+    start: StartModel,
+    pairs: Sequence[tuple[Prompt, int]],
+    budget: int,
+    done: Callable[[Cell], None],
+    tell: Callable[[int, int], None],
+    *,
+    shows_attempts: bool,
+) -> None:
+    """Chains of turns, decoded together as rows; draws depend on question and seed alone.
+
+    Args:
+      start: whom to ask.
+      pairs: questions with seeds, a chain each.
+      budget: turns of each chain.
+      done: told of each chain that is over, with its share of each turn's seconds.
+      tell: called with the turns so far and the budget after each turn.
+      shows_attempts: the form, see `multi_turn.Chain`.
+    """
+    method = "multi_turn_conversation" if shows_attempts else "multi_turn_feedback"
+    running = _begun(start, pairs, budget, shows_attempts)
+    turn, seconds = 0, 0.0
+    recent: deque[tuple[Prompt, Outcome]] = deque(maxlen=max(len(running), FEWEST_JUDGED))
+    while running:
+        turn += 1
+        began = time.perf_counter()
+        outcomes = _turn(start, running, method, turn)
+        seconds += (time.perf_counter() - began) / len(running)
+        recent.extend(zip((row.question for row in running), outcomes, strict=True))
+        if len(recent) == recent.maxlen:
+            asked, judged = [q for q, _ in recent], [o for _, o in recent]
+            _refuse(start, asked, judged, f"{method}, turn {turn}")
+        still: list[_Running] = []
+        for row, outcome in zip(running, outcomes, strict=True):
+            row.tally.add([outcome])
+            if row.tally.over:
+                done(row.tally.cell(method, row.question.id, row.seed, seconds))
+            else:
+                still.append(row)
+        running = still
+        tell(turn, budget)
+
+
+def _begun(
+    start: StartModel, pairs: Sequence[tuple[Prompt, int]], budget: int, shows_attempts: bool
+) -> list[_Running]:
+    teacher, limit = start.config.teacher, start.config.rollout.max_prompt_tokens
+    running: list[_Running] = []
+    for question, seed in pairs:
+        prompt_ids(start.tokenizer, question, limit)  # refuses one that is too long
+        chain = Chain(question, teacher, start.tokenizer, shows_attempts=shows_attempts)
+        running.append(_Running(question, seed, chain, Tally(budget)))
+    return running
+
+
+def _turn(start: StartModel, running: list[_Running], method: str, turn: int) -> list[Outcome]:
+    """One answer of every chain, graded, and noted in the chain."""
+    rollouts = start.sampler(
+        start.params,
+        [row.chain.ids() for row in running],
+        group=1,
+        max_tokens=start.config.rollout.max_response_tokens,
+        temperature=start.config.rollout.temperature,
+        seed=0,
+        step=turn,
+        first_prompt=[cell_seed(method, row.question.id, row.seed) for row in running],
+        prompt_rows=1 << (len(running) - 1).bit_length(),  # few shapes; padding costs a prefill
+    )
+    texts = [start.tokenizer.decode(ids) for ids in rollouts.responses()]
+    truncated = [not stopped for stopped in rollouts.stopped.tolist()]
+    asked = [row.question for row in running]
+    outcomes = agreed(Grader(start.environment)(asked, texts, truncated))
+    for row, text, outcome in zip(running, texts, outcomes, strict=True):
+        row.chain.add(text, outcome)
+    return outcomes
+
+
+def _refuse(
+    start: StartModel, prompts: Sequence[Prompt], outcomes: Sequence[Outcome], where: str
+) -> None:
+    refuse_failures(prompts, outcomes, start.config.environment.max_failed_share, where)

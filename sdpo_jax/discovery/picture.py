@@ -1,0 +1,66 @@
+"""discovery@k of several methods as one SVG with a logarithmic axis, as the paper's figure 19."""
+
+from collections.abc import Sequence
+
+from sdpo_jax.discovery.estimator import CONFIDENCE, Cell, discovery, fine_grid, reach
+from sdpo_jax.errors import UserError
+from sdpo_jax.reports.curves import (
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    Curve,
+    Point,
+    picture,
+)
+
+NAMES = {
+    "sdpo": "SDPO",
+    "grpo": "GRPO",
+    "best_of_k": "best-of-k",
+    "multi_turn_feedback": "turns with feedback",
+    "multi_turn_conversation": "turns of conversation",
+}
+"""What stands at the end of a line."""
+
+
+def draw(cells: Sequence[Cell]) -> str:
+    """The SVG: one line for each method, a band for its interval.
+
+    Raises:
+      UserError: more methods than there are colours.
+    """
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    if len(methods) > len(COLOURS):
+        raise UserError(
+            f"{len(methods)} methods; expected at most {len(COLOURS)} in one picture: "
+            "leave one out of --method"
+        )
+    own = [[cell for cell in cells if cell.method == name] for name in methods]
+    most = max(2, *(reach(group) for group in own))
+    curves = [_curve(NAMES[name], group) for name, group in zip(methods, own, strict=True)]
+    x = Axis(1, most, _decades(most), LEFT, WIDTH - RIGHT, is_log=True)
+    y = Axis(0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], HEIGHT - BOTTOM, TOP)
+    questions = len({cell.question for cell in cells})
+    counted = "one question" if questions == 1 else f"{questions} questions"
+    note = f"{counted}; band: {100 * CONFIDENCE:.0f} % bootstrap over seeds"
+    return picture(curves, x, y, "P(discovered)", note, is_share=True)
+
+
+def _curve(name: str, cells: Sequence[Cell]) -> Curve:
+    points = [
+        Point(e.k, e.probability, e.low, e.high) for e in discovery(cells, fine_grid(reach(cells)))
+    ]
+    return Curve(name, points, len({cell.seed for cell in cells}))
+
+
+def _decades(most: int) -> list[float]:
+    """1, 10, 100, ... as far as the axis goes; with few of them also 3, 30, ..."""
+    ticks = [float(10**i) for i in range(len(str(most)))]
+    if len(ticks) < 4:
+        ticks = sorted([*ticks, *(3 * t for t in ticks)])
+    return [t for t in ticks if t <= most]

@@ -1,0 +1,1 @@
+"""The objectives: `sdpo`, `grpo`, `sdft` and `sft`, one file each."""

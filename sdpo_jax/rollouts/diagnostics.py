@@ -1,0 +1,98 @@
+"""What tells early that a run goes wrong: length's tail, repetition, copying, useless groups.
+
+Host-side numbers of one generation batch. In reports of collapse these move before accuracy does
+(CGTR, arXiv 2606.03532; StableSDPO, arXiv 2607.01763).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdpo_jax.environments.base import Outcome
+
+REPEATED_GRAM, OVERLAP_GRAM = 4, 8
+
+
+def rollout_diagnostics(
+    lengths: NDArray[np.int32],
+    responses: Sequence[Sequence[int]],
+    outcomes: Sequence[Outcome],
+    group: int,
+) -> dict[str, float]:
+    """Of `N` responses, a prompt's side by side.
+
+    Returns:
+      `response_tokens_p95`; `repetition`, the mean share of a response's 4-grams that came before
+      in it; `groups/no_success`, `one_success`, `all_success`: shares of the groups in which
+      something could be graded.
+    """
+    found = {
+        "response_tokens_p95": float(np.percentile(lengths, 95)),
+        "repetition": float(np.mean([repeated_share(ids) for ids in responses])),
+    }
+    graded = np.asarray([o.graded for o in outcomes]).reshape(-1, group)
+    passed = np.asarray([o.graded and o.passed for o in outcomes]).reshape(-1, group)
+    counts, totals = passed.sum(axis=1), graded.sum(axis=1)
+    counts, totals = counts[totals > 0], totals[totals > 0]
+    if len(totals):
+        found |= {
+            "groups/no_success": float(np.mean(counts == 0)),
+            "groups/one_success": float(np.mean(counts == 1)),
+            "groups/all_success": float(np.mean(counts == totals)),
+        }
+    return found
+
+
+def repeated_share(ids: Sequence[int]) -> float:
+    """Share of the 4-grams of a response that stand in it before; 0 if it has none.
+
+    >>> repeated_share([7, 7, 7, 7, 7])  # of two, the second
+    0.5
+    """
+    grams = _grams(ids, REPEATED_GRAM)
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def verdicts(outcomes: Sequence[Outcome], distilled: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """[N]: 1 of a success, -1 of a failure, 0 where a rollout is not graded or not distilled."""
+    signs = [(1 if o.passed else -1) if o.graded else 0 for o in outcomes]
+    return np.where(distilled, np.asarray(signs, np.int32), 0).astype(np.int32)
+
+
+def gap_agreement(
+    gaps: Sequence[NDArray[np.float32]], verdicts: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """The counts of `token_sums`, of gaps that are known on the host, `[|y|]` of each rollout."""
+    sums, passed, failed = np.asarray([np.sum(x) for x in gaps]), verdicts > 0, verdicts < 0
+    counts = (passed & (sums > 0), passed, failed & (sums < 0), failed)
+    return np.asarray([np.sum(x) for x in counts], np.float64)
+
+
+def overlap(response: Sequence[int], shown: Sequence[int]) -> float:
+    """Share of the response's 8-grams that stand in the demonstration; 0 where it has none.
+
+    >>> overlap(range(9), range(8))
+    0.5
+    """
+    grams = _grams(response, OVERLAP_GRAM)
+    theirs = set(_grams(shown, OVERLAP_GRAM))
+    return sum(gram in theirs for gram in grams) / len(grams) if grams else 0.0
+
+
+def _grams(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)]
+
+
+def environment_metrics(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
+    """Means of what the environment reports besides reward, of what it could grade."""
+    outcomes = [outcome for outcome in outcomes if outcome.graded]
+    names = sorted({name for outcome in outcomes for name in outcome.metrics})
+    return {
+        f"environment/{name}": _mean([o.metrics[name] for o in outcomes if name in o.metrics])
+        for name in names
+    }
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0

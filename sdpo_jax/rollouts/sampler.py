@@ -1,0 +1,353 @@
+"""Prompts in, graded-ready rollouts out: the host's side of sampling.
+
+Few programs are compiled: prompts are padded to a size from `size_bucket`, caches grow through
+`cache_sizes`, slots shrink to a quarter or a sixteenth once no rollout waits for one. Between two
+calls of the compiled loop the host sees which rollouts are done, and may grade them while the
+device decodes on. Inside the loop no shard of the mesh waits for another.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
+
+from sdpo_jax.data.packing import bucket, pad_rows, size_bucket
+from sdpo_jax.devices import ROWS, Devices
+from sdpo_jax.model import Model, Params, Prefix, SuffixCache
+from sdpo_jax.rollouts.draw import Filters
+from sdpo_jax.rollouts.generate import (
+    Job,
+    Plan,
+    Rollouts,
+    Slots,
+    Turn,
+    advance,
+    begin,
+    resize,
+    rollout_keys,
+    turn_keys,
+)
+
+SMALLEST_CACHE = 64
+
+
+def _specs(rows: Any, cached: Any, job: Job | None = None) -> tuple[Any, Any]:
+    """One thing for every array of a job and of the slots: how it is cut, or where it lies."""
+    prefix = Prefix(keys=cached, values=cached, lengths=rows, last_hidden=rows)
+    filters: Any = None if job is None else jax.tree.map(lambda _: P(), job.filters)
+    rollouts = Rollouts(tokens=rows, log_probs=rows, lengths=rows, stopped=rows)
+    slots = Slots(
+        rollout=rows,
+        step=rows,
+        hidden=rows,
+        cache=SuffixCache(keys=cached, values=cached),
+        written=rows,
+        started=rows,
+        decoded=rows,
+        rollouts=rollouts,
+    )
+    whole: Any = P()
+    made: Any = Job(prefix=prefix, keys=rows, wanted=rows, stop_ids=whole, filters=filters)
+    return made, slots
+
+
+_, SLOTS = _specs(ROWS, P(None, *ROWS))
+"""How the slots' arrays are cut over the shards of the rows."""
+
+
+def job_specs(job: Job) -> Any:
+    """How a job's arrays are cut."""
+    return _specs(ROWS, P(None, *ROWS), job)[0]
+
+
+def cache_sizes(max_tokens: int) -> list[int]:
+    """Places of the cache, smallest first: `max_tokens`, halved up to three times.
+
+    >>> cache_sizes(8192), cache_sizes(200), cache_sizes(48)
+    ([1024, 2048, 4096, 8192], [100, 200], [48])
+    """
+    sizes = [max_tokens]
+    while len(sizes) < 4 and sizes[0] >= 2 * SMALLEST_CACHE:
+        sizes.insert(0, -(-sizes[0] // 2))
+    return sizes
+
+
+class HostRollouts(NamedTuple):
+    """Rollouts as numpy arrays; see `Rollouts`."""
+
+    tokens: NDArray[np.int32]
+    log_probs: NDArray[np.float32]
+    lengths: NDArray[np.int32]
+    stopped: NDArray[np.bool_]
+    decoded: int = 0
+    """Passes of the decode loop that the busiest shard took."""
+
+    def response(self, row: int) -> list[int]:
+        """The sampled ids of a row, the stop token included."""
+        return self.tokens[row, : self.lengths[row]].tolist()
+
+    def responses(self) -> list[list[int]]:
+        """The sampled ids of each row."""
+        return [self.response(row) for row in range(len(self.tokens))]
+
+
+OnDone = Callable[[list[int], HostRollouts], None]
+"""`on_done(rows, rollouts)`: these rows of all rollouts are done; called once for each row."""
+
+
+class Sampler:
+    """Compiles prefill and decode once per bucket and runs them."""
+
+    def __init__(self, model: Model, devices: Devices, stop_ids: Sequence[int], slots: int = 0):
+        """`slots`: rollouts decoded at a time; 0 decodes all at once."""
+        self._model, self._devices, self._slots = model, devices, slots
+        self._stop_ids = np.asarray(stop_ids, np.int32)
+        job, state = self._shardings()
+        self._begin = devices.jit(
+            self._prefill_and_begin,
+            static_argnames=("group", "slots", "places", "max_tokens"),
+            out_shardings=(job, state),
+        )
+        self._advance = devices.jit(
+            self._advance_shards, static_argnames="plan", donate_argnums=2, out_shardings=state
+        )
+        self._resize = devices.jit(
+            self._resize_shards, static_argnames="places", out_shardings=state
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group: int,
+        max_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int,
+        step: int,
+        first_prompt: int | Sequence[int] = 0,
+        prompt_rows: int = 1,
+        turn: Turn | None = None,
+        on_done: OnDone | None = None,
+    ) -> HostRollouts:
+        """Draws `group` rollouts of each prompt; row `n` belongs to prompt `n // group`.
+
+        Args:
+          params: of the model.
+          prompts: ids of each prompt.
+          group: rollouts per prompt, `G`.
+          max_tokens: response limit, `T`.
+          temperature: 0 is greedy.
+          top_p: draw from the likeliest tokens that hold this much probability; 1 from all.
+          top_k: draw from this many of the likeliest tokens; 0 from all.
+          min_p: draw from tokens of at least this share of the likeliest one's probability.
+          seed: of the run.
+          step: with `seed` and the prompt's index it determines every draw.
+          first_prompt: index of `prompts[0]`, for a set of prompts that is decoded in parts; or
+            the index of each prompt, where rows must not depend on their place among others.
+          prompt_rows: prompts are padded to a multiple of this; padding is not decoded.
+          turn: of later turns, whose prompts are conversations; `group` is 1. None: the first.
+          on_done: told of rows as they are done, while the device goes on.
+        """
+        rows = bucket(prompt_rows, self._devices.row_shards)
+        width = size_bucket(max(map(len, prompts)))
+        tokens, lengths = pad_rows(prompts, multiple=width, rows_multiple=rows)
+        capacity = len(lengths) * group
+        slots = min(bucket(self._slots or capacity, self._devices.row_shards), capacity)
+        put, sizes = self._devices.put_rows, cache_sizes(max_tokens)
+        job, state = self._begin(
+            params,
+            put(tokens),
+            put(lengths),
+            self._stop_ids,
+            Filters(
+                np.float32(temperature),  # pyright: ignore[reportArgumentType]
+                None if top_p == 1.0 else np.float32(top_p),  # pyright: ignore[reportArgumentType]
+                None if top_k == 0 else np.int32(top_k),  # pyright: ignore[reportArgumentType]
+                None if min_p == 0.0 else np.float32(min_p),  # pyright: ignore[reportArgumentType]
+            ),
+            np.uint32(seed),
+            np.uint32(step),
+            _indices(first_prompt, len(lengths)),
+            None if turn is None else _padded(turn, len(lengths)),
+            group=group,
+            slots=slots,
+            places=sizes[0],
+            max_tokens=max_tokens,
+        )
+        n = len(prompts) * group
+        tell = None if on_done is None else _Tell(on_done, n)
+        plan = Plan(max_tokens, grouped=slots == capacity, refill=slots < capacity)
+        state = self._decode(params, job, state, plan, tell)
+        out = self._host(state, n)
+        if tell is not None:
+            tell(out, np.ones(capacity, np.bool_))
+        return out
+
+    def _decode(
+        self, params: Params, job: Job, state: Slots, plan: Plan, tell: "_Tell | None"
+    ) -> Slots:
+        """Calls the compiled loop until all rollouts are done."""
+        sizes, shards = cache_sizes(plan.max_tokens), self._devices.row_shards
+        count = self._devices.fetch(job.wanted)
+        while True:
+            state = self._advance(params, job, state, plan=plan)
+            if tell is not None:
+                tell.now()
+            view = self._devices.fetch((state.rollout, state.step, state.started))
+            rollout, step = (x.reshape(shards, -1) for x in view[:2])
+            live = rollout < len(job.keys) // shards
+            if not live.any():
+                return state
+            if tell is not None:
+                tell.next(self._host(state, tell.count), _done(rollout, view[2], job.keys.size))
+            places = state.cache.keys.shape[3]
+            if (live & (step >= places)).any():
+                places = sizes[sizes.index(places) + 1]
+            keep = None if (view[2] < count).any() else _slots_to_keep(live)
+            if keep is not None or places > state.cache.keys.shape[3]:
+                plan = plan._replace(grouped=plan.grouped and keep is None)
+                keep = None if keep is None else self._devices.put_rows(keep)
+                state = self._resize(state, keep, places=places)
+
+    def _host(self, state: Slots, count: int) -> HostRollouts:
+        *rollouts, decoded = self._devices.fetch((*state.rollouts, state.decoded))
+        return HostRollouts(*(array[:count] for array in rollouts), decoded=int(decoded.max()))
+
+    def _prefill_and_begin(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        stop_ids: jax.Array,
+        filters: Filters,
+        seed: jax.Array,
+        step: jax.Array,
+        first_prompt: jax.Array,
+        turn: Turn | None = None,
+        *,
+        group: int,
+        slots: int,
+        places: int,
+        max_tokens: int,
+    ) -> tuple[Job, Slots]:
+        shards = self._devices.row_shards
+        prefix = self._model.prefill(params, tokens, jnp.maximum(lengths, 1))
+        if turn is None:
+            keys = rollout_keys(seed, step, first_prompt, len(lengths), group)
+        else:
+            keys = turn_keys(seed, step, turn)
+        real = (lengths > 0).astype(jnp.int32).reshape(shards, -1)
+        job = Job(prefix, keys, jnp.sum(real, axis=-1) * group, stop_ids, filters)
+        start = self._on_shards(
+            lambda job: begin(self._model, job, slots // shards, places, max_tokens),
+            job_specs(job),
+        )
+        return job, start(job)
+
+    def _advance_shards(self, params: Params, job: Job, slots: Slots, *, plan: Plan) -> Slots:
+        run = self._on_shards(
+            lambda params, job, slots: advance(self._model, params, job, slots, plan),
+            P(),
+            job_specs(job),
+            SLOTS,
+        )
+        return run(params, job, slots)
+
+    def _resize_shards(self, slots: Slots, keep: jax.Array | None, *, places: int) -> Slots:
+        return self._on_shards(partial(resize, places=places), SLOTS, ROWS)(slots, keep)
+
+    @staticmethod
+    def _on_shards(function: Any, *specs: Any) -> Any:
+        """Each shard of the rows alone; heads are left to XLA."""
+        return jax.shard_map(
+            function,
+            in_specs=specs,
+            out_specs=SLOTS,
+            axis_names={"data", "fsdp"},
+            check_vma=False,  # loops start from constants, alike on all shards
+        )
+
+    def _shardings(self) -> tuple[Any, Any]:
+        """Where arrays lie between the programs: rows over the shards, heads over `tensor`."""
+        mesh, rows = self._devices.mesh, self._devices.rows
+        heads = jax.eval_shape(lambda: self._model.suffix_cache(1, 1)).keys.shape[2]
+        tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
+        cached = NamedSharding(mesh, P(None, *ROWS, tensor))
+        job, state = _specs(rows, cached)
+        whole = self._devices.replicated
+        return job._replace(stop_ids=whole, filters=whole), state
+
+
+def _padded(turn: Turn, rows: int) -> Turn:
+    """One row for each prompt, those that fill up included."""
+    pad = (0, rows - len(turn.prompts))
+    prompts, siblings = (np.pad(np.asarray(x, np.uint32), pad) for x in turn[:2])
+    return Turn(prompts, siblings, np.uint32(turn.number))
+
+
+def _indices(first_prompt: int | Sequence[int], rows: int) -> Any:
+    """Of the first prompt, or `[P]` of each; padding is not decoded, any index will do."""
+    if isinstance(first_prompt, int):
+        return np.uint32(first_prompt)
+    indices = np.zeros(rows, np.uint32)
+    indices[: len(first_prompt)] = first_prompt
+    return indices
+
+
+def _done(rollout: NDArray[np.int32], started: NDArray[np.int32], rows: int) -> NDArray[np.bool_]:
+    """`[N]`: had a slot and is in none; `rollout: [shards, B]` counts within its shard."""
+    shards, per_shard = len(started), rows // len(started)
+    done = np.arange(per_shard)[None] < started[:, None]
+    for line, held in zip(done, rollout, strict=True):
+        line[held[held < per_shard]] = False
+    return done.reshape(shards * per_shard)
+
+
+class _Tell:
+    """Tells the caller of rows that are done, each once, after the device has gone on."""
+
+    def __init__(self, on_done: OnDone, count: int):
+        self._on_done, self.count = on_done, count
+        self._told = np.zeros(count, np.bool_)
+        self._next: tuple[HostRollouts, NDArray[np.bool_]] | None = None
+
+    def next(self, rollouts: HostRollouts, done: NDArray[np.bool_]) -> None:
+        """What `now` is to tell."""
+        self._next = rollouts, done
+
+    def now(self) -> None:
+        """Tells what was kept for now."""
+        if self._next is not None:
+            self(*self._next)
+            self._next = None
+
+    def __call__(self, rollouts: HostRollouts, done: NDArray[np.bool_]) -> None:
+        """Tells of those among `done` that it has not told of."""
+        rows = np.flatnonzero(done[: self.count] & ~self._told)
+        self._told[rows] = True
+        if len(rows):
+            self._on_done(rows.tolist(), rollouts)
+
+
+def _slots_to_keep(live: NDArray[np.bool_]) -> NDArray[np.int32] | None:
+    """`[shards · B']`: live slots of each shard first, if a quarter or a sixteenth is enough."""
+    shards, slots = live.shape
+    most = int(live.sum(axis=-1).max())
+    size = next((s for s in (slots // 16, slots // 4) if s >= max(most, 1)), None)
+    if size is None:
+        return None
+    keep = np.full((shards, size), -1, np.int32)
+    for row, alive in zip(keep, live, strict=True):
+        found = np.flatnonzero(alive)
+        row[: len(found)] = found
+    return keep.reshape(-1)

@@ -1,0 +1,1 @@
+"""The harness of a run: its loop, its folder, checkpoints, metrics and console."""

@@ -1,0 +1,392 @@
+"""Checkpoints that are complete or absent, and verified before they are trusted.
+
+Orbax writes the arrays in the background and commits a step by renaming its directory. That alone
+is not enough: it restores flipped bits and other dtypes silently, and takes any directory with a
+number for a step. So a step counts only with a manifest, written last: shape and dtype of every
+array, size and BLAKE2b hash of every file.
+
+    N/                          a step: `state` (arrays), `extra` (JSON), `sdpo_manifest.json`
+    N.corrupt/                  a step whose files disagree with its manifest, put aside on restore
+    N.incomplete/               a directory without a manifest that was in the way of saving step N
+    *.orbax-checkpoint-tmp*/    what a killed save left; the next save removes it
+
+Every process of a run calls every method; process 0 alone writes manifests, verifies and deletes,
+and the others follow its verdict. The directory lies on a file system that all of them see.
+"""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from sdpo_jax.distributed import of_leader
+from sdpo_jax.errors import UserError
+from sdpo_jax.run.manifest import (
+    MANIFEST,
+    Damaged,
+    complete,
+    numbered,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+
+_NOTHING_SAVED, _ALL_DAMAGED, _NOT_INTACT = -1, -2, -3  # verdicts of process 0 beside a step
+_DISK_ERRORS = (
+    "No space left",
+    "File too large",
+    "quota exceeded",
+    "Permission denied",
+    "Read-only file system",
+)
+
+
+class Restored(NamedTuple):
+    """A restored step: the state with the template's shapes, dtypes and shardings."""
+
+    step: int
+    state: Any
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    with Checkpoints("runs/x/checkpoints", keep=2) as checkpoints:
+        restored = checkpoints.restore(state)
+        ...
+        checkpoints.save(step, state, {"seed": 0})
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        warn: Callable[[str], None] | None = None,
+    ):
+        """Opens a directory; nothing in it changes before the first `save` or `restore`.
+
+        Args:
+            directory: made if it does not exist.
+            keep: complete steps to keep, at least 1; older ones go once a newer one is complete.
+            warn: takes a line about damaged or unfinished steps; standard error by default.
+        """
+        if "://" in str(directory):
+            raise UserError(
+                f"checkpoint directory {directory}: expected a path on a mounted file system: a "
+                "step is committed by renaming. Mount the bucket and give the mount's path."
+            )
+        if keep < 1:
+            raise UserError(f"checkpoint.keep = {keep}: expected at least 1.")
+        self._directory = Path(directory).absolute()
+        self._keep = keep
+        self._warn = warn if warn is not None else _print_to_stderr
+        self._leader = jax.process_index() == 0
+        self._manager: Any = None  # an ocp.CheckpointManager, made at the first save or restore
+        self._completion: threading.Thread | None = None
+        self._saving: int | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Complete steps, ascending. Files are not verified; `restore` does that."""
+        return complete(self._directory)
+
+    def save(
+        self, step: int, state: Any, extra: Mapping[str, Any], *, also: int | None = None
+    ) -> None:
+        """Copies the state to the host and writes it in the background.
+
+        Returns when the arrays may be donated. An error of the previous save is raised here. A step
+        that is already complete is left as it is: a step's state is determined by its number.
+
+        Args:
+            step: its number, 0 or more.
+            state: a pytree of `jax.Array`.
+            extra: JSON-serialisable; tuples come back as lists.
+            also: a step to keep beside the last ones, however old.
+        """
+        self.finish()
+        if of_leader(step if step in self.steps() else -1) == step:
+            return
+        if self._leader:
+            self._make_room(step)
+        _barrier("sdpo_checkpoint_room")
+        manager = self._open()
+        manager.reload()
+        arrays = _describe(state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
+            extra=ocp.args.JsonSave(dict(extra)),  # pyright: ignore[reportCallIssue]
+        )
+        self._saving = step
+        try:
+            manager.save(step, args=items, force=True)  # else it refuses steps before a stray 99/
+        except Exception as error:
+            self._raise_failed_save(error)
+        self._completion = threading.Thread(
+            target=self._complete, args=(step, arrays, also), name=f"checkpoint-{step}"
+        )
+        self._completion.start()
+
+    def finish(self) -> None:
+        """Waits until the last save is complete and raises its error, if any."""
+        if self._completion is not None:
+            self._completion.join()
+            self._completion = None
+        error, self._error = self._error, None
+        if error is not None:
+            self._raise_failed_save(error)
+        self._saving = None
+
+    def poll(self) -> None:
+        """Raises the error of a save that has failed by now; never waits."""
+        if self._completion is not None and not self._completion.is_alive():
+            self.finish()
+
+    def close(self) -> None:
+        """Finishes the last save and releases Orbax's threads."""
+        self.finish()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def restore(self, template: Any, step: int | None = None) -> Restored | None:
+        """The latest step whose files are intact; None if nothing was ever completed.
+
+        A damaged step is named, put aside as `N.corrupt`, and the one before it is taken; not where
+        one step is asked for.
+
+        Args:
+            template: a pytree like the saved one, of `jax.Array` or `jax.ShapeDtypeStruct` with a
+                sharding; it decides structure, shapes, dtypes and shardings.
+            step: this one and no other.
+
+        Raises:
+            UserError: every step is damaged, the one asked for is damaged or not there, or the
+                template's arrays are not the saved ones.
+        """
+        step = self._find(step)
+        if step is None:
+            return None
+        saved = read_manifest(self._manifest_path(step))["arrays"]
+        _refuse_other_arrays(saved, _describe(template), self._directory / str(step))
+        manager = self._open()
+        manager.reload()
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(  # pyright: ignore[reportCallIssue]
+                jax.tree.map(_abstract, template)
+            ),
+            extra=ocp.args.JsonRestore(),
+        )
+        restored = manager.restore(step, args=items)
+        return Restored(step, restored["state"], dict(restored["extra"]))
+
+    def restore_part(self, name: str, template: Any, step: int | None = None) -> Restored | None:
+        """As `restore`, of one field of the state alone: nothing else is read into memory.
+
+        Args:
+            name: of the field, such as `params`; `Restored.state` is what was saved under it.
+            template: of that field, as in `restore`.
+            step: as in `restore`.
+
+        Raises:
+            UserError: as in `restore`.
+        """
+        step = self._find(step)
+        if step is None:
+            return None
+        saved = read_manifest(self._manifest_path(step))["arrays"]
+        part = {key: value for key, value in saved.items() if key.startswith(f"{name}.")}
+        wanted, folder = {name: jax.tree.map(_abstract, template)}, self._directory / str(step)
+        _refuse_other_arrays(part, _describe(wanted), folder)
+        items = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            state = reader.restore(folder / "state", args=items)[name]
+        extra = self._open().restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
+        return Restored(step, state, dict(extra["extra"]))
+
+    def _find(self, asked: int | None) -> int | None:
+        """The step to restore, on every process; None if nothing was ever completed."""
+        self.finish()
+        search = self._newest_intact if asked is None else partial(self._intact, asked)
+        step = of_leader(search() if self._leader else _NOTHING_SAVED)
+        if step == _NOT_INTACT:
+            raise UserError(
+                f"{self._directory}: step {asked} is damaged or not there. Expected another one: "
+                f"{[step for step in self.steps() if step != asked] or 'there is none'}. Move a "
+                "damaged one away, and RUN@best is the best of the others."
+            )
+        if step == _ALL_DAMAGED:
+            raise UserError(
+                f"{self._directory}: no intact checkpoint is left; the damaged ones are kept as "
+                "N.corrupt. Restore the directory from a copy, or delete it to start from scratch."
+            )
+        return None if step == _NOTHING_SAVED else step
+
+    def _open(self) -> Any:
+        if self._manager is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None,  # Orbax would drop the old step before the new manifest exists
+                enable_async_checkpointing=True,
+            )
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_names=("state", "extra")
+            )
+        return self._manager
+
+    def _manifest_path(self, step: int) -> Path:
+        return self._directory / str(step) / MANIFEST
+
+    def _make_room(self, step: int) -> None:
+        """Removes what killed saves left, and moves an unfinished directory out of the way."""
+        for pattern in ("*.orbax-checkpoint-tmp*", "*.deleted"):
+            for path in self._directory.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+        if (self._directory / str(step)).exists():
+            aside = self._directory / f"{step}.incomplete"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(step)).rename(aside)
+
+    def _complete(self, step: int, arrays: dict[str, Any], also: int | None) -> None:
+        """Background: waits for Orbax's commit, writes the manifest, drops old steps."""
+        try:
+            self._manager.wait_until_finished()
+            if self._leader:
+                write_manifest(self._directory / str(step), step, arrays)
+                self._drop_old(also)
+        except BaseException as error:
+            self._error = error
+
+    def _drop_old(self, also: int | None) -> None:
+        for step in self.steps()[: -self._keep]:
+            if step == also:
+                continue
+            doomed = self._directory / f"{step}.deleted"
+            shutil.rmtree(doomed, ignore_errors=True)
+            (self._directory / str(step)).rename(doomed)  # at once, so that no half step is seen
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _raise_failed_save(self, error: BaseException) -> None:
+        """Says which step is missing; a full or read-only disk is the user's to mend."""
+        step, manager, said = self._saving, self._manager, str(error)
+        self._saving = self._manager = None
+        with contextlib.suppress(Exception):  # a manager repeats its error for ever
+            manager.close()
+        if isinstance(error, OSError) or any(reason in said for reason in _DISK_ERRORS):
+            raise UserError(
+                f"{self._directory}: step {step} was not saved ({said.splitlines()[0]}). Earlier "
+                f"complete steps: {self.steps() or 'none'}. Free space or mend permissions, resume."
+            ) from error
+        raise error
+
+    def _intact(self, step: int) -> int:
+        """The step, if its files are what its manifest says; nothing is put aside."""
+        try:
+            verify(self._directory / str(step))
+        except Damaged as error:
+            self._warn(f"checkpoint {self._directory / str(step)}: {error}")
+            return _NOT_INTACT
+        return step
+
+    def _newest_intact(self) -> int:
+        damaged = any(self._directory.glob("*.corrupt*"))
+        for step in reversed(numbered(self._directory)):
+            path = self._directory / str(step)
+            if not (path / MANIFEST).exists():
+                self._warn(f"checkpoint {path}: no manifest, never completed; skipped")
+                continue
+            try:
+                verify(path)
+            except Damaged as error:
+                damaged = True
+                aside = _free_name(self._directory / f"{step}.corrupt")
+                path.rename(aside)
+                self._warn(
+                    f"checkpoint {path}: {error}; moved to {aside.name}, trying an older one"
+                )
+            else:
+                return step
+        return _ALL_DAMAGED if damaged else _NOTHING_SAVED
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with the first number after it that is free."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}.{number}"), number + 1
+    return candidate
+
+
+def _describe(tree: Any) -> dict[str, Any]:
+    """Name -> [dtype, shape] of every array of a pytree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): [str(leaf.dtype), list(leaf.shape)]
+        for path, leaf in leaves
+    }
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _refuse_other_arrays(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """One error with every difference: Orbax would cast dtypes silently."""
+    differences = [f"{name}: saved, but not part of this run" for name in saved.keys() - wanted]
+    differences += [f"{name}: not in the checkpoint" for name in wanted.keys() - saved]
+    differences += [
+        f"{name}: saved as {_spell(saved[name])}, this run has {_spell(wanted[name])}"
+        for name in saved.keys() & wanted
+        if saved[name] != wanted[name]
+    ]
+    if differences:
+        shown = "\n  ".join(sorted(differences)[:20])
+        raise UserError(
+            f"checkpoint {where} holds other arrays than this run ({len(differences)} differ):\n  "
+            + shown
+            + "\nResume with the model and optimiser it was saved with, or use another run_dir."
+        )
+
+
+def _spell(array: list[Any]) -> str:
+    dtype, shape = array
+    return f"{dtype}[{', '.join(map(str, shape))}]"

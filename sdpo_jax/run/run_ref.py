@@ -1,0 +1,99 @@
+"""How a command names a run and one of its checkpoints: `DIR`, `DIR@best`, `DIR@STEP`."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from sdpo_jax.config import Config
+from sdpo_jax.config.recipe import load_recipe
+from sdpo_jax.errors import UserError
+from sdpo_jax.run.manifest import complete
+from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.run_directory import CONFIG
+
+
+class RunRef(NamedTuple):
+    """A run that a command was given."""
+
+    folder: Path
+    config: Config
+    """Its `mesh` may be made to fit the devices that are here."""
+    step: int | None
+    """Of a checkpoint; None for the last one."""
+
+
+class Best(NamedTuple):
+    """An evaluation during training."""
+
+    step: int
+    accuracy: float
+
+
+def find(text: str) -> RunRef:
+    """The run and the checkpoint that `DIR`, `DIR@best` or `DIR@STEP` names.
+
+    Raises:
+      UserError: there is no run, or no such checkpoint of it.
+    """
+    folder, which = _split(text)
+    config = config_of(text)
+    return RunRef(folder, config, None if which is None else _step(folder, which))
+
+
+def config_of(text: str) -> Config:
+    """Of the run that `find` takes from the same text; its checkpoints need not be there any more.
+
+    Raises:
+      UserError: there is no run.
+    """
+    folder = _split(text)[0]
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder}: expected the folder of a run, with {CONFIG} in it; "
+            "`sdpo train RECIPE` makes one under runs/"
+        )
+    return replace(load_recipe(folder / CONFIG), run_dir=str(folder))
+
+
+def names_a_run(text: str) -> bool:
+    """Whether there is a run at this path; `nano` is the embedded model, whatever lies there."""
+    # A run in a folder `nano` would otherwise be its own model, for ever.
+    return text != "nano" and (_split(text)[0] / CONFIG).is_file()
+
+
+def best_of(folder: Path, steps: Collection[int]) -> Best | None:
+    """The evaluation of one of these steps with the highest accuracy, the first of equals."""
+    log = folder / METRICS_FILE
+    found = [
+        Best(row["step"], row["accuracy"])
+        for row in (read_metrics(log) if log.is_file() else [])
+        if row["kind"] == "eval" and row["step"] in steps and row.get("accuracy") is not None
+    ]
+    return max(found, key=lambda best: (best.accuracy, -best.step), default=None)
+
+
+def _split(text: str) -> tuple[Path, str | None]:
+    """Folder and what stands behind the last `@`; a folder's own name may hold one."""
+    name, sign, which = text.rpartition("@")
+    if not sign or Path(text).is_dir():
+        return Path(text), None
+    return Path(name), which
+
+
+def _step(folder: Path, which: str) -> int:
+    saved = complete(folder / "checkpoints")
+    if which.isdecimal() and int(which) in saved:
+        return int(which)
+    there = ", ".join(map(str, saved)) or "none yet"
+    if which != "best":
+        raise UserError(
+            f"{folder}@{which}: expected @best or @STEP with a step that is saved: {there}"
+        )
+    best = best_of(folder, saved)
+    if best is None:
+        raise UserError(
+            f"{folder}@best: expected an evaluation of a step that is saved ({there}); there is "
+            f"none in {folder / METRICS_FILE}. Name a step: {folder}@STEP"
+        )
+    return best.step
