@@ -13,7 +13,7 @@ class SdpoObjective:
     """0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon."""
     top_k: int = 0
     """Compare on the student's likeliest tokens, the rest in one bucket (the paper: 100 or 20); 0
-    compares the whole vocabulary, which the chunked head affords."""
+    compares the whole vocabulary, which the fused linear loss affords."""
     importance_cap: float = 2.0
     """Upper bound of the detached ratio of new to rollout probability, per token."""
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
@@ -34,7 +34,7 @@ class SdpoObjective:
     its own reduction and GRPO with its default clips: 0 is SDPO, 1 is GRPO."""
     route: Literal["none", "outcome", "positive"] = "none"
     """`outcome`: failures with a teacher are distilled, all else goes to GRPO, under one
-    denominator (SRPO, arXiv 2604.02288). `positive`: distil only where the advantage is above 0
+    denominator (SRPO, arXiv 2604.02288). `positive`: distill only where the advantage is above 0
     (SDPG, arXiv 2606.04036), beside GRPO by `grpo_weight`."""
     distillation_warmup_steps: int = 0
     """Steps over which the distillation's coefficient rises to 1 (SDPG)."""

@@ -31,7 +31,7 @@ def worth_computing(objective: SdpoObjective, shares: LossWeights) -> NDArray[np
         return shares.counted
     if objective.credit == "modulated":
         return shares.advantages != 0
-    return (shares.distil != 0) | (shares.reinforce * shares.advantages != 0)
+    return (shares.distill != 0) | (shares.reinforce * shares.advantages != 0)
 
 
 def own_reduction(
@@ -46,7 +46,7 @@ def own_reduction(
     Under `route = "outcome"` both terms have one denominator (SRPO), and without GRPO there is one.
     """
     if not reinforces(objective) or objective.route == "outcome" or part.block is None:
-        return shares.distil
+        return shares.distill
     lengths, active = experience.lengths[part.block], has_teacher[part.block]
     _, own = reduction_weights(
         lengths,
@@ -56,7 +56,7 @@ def own_reduction(
         own_of(experience, part.block),
         objective.skip_first_tokens,
     )
-    return shares.distil * np.float32(part.denominator / max(own, 1.0))
+    return shares.distill * np.float32(part.denominator / max(own, 1.0))
 
 
 def entropy_weighted(shares: Ragged, scores: Scores, *, beta: float) -> Ragged:
@@ -75,7 +75,7 @@ def token_advantages(
     experience: RolloutBatch,
     part: MiniBatch,
     gaps: Ragged | None,
-    distil: Rows,
+    distill: Rows,
     shares: LossWeights,
 ) -> Ragged:
     """The advantage of each token of a part's rows, under a credit that is known before the loss.
@@ -86,7 +86,7 @@ def token_advantages(
         experience: the rollouts.
         part: its rows.
         gaps: log q(y_t) - log π(y_t); None under `fixed_negative`.
-        distil: [N], from `own_reduction`.
+        distill: [N], from `own_reduction`.
         shares: of the rollouts.
     """
     lengths = [len(x) for x in part.weights]
@@ -95,7 +95,7 @@ def token_advantages(
     elif objective.credit == "modulated":
         assert gaps is not None  # a teacher was asked
         # A rollout without a context has no teacher, only the plain question's.
-        told = [g * (shares.distil[i] != 0) for g, i in zip(gaps, part.rows, strict=True)]
+        told = [g * (shares.distill[i] != 0) for g, i in zip(gaps, part.rows, strict=True)]
         old = _padded([experience.log_probs[i] for i in part.rows])
         modulated = modulate_advantages(
             jnp.asarray(shares.advantages[part.rows]),
@@ -111,7 +111,7 @@ def token_advantages(
         means = sequence_advantages(jnp.asarray(_padded(gaps)), jnp.asarray(mask))
         credit = _rows(means, lengths)
     return [
-        distil[i] * own + np.float32(shares.reinforce[i] * shares.advantages[i])
+        distill[i] * own + np.float32(shares.reinforce[i] * shares.advantages[i])
         for own, i in zip(credit, part.rows, strict=True)
     ]
 

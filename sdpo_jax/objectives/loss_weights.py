@@ -28,7 +28,7 @@ class LossWeights(NamedTuple):
     """How much each rollout counts in either term."""
 
     counted: NDArray[np.bool_]  # [N], in the denominator
-    distil: Rows
+    distill: Rows
     reinforce: Rows
     advantages: Rows
     coefficient: float = 1.0  # of the schedule
@@ -42,24 +42,24 @@ def make_loss_weights(
     step: int,
 ) -> LossWeights:
     """Weights of a generation batch; a rollout that could not be graded has none."""
-    graded, distil = experience.graded, has_teacher.astype(np.float32)
-    advantages = np.zeros_like(distil)
+    graded, distill = experience.graded, has_teacher.astype(np.float32)
+    advantages = np.zeros_like(distill)
     if reinforces(objective):
         advantages = graded_advantages(experience)
-    reinforce = np.zeros_like(distil)
+    reinforce = np.zeros_like(distill)
     if objective.route == "outcome":
         passed = np.asarray([is_success(o, config.teacher) for o in experience.outcomes])
         routes = outcome_routing(jnp.asarray(passed), jnp.asarray(has_teacher))
-        distil, reinforce = np.asarray(routes.distil), np.asarray(routes.reinforce)
+        distill, reinforce = np.asarray(routes.distill), np.asarray(routes.policy_gradient)
     elif reinforces(objective):
         if objective.route == "positive":
-            distil = distil * np.asarray(positive_only(jnp.asarray(advantages)))
-        distil = distil * np.float32(1.0 - objective.grpo_weight)
-        reinforce = np.full_like(distil, objective.grpo_weight)
+            distill = distill * np.asarray(positive_only(jnp.asarray(advantages)))
+        distill = distill * np.float32(1.0 - objective.grpo_weight)
+        reinforce = np.full_like(distill, objective.grpo_weight)
     scale = distillation_coefficient(objective, step, config.train.steps)
-    distil = distil * np.float32(scale) * question_weights(config, objective, experience)
+    distill = distill * np.float32(scale) * question_weights(config, objective, experience)
     counted = graded if reinforces(objective) else has_teacher
-    return LossWeights(counted, distil * graded, reinforce * graded, advantages, scale)
+    return LossWeights(counted, distill * graded, reinforce * graded, advantages, scale)
 
 
 def reinforces(objective: SdpoObjective) -> bool:

@@ -7,16 +7,16 @@ from typing import Any
 import jax
 
 from sdpo_jax.config import GrpoObjective, SdftObjective, SdpoObjective
-from sdpo_jax.losses.anchor import anchored_per_token
-from sdpo_jax.losses.chunked_head import PerTokenLoss
 from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
-from sdpo_jax.losses.objectives import (
+from sdpo_jax.losses.fused_linear import PerTokenLoss
+from sdpo_jax.losses.per_token import (
     Divergence,
     grpo_per_token,
     mixed_per_token,
-    sampled_token_per_token,
+    sampled_token_sdpo,
     sdpo_per_token,
 )
+from sdpo_jax.losses.reference_kl import with_reference_kl
 from sdpo_jax.losses.token_stats import TokenStats
 from sdpo_jax.losses.weights import disagreement_weights
 from sdpo_jax.objectives.loss_weights import reinforces, weighs
@@ -56,7 +56,7 @@ def sdpo_loss_of(objective: SdpoObjective) -> Loss:
     if objective.token_weights == "disagreement":
         settings["weigh"], names = _disagreement(objective), (*names, "weight")
     if objective.credit == "token":
-        loss = sampled_token_per_token(**settings)
+        loss = sampled_token_sdpo(**settings)
     else:
         loss, names = sdpo_per_token(divergence_of(objective), **settings), (*names, *SPREAD)
     if is_mixed(objective):
@@ -107,7 +107,7 @@ def _anchored(
 ) -> Loss:
     if objective.reference_kl == 0:
         return loss, names
-    return anchored_per_token(loss, coefficient=objective.reference_kl), (*names, "reference_kl")
+    return with_reference_kl(loss, coefficient=objective.reference_kl), (*names, "reference_kl")
 
 
 def means(sums: Mapping[str, float], tokens: float) -> dict[str, float]:

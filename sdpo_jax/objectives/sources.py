@@ -14,7 +14,7 @@ from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
-from sdpo_jax.losses.objectives import SftTokens
+from sdpo_jax.losses.per_token import SftTokenInputs
 from sdpo_jax.model import Params
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import (
@@ -206,9 +206,9 @@ class DemonstrationSource:
         rows = list(range(len(pairs)))
         part = MiniBatch(rows, pairs, plan(pairs, self._form), spread, denominator)
 
-        def tokens(micro_batch: MicroBatchPlan) -> SftTokens:
+        def tokens(micro_batch: MicroBatchPlan) -> SftTokenInputs:
             responses = [pair.response for pair in pairs]
-            return SftTokens(make_tokens(responses, micro_batch, np.int32, self._devices))
+            return SftTokenInputs(make_tokens(responses, micro_batch, np.int32, self._devices))
 
         return make_update(part, tokens, None, self._form, self._devices)
 

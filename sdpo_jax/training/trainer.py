@@ -21,8 +21,8 @@ from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.evaluation.evaluator import Evaluator
-from sdpo_jax.losses.chunked_head import chunked_head
-from sdpo_jax.losses.objectives import sft_per_token
+from sdpo_jax.losses.fused_linear import fused_linear_loss
+from sdpo_jax.losses.per_token import sft_per_token
 from sdpo_jax.losses.sequence_importance import sequence_weighted_head
 from sdpo_jax.model import Model, Params
 from sdpo_jax.objectives.contexts import Contexts
@@ -142,7 +142,12 @@ class Trainer:
         config, devices = self.config, self.devices
         loss, metrics = _per_token_loss(config)
         step = make_train_step(
-            self._model, loss, metrics, self.optimizer, self.parameters, summed=_summed(config)
+            self._model,
+            loss,
+            metrics,
+            self.optimizer,
+            self.parameters,
+            head_loss_fn=_head_loss_fn(config),
         )
         whole: Any = devices.replicated
         sums = Sums(self.shardings.params, {name: whole for name in metrics}, whole, whole)
@@ -327,11 +332,11 @@ def _wording(config: Config) -> Wording:
     return EXAMPLE if asks_own else ATTEMPTS
 
 
-def _summed(config: Config) -> Any:
+def _head_loss_fn(config: Config) -> Any:
     """How losses of tokens become their sum; SDFT weighs whole responses."""
     if isinstance(config.objective, SdftObjective):
         return partial(sequence_weighted_head, config.objective.importance_cap)
-    return chunked_head
+    return fused_linear_loss
 
 
 def _summarise(measured: list[Metrics]) -> dict[str, Any]:
