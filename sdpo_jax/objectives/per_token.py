@@ -7,8 +7,10 @@ from typing import Any
 import jax
 
 from sdpo_jax.config import GrpoObjective, SdftObjective, SdpoObjective
-from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
+from sdpo_jax.losses.distillation import top_k_loss
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.fused_linear import PerTokenLoss
+from sdpo_jax.losses.kl_penalty import with_reference_kl
 from sdpo_jax.losses.per_token import (
     Divergence,
     grpo_per_token,
@@ -16,7 +18,6 @@ from sdpo_jax.losses.per_token import (
     sampled_token_sdpo,
     sdpo_per_token,
 )
-from sdpo_jax.losses.reference_kl import with_reference_kl
 from sdpo_jax.losses.token_stats import TokenStats
 from sdpo_jax.losses.weights import disagreement_weights
 from sdpo_jax.objectives.loss_weights import reinforces, weighs
@@ -80,7 +81,7 @@ def divergence_of(objective: SdpoObjective | SdftObjective) -> Divergence:
     """The divergence over the vocabulary, or over the student's likeliest tokens."""
     if objective.top_k:
         return partial(top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True)
-    return partial(full_vocabulary_loss, alpha=objective.alpha)
+    return partial(generalized_jsd, alpha=objective.alpha)
 
 
 def _surrogate(objective: GrpoObjective) -> PerTokenLoss:

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.fused_linear import fused_linear_loss
-from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs
-from sdpo_jax.losses.reference_kl import (
+from sdpo_jax.losses.kl_penalty import (
     ReferenceKlSharedInputs,
     ReferenceKlTokenInputs,
     ScoreSharedInputs,
     ScoreTokenInputs,
     score_per_token,
 )
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs
 from sdpo_jax.model import Model, Params
 from sdpo_jax.training.batch import MicroBatchPlan
 from sdpo_jax.training.step import head_on_shards, teacher_forward
