@@ -3,9 +3,9 @@
 import itertools
 import math
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_type_hints
 
 import pytest
 
@@ -16,11 +16,16 @@ from sdpo_jax.config import (
     EvaluationConfig,
     MeshConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
+    Problem,
     RolloutConfig,
     TeacherConfig,
     TrainConfig,
+    at_least,
+    between,
     recipe,
+    setting,
 )
 from sdpo_jax.config.checks import problems
 from sdpo_jax.config.environments import CodeEnvironment, ToolCallsEnvironment
@@ -277,6 +282,24 @@ def test_a_wrong_option_is_named_as_it_was_typed(words: str, expected: str, tmp_
     assert complaint(write(tmp_path, ""), *words.split()).startswith(expected)
 
 
+KEYS = recipe._schema(KINDS).types
+RENAMED = [(old, new) for old, new in recipe.RENAMED.items() if old not in KEYS]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_a_renamed_key_is_answered_with_its_new_name(old: str, new: str, tmp_path: Path):
+    section, _, name = old.partition(".")
+    path = write(tmp_path, f"[{section}]\n{name} = false")
+    assert complaint(path) == f"{path}: {old}: renamed; write {new}"
+    path, option = write(tmp_path, ""), f"--{old}".replace("_", "-")
+    flag = f"--{new}".replace("_", "-")
+    assert complaint(path, option) == f"{option}: renamed; write {flag}"
+    assert complaint(path, option, "true") == f"{option}: renamed; write {flag}"
+    negated = option.replace(".", ".no-")
+    assert new in KEYS
+    assert complaint(path, negated) == f"{negated}: renamed; write {flag.replace('.', '.no-')}"
+
+
 def test_an_option_mends_the_recipe(tmp_path: Path):
     path = write(tmp_path, "[train]\nsteps = 0")
     assert load_recipe(path, ["--train.steps", "1"]).train.steps == 1
@@ -296,7 +319,7 @@ def test_help_lists_every_option_and_each_is_accepted(
     for key in flatten(default_config()):
         assert key.replace("_", "-") in shown
     for flag in shown:
-        _, lines = recipe._apply_overrides({}, [f"--{flag}"], recipe._schema(KINDS).types)
+        _, lines = recipe._apply_overrides({}, [f"--{flag}"], KEYS)
         assert not any("unknown option" in line for line in lines)
 
 
@@ -459,6 +482,54 @@ def test_resolved_config_round_trips(config: Config, tmp_path: Path):
     assert load_recipe(write(tmp_path, text)) == config
     assert text.startswith("# Every setting of a run, written by sdpo-jax ")
     assert to_toml(load_recipe(write(tmp_path, text))) == text
+
+
+@dataclass(frozen=True)
+class ToyConfig(ObjectiveConfig):
+    """An objective from outside the package."""
+
+    name: Literal["toy"] = "toy"
+    strength: float = setting(0.5, between(0, 1))
+    alpha: float = 2.0
+    """Without a range, and beside the settings of the same name with one."""
+    steepness: int = setting(3, at_least(1), may_change=True)
+
+    @property
+    def depends_on_steps(self) -> bool:
+        return self.strength > 0.9
+
+    def check(self, config: Config):
+        if config.rollout.rollouts_per_prompt % 2:
+            yield Problem("rollout.rollouts_per_prompt", "an even number with toy")
+
+
+def test_an_objective_from_outside_is_read_checked_and_written(tmp_path: Path):
+    path = write(tmp_path, '[objective]\nname = "toy"\nstrength = 0.25')
+    toys = {"objectives": [ToyConfig]}
+    config = load_recipe(path, ["--objective.steepness", "5"], **toys)
+    assert config == default_config(objective=ToyConfig(strength=0.25, steepness=5))
+    assert load_recipe(write(tmp_path, to_toml(config)), **toys) == config
+    with pytest.raises(UserError) as caught:
+        words = ["--objective.strength=2", "--objective.steepness=0"]
+        load_recipe(path, [*words, "--rollout.rollouts-per-prompt=3"], **toys)
+    assert str(caught.value).splitlines()[1:] == [
+        "  --objective.strength: 2.0, expected from 0 to 1",
+        "  --objective.steepness: 0, expected at least 1",
+        "  --rollout.rollouts-per-prompt: 3, expected an even number with toy",
+    ]
+    with pytest.raises(UserError, match=r"did you mean objective\.strength"):
+        load_recipe(write(tmp_path, '[objective]\nname = "toy"\nstrenth = 1'), **toys)
+    with pytest.raises(UserError, match='expected one of "sdpo", "grpo", "sft", "sdft"'):
+        load_recipe(write(tmp_path, to_toml(config)))
+
+
+def test_an_objective_from_outside_says_what_a_resumed_run_may_change():
+    def toy(steps=60, **settings):
+        return default_config(objective=ToyConfig(**settings), train=TrainConfig(steps=steps))
+
+    assert differences(toy(), toy(steepness=9, steps=61)) == []
+    assert fingerprint(toy()) == fingerprint(toy(steepness=9, steps=61))
+    assert len(differences(toy(strength=1.0), toy(strength=0.95, steps=61))) == 2
 
 
 RESUMABLE = [

@@ -70,6 +70,15 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(refuse, tmp_path):
     assert contents(tmp_path) == {"metrics.jsonl": b"somebody's"}
 
 
+def test_a_run_with_a_renamed_key_is_refused_with_the_new_name(tmp_path):
+    run_directory.claim(tmp_path, default_config())
+    path = tmp_path / run_directory.CONFIG
+    path.write_text(path.read_text().replace("one_step_off_policy", "ahead"))
+    with pytest.raises(UserError) as error:
+        run_directory.check(tmp_path, default_config())
+    assert str(error.value) == f"{path}: rollout.ahead: renamed; write rollout.one_step_off_policy"
+
+
 def test_a_check_changes_nothing(tmp_path):
     run_directory.check(tmp_path / "new", default_config())
     assert not (tmp_path / "new").exists()
@@ -91,7 +100,7 @@ def test_a_folder_is_held_by_one_and_free_once_it_lets_go(tmp_path):
 
 def test_a_killed_process_holds_no_folder(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from sdpo_jax.training import run_directory\n"
+        "import sys, time; from pathlib import Path; from sdpo_jax.run import run_directory\n"
         "with run_directory.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
