@@ -135,7 +135,7 @@ def from_decode_layout(cache: PerLayerCache) -> SuffixCache:
 def _unrolled_layers(
     layer_step: Any, x: jax.Array, params: Any, prefix: Any, cache: Any, write_index: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Runs the layers of the decode layout in a Python loop; writes new entries to `write_index`."""
+    """Runs layers in the decode layout one by one; writes keys and values to `write_index`."""
     new: list[tuple[jax.Array, jax.Array]] = []
     for number, layer in enumerate(params["layers"]):
         xs = number, layer, prefix.keys[number], prefix.values[number]
