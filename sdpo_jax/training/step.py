@@ -87,7 +87,7 @@ def at_predictions(model: Model, params: Params, sequences: Sequences) -> jax.Ar
     """Hidden states `[D, n, c, width]` that predict the response tokens."""
     tokens, positions, attention, take = sequences
     places = take.reshape(take.shape[0], -1)
-    hidden = model.hidden(params, tokens, positions, attention, take=places)
+    hidden = model.hidden(params, tokens, positions, attention, target_positions=places)
     return hidden.reshape(*take.shape, -1)
 
 
