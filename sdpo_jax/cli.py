@@ -94,7 +94,7 @@ def _train(words: list[str]) -> None:
     from sdpo_jax.distributed import initialize_from_environment, is_leader
     from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.run import run_directory
-    from sdpo_jax.run.console import Console
+    from sdpo_jax.run.console import COLUMNS, Console
     from sdpo_jax.run.loop import show_summary, train
     from sdpo_models.gguf.convert import cache_folder
 
@@ -105,7 +105,7 @@ def _train(words: list[str]) -> None:
     environment = None if complete else make_environment(config.environment)
     initialize_from_environment()
     stream = None if is_leader() else open(os.devnull, "w")  # noqa: SIM115, lives as long as we do
-    console = Console(config.objective.name, steps=config.train.steps, stream=stream)
+    console = Console(COLUMNS[config.objective.name], steps=config.train.steps, stream=stream)
     if summary is not None:
         run_directory.claim(run_dir, config)
     if summary is not None and complete:

@@ -1,9 +1,10 @@
 """The teacher's prompts of a generation batch, and the successes that outlive it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from sdpo_jax.config import Config
+from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.rollouts.diagnostics import overlap
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.context import TeacherContext, choose_context, is_success, shown_text
@@ -12,12 +13,37 @@ from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 
 
-class Contexts:
-    """Chooses contexts; with `teacher.success_buffer` it remembers successes by prompt id."""
+class ContextBuilder(Protocol):
+    """What the teacher of each rollout sees."""
 
-    def __init__(self, config: Config, teacher_prompts: TeacherPrompts, tokenizer: Tokenizer):
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        outcomes: Sequence[Outcome],
+        responses: Sequence[str],
+        *,
+        seed: int,
+    ) -> Sequence[TeacherContext | None]:
+        """[N] contexts of P prompts with `group` rollouts each; None where there is no signal."""
+        ...
+
+
+class Contexts:
+    """Chooses contexts; with `teacher.success_buffer` it remembers successes by prompt id.
+
+    Another builder takes the place of successful siblings and feedback, controls and memory.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        teacher_prompts: TeacherPrompts,
+        tokenizer: Tokenizer,
+        build: ContextBuilder | None = None,
+    ):
         self._config, self._teacher_prompts = config, teacher_prompts
-        self._tokenizer = tokenizer
+        self._tokenizer, self._build = tokenizer, build
         self._successes: dict[str, list[str]] = {}
 
     def __call__(
@@ -52,6 +78,10 @@ class Contexts:
     def choose(self, experience: RolloutBatch, step: int) -> list[TeacherContext | None]:
         """What the teacher of each rollout of a step is shown, `[N]`; None for nothing."""
         teacher, seed = self._config.teacher, self._config.seed * 1_000_003 + step
+        if self._build is not None:
+            batch = experience
+            built = self._build(batch.prompts, batch.group, batch.outcomes, batch.texts, seed=seed)
+            return list(built)
         contexts = choose_context(
             experience.outcomes,
             experience.texts,

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from sdpo_jax.config import Config
-from sdpo_jax.config.objectives import SdftConfig
+from sdpo_jax.config import Config, SdftConfig, TeacherConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import PromptBatches
-from sdpo_jax.environments.base import Prompt
+from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.model import Params
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.prompts import prompt_ids
@@ -30,6 +29,26 @@ from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.teacher_pass import TeacherPass
 from sdpo_jax.training.updates import Update, split_mini_batches
+
+DEMONSTRATION = "demonstration"
+"""Where a prompt's data holds the response of its demonstration."""
+
+
+def demonstration_contexts(
+    config: TeacherConfig,
+    prompts: Sequence[Prompt],
+    group: int,
+    outcomes: Sequence[Outcome],
+    responses: Sequence[str],
+    *,
+    seed: int,
+) -> list[TeacherContext]:
+    """[N], the demonstration of each rollout's prompt: a `ContextBuilder` of SDFT's batches."""
+    del outcomes, responses, seed
+    texts = [str(prompt.data[DEMONSTRATION]) for prompt in prompts]
+    if config.remove_thinking:
+        texts = [remove_thinking(text) for text in texts]
+    return [TeacherContext(text, None) for text in texts for _ in range(group)]
 
 
 class SdftSource:
@@ -53,10 +72,9 @@ class SdftSource:
         self, params: Params, teacher_params: Params, step: int, clock: PhaseTimer
     ) -> tuple[list[Update], dict[str, float]]:
         """Samples answers and makes the updates of one batch of demonstrations."""
-        demonstrations = next(self._demonstrations)
-        experience, metrics = self._sample(params, demonstrations, step, clock)
+        experience, metrics = self.rollouts(params, step, clock)
         with clock.phase("teacher"):
-            prompts = self._prompts(demonstrations)
+            prompts = self._prompts(experience)
             active = np.asarray([ids is not None for ids in prompts])
             skip = self._objective.skip_first_tokens
             parts = split_mini_batches(
@@ -72,14 +90,25 @@ class SdftSource:
         metrics["teacher_signal"] = float(np.mean(active))
         return updates, metrics | {"generations": step * len(experience.texts)}
 
-    def _sample(
-        self, params: Params, demonstrations: Sequence[Demonstration], step: int, clock: PhaseTimer
+    def rollouts(
+        self, params: Params, step: int, clock: PhaseTimer, *, prompts: int | None = None
     ) -> tuple[RolloutBatch, dict[str, float]]:
+        """The student's answers to the next demonstrations' questions; nothing grades them.
+
+        Args:
+            params: the student's.
+            step: that learns from them.
+            clock: measures sampling.
+            prompts: of the next batch only so many, the first ones; all by default.
+        """
         config = self._config.rollout
         group = config.rollouts_per_prompt
-        prompts = [Prompt(d.id, d.messages, {}) for d in demonstrations]
+        asked = [
+            Prompt(d.id, d.messages, {DEMONSTRATION: d.response})
+            for d in next(self._demonstrations)[:prompts]
+        ]
         with clock.phase("rollout"):
-            ids = [prompt_ids(self._tokenizer, p, config.max_prompt_tokens) for p in prompts]
+            ids = [prompt_ids(self._tokenizer, p, config.max_prompt_tokens) for p in asked]
             rollouts = self._sampler(
                 params,
                 ids,
@@ -93,7 +122,7 @@ class SdftSource:
         responses = rollouts.responses()
         log_probs = zip(rollouts.log_probs, rollouts.lengths, strict=True)
         experience = RolloutBatch(
-            prompts=prompts,
+            prompts=asked,
             group=group,
             prompt_ids=[row for row in ids for _ in range(group)],
             response_ids=responses,
@@ -107,18 +136,14 @@ class SdftSource:
             "truncated": float(1.0 - np.mean(rollouts.stopped)),
         }
 
-    def _prompts(self, demonstrations: Sequence[Demonstration]) -> list[list[int] | None]:
+    def _prompts(self, batch: RolloutBatch) -> list[list[int] | None]:
         """Each response's teacher prompt; None where nothing of the demonstration is left in it."""
-        hides, group = (
-            self._config.teacher.remove_thinking,
-            self._config.rollout.rollouts_per_prompt,
+        contexts = demonstration_contexts(
+            self._config.teacher, batch.prompts, 1, batch.outcomes, batch.texts, seed=0
         )
-        shown = [remove_thinking(d.response) if hides else d.response for d in demonstrations]
-        ids, survived = self._teacher_prompts(
-            [d.messages for d in demonstrations], [TeacherContext(text, None) for text in shown]
-        )
+        ids, survived = self._teacher_prompts([p.messages for p in batch.prompts], contexts)
         rows = [row if signal else None for row, signal in zip(ids, survived, strict=True)]
-        return [row for row in rows for _ in range(group)]
+        return [row for row in rows for _ in range(batch.group)]
 
     def wait(self) -> None:
         """Nothing runs here."""

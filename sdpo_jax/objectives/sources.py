@@ -102,29 +102,53 @@ class RolloutSource:
         self, params: Params, teacher_params: Params, step: int, clock: PhaseTimer
     ) -> tuple[list[Update], dict[str, float]]:
         """Samples, grades, and makes the updates of one generation batch."""
-        experience, metrics = self._next(params, step, clock).finish(clock)
-        limit = self._config.environment.max_failed_share
-        refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
+        experience, metrics = self.rollouts(params, step, clock)
         if self._ahead is not None and step < self._config.train.steps:
             self._ahead.position = self._prompts.get_state()
-            self._ahead.drawn = self._draw(params, step + 1, clock, self._ahead.executor)
+            self._ahead.drawn = self._draw(params, step + 1, clock, executor=self._ahead.executor)
         updates, more = self.updates(experience, params, teacher_params, step=step, clock=clock)
         return updates, metrics | more | {"generations": step * len(experience.texts)}
 
-    def _next(self, params: Params, step: int, clock: PhaseTimer) -> PendingRollouts:
-        if self._ahead is None or self._ahead.drawn is None:
-            return self._draw(params, step, clock, None)
+    def rollouts(
+        self, params: Params, step: int, clock: PhaseTimer, *, prompts: int | None = None
+    ) -> tuple[RolloutBatch, dict[str, float]]:
+        """The graded rollouts that come next: those drawn ahead, else of the next prompts.
+
+        Args:
+            params: the student's.
+            step: that learns from them.
+            clock: measures sampling and grading.
+            prompts: of the next batch only so many, the first ones; all by default.
+
+        Raises:
+            UserError: the environment fails too often.
+        """
+        drawn = self._drawn_ahead() or self._draw(params, step, clock, prompts=prompts)
+        batch, metrics = drawn.finish(clock)
+        limit = self._config.environment.max_failed_share
+        refuse_failures(batch.prompts, batch.outcomes, limit, f"step {step}")
+        return (batch if prompts is None else batch.first(prompts)), metrics
+
+    def _drawn_ahead(self) -> PendingRollouts | None:
+        if self._ahead is None:
+            return None
         drawn, self._ahead.drawn = self._ahead.drawn, None
         return drawn
 
     def _draw(
-        self, params: Params, step: int, clock: PhaseTimer, executor: Executor | None
+        self,
+        params: Params,
+        step: int,
+        clock: PhaseTimer,
+        *,
+        prompts: int | None = None,
+        executor: Executor | None = None,
     ) -> PendingRollouts:
         return draw(
             self._table,
             self._sampler,
             params,
-            next(self._prompts),
+            next(self._prompts)[:prompts],
             seed=self._config.seed,
             step=step,
             clock=clock,

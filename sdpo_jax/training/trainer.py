@@ -28,7 +28,7 @@ from sdpo_jax.objectives.per_token import (
     sdft_loss_of,
     sdpo_loss_of,
 )
-from sdpo_jax.objectives.sdft import SdftSource
+from sdpo_jax.objectives.sdft import SdftSource, demonstration_contexts
 from sdpo_jax.objectives.sdpo import GrpoUpdates, SdpoUpdates
 from sdpo_jax.objectives.sources import DemonstrationSource, RolloutSource, Source
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
@@ -115,7 +115,10 @@ class Trainer:
                 out_shardings=self.shardings,
             )
         self._refreshes, self._weight_lag = self._make_refreshes(), self._make_weight_lag()
-        self._contexts: Contexts | None = None
+        taught = isinstance(config.objective, SdftConfig)
+        build = partial(demonstration_contexts, config.teacher) if taught else None
+        self.contexts = Contexts(config, teacher_prompts, tokenizer, build)
+        """What a teacher is shown; under `grpo` and `sft` nobody is, but a report can ask."""
         self._scorer = Scorer(model, self.devices, config.rollout.temperature)
         self.source = self._source(model, environment, demonstrations, teacher_prompts)
 
@@ -180,9 +183,8 @@ class Trainer:
             )
         if isinstance(objective, SdpoConfig):
             teacher_pass = TeacherPass(config, devices, self.form, forward, head)
-            self._contexts = Contexts(config, teacher_prompts, self.tokenizer)
             updates = SdpoUpdates(
-                config, objective, self._contexts, teacher_pass, self._scorer, devices
+                config, objective, self.contexts, teacher_pass, self._scorer, devices
             )
         else:
             updates = GrpoUpdates(config, objective, devices, self.form)
@@ -275,16 +277,15 @@ class Trainer:
         kept: dict[str, Any] = {}
         if self._refreshes is not None:
             kept["teacher"] = self._refreshes.schedule.get_state()
-        if self._contexts is not None:
-            kept["successes"] = self._contexts.get_state()
+        if successes := self.contexts.get_state():
+            kept["successes"] = successes
         return kept
 
     def set_host_state(self, saved: Mapping[str, Any]) -> None:
         """Goes to what `host_state` gave."""
         if self._refreshes is not None:
             self._refreshes.schedule.set_state(saved["teacher"])
-        if self._contexts is not None:
-            self._contexts.set_state(saved.get("successes", {}))
+        self.contexts.set_state(saved.get("successes", {}))
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """Held-out accuracy of the student, and of the teacher in context.
