@@ -9,10 +9,11 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 from sdpo_jax.config import (
@@ -63,7 +64,12 @@ class _Problem(NamedTuple):
     others: tuple[str, ...] = ()  # the other settings that take part
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    values: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:
     """Reads a recipe and applies command-line options; one `UserError` lists what is wrong in both.
 
     Args:
@@ -71,19 +77,44 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: options such as `--train.steps 40`, `--optimizer.learning-rate=1e-3`,
             `--teacher.no-feedback`, `--environment.families a b`. Later ones win. `--help` prints
             every option with its value and exits.
+        values: overrides from Python, `{"train.steps": 40}`.
     """
     path = Path(path)
     tree = _read_toml(path)
     arguments = [word for word in overrides if word not in ("-h", "--help")]
     spelled, lines = _apply_overrides(tree, arguments)
+    spelled |= _apply_values(tree, values)
+    config = _checked(tree, spelled, lines, f"{path}: ")
+    if len(arguments) < len(overrides):
+        _print_help(config, path)
+    return config
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values, `{"train.steps": 40}`; checked as `load_recipe` does."""
+    tree: Tree = {}
+    _apply_values(tree, _leaves(config))
+    return _checked(tree, _apply_values(tree, values), [], "")
+
+
+def _apply_values(tree: Tree, values: Mapping[str, Any]) -> dict[str, str]:
+    """Writes values into the tree; returns the spelling of each key."""
+    for key, value in values.items():
+        section, _, leaf = key.rpartition(".")
+        table = tree.setdefault(section, {}) if section else tree
+        if isinstance(table, dict):  # otherwise the section itself is reported
+            table[leaf] = list(value) if isinstance(value, tuple) else value
+    return {key: key for key in values}
+
+
+def _checked(tree: Tree, spelled: Mapping[str, str], lines: list[str], where: str) -> Config:
+    """The config of a tree; one error with `lines` and every problem of the tree."""
     config, found = _build(tree)
     broken = {problem.key for problem in found}
     found += [p for p in _checks(config) if broken.isdisjoint((p.key, *p.others))]
-    lines += [f"{spelled.get(p.key, f'{path}: {p.key}')}: {p.text}" for p in found]
+    lines += [f"{spelled.get(p.key, f'{where}{p.key}')}: {p.text}" for p in found]
     if lines:
         raise UserError("\n  ".join([f"{len(lines)} problems:", *lines][len(lines) == 1 :]))
-    if len(arguments) < len(overrides):
-        _print_help(config, path)
     return config
 
 

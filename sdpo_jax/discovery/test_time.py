@@ -1,14 +1,13 @@
-"""Test-time training: a model learns on one question alone, until it has solved it.
+"""Test-time training: trains a model on a single question until it solves it.
 
 arXiv 2601.20802, section 5. Each cell (question, seed) starts from the recipe's weights; a step is
 one group of `rollout.rollouts_per_prompt` rollouts of the question, and one update. The first
 success ends the cell, so the teacher never has a demonstration: it learns from feedback alone,
-before any reward. Under `grpo` a binary reward then gives no update at all, and discovery is that
-of independent samples.
+before any reward. With `grpo` a binary reward then gives no update at all, and its discovery curve
+is the curve of independent samples.
 
-Departures from the paper: the update that a successful batch would give is not made, since nothing
-is asked of the model afterwards. The draws of a cell depend on nothing but method, question and
-seed.
+Departures from the paper: the update from a successful batch is skipped, since the cell is over.
+The samples of a cell depend on method, question and seed alone.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ from sdpo_jax.training.updates import Update
 
 
 def cell_seed(method: str, question: str, seed: int) -> int:
-    """A seed below 2**32 for everything that a cell draws: no two cells share their draws."""
+    """A seed below 2**32 for all random numbers of a cell; no two cells share it."""
     text = f"{method}\n{question}\n{seed}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
 
@@ -45,7 +44,7 @@ class Tally:
         self.passed: list[int] = []
 
     def add(self, outcomes: list[Outcome]) -> None:
-        """Takes a step's outcomes in batch order; what lies beyond the budget is not looked at."""
+        """Counts the outcomes of a step, in batch order, up to the budget."""
         counted = outcomes[: max(0, self.budget - self.generations)]
         passed = [outcome.graded and outcome.passed for outcome in counted]
         if self.first is None and any(passed):
@@ -56,7 +55,7 @@ class Tally:
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the cell has a success or has used its budget."""
         return self.first is not None or self.generations >= self.budget
 
     def cell(self, method: str, question: str, seed: int, seconds: float) -> Cell:
@@ -75,7 +74,7 @@ class Tally:
 
 
 class _OneQuestion:
-    """A trainer's source: groups of rollouts of one question; no update once it is over."""
+    """Source of a trainer: groups of rollouts of one question; no updates once the cell is over."""
 
     def __init__(
         self,
@@ -92,7 +91,7 @@ class _OneQuestion:
     def __call__(
         self, params: Params, teacher_params: Params, step: int, clock: PhaseTimer
     ) -> tuple[list[Update], dict[str, float]]:
-        """Samples and grades one group; its updates, unless the cell is over."""
+        """Samples and grades one group; returns its updates, unless the cell is over."""
         config, trainer = self._trainer.config, self._trainer
         table = make_rollout_setup(config, trainer.tokenizer, self._environment)
         drawn = draw(
@@ -117,18 +116,16 @@ class _OneQuestion:
         """Nothing runs here."""
 
     def get_state(self) -> dict[str, Any]:
-        """A cell is not resumed but started anew."""
+        """Nothing: a cell is not resumed but repeated."""
         return {}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Nothing to go to."""
+        """Restores nothing."""
         del state
 
 
-class TestTimeTraining:
+class QuestionTrainer:
     """Trains on one question after the other with one trainer: its programs compile once."""
-
-    __test__ = False  # not a test, whatever pytest makes of the name
 
     def __init__(
         self,
@@ -138,7 +135,7 @@ class TestTimeTraining:
         environment: Environment,
         params: Params,
     ):
-        """`params` are the start of every cell; they stay the caller's.
+        """Every cell starts from `params`; they are not donated.
 
         Raises:
           UserError: the objective learns from demonstrations and not from rollouts.
@@ -154,27 +151,26 @@ class TestTimeTraining:
         self._config, self._environment, self._params = config, environment, params
 
     def __call__(
-        self, question: Prompt, seed: int, budget: int, tell: Callable[[int, int], None]
+        self, question: Prompt, seed: int, budget: int, report: Callable[[int, int], None]
     ) -> Cell:
-        """One cell, from the start weights on.
+        """Runs one cell, from the start weights.
 
         Args:
-          question: to be solved.
-          seed: of all that the cell draws, together with method and question.
+          question: the prompt to solve.
+          seed: with method and question, the seed of the cell.
           budget: generations.
-          tell: called with the generations so far after each step that ends without a success,
-            and with the budget.
+          report: called after each step with the generations so far and the budget.
 
         Raises:
           UserError: updates stay non-finite, or the environment fails too often.
         """
         began, trainer, config = time.perf_counter(), self._trainer, self._config
         method = config.objective.name
-        own = cell_seed(method, question.id, seed)
-        source = _OneQuestion(trainer, self._updates, self._environment, question, own, budget)
+        draws = cell_seed(method, question.id, seed)
+        source = _OneQuestion(trainer, self._updates, self._environment, question, draws, budget)
         trainer.source = source
-        trainer.set_host_state(self._start)  # no cell knows what another one has seen
-        state, step = trainer.initial_state(self._params, own), 0
+        trainer.set_host_state(self._start)  # forgets the successes of other cells
+        state, step = trainer.initial_state(self._params, draws), 0
         while not source.tally.over:
             step += 1
             state, row = trainer.step(state, step)
@@ -184,5 +180,5 @@ class TestTimeTraining:
                     "a row were not finite and were skipped. Lower optimizer.learning_rate = "
                     f"{config.optimizer.learning_rate}; finished cells are kept."
                 )
-            tell(source.tally.generations, budget)
+            report(source.tally.generations, budget)
         return source.tally.cell(method, question.id, seed, time.perf_counter() - began)

@@ -19,14 +19,15 @@ from sdpo_jax.config import Config, SftObjective
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.environments.grading import refuse_failures
-from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
 from sdpo_jax.objectives.contexts import Contexts
 from sdpo_jax.objectives.loss_weights import graded_advantages
 from sdpo_jax.reports.token_records import Responses, TokenRecord, token_records
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch, draw, make_rollout_setup
-from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.run.checkpoint import Restored
+from sdpo_jax.run.components import RunComponents, make_trainer
+from sdpo_jax.run.restore import restore_run
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.prompts import TeacherPrompts
@@ -45,13 +46,13 @@ class Shown(NamedTuple):
 
 
 def token_batch(
-    run: RunRef, parts: Mapping[str, Any], *, prompts: int, top: int
+    run: RunRef, components: RunComponents, *, prompts: int, top: int
 ) -> list[dict[str, Any]]:
     """Samples the next batch of a run and compares student and teacher on it.
 
     Args:
       run: and which of its checkpoints.
-      parts: what `load_parts` returns.
+      components: of the run.
       prompts: at most so many of the batch's prompts, the first ones.
       top: alternatives per token of student and of teacher.
 
@@ -61,26 +62,15 @@ def token_batch(
     Raises:
       UserError: the run has no such checkpoint, or its environment fails too often.
     """
-    trainer = Trainer(
-        run.config,
-        parts["model"],
-        parts["tokenizer"],
-        parts["environment"],
-        parts["demonstrations"],
-    )
-    with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        restored = trainer.restore(checkpoints, parts["params"], run.step)
-    if restored is None:
-        raise UserError(
-            f"{run.folder} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
-        )
-    return batch_of(trainer, restored, parts, run=str(run.folder), prompts=prompts, top=top)
+    trainer = make_trainer(run.config, components)
+    restored = restore_run(trainer, run, components.params)
+    return batch_of(trainer, restored, components, run=str(run.folder), prompts=prompts, top=top)
 
 
 def batch_of(
     trainer: Trainer,
     restored: Restored,
-    parts: Mapping[str, Any],
+    components: RunComponents,
     *,
     run: str,
     prompts: int,
@@ -93,13 +83,13 @@ def batch_of(
     """
     config, tokenizer = trainer.config, trainer.tokenizer
     student = trainer.student(restored.state)
-    asked = _next_prompts(config, parts["environment"], restored)[:prompts]
-    experience = _sampled(trainer, parts["environment"], student, asked, restored.step + 1)
+    asked = _next_prompts(config, components.environment, restored)[:prompts]
+    experience = _sampled(trainer, components.environment, student, asked, restored.step + 1)
     shown = teacher_prompts(
         config, experience, tokenizer, restored.step + 1, restored.extra.get("host", {})
     )
     records = token_records(
-        parts["model"],
+        components.model,
         student,
         _teacher_weights(trainer, restored, student),
         Responses(experience.prompt_ids, shown.prompt_ids, experience.response_ids),
