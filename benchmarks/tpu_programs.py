@@ -41,9 +41,9 @@ from sdpo_jax.devices import AXES, Devices
 from sdpo_jax.losses.distillation import top_k_loss
 from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
-from sdpo_jax.rollouts.draw import Filters
 from sdpo_jax.rollouts.generate import Plan
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.rollouts.token_sampling import Filters
 from sdpo_jax.teacher.weights import ema
 from sdpo_jax.training.lora import full
 from sdpo_jax.training.state import abstract_state, make_optimizer, state_shardings
@@ -145,7 +145,7 @@ def decode_programs(topology: str, a: Architecture, d: Decoding) -> Mapping[str,
             *(Filters(temperature), scalar, scalar, scalar),
             group=d.group,
             slots=slots,
-            places=d.places,
+            cache_size=d.places,
             max_tokens=d.places,
         )
 

@@ -11,6 +11,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sdpo-jax-tests-")
 
 import jax
 import pytest
+from jax_versions import enable_x64
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
@@ -34,5 +35,5 @@ def pytest_xdist_auto_num_workers():
 @pytest.fixture
 def x64():
     """float64 for the length of one test."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
