@@ -12,6 +12,10 @@ HAS_SHARD_MAP = hasattr(jax, "shard_map")
 
 needs_shard_map = pytest.mark.skipif(not HAS_SHARD_MAP, reason="this jax has no jax.shard_map")
 
+needs_newer_compiler = pytest.mark.skipif(
+    not HAS_SHARD_MAP, reason="the compiler of jax before 0.6 assigns memory in another way"
+)
+
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """For what is compiled once and run once: the compiler's time counts."""
 
