@@ -1,7 +1,11 @@
 """Self-Distillation Policy Optimization in JAX.
 
-The names here are pure functions of arrays and need jax alone; `sdpo_jax.training` has the trainer.
+The names here are pure functions of arrays and need jax alone. `load` and `train`, which train from
+Python, need the extra `train` and are imported when they are used: see `sdpo_jax.api`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from sdpo_jax.losses.chunked_head import checkpointed_head, chunked_head
 from sdpo_jax.losses.credit import (
@@ -82,6 +86,10 @@ from sdpo_jax.losses.weights import (
 )
 from sdpo_jax.teacher.weights import Teacher, ema, ema_update, frozen, live, trust_region
 
+if TYPE_CHECKING:
+    from sdpo_jax.api import load as load
+    from sdpo_jax.api import train as train
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -160,3 +168,10 @@ __all__ = [
     "trust_region",
     "trust_region_logits",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolves `load` and `train`, which need more than jax, on first use."""
+    if name in ("load", "train"):
+        return getattr(import_module("sdpo_jax.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,14 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import test_loop
-from test_loop import BASE, MODEL, TOKENIZER, Toy, rows_of, start_params
+from test_loop import BASE, MODEL, TOKENIZER, Toy, components_of, rows_of, start_params
 
 from sdpo_jax.config import GrpoObjective, SdpoObjective
 from sdpo_jax.config.recipe import load_recipe
 from sdpo_jax.errors import UserError
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw, redraw
-from sdpo_jax.run import loop
+from sdpo_jax.run.console import Console
+from sdpo_jax.run.loop import TrainingLoop
 from sdpo_jax.training.trainer import Trainer
 
 OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
@@ -53,7 +54,7 @@ class Watched(Toy):
 
 def train(config, environment=None, console=None):
     environment = Watched() if environment is None else environment
-    return loop.train(config, MODEL, start_params(), TOKENIZER, environment, console=console)
+    return TrainingLoop(config, components_of(start_params(), environment), console=console).train()
 
 
 def batches(config):
@@ -86,20 +87,13 @@ def test_stopped_after_any_step_a_run_repeats_the_whole_one(tmp_path):
     expected = train(whole)
     for step in range(1, whole.train.steps):
         with pytest.raises(KeyboardInterrupt):
-            loop.train(
-                broken,
-                MODEL,
-                start_params(),
-                TOKENIZER,
-                Watched(),
-                console=_Stops(broken, step + 1),
-            )
+            train(broken, console=_Stops(broken, step + 1))
     summary = train(broken)
     assert rows_of(broken) == rows_of(whole)
-    assert summary["after"] == expected["after"]
+    assert summary.after == expected.after
 
 
-class _Stops(loop.Console):
+class _Stops(Console):
     """Ends the run once the row of a step is written; its checkpoint is not."""
 
     def __init__(self, config, step):

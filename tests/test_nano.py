@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax.cli import load_parts
+from sdpo_jax.api import load_components
 from sdpo_jax.config import Config, EvaluationConfig
 from sdpo_jax.config.recipe import load_recipe
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
@@ -20,8 +20,8 @@ from sdpo_models.tokenizer import ChatTokenizer
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, Any]:
-    loaded = load_parts(Config())
-    return loaded | {"params": loaded["params"]()}
+    loaded = load_components(Config())
+    return loaded._asdict() | {"params": loaded.params()}
 
 
 @pytest.fixture(scope="module")

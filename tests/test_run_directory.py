@@ -90,7 +90,7 @@ def test_a_folder_is_held_by_one_and_free_once_it_lets_go(tmp_path):
 
 def test_a_killed_process_holds_no_folder(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from sdpo_jax.training import run_directory\n"
+        "import sys, time; from pathlib import Path; from sdpo_jax.run import run_directory\n"
         "with run_directory.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
