@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from sdpo_jax.config import Config, Demonstrated, SdftObjective, SdpoObjective
-from sdpo_jax.config.recipe import load_recipe, override
+from sdpo_jax.config import Config
 from sdpo_jax.data.demonstrations import load_demonstrations
 from sdpo_jax.devices import Devices, fitting_mesh, make_mesh
 from sdpo_jax.environments.base import Environment
@@ -30,14 +30,17 @@ from sdpo_jax.run.callbacks import Callbacks, merge
 from sdpo_jax.run.components import RunComponents
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.loop import EvaluationResult, StepResult, TrainingLoop, never
+from sdpo_jax.run.recipes import load_recipe, override_config
 from sdpo_jax.run.restore import restore_student
 from sdpo_jax.run.run_ref import RunRef, find_run, is_run, run_config
 from sdpo_jax.run.summary import Summary
+from sdpo_jax.teacher.contexts import ContextBuilder
 from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.objective import Objective
 from sdpo_jax.training.state import make_parameters
 from sdpo_jax.training.trainer import LoadParams
 from sdpo_models.architecture import Architecture
-from sdpo_models.gguf_convert import package_folder
+from sdpo_models.gguf.convert import package_folder
 from sdpo_models.hugging_face import load_architecture, load_params
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
@@ -137,9 +140,9 @@ def load(
     model: Model | None = None,
     params: Params | LoadParams | None = None,
     tokenizer: Tokenizer | None = None,
-    optimizer: Any = None,
-    objective: Any = None,
-    context: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
+    objective: Objective | None = None,
+    context: ContextBuilder | None = None,
     callbacks: Callbacks | Sequence[Callbacks] = (),
     verbose: bool | Console = False,
     **overrides: Any,
@@ -167,7 +170,7 @@ def load(
       UserError: one error that lists every problem of the recipe and of the overrides; or a file
         or a package is missing.
     """
-    config = load_config(recipe, overrides)
+    config = load_config(recipe, overrides, objective)
     components = load_components(
         config,
         environment=environment,
@@ -190,21 +193,30 @@ def train(recipe: str | Path | Config, **arguments: Any) -> Summary:
     return load(recipe, **arguments).train()
 
 
-def load_config(recipe: str | Path | Config, overrides: Mapping[str, Any]) -> Config:
+def load_config(
+    recipe: str | Path | Config,
+    overrides: Mapping[str, Any],
+    objective: Objective | None = None,
+) -> Config:
     """The settings of a run: a recipe with overrides, checked, and with a folder.
+
+    The settings of `objective` take the place of the recipe's `[objective]`.
 
     Raises:
       UserError: one error that lists every problem of both.
     """
     if isinstance(recipe, Config):
-        config = override(recipe, overrides)
+        config = override_config(recipe, overrides, objectives=[type(recipe.objective)])
         if not config.run_dir:
             raise UserError('run_dir = "": expected the folder of the run')
+    else:
+        config = load_recipe(recipe, values=overrides)
+        if not config.run_dir:
+            config = replace(config, run_dir=str(Path("runs") / Path(recipe).stem))
+    if objective is None:
         return config
-    config = load_recipe(recipe, values=overrides)
-    if not config.run_dir:
-        config = replace(config, run_dir=str(Path("runs") / Path(recipe).stem))
-    return config
+    settings = objective.settings
+    return override_config(replace(config, objective=settings), {}, objectives=[type(settings)])
 
 
 def load_components(
@@ -214,9 +226,9 @@ def load_components(
     model: Model | None = None,
     params: Params | LoadParams | None = None,
     tokenizer: Tokenizer | None = None,
-    optimizer: Any = None,
-    objective: Any = None,
-    context: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
+    objective: Objective | None = None,
+    context: ContextBuilder | None = None,
 ) -> RunComponents:
     """Loads what a recipe names, but for what is given; the arguments are those of `load`.
 
@@ -228,7 +240,7 @@ def load_components(
         raise UserError("model= comes with its own weights: expected params= and tokenizer= too")
     if environment is None:
         environment = make_environment(config.environment)
-    is_taught = isinstance(config.objective, Demonstrated)
+    is_taught = config.objective.learns_from == "demonstrations"
     demonstrations = load_demonstrations(config.data, environment) if is_taught else ()
     load_given = params if callable(params) else partial(_same, params)
     if model is None:
@@ -280,12 +292,8 @@ def model_folder(config: Config) -> Path:
 def _load_model(config: Config, folder: Path) -> tuple[Architecture, Model]:
     """Architecture and model; settings that do not fit them are refused before weights are read."""
     architecture, objective = load_architecture(folder), config.objective
-    is_distilled = isinstance(objective, SdpoObjective | SdftObjective)
-    if is_distilled and objective.top_k > architecture.vocabulary:
-        raise UserError(
-            f"objective.top_k = {objective.top_k}: expected at most {architecture.vocabulary}, the "
-            f"vocabulary of {config.model.path}; 0 compares all of it"
-        )
+    for problem in objective.check_vocabulary(architecture.vocabulary):
+        raise UserError(f"{problem.key}: expected {problem.expected} ({config.model.path})")
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.model.dtype]
     attention = config.model.attention
     if attention == "auto":

@@ -21,21 +21,17 @@ import tiny
 
 from sdpo_jax.config import (
     CheckpointConfig,
-    Config,
     DataConfig,
     EvaluationConfig,
-    GrpoObjective,
     OptimizerConfig,
     RolloutConfig,
-    SdftObjective,
-    SdpoObjective,
-    SftObjective,
     TeacherConfig,
     TrainConfig,
 )
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.rollouts.phase_timer import is_time
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run import loop
@@ -43,6 +39,7 @@ from sdpo_jax.run.components import RunComponents
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.loop import TrainingLoop
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import Best, find_run
 from sdpo_jax.run.stop_signals import stop_signals
 from sdpo_jax.training import trainer as trainer_module
@@ -55,12 +52,12 @@ ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 STEPS = 3
 OBJECTIVES = {
-    "sdpo": SdpoObjective(),
-    "grpo": GrpoObjective(),
-    "sft": SftObjective(),
-    "sdft": SdftObjective(skip_first_tokens=1),
+    "sdpo": SdpoConfig(),
+    "grpo": GrpoConfig(),
+    "sft": SftConfig(),
+    "sdft": SdftConfig(skip_first_tokens=1),
 }
-BASE = Config(
+BASE = default_config(
     rollout=RolloutConfig(
         prompts_per_step=2, rollouts_per_prompt=4, max_prompt_tokens=32, max_response_tokens=6
     ),

@@ -22,7 +22,7 @@ def run(arguments: Namespace) -> None:
     quiet_libraries()
     source, out = arguments.source, arguments.out
     if source.endswith(".gguf"):
-        from sdpo_models.gguf_convert import convert
+        from sdpo_models.gguf.convert import convert
 
         # float32 keeps dequantised values exact.
         dtype = arguments.dtype or "float32"

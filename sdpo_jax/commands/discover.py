@@ -43,11 +43,11 @@ def run(arguments: Namespace) -> None:
     quiet_libraries()
     from sdpo_jax.api import load_components
     from sdpo_jax.compilation import persistent_cache
-    from sdpo_jax.config.recipe import load_recipe
     from sdpo_jax.discovery.options import find_questions, for_one_question, make_options
     from sdpo_jax.discovery.runner import discover
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_jax.run.recipes import load_recipe
+    from sdpo_models.gguf.convert import cache_folder
 
     config = load_recipe(arguments.recipe, arguments.settings)
     options = make_options(

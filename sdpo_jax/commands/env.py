@@ -33,9 +33,9 @@ def _check(path: Path, settings: list[str]) -> int:
         FileEnvironment,
         NanoCodeEnvironment,
     )
-    from sdpo_jax.config.recipe import load_recipe
     from sdpo_jax.environments.check import check, report
     from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.run.recipes import load_recipe
 
     quiet_libraries()
     if path.suffix == ".toml":

@@ -42,11 +42,11 @@ def run(arguments: Namespace) -> None:
     quiet_libraries()
     from sdpo_jax.api import load_components
     from sdpo_jax.compilation import persistent_cache
-    from sdpo_jax.config.recipe import load_recipe
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.run.recipes import load_recipe
     from sdpo_jax.run.run_ref import find_run
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     reference = None if is_recipe else find_run(target)
     config = load_recipe(target, settings) if reference is None else reference.config
@@ -77,7 +77,7 @@ def evaluate_run(
 
     _require_prompts(str(run.folder), run.config)
     trainer = make_trainer(run.config, components)
-    evaluator = make_evaluator(trainer)
+    evaluator = make_evaluator(trainer, components.environment)
     restored = restore_run(trainer, run, components.params)
     trained = evaluate_fully(trainer, evaluator, restored.state, samples)
     state = trainer.initial_state(components.params())
@@ -101,7 +101,7 @@ def evaluate_start(
     _require_prompts(recipe, config)
     trainer = make_trainer(config, components)
     state = trainer.initial_state(components.params())
-    start = evaluate_fully(trainer, make_evaluator(trainer), state, samples)
+    start = evaluate_fully(trainer, make_evaluator(trainer, components.environment), state, samples)
     _show({"start": start}, config, samples, [] if file is None else [file])
 
 

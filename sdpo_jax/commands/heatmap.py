@@ -30,7 +30,7 @@ def run(arguments: Namespace) -> None:
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.run.run_ref import find_run
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     run = find_run(arguments.run)
     environment = make_environment(run.config.environment)  # before there is a device

@@ -15,7 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Trains; a finished run only shows its result, and nothing is loaded."""
-    from sdpo_jax.config.recipe import load_recipe
+    from sdpo_jax.run.recipes import load_recipe
 
     recipe = Path(arguments.recipe)
     config = load_recipe(recipe, arguments.settings)
@@ -29,7 +29,7 @@ def run(arguments: Namespace) -> None:
     from sdpo_jax.run.console import Console
     from sdpo_jax.run.reporter import show_summary
     from sdpo_jax.run.stop_signals import stop_signals
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     run_dir = Path(config.run_dir)
     result = summary.read(run_dir)

@@ -20,7 +20,7 @@ from sdpo_jax.model import Params
 from sdpo_jax.rollouts.episodes import agreed
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.prompts import prompt_ids
-from sdpo_jax.rollouts.rollout_batch import draw, make_rollout_setup
+from sdpo_jax.rollouts.rollout_batch import make_rollout_setup, sample_rollouts
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.tokens import Tokenizer
 
@@ -57,18 +57,17 @@ def best_of_k(
     setup = make_rollout_setup(replace(config, rollout=rollout), start.tokenizer, start.environment)
     while tally.generations < samples:
         step += 1
-        drawn = draw(
+        rollouts, _ = sample_rollouts(
             setup,
             start.sampler,
             start.params,
             [question],
             seed=draws,
             step=step,
-            clock=PhaseTimer(),
+            timer=PhaseTimer(),
         )
-        experience, _ = drawn.finish(PhaseTimer())
-        _refuse(start, experience.prompts, experience.outcomes, f"best_of_k, step {step}")
-        tally.add(experience.outcomes)
+        _refuse(start, rollouts.prompts, rollouts.outcomes, f"best_of_k, step {step}")
+        tally.add(rollouts.outcomes)
         report(tally.generations, samples)
     cell = tally.cell("best_of_k", question.id, seed, time.perf_counter() - began)
     return cell._replace(generations=samples, independent=True)  # the last call may have drawn more

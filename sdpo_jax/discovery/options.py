@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from sdpo_jax.config import Config, GrpoObjective, Objective, SdpoObjective
-from sdpo_jax.config.recipe import problems
+from sdpo_jax.config import Config, ObjectiveConfig
+from sdpo_jax.config.checks import problems
 from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 
-TRAINED: dict[str, type[Objective]] = {"sdpo": SdpoObjective, "grpo": GrpoObjective}
+TRAINED: dict[str, type[ObjectiveConfig]] = {"sdpo": SdpoConfig, "grpo": GrpoConfig}
 """Methods that train, with the settings of their objectives."""
 MULTI_TURN = {"multi_turn_feedback": False, "multi_turn_conversation": True}
 """Methods that prompt several times; whether the prompt shows the earlier attempts."""

@@ -13,20 +13,20 @@ The samples of a cell depend on method, question and seed alone.
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
-from sdpo_jax.config import Config, Demonstrated
+from sdpo_jax.config import Config
 from sdpo_jax.discovery.estimator import Cell
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
-from sdpo_jax.objectives.sources import RolloutSource, UpdateMaker
+from sdpo_jax.objectives import make_objective
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.rollout_batch import draw, make_rollout_setup
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch, make_rollout_setup, sample_rollouts
 from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.state import TrainState
 from sdpo_jax.training.trainer import Trainer
-from sdpo_jax.training.updates import Update
 
 
 def cell_seed(method: str, question: str, seed: int) -> int:
@@ -73,57 +73,6 @@ class Tally:
         )
 
 
-class _OneQuestion:
-    """Source of a trainer: groups of rollouts of one question; no updates once the cell is over."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        updates: UpdateMaker,
-        environment: Environment,
-        question: Prompt,
-        seed: int,
-        budget: int,
-    ):
-        self._trainer, self._updates, self._environment = trainer, updates, environment
-        self._question, self._seed, self.tally = question, seed, Tally(budget)
-
-    def __call__(
-        self, params: Params, teacher_params: Params, step: int, clock: PhaseTimer
-    ) -> tuple[list[Update], dict[str, float]]:
-        """Samples and grades one group; returns its updates, unless the cell is over."""
-        config, trainer = self._trainer.config, self._trainer
-        table = make_rollout_setup(config, trainer.tokenizer, self._environment)
-        drawn = draw(
-            table,
-            trainer.sampler,
-            params,
-            [self._question],
-            seed=self._seed,
-            step=step,
-            clock=clock,
-        )
-        experience, metrics = drawn.finish(clock)
-        limit = config.environment.max_failed_share
-        refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
-        self.tally.add(experience.outcomes)
-        if self.tally.over:
-            return [], metrics
-        updates, more = self._updates(experience, params, teacher_params, step=step, clock=clock)
-        return updates, metrics | more
-
-    def wait(self) -> None:
-        """Nothing runs here."""
-
-    def get_state(self) -> dict[str, Any]:
-        """Nothing: a cell is not resumed but repeated."""
-        return {}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Restores nothing."""
-        del state
-
-
 class QuestionTrainer:
     """Trains on one question after the other with one trainer: its programs compile once."""
 
@@ -140,15 +89,16 @@ class QuestionTrainer:
         Raises:
           UserError: the objective learns from demonstrations and not from rollouts.
         """
-        if isinstance(config.objective, Demonstrated):
+        if config.objective.learns_from == "demonstrations":
             raise UserError(
                 f"objective {config.objective.name}: expected one that learns from rollouts, "
                 "sdpo or grpo; choose it with --method"
             )
-        self._trainer = Trainer(config, model, tokenizer, environment)
-        self._updates = cast(RolloutSource, self._trainer.source).updates
+        objective = make_objective(config.objective)
+        self._trainer = Trainer(config, model, tokenizer, environment, objective=objective)
+        self._setup = make_rollout_setup(config, tokenizer, environment)
         self._start = self._trainer.host_state()
-        self._config, self._environment, self._params = config, environment, params
+        self._config, self._params = config, params
 
     def __call__(
         self, question: Prompt, seed: int, budget: int, report: Callable[[int, int], None]
@@ -164,21 +114,44 @@ class QuestionTrainer:
         Raises:
           UserError: updates stay non-finite, or the environment fails too often.
         """
-        began, trainer, config = time.perf_counter(), self._trainer, self._config
-        method = config.objective.name
+        began, trainer = time.perf_counter(), self._trainer
+        method, tally = self._config.objective.name, Tally(budget)
         draws = cell_seed(method, question.id, seed)
-        source = _OneQuestion(trainer, self._updates, self._environment, question, draws, budget)
-        trainer.source = source
         trainer.set_host_state(self._start)  # forgets the successes of other cells
         state, step = trainer.initial_state(self._params, draws), 0
-        while not source.tally.over:
-            step += 1
-            state, row = trainer.step(state, step)
-            if row["skipped"] >= config.optimizer.max_skipped_updates:
-                raise UserError(
-                    f"{method}, question {question.id}, seed {seed}: {row['skipped']} updates in "
-                    "a row were not finite and were skipped. Lower optimizer.learning_rate = "
-                    f"{config.optimizer.learning_rate}; finished cells are kept."
-                )
-            report(source.tally.generations, budget)
-        return source.tally.cell(method, question.id, seed, time.perf_counter() - began)
+        while not tally.over:
+            step, timer = step + 1, PhaseTimer()
+            rollouts, observed = self._sample(state, question, draws, step, timer)
+            tally.add(rollouts.outcomes)
+            if not tally.over:
+                state, row = trainer.learn(state, rollouts, step, timer, observed=observed)
+                self._stop_if_not_finite(f"{method}, question {question.id}, seed {seed}", row)
+            report(tally.generations, budget)
+        return tally.cell(method, question.id, seed, time.perf_counter() - began)
+
+    def _sample(
+        self, state: TrainState, question: Prompt, seed: int, step: int, timer: PhaseTimer
+    ) -> tuple[RolloutBatch, dict[str, float]]:
+        """One graded group of the question."""
+        trainer = self._trainer
+        rollouts, metrics = sample_rollouts(
+            self._setup,
+            trainer.sampler,
+            trainer.student(state),
+            [question],
+            seed=seed,
+            step=step,
+            timer=timer,
+        )
+        limit = self._config.environment.max_failed_share
+        refuse_failures(rollouts.prompts, rollouts.outcomes, limit, f"step {step}")
+        return rollouts, metrics
+
+    def _stop_if_not_finite(self, cell: str, row: Mapping[str, Any]) -> None:
+        optimizer = self._config.optimizer
+        if row["skipped"] >= optimizer.max_skipped_updates:
+            raise UserError(
+                f"{cell}: {row['skipped']} updates in a row were not finite and were skipped. "
+                f"Lower optimizer.learning_rate = {optimizer.learning_rate}; finished cells are "
+                "kept."
+            )

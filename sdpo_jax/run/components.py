@@ -1,13 +1,18 @@
 """Everything that a run needs besides its settings, and the trainer that is made of it."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import optax
 
 from sdpo_jax.config import Config
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.model import Model
+from sdpo_jax.objectives import make_objective
+from sdpo_jax.teacher.contexts import ContextBuilder
 from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.objective import Objective
 from sdpo_jax.training.trainer import LoadParams, Trainer
 
 
@@ -21,12 +26,12 @@ class RunComponents(NamedTuple):
     environment: Environment
     demonstrations: Sequence[Demonstration] = ()
     """For `sft` and `sdft`."""
-    objective: Any = None
-    """A bundle of functions in place of the recipe's objective."""
-    optimizer: Any = None
-    """An `optax.GradientTransformation` in place of the recipe's optimizer."""
-    context: Any = None
-    """A context builder in place of the recipe's."""
+    objective: Objective | None = None
+    """In place of the recipe's objective."""
+    optimizer: optax.GradientTransformation | None = None
+    """In place of the recipe's optimizer."""
+    context: ContextBuilder | None = None
+    """In place of the objective's own rule for what the teacher sees."""
 
 
 def make_trainer(config: Config, components: RunComponents) -> Trainer:
@@ -35,12 +40,13 @@ def make_trainer(config: Config, components: RunComponents) -> Trainer:
     Raises:
       UserError: components and settings do not fit together.
     """
-    replaced = {name: getattr(components, name) for name in ("objective", "optimizer", "context")}
     return Trainer(
         config,
         components.model,
         components.tokenizer,
         components.environment,
         components.demonstrations,
-        **{name: value for name, value in replaced.items() if value is not None},
+        objective=components.objective or make_objective(config.objective),
+        optimizer=components.optimizer,
+        context=components.context,
     )

@@ -1,5 +1,6 @@
 """Evaluations of a run: the short one of the training loop, and the full one of `sdpo eval`."""
 
+from sdpo_jax.environments.base import Environment
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.evaluation.measures import Measures
 from sdpo_jax.evaluation.report import Evaluation, evaluation
@@ -8,9 +9,16 @@ from sdpo_jax.training.state import TrainState
 from sdpo_jax.training.trainer import Trainer
 
 
-def make_evaluator(trainer: Trainer) -> Evaluator:
+def make_evaluator(trainer: Trainer, environment: Environment) -> Evaluator:
     """The evaluator of a run; it shares the sampler of training and so its programs."""
-    return trainer.evaluator
+    return Evaluator(
+        trainer.config,
+        trainer.sampler,
+        trainer.tokenizer,
+        environment,
+        trainer.teacher_prompts,
+        trainer.contexts,
+    )
 
 
 def evaluate(trainer: Trainer, evaluator: Evaluator, state: TrainState, step: int) -> Metrics:
@@ -18,8 +26,10 @@ def evaluate(trainer: Trainer, evaluator: Evaluator, state: TrainState, step: in
 
     Where the objective has no teacher but contexts, the student is its own teacher.
     """
-    del evaluator
-    return trainer.evaluate(state, step)
+    models = trainer.models(state)
+    teacher = models.student if trainer.teacher is None else models.teacher
+    trainer.source.wait()  # two threads must never use an environment at a time
+    return evaluator(models.student, teacher, step, trainer.student_teacher_kl)
 
 
 def evaluate_fully(

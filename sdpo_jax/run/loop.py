@@ -139,7 +139,7 @@ class TrainingLoop:
 
     def _evaluate(self, trainer: Trainer, progress: Progress) -> Metrics:
         if self._evaluator is None:
-            self._evaluator = make_evaluator(trainer)
+            self._evaluator = make_evaluator(trainer, self._components.environment)
         return evaluate(trainer, self._evaluator, progress.state, progress.step)
 
     def _current(self) -> tuple[Trainer, Progress]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from sdpo_jax.compilation import CompileCounter
-from sdpo_jax.config import Config, Demonstrated
+from sdpo_jax.config import Config
 from sdpo_jax.run.callbacks import Callbacks, Metrics
 from sdpo_jax.run.console import Console, batch_arithmetic
 from sdpo_jax.run.metrics import MetricsLog
@@ -49,7 +49,7 @@ class Reporter:
 
 def introduce(config: Config, trainer: Trainer, console: Console) -> None:
     """Prints what is trained, on what, to where."""
-    is_taught = isinstance(config.objective, Demonstrated)
+    is_taught = config.objective.learns_from == "demonstrations"
     task = config.data.source if is_taught else config.environment.kind
     console.header(
         training=f"{config.objective.name} on {task}, model {config.model.path} "
@@ -82,7 +82,7 @@ def next_commands(config: Config, run_dir: Path) -> list[str]:
         commands.insert(
             0, "sdpo train configs/nano_sft.toml   # the baseline on the same demonstrations"
         )
-    if isinstance(config.objective, Demonstrated):
+    if config.objective.learns_from == "demonstrations":
         commands.append(f"sdpo train RECIPE --model.path {run_dir}   # a second stage from here")
     return [*commands, f"sdpo convert {run_dir} OUT   # weights in Hugging Face layout"]
 

@@ -10,7 +10,7 @@ from sdpo_jax.model import Model, Params
 from sdpo_jax.run.checkpoint import Checkpoints, Restored
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.training.lora import refuse_another_base
-from sdpo_jax.training.state import make_parameters
+from sdpo_jax.training.state import from_saved, make_parameters, to_saved
 from sdpo_jax.training.trainer import LoadParams, Trainer
 
 
@@ -24,7 +24,16 @@ def restore(
     Raises:
       UserError: no checkpoint is intact, or adapters and base do not belong together.
     """
-    return trainer.restore(checkpoints, load_params, step)
+    restored = checkpoints.restore(to_saved(trainer.abstract_state()), step)
+    if restored is None:
+        return None
+    restored = restored._replace(state=from_saved(restored.state))
+    if trainer.config.lora.rank == 0:
+        return restored
+    find_base = jax.jit(trainer.parameters.base, out_shardings=trainer.shardings.base)
+    base = find_base(load_params())
+    refuse_another_base(base, restored.extra["base"], trainer.config.model.path)
+    return restored._replace(state=restored.state.replace(base=base))
 
 
 def restore_run(trainer: Trainer, run: RunRef, load_params: LoadParams) -> Restored:
