@@ -35,7 +35,7 @@ from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.rollouts.phase_timer import is_time
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run import loop
-from sdpo_jax.run.components import RunComponents
+from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.loop import TrainingLoop
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
@@ -44,8 +44,7 @@ from sdpo_jax.run.run_ref import Best, find_run
 from sdpo_jax.run.stop_signals import stop_signals
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.state import from_saved, to_saved
-from sdpo_jax.training.step import make_train_step
-from sdpo_jax.training.trainer import Trainer
+from sdpo_jax.training.step import make_update_programs
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
@@ -161,7 +160,7 @@ def saved_steps(config):
 
 def restore(config, step=None):
     """The newest saved step with its state; it must be `step`, if given."""
-    trainer = Trainer(config, MODEL, TOKENIZER, Toy(), DEMONSTRATIONS)
+    trainer = make_trainer(config, components_of(start_params()))
     template = trainer.initial_state(start_params())
     with loop.Checkpoints(Path(config.run_dir) / "checkpoints") as checkpoints:
         restored = checkpoints.restore(to_saved(template))
@@ -211,7 +210,7 @@ def test_a_run_with_adapters_resumes_exactly_and_its_checkpoints_hold_adapters_a
         run(broken, crash_after=2)
     run(broken)
     assert rows_of(broken) == rows_of(config)
-    trainer = Trainer(config, MODEL, TOKENIZER, Toy(), DEMONSTRATIONS)
+    trainer = make_trainer(config, components_of(start_params()))
     template = trainer.initial_state(start_params())
     with loop.Checkpoints(Path(config.run_dir) / "checkpoints") as checkpoints:
         restored = checkpoints.restore(to_saved(template))
@@ -449,10 +448,10 @@ def test_mini_batches_make_that_many_updates_and_the_teacher_follows_once(tmp_pa
 
 
 def poisoned_after(good_updates):
-    """`make_train_step`, whose gradient is not a number from then on."""
+    """`make_update_programs`, whose gradient is not a number from then on."""
 
     def make(*parts, **settings):
-        programs = make_train_step(*parts, **settings)
+        programs = make_update_programs(*parts, **settings)
 
         def finish(state, sums, denominator):
             count = optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[0][1]
@@ -468,7 +467,7 @@ def poisoned_after(good_updates):
 def test_updates_that_stay_non_finite_stop_the_run_and_leave_a_good_checkpoint(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer_module, "make_train_step", poisoned_after(2))
+    monkeypatch.setattr(trainer_module, "make_update_programs", poisoned_after(2))
     limits = {"max_skipped_updates": 2}
     config = make_config(
         tmp_path / "run", optimizer=limits, train={"steps": 20}, evaluation={"prompts": 0}

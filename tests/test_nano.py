@@ -12,8 +12,9 @@ from sdpo_jax.api import load_components
 from sdpo_jax.config import EvaluationConfig
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.evaluation.evaluator import Evaluator, Graded, accuracy_metrics
+from sdpo_jax.run.components import RunComponents, make_trainer
+from sdpo_jax.run.evaluate import make_evaluator
 from sdpo_jax.run.recipes import default_config, load_recipe
-from sdpo_jax.training.trainer import Trainer
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
 
@@ -31,7 +32,8 @@ def evaluator(parts: dict[str, Any]) -> Evaluator:
         evaluation=EvaluationConfig(prompts=120, samples_per_prompt=4, batch_prompts=120),
         train=replace(default_config().train, steps=1),
     )
-    return Trainer(config, parts["model"], parts["tokenizer"], parts["environment"]).evaluator
+    components = RunComponents(**parts)
+    return make_evaluator(make_trainer(config, components), components.environment)
 
 
 @pytest.fixture(scope="module")
