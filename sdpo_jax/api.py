@@ -27,7 +27,7 @@ from sdpo_jax.environments.registry import make_environment
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Model, Params
 from sdpo_jax.run.callbacks import Callbacks, merge
-from sdpo_jax.run.components import RunComponents
+from sdpo_jax.run.components import RunComponents, objective_of
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.loop import EvaluationResult, StepResult, TrainingLoop, never
 from sdpo_jax.run.recipes import load_recipe, override_config
@@ -71,7 +71,8 @@ class Run:
         """Loads no weights and writes nothing; the arguments are those of `load`."""
         self._config = config
         if verbose is True:
-            verbose = Console(config.objective.name, steps=config.train.steps, live=False)
+            columns = objective_of(config, components).columns
+            verbose = Console(columns, steps=config.train.steps, live=False)
         self._loop = TrainingLoop(
             config,
             components,

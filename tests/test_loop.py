@@ -31,7 +31,7 @@ from sdpo_jax.config import (
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
-from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig, make_objective
 from sdpo_jax.rollouts.phase_timer import is_time
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run import loop
@@ -100,6 +100,10 @@ def quick_programs(tmp_path_factory):
         yield
 
 
+def columns_of(config):
+    return make_objective(config.objective).columns
+
+
 class Crash(Exception):
     """Ends a run where it stands."""
 
@@ -109,7 +113,7 @@ class QuietConsole(Console):
 
     def __init__(self, config, crash_after=None, then=None):
         self.text = io.StringIO()
-        super().__init__(config.objective.name, steps=config.train.steps, stream=self.text)
+        super().__init__(columns_of(config), steps=config.train.steps, stream=self.text)
         self._crash_after, self._then = crash_after, then
 
     def step(self, row):
