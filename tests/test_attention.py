@@ -1,4 +1,4 @@
-"""Attention in blocks is a softmax over each whole sequence: values, gradients, on any mesh."""
+"""Attention in blocks equals a softmax over each sequence: values, gradients, on any mesh."""
 
 from functools import cache
 
@@ -150,7 +150,7 @@ def test_a_traced_flag_says_whether_the_layer_slides_along_prompt_and_response(w
         assert_close(got, reference(*arrays(), window=window if slides else None))
 
 
-def test_what_the_table_holds_beyond_its_count_is_ignored():
+def test_rows_of_the_table_beyond_its_count_are_ignored():
     table, filled = blocks()
     spoilt = np.where(np.arange(ROWS)[None, :, None] < filled[:, None, None], table, 77)
     assert not np.array_equal(spoilt, table)
@@ -158,7 +158,7 @@ def test_what_the_table_holds_beyond_its_count_is_ignored():
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_what_stands_outside_of_all_sequences_changes_nothing():
+def test_tokens_outside_all_sequences_change_nothing():
     away = ~in_sequences()[:, :, None, None]
     spoilt = [np.where(away, np.float32(1e3), x) for x in arrays()]
     got, expected = (compiled()(*x, blocks()) for x in (spoilt, arrays()))
@@ -259,7 +259,7 @@ def test_the_model_in_blocks_is_the_model_in_packed_segments(family):
 
 @pytest.mark.parametrize("form", ["blocks", "segments"])
 @pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
-def test_places_that_are_asked_for_have_the_values_and_gradients_of_all_places(form, remat):
+def test_target_positions_have_the_values_and_gradients_of_all_positions(form, remat):
     """In blocks the last layer then ends with these tokens; olmo3 has norms after its products."""
     architecture = tiny.FAMILIES["olmo3"]
     model, params = tiny.make_model(architecture, remat=remat), tiny.make_params(architecture)
@@ -284,7 +284,7 @@ POLICIES = ["dots", "full", "offload"]
 
 
 @pytest.mark.parametrize("form", ["blocks", pytest.param("segments", marks=pytest.mark.slow)])
-def test_what_the_backward_pass_makes_again_changes_neither_value_nor_gradient(form):
+def test_rematerialisation_changes_neither_value_nor_gradient(form):
     architecture = tiny.FAMILIES["olmo3"]
     params, inputs = tiny.make_params(architecture), two_forms()[form == "segments"]
 

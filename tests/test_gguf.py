@@ -1,4 +1,4 @@
-"""A GGUF file comes in with the numbers that its quantisation means, or is refused by name."""
+"""A GGUF file is converted with the values that its quantisation encodes, or refused by name."""
 
 import json
 import random

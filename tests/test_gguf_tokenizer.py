@@ -55,7 +55,7 @@ def test_ids_are_those_of_the_tokenizer_that_was_written(name, tmp_path):
     assert len(rebuilt) == reference.get_vocab_size()
 
 
-def test_the_cuts_differ_where_the_families_do():
+def test_pre_tokenizers_differ_where_the_families_do():
     def pieces(name, text):
         return [piece for piece, _ in PRE_TOKENIZERS[name].pre_tokenizer().pre_tokenize_str(text)]
 

@@ -99,14 +99,14 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def tensor_names(family: str, ours: str, layers: int | None) -> list[str]:
+def tensor_names(family: str, parameter: str, layers: int | None) -> list[str]:
     """Names of a parameter's tensors in a checkpoint: one per layer, or one if `layers` is None."""
     if layers is None:
-        return [TOP_NAMES[ours]]
-    name = FAMILIES[family].layer_names[ours]
+        return [TOP_NAMES[parameter]]
+    name = FAMILIES[family].layer_names[parameter]
     return [f"model.layers.{i}.{name}" for i in range(layers)]
 
 
-def is_transposed(ours: str, dimensions: int) -> bool:
+def is_transposed(parameter: str, dimensions: int) -> bool:
     """Whether checkpoints store a parameter transposed; `dimensions` are those of one layer."""
-    return dimensions == 2 and ours != "embedding"
+    return dimensions == 2 and parameter != "embedding"

@@ -118,22 +118,20 @@ def _match(folder: Path, found: Mapping[str, StoredTensor], a: Architecture) -> 
     """The parameter table with the tensors of each parameter; makes all checks."""
     used: set[str] = set()
 
-    def one(ours: str, leaf: Leaf, layers: int | None) -> Parameter:
+    def one(parameter: str, leaf: Leaf, layers: int | None) -> Parameter:
         shape = leaf.shape if layers is None else leaf.shape[1:]
-        transposed = is_transposed(ours, len(shape))
-        names = tensor_names(a.family, ours, layers)
+        transposed = is_transposed(parameter, len(shape))
+        names = tensor_names(a.family, parameter, layers)
         used.update(names)
-        theirs = shape[::-1] if transposed else shape
-        tensors = [(name, _checked(folder, found, name, theirs)) for name in names]
+        stored = shape[::-1] if transposed else shape
+        tensors = [(name, _checked(folder, found, name, stored)) for name in names]
         return Parameter(leaf.shape, layers is not None, transposed, tensors)
 
     table = parameter_table(a)
     parameters: dict[str, Any] = {
-        ours: one(ours, leaf, None) for ours, leaf in table.items() if ours != "layers"
+        name: one(name, leaf, None) for name, leaf in table.items() if name != "layers"
     }
-    parameters["layers"] = {
-        ours: one(ours, leaf, a.layers) for ours, leaf in table["layers"].items()
-    }
+    parameters["layers"] = {name: one(name, x, a.layers) for name, x in table["layers"].items()}
     _refuse_extra(found, used, a)
     return parameters
 
@@ -203,11 +201,11 @@ def _read(p: Parameter, index: tuple[slice, ...], dtype: Any) -> np.ndarray[Any,
     """Reads a slice of a parameter; `index` has a start and a stop in every dimension."""
     out = np.empty([s.stop - s.start for s in index], dtype)
     rest = index[1:] if p.layered else index
-    theirs = rest[::-1] if p.transposed else rest
+    stored_index = rest[::-1] if p.transposed else rest
     layers = range(index[0].start, index[0].stop) if p.layered else (0,)
     for target, layer in zip(out if p.layered else (out,), layers, strict=True):
         name, stored = p.tensors[layer]
-        piece = read_slice(stored, name, theirs)
+        piece = read_slice(stored, name, stored_index)
         np.copyto(target, piece.T if p.transposed else piece, casting="unsafe")
     return out
 
@@ -299,9 +297,9 @@ def _check_shapes(params: Params, a: Architecture) -> None:
 def _plan(params: Params, a: Architecture, dtype: Any) -> Iterator[PlannedTensor]:
     """The tensors of a checkpoint, in order: embedding, layers one by one, the rest."""
 
-    def planned(name: str, ours: str, value: Any, layer: int | None) -> PlannedTensor:
+    def planned(name: str, parameter: str, value: Any, layer: int | None) -> PlannedTensor:
         shape = value.shape if layer is None else value.shape[1:]
-        flip = is_transposed(ours, len(shape))
+        flip = is_transposed(parameter, len(shape))
 
         def fetch() -> np.ndarray[Any, Any]:
             one = np.asarray(value if layer is None else value[layer])
@@ -311,10 +309,11 @@ def _plan(params: Params, a: Architecture, dtype: Any) -> Iterator[PlannedTensor
 
     yield planned(TOP_NAMES["embedding"], "embedding", params["embedding"], None)
     for layer in range(a.layers):
-        for ours, value in params["layers"].items():
-            yield planned(tensor_names(a.family, ours, a.layers)[layer], ours, value, layer)
-    for ours in sorted(set(params) - {"embedding", "layers"}):
-        yield planned(TOP_NAMES[ours], ours, params[ours], None)
+        for parameter, value in params["layers"].items():
+            name = tensor_names(a.family, parameter, a.layers)[layer]
+            yield planned(name, parameter, value, layer)
+    for parameter in sorted(set(params) - {"embedding", "layers"}):
+        yield planned(TOP_NAMES[parameter], parameter, params[parameter], None)
 
 
 def save_run(

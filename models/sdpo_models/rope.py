@@ -131,13 +131,13 @@ def _checked(kind: str, given: dict[str, Any], max_positions: int, where: str) -
     for key in sorted(required):
         if key not in given:
             raise UserError(f"{where}: rope_type {kind!r} needs {key}, found none")
-    ours = {
+    fields = {
         name: _number(given[key], key, where) for name, key in _KEYS[kind].items() if key in given
     }
     if kind == "yarn":
-        ours.setdefault("attention_factor", 0.1 * math.log(ours["factor"]) + 1.0)
-    original = int(ours.pop("original_positions", 0))
-    scaling = RopeScaling(kind, original_positions=original, **ours)
+        fields.setdefault("attention_factor", 0.1 * math.log(fields["factor"]) + 1.0)
+    original = int(fields.pop("original_positions", 0))
+    scaling = RopeScaling(kind, original_positions=original, **fields)
     if kind == "llama3" and scaling.low_factor >= scaling.high_factor:
         raise UserError(
             f"{where}: low_freq_factor {scaling.low_factor} is not below high_freq_factor "
@@ -161,5 +161,5 @@ def write_scaling(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     """The inverse of `read_scaling`, with the rotary base added."""
     if scaling is None:
         return {"rope_type": "default", "rope_theta": theta}
-    values = {theirs: getattr(scaling, ours) for ours, theirs in _KEYS[scaling.kind].items()}
+    values = {key: getattr(scaling, field) for field, key in _KEYS[scaling.kind].items()}
     return {"rope_type": scaling.kind, "rope_theta": theta, **values}

@@ -8,6 +8,7 @@ tensor of factors, `config.json` as settings; factors that no known settings giv
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -95,24 +96,23 @@ def planned_tensors(
     """
     layered = parameter_table(architecture)["layers"]
 
-    def plan(ours: str, name: str, theirs: str) -> PlannedTensor:
+    def plan(parameter: str, name: str, target: str) -> PlannedTensor:
         size = math.prod(file.shape(name)) * jnp.dtype(dtype).itemsize
-        return PlannedTensor(
-            theirs, size, lambda: _tensor(file, architecture, ours, name).astype(jnp.dtype(dtype))
-        )
+        fetch = partial(_tensor, file, architecture, parameter, name)
+        return PlannedTensor(target, size, lambda: fetch().astype(jnp.dtype(dtype)))
 
-    for ours, names in _names(file, architecture).items():
-        layers = architecture.layers if ours in layered else None
-        theirs = tensor_names(architecture.family, ours, layers)
-        for name, their in zip(names, theirs, strict=True):
-            yield plan(ours, name, their)
+    for parameter, names in _names(file, architecture).items():
+        layers = architecture.layers if parameter in layered else None
+        targets = tensor_names(architecture.family, parameter, layers)
+        for name, target in zip(names, targets, strict=True):
+            yield plan(parameter, name, target)
 
 
 def _names(file: GgufFile, a: Architecture) -> dict[str, list[str]]:
     """Maps every parameter to its tensors in the file; refuses tensors that no parameter reads."""
     table = parameter_table(a)
-    names = {ours: [f"{TOP[ours]}.weight"] for ours in table if ours != "layers"}
-    names |= {ours: [f"blk.{i}.{LAYER[ours]}" for i in range(a.layers)] for ours in table["layers"]}
+    names = {p: [f"{TOP[p]}.weight"] for p in table if p != "layers"}
+    names |= {p: [f"blk.{i}.{LAYER[p]}" for i in range(a.layers)] for p in table["layers"]}
     foreign = sorted(file.tensors - {n for own in names.values() for n in own} - {ROPE_FACTORS})
     if foreign:
         raise UserError(
@@ -122,19 +122,20 @@ def _names(file: GgufFile, a: Architecture) -> dict[str, list[str]]:
     return names
 
 
-def _tensor(file: GgufFile, a: Architecture, ours: str, name: str) -> np.ndarray[Any, Any]:
+def _tensor(file: GgufFile, a: Architecture, parameter: str, name: str) -> np.ndarray[Any, Any]:
     """Reads a tensor in Hugging Face orientation, with llama.cpp's permutation undone."""
     table = parameter_table(a)
-    shape = table["layers"][ours].shape[1:] if ours in table["layers"] else table[ours].shape
-    shape = shape[::-1] if is_transposed(ours, len(shape)) else shape
+    layers = table["layers"]
+    shape = layers[parameter].shape[1:] if parameter in layers else table[parameter].shape
+    shape = shape[::-1] if is_transposed(parameter, len(shape)) else shape
     if file.shape(name) != shape:
         raise UserError(
-            f"{file.path}: tensor {name} has shape {file.shape(name)} (ours: {ours}); "
+            f"{file.path}: tensor {name} has shape {file.shape(name)} (parameter {parameter}); "
             f"the file's fields imply {shape}"
         )
     array = file.read(name)
-    if a.family == "llama" and ours in ("query", "key"):
-        return _halves_apart(array, a.heads if ours == "query" else a.kv_heads)
+    if a.family == "llama" and parameter in ("query", "key"):
+        return _halves_apart(array, a.heads if parameter == "query" else a.kv_heads)
     return array
 
 
@@ -182,8 +183,8 @@ def _rope(file: GgufFile, head_size: int) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    ours = read_scaling(scaling, max_positions=8192, where=str(file.path))
-    plain, scaled = (inverse_frequencies(head_size, theta, s) for s in (None, ours))
+    llama3 = read_scaling(scaling, max_positions=8192, where=str(file.path))
+    plain, scaled = (inverse_frequencies(head_size, theta, s) for s in (None, llama3))
     if factors.shape != plain.shape or not np.allclose(factors, plain / scaled, rtol=1e-4):
         raise UserError(
             f"{file.path}: tensor {ROPE_FACTORS} holds other rotary factors than Llama 3's; "
