@@ -39,7 +39,7 @@ from jax.sharding import AxisType, Mesh
 from sdpo_jax.config import OptimizerConfig
 from sdpo_jax.devices import AXES, Devices
 from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.rollouts.generate import Plan
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.rollouts.token_sampling import Filters
@@ -201,7 +201,7 @@ def train_programs(topology: str, a: Architecture, t: Training) -> Mapping[str, 
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
 
     def accumulated() -> jax.stages.Lowered:
-        constants = SdpoConstants(head.lower(state.teacher).out_info, scalar)
+        constants = SdpoSharedInputs(head.lower(state.teacher).out_info, scalar)
         return accumulate.lower(zeros, state.params, None, batch, constants)
 
     tokens, layers, tensor = t.rows * t.row_tokens, layer_products(a), t.mesh[2]
@@ -241,7 +241,7 @@ def micro_batch(devices: Devices, a: Architecture, t: Training) -> MicroBatch:
     whole: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=devices.replicated)
     tokens, take = array(rows, jnp.int32), array(places, jnp.int32)
     sequences = Sequences(tokens, positions=tokens, attention=tokens, take=take)
-    known = SdpoTokens(
+    known = SdpoTokenInputs(
         array((*places, a.width), jnp.bfloat16),
         array(places, jnp.int32),
         array(places, jnp.float32),
