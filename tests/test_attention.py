@@ -284,7 +284,7 @@ POLICIES = ["dots", "full", "offload"]
 
 
 @pytest.mark.parametrize("form", ["blocks", pytest.param("segments", marks=pytest.mark.slow)])
-def test_rematerialisation_changes_neither_value_nor_gradient(form):
+def test_rematerialization_changes_neither_value_nor_gradient(form):
     architecture = tiny.FAMILIES["olmo3"]
     params, inputs = tiny.make_params(architecture), two_forms()[form == "segments"]
 

@@ -158,7 +158,7 @@ def test_the_window_counts_positions_in_the_segment_not_columns_of_the_row():
 
 
 @pytest.mark.parametrize("family", ["qwen3", "olmo3"])
-def test_rematerialisation_changes_neither_value_nor_gradient(family):
+def test_rematerialization_changes_neither_value_nor_gradient(family):
     architecture = tiny.FAMILIES[family]
     params, tokens = tiny.make_params(architecture), random_rows(2, 12)
 

@@ -125,7 +125,7 @@ def _refuse_other_options(config: Mapping[str, Any], family: str, where: str) ->
     if config.get("quantization_config"):
         raise UserError(
             f"{where}: quantization_config is not supported; expected a checkpoint in bfloat16, "
-            "float16 or float32 (the unquantised original)"
+            "float16 or float32 (the unquantized original)"
         )
 
 

@@ -300,7 +300,7 @@ def _forward(
 
     start = jnp.zeros_like(q), jnp.zeros(q.shape[:2], jnp.float32)
     out, log_sum_exps = jax.lax.fori_loop(0, blocks.filled, one, start)
-    # Named, so that a rematerialisation policy can save them instead of attending again.
+    # Named, so that a rematerialization policy can save them instead of attending again.
     out, log_sum_exps = (checkpoint_name(x, ATTENTION) for x in (out, log_sum_exps))
     return out, (q, k, v, blocks, slides, out, log_sum_exps)
 

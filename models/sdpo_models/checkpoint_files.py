@@ -26,7 +26,7 @@ class StoredTensor(NamedTuple):
     dtype: str  # as safetensors spells it, such as F32
 
 
-def catalogue(folder: Path) -> dict[str, StoredTensor]:
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Lists every tensor of a folder; reads only the headers of its files.
 
     Raises:

@@ -27,7 +27,7 @@ from sdpo_models.checkpoint_files import (
     FLOATS,
     PlannedTensor,
     StoredTensor,
-    catalogue,
+    list_tensors,
     read_slice,
     write_shards,
 )
@@ -99,7 +99,7 @@ def load_params(
     Raises:
       UserError: a file is missing or damaged; a tensor is missing, unknown, or of another shape.
     """
-    parameters = _match(folder, catalogue(folder), architecture)
+    parameters = _match(folder, list_tensors(folder), architecture)
     build = partial(jax.tree.map, is_leaf=lambda x: isinstance(x, Parameter))
     if shardings is None:
         return build(lambda p: _read(p, _whole(p.shape), dtype), parameters)
@@ -156,7 +156,7 @@ def _checked(
     if stored.dtype not in FLOATS:
         raise UserError(
             f"{stored.path}: tensor {name} is of type {stored.dtype}; expected one of "
-            f"{', '.join(FLOATS)} (the unquantised original)"
+            f"{', '.join(FLOATS)} (the unquantized original)"
         )
     return stored
 

@@ -19,7 +19,7 @@ from sdpo_models.rope import inverse_frequencies
 
 
 class Settings(NamedTuple):
-    """How the architecture is computed: dtype, rematerialisation, attention. Static under jit."""
+    """How the architecture is computed: dtype, rematerialization, attention. Static under jit."""
 
     dtype: Any
     remat: Remat

@@ -1,4 +1,4 @@
-"""Rematerialisation: which activations of a layer the backward pass recomputes."""
+"""Rematerialization: which activations of a layer the backward pass recomputes."""
 
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ LAYER_INPUT = "layer_input"
 
 
 def recomputed(remat: Remat, layer_step: Any) -> Any:
-    """Wraps the scan step of a layer in the rematerialisation policy `remat`.
+    """Wraps the scan step of a layer in the rematerialization policy `remat`.
 
     Args:
       remat: `none` keeps every activation; `dots` keeps the outputs of matrix products and of

@@ -1,7 +1,7 @@
 """A tokenizer with a chat template: implements `sdpo_jax.tokens.Tokenizer` with `transformers`.
 
 A prompt is rendered once, and the response is the sequence of sampled ids; neither is ever
-tokenised again, so the boundary between them is exact.
+tokenized again, so the boundary between them is exact.
 
 A control token is a token that was added to the learned vocabulary, marked as special in the files
 (`<|im_end|>`) or not (`<think>`). Added white space and single characters that are not special

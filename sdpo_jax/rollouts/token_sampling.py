@@ -1,7 +1,7 @@
 """Samples one token per row from logits, with temperature, top-p, top-k and min-p.
 
 Sampling inverts the cumulative distribution on two levels: the vocabulary is divided into blocks of
-neighbouring tokens, one uniform number selects a block by its probability, and another selects a
+neighboring tokens, one uniform number selects a block by its probability, and another selects a
 token inside it. This needs two random numbers per row instead of one per token, and no sort unless
 a filter needs one. On a mesh that shards the vocabulary only block sums are communicated.
 """

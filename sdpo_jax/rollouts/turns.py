@@ -1,7 +1,7 @@
 """The token ids between two turns of a model in a conversation, as the chat template writes them.
 
 The ids of a conversation are those of its first prompt, followed by the sampled ids of each turn
-and the ids between turns; sampled ids are never tokenised again. The ids between turns (end of
+and the ids between turns; sampled ids are never tokenized again. The ids between turns (end of
 line, the user's header, the environment's text, the assistant's header) are derived from the
 template: a conversation with a placeholder in place of the model's turns is rendered twice, with
 and without the last observation. The ids that follow the placeholder's stop id are the new ones.

@@ -32,7 +32,7 @@ Dtype = Literal["float32", "bfloat16"]
 def convert(source: str | Path, folder: str | Path, *, dtype: Dtype = "float32") -> None:
     """Writes config, tokenizer, chat template, generation config and weights, or nothing at all.
 
-    float32 keeps dequantised values exact. bfloat16 halves the size and rounds, unless the file
+    float32 keeps dequantized values exact. bfloat16 halves the size and rounds, unless the file
     itself is in bfloat16.
 
     Raises:

@@ -1,7 +1,7 @@
 """Reads a GGUF file: its fields at once, and its tensors as float32, one at a time.
 
 The container format is parsed here, so that errors about a damaged file name the tensor at which it
-ends. The blocks of a quantisation are decoded by the package `gguf` (the extra of that name).
+ends. The blocks of a quantization are decoded by the package `gguf` (the extra of that name).
 """
 
 import math
@@ -36,7 +36,7 @@ class GgufFile:
 
     Raises:
       UserError: the file is missing, not GGUF, damaged, or one part of a split model, or a tensor
-        has a quantisation that is not supported.
+        has a quantization that is not supported.
     """
 
     def __init__(self, path: str | Path):
@@ -113,7 +113,7 @@ class GgufFile:
         if length % block:
             raise UserError(
                 f"{self.path}: tensor {name} has rows of {length} values, expected a multiple of "
-                f"the quantisation's block of {block}; {_AGAIN}"
+                f"the quantization's block of {block}; {_AGAIN}"
             )
         end = info.offset + rows * (length // block) * width
         if end > len(self._data):
@@ -125,8 +125,8 @@ class GgufFile:
 
     def _unsupported(self, name: str, kind: str) -> UserError:
         return UserError(
-            f"{self.path}: tensor {name} is in quantisation {kind}, which the package gguf does "
-            "not dequantise; use another quantisation of this model (Q8_0, Q4_K, F16, ...), or a "
+            f"{self.path}: tensor {name} is in quantization {kind}, which the package gguf does "
+            "not dequantize; use another quantization of this model (Q8_0, Q4_K, F16, ...), or a "
             "newer gguf"
         )
 

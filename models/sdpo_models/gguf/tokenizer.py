@@ -34,7 +34,7 @@ class PreTokenizer(NamedTuple):
 
     pre_tokenizer: Callable[[], Any]
     nfc: bool = False
-    """Whether text is normalised to composed characters (NFC) first."""
+    """Whether text is normalized to composed characters (NFC) first."""
     ignore_merges: bool = False
     """Whether a word that is a token stays whole, whatever the merges give."""
 

@@ -1,7 +1,7 @@
 """Converts weights and fields of a GGUF file to Hugging Face layout: llama, qwen2 and qwen3.
 
-Tensors are renamed, transposed and dequantised. llama.cpp permutes the rows of the query and key
-projections of the llama architecture, because it rotates neighbouring coordinates where Hugging
+Tensors are renamed, transposed and dequantized. llama.cpp permutes the rows of the query and key
+projections of the llama architecture, because it rotates neighboring coordinates where Hugging
 Face rotates halves; the permutation is undone here. GGUF stores the rotary scaling of Llama 3 as a
 tensor of factors, `config.json` as settings; factors that no known settings give are refused.
 """
@@ -91,7 +91,7 @@ def planned_tensors(
     """The tensors of a checkpoint in Hugging Face layout, each read when it is written.
 
     Raises:
-      UserError: a tensor is missing, has another shape or an unknown quantisation, or is not part
+      UserError: a tensor is missing, has another shape or an unknown quantization, or is not part
         of the architecture.
     """
     layered = parameter_table(architecture)["layers"]
