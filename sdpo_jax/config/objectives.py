@@ -25,7 +25,7 @@ class SdpoConfig(ObjectiveConfig):
 
     name: Literal["sdpo"] = "sdpo"
     alpha: float = setting(0.5, between(0, 1))
-    """0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon."""
+    """0: KL(teacher || student); 1: KL(student || teacher); between: generalized Jensen-Shannon."""
     top_k: int = setting(0, at_least(0))
     """Compare on the student's likeliest tokens, the rest in one bucket (the paper: 100 or 20); 0
     compares the whole vocabulary, which the chunked head affords."""
@@ -34,42 +34,47 @@ class SdpoConfig(ObjectiveConfig):
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Mean over active tokens (the paper) or over rows of token means (its released code)."""
     credit: Literal["logit", "token", "sequence", "modulated", "fixed_negative"] = "logit"
-    """Who gets credit (the paper's section 4.2): every candidate of each position, by the
-    divergence; the sampled token; the whole rollout, by its tokens' mean advantage. `modulated`:
-    the reward's advantage, its size per token by the teacher (RLSD, arXiv 2604.03128).
-    `fixed_negative`: a control without the teacher's numbers (OPSA, arXiv 2608.31046), minus 1 at
-    a failure's tokens that were less likely than `control_probability`, else 0."""
+    """Granularity of the credit (the paper's section 4.2). `logit`: every candidate token of each
+    position, by the divergence; `token`: the sampled token; `sequence`: the whole rollout, by its
+    tokens' mean advantage. `modulated`: the reward's advantage, scaled per token by the teacher
+    (RLSD, arXiv 2604.03128). `fixed_negative`: a control that does not use the teacher's
+    probabilities (OPSA, arXiv 2608.31046): the advantage is -1 at those tokens of a failure that
+    were less likely than `control_probability`, else 0."""
     control_probability: float = setting(0.1, POSITIVE_SHARE)
+    """Probability of a token below which `fixed_negative` penalizes it."""
     modulation: float = setting(0.5, between(0, 1))
     """Share of `modulated` advantages that the teacher scales; 0 is GRPO."""
     modulation_bound: float = setting(0.2, between(0, 1))
-    """How far from 1 its factor may lie."""
+    """How far from 1 the teacher's factor may be."""
     grpo_weight: float = setting(0.0, between(0, 1))
-    """lambda of lambda * GRPO + (1 - lambda) * SDPO (equation 3 of the paper, with 0.9), each by
-    its own reduction and GRPO with its default clips: 0 is SDPO, 1 is GRPO."""
+    """lambda in lambda * GRPO + (1 - lambda) * SDPO (equation 3 of the paper, with 0.9). Each term
+    has its own reduction, and GRPO its default clips. 0 is SDPO, 1 is GRPO."""
     route: Literal["none", "outcome", "positive"] = "none"
-    """`outcome`: failures with a teacher are distilled, all else goes to GRPO, under one
-    denominator (SRPO, arXiv 2604.02288). `positive`: distil only where the advantage is above 0
-    (SDPG, arXiv 2606.04036), beside GRPO by `grpo_weight`."""
+    """`outcome`: failures with a teacher are distilled and all other rollouts go to GRPO, under one
+    denominator (SRPO, arXiv 2604.02288). `positive`: only rollouts with an advantage above 0 are
+    distilled (SDPG, arXiv 2606.04036), beside GRPO with `grpo_weight`."""
     distillation_warmup_steps: int = setting(0, at_least(0))
     """Steps over which the distillation's coefficient rises to 1 (SDPG)."""
     distillation_decay_steps: int = setting(0, at_least(0))
-    """Last steps over which it falls; the last step has none."""
+    """Steps at the end of the run over which the coefficient falls; it is 0 in the last step."""
     token_weights: Literal["none", "teacher_entropy", "disagreement"] = "none"
-    """`teacher_entropy`: exp(-beta H(q)) over its mean (SRPO); `disagreement`: less where the two
-    distributions are apart (DemoPSD, arXiv 2607.02502)."""
+    """`teacher_entropy`: exp(-beta H(q)) over its mean, where H(q) is the teacher's entropy (SRPO);
+    `disagreement`: less where the two distributions are far apart (DemoPSD, arXiv 2607.02502)."""
     token_weight_beta: float = setting(1.0, at_least(0))
-    """1 in SRPO; as a divergence is at most 0.69, `disagreement` needs 5 or more to say much."""
+    """beta of the token weights: 1 in SRPO. A divergence is at most 0.69, so `disagreement` needs
+    5 or more to have much effect."""
     disagreement_reduction: float = setting(0.5, between(0, 1))
-    """Most that `disagreement` takes off a token's weight."""
+    """The most that `disagreement` subtracts from a token's weight of 1."""
     question_weights: Literal["none", "pass_rate"] = "none"
-    """`pass_rate`: sqrt(p (1 - p)) of the group over its batch mean (SC-SDPO, arXiv 2605.27765)."""
+    """`pass_rate`: sqrt(p (1 - p)) over its batch mean, where p is the group's pass rate (SC-SDPO,
+    arXiv 2605.27765)."""
     question_weight_floor: float = setting(0.1, at_least(0))
-    """Of sqrt(p (1 - p)): without it a group that all passed or all failed is not learned from."""
+    """Lower bound of sqrt(p (1 - p)). With 0 a group that all passed or all failed has no
+    weight."""
     skip_first_tokens: int = setting(0, at_least(0))
-    """Tokens at a response's start that are left out (SDFT, arXiv 2601.19897, leaves out 3)."""
+    """Tokens at a response's start that the loss leaves out (SDFT, arXiv 2601.19897: 3)."""
     reference_kl: float = setting(0.0, at_least(0))
-    """Coefficient of the KL to the initial model without context, on every token that counts."""
+    """Coefficient of the KL to the initial model without context, on every active token."""
 
     @property
     def depends_on_steps(self) -> bool:
@@ -127,15 +132,18 @@ class SdpoConfig(ObjectiveConfig):
 
 @dataclass(frozen=True)
 class GrpoConfig(ObjectiveConfig):
-    """Group-relative policy optimisation, with the paper's improvements to its baseline."""
+    """Group-relative policy optimization, with the paper's improvements to its baseline."""
 
     name: Literal["grpo"] = "grpo"
     clip_low: float = setting(0.2, PROPER_SHARE)
+    """The ratio of new to rollout probability is clipped below 1 - clip_low ..."""
     clip_high: float = setting(0.28, above(0))
+    """... and above 1 + clip_high."""
     dual_clip: float = setting(3.0, above(1))
+    """Bound of the ratio where the advantage is negative (arXiv 1912.09729)."""
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
     reference_kl: float = setting(0.0, at_least(0))
-    """Coefficient of the KL to the initial model, on every token that counts (arXiv 2402.03300)."""
+    """Coefficient of the KL to the initial model, on every active token (arXiv 2402.03300)."""
 
     def check(self, config: Config) -> Iterator[Problem]:
         """Yields a group of one, which has no advantage."""
@@ -157,7 +165,7 @@ class SftConfig(ObjectiveConfig):
 
 @dataclass(frozen=True)
 class SdftConfig(ObjectiveConfig):
-    """Self-distillation from demonstrations that the teacher is shown (SDFT, arXiv 2601.19897).
+    """Self-distillation from a teacher that sees a demonstration (SDFT, arXiv 2601.19897).
 
     Questions come from `[data]`, `data.rows_per_step` a step; the student answers each
     `rollout.rollouts_per_prompt` times. Nothing is graded, and a response that was cut off is kept,
@@ -169,21 +177,22 @@ class SdftConfig(ObjectiveConfig):
 
     name: Literal["sdft"] = "sdft"
     alpha: float = setting(0.0, between(0, 1))
-    """0: KL(teacher || student), which the paper's results used (its code's default; so the authors
-    in April 2026); 1: KL(student || teacher), which the paper's text says; between:
-    generalised Jensen-Shannon."""
+    """0: KL(teacher || student), the default of the paper's code and, according to its authors
+    (April 2026), the one behind its results; 1: KL(student || teacher), as in the paper's text;
+    between: generalized Jensen-Shannon."""
     top_k: int = setting(0, at_least(0))
     """Compare on the student's likeliest tokens, the rest in one bucket; 0 compares the whole
     vocabulary, as the paper does."""
     importance_cap: float = setting(2.0, above(0))
-    """A response's weight is the mean over its tokens of min(ratio, cap), detached; ratio is new to
-    rollout probability."""
+    """Upper bound of the ratio of new to rollout probability, per token. A response's weight is the
+    mean of the capped ratios of its tokens, detached."""
     skip_first_tokens: int = setting(3, at_least(0))
-    """First tokens of a response, left out of its loss: there a demonstration's opening is
-    copied."""
+    """Tokens at a response's start that the loss leaves out: there the teacher copies the
+    demonstration's opening."""
     closing: Literal["own", "correct"] = "own"
-    """What the teacher's prompt ends in: a request for an answer of one's own, as in the paper, or
-    for a correct one, `sdpo`'s sentence: the only one that the embedded model has learned."""
+    """Last sentence of the teacher's prompt. `own`: a request for an answer of the model's own, as
+    in the paper; `correct`: a request for a correct one, as with `sdpo`, which is the only sentence
+    that the embedded model has learned."""
     reduction: Literal["token_mean", "sequence_mean"] = "sequence_mean"
     """Mean over active tokens or over rows of token means (the authors' code)."""
 
