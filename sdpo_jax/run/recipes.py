@@ -1,6 +1,7 @@
 """Recipes with the built-in objectives and environments."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,4 +40,5 @@ def load_recipe(
 
 def default_config(**sections: Any) -> Config:
     """A `Config` with these sections; by default the objective is `sdpo` on `tool_calls`."""
-    return Config(**{"objective": SdpoConfig(), "environment": ToolCallsEnvironment(), **sections})
+    default = Config(objective=SdpoConfig(), environment=ToolCallsEnvironment())
+    return replace(default, **sections)
