@@ -4,7 +4,6 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from sdpo_jax.config import EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.config.checks import problems
 from sdpo_jax.config.environments import (
     BfclEnvironment,
-    EnvironmentConfig,
     FileEnvironment,
     MathEnvironment,
     McqEnvironment,
@@ -35,7 +33,7 @@ from sdpo_jax.rollouts.diagnostics import environment_metrics
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.rollouts.sampler import HostRollouts
-from sdpo_jax.run.recipes import default_config, load_recipe
+from sdpo_jax.run.recipes import KINDS, default_config, load_recipe
 from sdpo_jax.teacher.context import choose_context
 from sdpo_jax.training.batch import BatchLayout
 
@@ -341,7 +339,7 @@ def test_the_environment_is_told_which_responses_were_cut():
 
 
 def test_every_kind_has_a_maker_and_its_defaults_round_trip(tmp_path):
-    kinds = [cls() for cls in get_args(EnvironmentConfig)]
+    kinds = [cls() for cls in KINDS.environments.values()]
     assert {kind.kind for kind in kinds} == set(ENVIRONMENTS)
     path = tmp_path / "x.toml"
     for kind in kinds:

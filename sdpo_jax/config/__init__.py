@@ -30,7 +30,7 @@ _DEVICES = Range(lambda value: value >= 1 or value == -1, "at least 1, or -1 for
 class ObjectiveConfig:
     """Base of every objective's settings; `objective.name` of a recipe picks the subclass.
 
-    A subclass gives `name` its default. Every other field has a default, too.
+    A subclass gives `name` its own default, and every field of its own has one.
     """
 
     learns_from: ClassVar[Literal["rollouts", "demonstrations"]] = "rollouts"
@@ -42,7 +42,7 @@ class ObjectiveConfig:
     """Whether a teacher that sees more than the student scores its responses, as `[teacher]`
     describes."""
 
-    name: str
+    name: str = ""
 
     @property
     def depends_on_steps(self) -> bool:
@@ -67,10 +67,10 @@ class ObjectiveConfig:
 class EnvironmentConfig:
     """Base of every environment's settings; `environment.kind` of a recipe picks the subclass.
 
-    A subclass gives `kind` its default. Every other field has a default, too.
+    A subclass gives `kind` its own default, and every field of its own has one.
     """
 
-    kind: str
+    kind: str = ""
     max_failed_share: float = setting(0.2, between(0, 1), may_change=True)
     """Share of a batch that the environment may fail to grade before the run stops."""
 
