@@ -8,32 +8,33 @@ import jax
 import numpy as np
 import optax
 import tiny
+from sdpo_jax.objectives.contexts import Contexts
+from sdpo_jax.objectives.sources import DemonstrationSource
+from sdpo_jax.training.scoring import Scorer
+from sdpo_jax.training.updates import make_update
 
 from sdpo_jax.config import (
     Config,
     DataConfig,
-    GrpoObjective,
+    GrpoConfig,
     OptimizerConfig,
     RolloutConfig,
-    SdpoObjective,
-    SftObjective,
+    SdpoConfig,
+    SftConfig,
 )
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.losses.distillation import full_vocabulary_loss
-from sdpo_jax.losses.objectives import grpo_per_token, sdpo_per_token, sft_per_token
+from sdpo_jax.losses.per_token import grpo_per_token, sdpo_per_token, sft_per_token
 from sdpo_jax.model import Blocks
-from sdpo_jax.objectives.contexts import Contexts
 from sdpo_jax.objectives.sdpo import GrpoUpdates, SdpoUpdates
-from sdpo_jax.objectives.sources import DemonstrationSource
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import BatchLayout, Reduction, make_tokens
 from sdpo_jax.training.lora import full
-from sdpo_jax.training.scoring import Scorer
 from sdpo_jax.training.state import (
     TrainState,
     create_state,
@@ -52,13 +53,12 @@ from sdpo_jax.training.step import (
 )
 from sdpo_jax.training.teacher_pass import TeacherPass
 from sdpo_jax.training.token_metrics import AGREEMENT, BY_TOKEN, HISTOGRAM
-from sdpo_jax.training.updates import make_update
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 TEMPERATURE, ALPHA, CAP = 0.8, 0.5, 2.0
-OBJECTIVES = {"sdpo": SdpoObjective(alpha=ALPHA), "grpo": GrpoObjective(), "sft": SftObjective()}
+OBJECTIVES = {"sdpo": SdpoConfig(alpha=ALPHA), "grpo": GrpoConfig(), "sft": SftConfig()}
 
 
 def sdpo(alpha):
@@ -182,7 +182,7 @@ SIGNAL = [1, 2, 3, 5]
 
 def sdpo_updates(run, prompts=None, reduction: Reduction = "token_mean"):
     prompts = prompts or TeacherPrompts(run.config.teacher, TOKENIZER)
-    objective = SdpoObjective(alpha=ALPHA, reduction=reduction)
+    objective = SdpoConfig(alpha=ALPHA, reduction=reduction)
     passes = TeacherPass(run.config, run.devices, run.form, run.forward, run.head)
     contexts = Contexts(run.config, prompts, TOKENIZER)
     scorer = Scorer(MODEL, run.devices, run.config.rollout.temperature)
@@ -196,7 +196,7 @@ def the_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = 
     if name == "sdpo":
         maker = sdpo_updates(run, prompts, reduction)
     else:
-        objective = GrpoObjective(reduction=reduction)
+        objective = GrpoConfig(reduction=reduction)
         maker = GrpoUpdates(run.config, objective, run.devices, run.form)
     teacher = teacher_weights() if teacher is None else teacher
     teacher = jax.device_put(teacher, run.shardings.params)
@@ -283,7 +283,7 @@ def demonstrations():
 
 
 def demonstration_update(run, reduction):
-    objective = SftObjective(reduction=reduction)
+    objective = SftConfig(reduction=reduction)
     rows = prompt_batches(demonstrations(), batch_size=6, seed=0)
     source = DemonstrationSource(run.config, objective, rows, TOKENIZER, run.devices, run.form)
     updates, _ = source(None, None, 0, PhaseTimer())

@@ -33,13 +33,13 @@ from one_update import (
     teacher_weights,
     the_update,
 )
+from sdpo_jax.training.updates import MiniBatch, with_outcomes
 
 from sdpo_jax.data.packing import Pair
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, SftTokens
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, SftTokenInputs
 from sdpo_jax.model import Blocks
 from sdpo_jax.training.batch import make_sequences, plan, reduction_weights
 from sdpo_jax.training.step import Sequences
-from sdpo_jax.training.updates import MiniBatch, with_outcomes
 
 # What the result must not depend on
 
@@ -145,13 +145,13 @@ def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction
 
     def tokens(micro_batch, place):
         sequences = make_sequences(taught, micro_batch, run.form, run.devices)
-        return SdpoTokens(
+        return SdpoTokenInputs(
             run.forward(teacher_weights(), sequences),
             place(data.response_ids, dtype=np.int32),
             place(data.log_probs, dtype=np.float32),
         )
 
-    constants = SdpoConstants(run.head(teacher_weights()), jnp.float32(TEMPERATURE))
+    constants = SdpoSharedInputs(run.head(teacher_weights()), jnp.float32(TEMPERATURE))
     update = by_hand(run, part, tokens, constants)
     kept, _ = apply(run, with_outcomes(update, part, np.zeros(8, np.int32), run.devices))
     assert_close(gradient_of(dropped), gradient_of(kept), atol=1e-6)
@@ -186,7 +186,9 @@ def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
     # Each alone in a micro-batch of one row.
     alone = [plan([pair], run.form)[0]._replace(members=[[i]]) for i, pair in enumerate(pairs)]
     part = MiniBatch(list(range(6)), pairs, alone, rows, denominator)
-    update = by_hand(run, part, lambda _, place: SftTokens(place(responses, dtype=np.int32)), None)
+    update = by_hand(
+        run, part, lambda _, place: SftTokenInputs(place(responses, dtype=np.int32)), None
+    )
     assert all(np.max(m.sequences.attention) == 1 for m in update.batch.micro_batches)
     packed_state, packed_metrics = apply(run, packed)
     state, metrics = apply(run, update)
