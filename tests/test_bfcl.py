@@ -10,10 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from sdpo_jax.config.environments import BfclEnvironment
-from sdpo_jax.environments import bfcl
 from sdpo_jax.environments.base import Outcome
-from sdpo_jax.environments.bfcl import Bfcl, Row, is_held_out, load_rows, question, reference_call
-from sdpo_jax.environments.function_calls import (
+from sdpo_jax.environments.bfcl_calls import (
     MALFORMED,
     MAX_CHARACTERS,
     Call,
@@ -21,6 +19,15 @@ from sdpo_jax.environments.function_calls import (
     example,
     parse_call,
     write_call,
+)
+from sdpo_jax.environments.kinds import bfcl
+from sdpo_jax.environments.kinds.bfcl import (
+    Bfcl,
+    Row,
+    is_held_out,
+    load_rows,
+    question,
+    reference_call,
 )
 from sdpo_jax.environments.registry import make_environment
 from sdpo_jax.errors import UserError

@@ -17,13 +17,13 @@ import pytest
 from sdpo_jax.config.environments import NanoCodeEnvironment
 from sdpo_jax.config.recipe import load_recipe
 from sdpo_jax.environments.code import human_eval
-from sdpo_jax.environments.code.environment import Code
 from sdpo_jax.environments.code.livecodebench import (
     hidden_tests,
     pickled_string,
     read_problems,
 )
 from sdpo_jax.environments.code.problems import Equals, InBox, Prints
+from sdpo_jax.environments.kinds.code import Code
 from sdpo_jax.environments.registry import make_environment
 from sdpo_jax.environments.sandbox import open_sandbox
 from sdpo_jax.environments.sandbox.protocol import Call, Run

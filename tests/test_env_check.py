@@ -10,8 +10,8 @@ import pytest
 from sdpo_jax.cli import main
 from sdpo_jax.environments.base import Outcome, Prompt, Step, not_graded
 from sdpo_jax.environments.check import ATTACKS, PROGRAMS, check, report
+from sdpo_jax.environments.kinds.tool_calls import ToolCalls
 from sdpo_jax.environments.template import Sums
-from sdpo_jax.environments.tool_calls import ToolCalls
 
 
 def sdpo(capsys, *words):
@@ -96,7 +96,7 @@ FAULTS = {
     "escapes in feedback": (
         Faulty(grade=wrapped(lambda p, r, o: o._replace(feedback=r[:50]))),
         "feedback is clean",
-        "clean what you quote",
+        "sanitize what you quote",
     ),
     "an address in feedback": (
         Faulty(grade=saying(lambda prompt: "<object at 0x7f00deadbeef>")),

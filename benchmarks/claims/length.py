@@ -2,11 +2,11 @@
 
     python benchmarks/claims/length.py
 
-Anything may stand on lines before a call, and only the call is graded (`environment.asides`). The
-start model is the embedded one, trained on for 300 steps on text in which a call without a context
-begins with about two lines of talk, and one after a context is the call alone: a model that has the
-answer before it does not need to talk. Nothing rewards being short. Both objectives have their rate
-from one grid, on a seed that no result has.
+Anything may stand on lines before a call, and only the call is graded
+(`environment.allow_preamble`). The start model is the embedded one, trained on for 300 steps on
+text in which a call without a context begins with about two lines of talk, and one after a context
+is the call alone: a model that has the answer before it does not need to talk. Nothing rewards
+being short. Both objectives have their rate from one grid, on a seed that no result has.
 
 "At GRPO's accuracy" is the length at the first evaluation that has GRPO's final accuracy, or the
 last one where there is none.
@@ -35,12 +35,12 @@ from runs import (
 
 NAME = "length"
 RATES = ("3e-4", "6e-4", "1e-3")
-TALK = ("--environment.asides", "--rollout.max-response-tokens", "96")
+TALK = ("--environment.allow-preamble", "--rollout.max-response-tokens", "96")
 
 
 def talking(options: argparse.Namespace) -> str:
     """The folder of the start model, which is trained if there is none."""
-    words = [*TALK, "--model.no-random-init", "--data.source", "tool_call_corpus_with_asides"]
+    words = [*TALK, "--model.no-random-init", "--data.source", "tool_call_corpus_with_preamble"]
     words += ["--data.max-tokens", "320", "--train.steps", "2" if options.quick else "300"]
     words += ["--optimizer.learning-rate", "1e-3", "--seed", str(RATE_SEED)]
     words += ["--evaluation.prompts", "8", "--optimizer.warmup-steps", "1"] if options.quick else []

@@ -22,7 +22,7 @@ class ToolCallsEnvironment:
     held_out_families: tuple[str, ...] = ()
     """Those of the held-out prompts, when they are others: what else a model could do before, or
     the other tasks of a sequence; empty means `families`."""
-    asides: bool = False
+    allow_preamble: bool = False
     """Whether anything may stand on lines before the call; then only the last line is graded, so
     that a model may say as much as it likes."""
     seed: int = 0
@@ -111,9 +111,9 @@ class McqEnvironment:
     kind: Literal["mcq"] = "mcq"
     source: str = "quartz"
     """`quartz`, or a folder with `train.jsonl` and `test.jsonl` as SciKnowEval's loader writes."""
-    say_wrong: bool = False
+    report_incorrect: bool = False
     """Whether feedback says of a wrong option that it is wrong."""
-    own_wording: bool = False
+    dataset_prompt: bool = False
     """Keeps the files' own system message and prompt."""
     seed: int = 0
     """`quartz`: decides which questions are held out."""
@@ -132,7 +132,7 @@ class MathEnvironment:
     """JSONL file to learn from."""
     held_out: str = ""
     """JSONL file to evaluate on."""
-    say_wrong: bool = False
+    report_incorrect: bool = False
     """Whether feedback says of a wrong answer that it is wrong."""
     reveal_expected: bool = False
     """Whether feedback on a wrong answer says the right one, which hands it out."""

@@ -3,11 +3,10 @@
 What a kind needs is imported only when a recipe asks for it.
 """
 
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from sdpo_jax.config.environments import (
     BfclEnvironment,
@@ -21,8 +20,8 @@ from sdpo_jax.config.environments import (
     ToolCallsEnvironment,
     ToolUseEnvironment,
 )
-from sdpo_jax.environments.base import Environment, NeedsWorker, Prompt
-from sdpo_jax.environments.grading import own_traceback, place_of
+from sdpo_jax.environments.base import Environment, NeedsWorker
+from sdpo_jax.environments.workers import InWorkers
 from sdpo_jax.errors import UserError
 
 
@@ -32,8 +31,6 @@ def make_environment(config: EnvironmentConfig) -> Environment:
     Raises:
       UserError: data or a package is missing, or a file's environment is not one.
     """
-    from sdpo_jax.environments.workers import InWorkers
-
     environment = build(config)
     workers, seconds = 0, 10.0
     if isinstance(config, MathEnvironment | ReasoningGymEnvironment | FileEnvironment):
@@ -57,20 +54,20 @@ def settings_of(values: Mapping[str, Any]) -> EnvironmentConfig:
 
 
 def _tool_calls(config: ToolCallsEnvironment) -> Environment:
-    from sdpo_jax.environments.tool_calls import ToolCalls
+    from sdpo_jax.environments.kinds.tool_calls import ToolCalls
 
     return ToolCalls(
         train_prompts=config.train_prompts,
         held_out_prompts=config.held_out_prompts,
         families=config.families,
         held_out_families=config.held_out_families,
-        asides=config.asides,
+        allow_preamble=config.allow_preamble,
         seed=config.seed,
     )
 
 
 def _bfcl(config: BfclEnvironment) -> Environment:
-    from sdpo_jax.environments.bfcl import Bfcl, load_rows
+    from sdpo_jax.environments.kinds.bfcl import Bfcl, load_rows
 
     return Bfcl(
         load_rows(),
@@ -84,8 +81,8 @@ def _bfcl(config: BfclEnvironment) -> Environment:
 
 def _code(config: CodeEnvironment) -> Environment:
     from sdpo_jax.environments.code import human_eval, problems
-    from sdpo_jax.environments.code.environment import Code
     from sdpo_jax.environments.code.livecodebench import read_problems
+    from sdpo_jax.environments.kinds.code import Code
 
     def read(path: str) -> list[problems.Problem]:
         found = read_problems(path, config.on_error)
@@ -109,7 +106,7 @@ def _code(config: CodeEnvironment) -> Environment:
 
 
 def _nano_code(config: NanoCodeEnvironment) -> Environment:
-    from sdpo_jax.environments.code.nano_programs import NanoCode
+    from sdpo_jax.environments.kinds.nano_code import NanoCode
 
     return NanoCode(
         train_prompts=config.train_prompts,
@@ -129,33 +126,35 @@ def _sandbox(config: CodeEnvironment | NanoCodeEnvironment) -> Any:
 
 
 def _mcq(config: McqEnvironment) -> Environment:
-    from sdpo_jax.environments.mcq import Mcq, load_quartz, load_sciknoweval
+    from sdpo_jax.environments.kinds.mcq import Mcq, load_quartz, load_sciknoweval
 
     if config.source == "quartz":
         sides = load_quartz(config.seed)
     else:
-        sides = load_sciknoweval(config.source, config.on_error, own_wording=config.own_wording)
+        sides = load_sciknoweval(
+            config.source, config.on_error, dataset_prompt=config.dataset_prompt
+        )
         _tell(sides.problems)
-    return Mcq(sides.train, sides.held_out, say_wrong=config.say_wrong)
+    return Mcq(sides.train, sides.held_out, report_incorrect=config.report_incorrect)
 
 
 def _math(config: MathEnvironment) -> Environment:
     _require(config.kind, train=config.train, held_out=config.held_out)
-    from sdpo_jax.environments.math_answers import Math, load_math
+    from sdpo_jax.environments.kinds.math import Math, load_math
 
     sides = load_math(config.train, config.held_out, config.on_error)
     _tell(sides.problems)
     return Math(
         sides.train,
         sides.held_out,
-        say_wrong=config.say_wrong,
+        report_incorrect=config.report_incorrect,
         reveal_expected=config.reveal_expected,
     )
 
 
 def _tool_use(config: ToolUseEnvironment) -> Environment:
     _require(config.kind, train=config.train, held_out=config.held_out)
-    from sdpo_jax.environments.tool_use import ToolUse, load_tool_use
+    from sdpo_jax.environments.kinds.tool_use import ToolUse, load_tool_use
 
     sides = load_tool_use(config.train, config.held_out, config.on_error)
     _tell(sides.problems)
@@ -163,7 +162,7 @@ def _tool_use(config: ToolUseEnvironment) -> Environment:
 
 
 def _reasoning_gym(config: ReasoningGymEnvironment) -> Environment:
-    from sdpo_jax.environments.gym import ReasoningGym
+    from sdpo_jax.environments.kinds.reasoning_gym import ReasoningGym
 
     return ReasoningGym(
         config.generators, config.train_prompts, config.held_out_prompts, config.seed
@@ -171,85 +170,9 @@ def _reasoning_gym(config: ReasoningGymEnvironment) -> Environment:
 
 
 def _file(config: FileEnvironment) -> Environment:
+    from sdpo_jax.environments.kinds.file import load_file
+
     return load_file(Path(config.path), config.seed)
-
-
-def load_file(path: Path, seed: int) -> Environment:
-    """The environment in a Python file: its `make_environment(seed)`, or its `environment`.
-
-    Raises:
-      UserError: the file is missing, fails, defines neither, or what it defines is no environment.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"environment.path = {str(path)!r}: no such file, expected a Python file; "
-            f"`sdpo env template {path.name or 'my_env.py'}` writes one to start from"
-        )
-    name = f"sdpo_environment_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path}: expected a Python file, with a name that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and typing look a class's module up there
-    try:
-        spec.loader.exec_module(module)
-        names = vars(module)
-        if "make_environment" in names:
-            environment: Any = names["make_environment"](seed)
-        else:
-            environment = names.get("environment")
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{path} failed at {place_of(error)} while it was loaded:\n{own_traceback(error)}"
-        ) from error
-    if environment is None:
-        raise UserError(
-            f"{path}: expected `environment = ...` or a function `make_environment(seed)` that "
-            "returns one; found neither"
-        )
-    return _checked(environment, path)
-
-
-def _checked(environment: Any, path: Path) -> Environment:
-    """Refuses what the trainer would stumble over later, with a worse message."""
-    lacking = [n for n in ("train", "held_out", "grade") if not hasattr(environment, n)]
-    if lacking:
-        raise UserError(
-            f"{path}: the environment ({type(environment).__name__}) has no "
-            f"{' and no '.join(lacking)}; expected train, held_out and grade(prompt, response)"
-        )
-    for side in ("train", "held_out"):
-        prompts = getattr(environment, side)
-        if not isinstance(prompts, Sequence):
-            raise UserError(
-                f"{path}: {side} is a {type(prompts).__name__}, expected a list of Prompt"
-            )
-        for number, prompt in enumerate(cast(Sequence[Any], prompts)):
-            if problem := _prompt_problem(prompt):
-                raise UserError(f"{path}: {side}[{number}]: {problem}")
-    return cast(Environment, environment)
-
-
-def _prompt_problem(prompt: Any) -> str:
-    if not isinstance(prompt, Prompt):
-        return f"{prompt!r:.200}, expected Prompt(id, messages, data)"
-    given: Any = prompt  # What the types promise is what is checked here.
-    if not isinstance(given.id, str) or not given.id:
-        return f"the id is {given.id!r:.200}, expected text"
-    if not isinstance(given.messages, list | tuple) or not given.messages:
-        return f"messages is {given.messages!r:.200}, expected a tuple of messages"
-    for message in cast(Sequence[Any], given.messages):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            return f'the message {message!r:.200}, expected {{"role": ..., "content": ...}}'
-    last = given.messages[-1]["role"]
-    if last != "user":
-        return f"the last message is from {last!r}, expected the user: the model answers it"
-    return (
-        "" if isinstance(given.data, Mapping) else f"data is {given.data!r:.200}, expected a dict"
-    )
 
 
 def _require(kind: str, **settings: str) -> None:

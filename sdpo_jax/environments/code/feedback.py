@@ -13,7 +13,7 @@ Departures:
   after the time limit (the reference: wrong answers with an internal text).
 * The class comes from the sandbox's status, never from text that the program wrote: the reference
   looks for a prefix that a program can print.
-* What a program prints is cleaned (`hygiene.clean`), and shown as `Printed` where the answer is a
+* What a program prints is cleaned (`sanitize`), and shown as `Printed` where the answer is a
   returned value (the reference offers a function of its own for that).
 * Hidden tests are named and never shown: neither input, expected value nor error text, which often
   quotes the input.
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from sdpo_jax.environments.code.problems import Case, InBox
 from sdpo_jax.environments.sandbox.protocol import Limits, Observation, Run
-from sdpo_jax.environments.sanitize import clean
+from sdpo_jax.environments.sanitize import sanitize
 
 MAX_CHARACTERS = 2000
 NO_PROGRAM = (
@@ -132,7 +132,7 @@ def _error(text: str, skip_lines: int) -> str:
         return match[0].replace(f"Line {match[1]} ", f"Line {number} ", 1) if number > 0 else ""
 
     text = _PLACE.sub(place, text) if skip_lines else text
-    return clean(text, max_lines=16, max_line_characters=300, max_characters=1000)
+    return sanitize(text, max_lines=16, max_line_characters=300, max_characters=1000)
 
 
 def _wrong_answer(record: Record, show_expected: bool) -> str:
@@ -152,13 +152,13 @@ def _printed(record: Record) -> list[str]:
     # The traceback on standard error says what the error says, with frames that are not its own.
     if is_run and record.observation.status == "error":
         return []
-    shown = clean(text, max_lines=10, max_line_characters=300, max_characters=MAX_CHARACTERS)
+    shown = sanitize(text, max_lines=10, max_line_characters=300, max_characters=MAX_CHARACTERS)
     return [f"Printed\n{shown}"] if shown else []
 
 
 def _input(text: str) -> str:
-    return clean(text, max_lines=8, max_line_characters=250, max_characters=MAX_CHARACTERS)
+    return sanitize(text, max_lines=8, max_line_characters=250, max_characters=MAX_CHARACTERS)
 
 
 def _short(text: str) -> str:
-    return clean(text, max_lines=20, max_line_characters=250, max_characters=250)
+    return sanitize(text, max_lines=20, max_line_characters=250, max_characters=250)

@@ -10,7 +10,7 @@ from importlib import util
 
 import pytest
 
-from sdpo_jax.environments.gym import (
+from sdpo_jax.environments.kinds.reasoning_gym import (
     EXACT,
     GUARDS,
     UNSTEADY,
@@ -87,7 +87,7 @@ def test_sides_are_disjoint_and_the_seed_decides_them(made):
 
 
 _DIGEST = (
-    "import hashlib; from sdpo_jax.environments.gym import ReasoningGym; "
+    "import hashlib; from sdpo_jax.environments.kinds.reasoning_gym import ReasoningGym; "
     "e = ReasoningGym({names!r}, 44, 22, seed=3); "
     "print(hashlib.sha256(repr([(p.id, p.messages) for p in [*e.train, *e.held_out]])"
     ".encode()).hexdigest())"

@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.environments.code import nano_api
 from sdpo_jax.environments.code.values import same_value
+from sdpo_jax.environments.kinds.tool_calls import Task, ToolCalls, complaints, write_call
 from sdpo_jax.environments.sandbox.protocol import (
     Evaluate,
     Limits,
@@ -35,9 +37,8 @@ from sdpo_jax.environments.sandbox.protocol import (
     Program,
     Sandbox,
 )
-from sdpo_jax.environments.sanitize import clean
-from sdpo_jax.environments.tool_apis import FAMILIES, TODAY
-from sdpo_jax.environments.tool_calls import Task, ToolCalls, complaints, write_call
+from sdpo_jax.environments.sanitize import sanitize
+from sdpo_jax.environments.toy_apis import FAMILIES, TODAY
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=10.0, memory_mb=256)
 NOTHING_DONE = "nothing was called: expected tool(argument=value, ...)"
@@ -96,7 +97,7 @@ class NanoCode:
 
 def api_source() -> str:
     """The source of the API."""
-    return Path(__file__).with_name("nano_api.py").read_text(encoding="utf-8")
+    return Path(nano_api.__file__).read_text(encoding="utf-8")
 
 
 def wanted_state(task: Task) -> list[Any]:
@@ -139,7 +140,7 @@ def _message(error: str) -> str:
     lines = [line for line in error.split("\n") if not line.endswith("(Solution.py)")]
     kind, _, message = "\n".join(lines).partition(": ")
     text = message or kind
-    return clean(text, max_lines=6, max_line_characters=120, max_characters=400)
+    return sanitize(text, max_lines=6, max_line_characters=120, max_characters=400)
 
 
 def _wrong_state(task: Task, call: Any) -> str:
@@ -149,6 +150,8 @@ def _wrong_state(task: Task, call: Any) -> str:
             named = cast("Mapping[str, Any]", arguments)
             text = ", ".join(f"{n}={json.dumps(v, ensure_ascii=False)}" for n, v in named.items())
             found = complaints(task, f"{tool}({text})", TODAY)
-            return clean("\n".join(found), max_lines=6, max_line_characters=120, max_characters=400)
+            return sanitize(
+                "\n".join(found), max_lines=6, max_line_characters=120, max_characters=400
+            )
         case _:
             return NOTHING_DONE
