@@ -1,4 +1,4 @@
-"""How each tier starts a box: a process that reads frames on 0 and answers on 1."""
+"""Starts the box of each tier: a process that reads frames on descriptor 0 and answers on 1."""
 
 import base64
 import fcntl

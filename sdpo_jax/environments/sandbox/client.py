@@ -24,7 +24,7 @@ from sdpo_jax.environments.sandbox.protocol import (
 from sdpo_jax.environments.sandbox.report import Report
 
 _ATTEMPTS = 3
-"""Executors that a program may outlive before its tests count as failures of ours."""
+"""Number of executors that are tried for a program before its tests count as not graded."""
 
 
 class ExecutorEndedError(Exception):

@@ -1,6 +1,6 @@
-"""What a box takes away from itself: prctl, limits, Landlock and seccomp, through ctypes.
+"""Confines a box from inside: prctl, limits, Landlock and seccomp, through ctypes.
 
-Everything here only narrows, so a program that calls it again gains nothing. Numbers are the
+Every call only removes rights, so a program that repeats it gains nothing. The numbers are the
 kernel's (`include/uapi/linux`): prctl.h, landlock.h, seccomp.h.
 """
 

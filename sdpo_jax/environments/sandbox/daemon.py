@@ -1,8 +1,8 @@
 """The executor: a small process beside the trainer that starts boxes and collects observations.
 
-It is started from text in a bare interpreter with an empty environment, so it holds neither the
-trainer's memory nor its secrets. Frames come in on descriptor 0 and go out on it too (a socket
-pair); the end of that stream ends the executor and every box.
+It starts from source text in a bare interpreter with an empty environment, so it has neither the
+trainer's memory nor its secrets. Descriptor 0 is a socket pair that carries frames in both
+directions; when it closes, the executor and every box end.
 """
 
 import itertools

@@ -1,14 +1,14 @@
-"""The forked child of a box: runs one test of one program and writes one record.
+"""Runs in a forked child of a box: one test of one program, which writes one record.
 
-A record is a status, a line break and a text: the JSON value after `done`, else the error. All of
-it is written beside the program, so the reader takes it as data that the program chose.
+A record is a status, a line break and a text: the JSON value after `done`, else the error. The
+program shares this process, so the reader treats the whole record as data that the program chose.
 
 Departures from the reference grader (lasgroup/SDPO, `feedback/code.py`): all builtins and the whole
-standard library, where it has a list that lacks exceptions, `super` and more, since the box holds
-the program and not its names; expected values are not here; methods of `Solution` can be called; a
-script's `sys.exit(0)` is an end like any other, while a called function that exits has `died`. What
-does not work here: sockets, POSIX semaphores (so `multiprocessing` locks and pools), packages that
-are not mounted.
+standard library are available, whereas its list lacks exceptions, `super` and more, because the box
+confines the process and not its names; expected values are not here; methods of `Solution` can be
+called; a script's `sys.exit(0)` is a normal end, while a called function that exits has `died`.
+Sockets, POSIX semaphores (so `multiprocessing` locks and pools) and packages that are not mounted
+do not work.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""What goes into the sandbox and what comes out.
+"""The sandbox's interface: programs with their tests in, observations out.
 
-In: a program and inputs. Out: what was observed (output, value, error, CPU time). Expected results
-and the comparison never enter the sandbox, so nothing inside can forge a verdict; the one exception
-is `Check`, whose outcome is decided where the program could tamper with it.
+An observation is output, value, error and CPU time. Expected results and the comparison never enter
+the sandbox, so a program cannot forge a verdict. The one exception is `Check`, which decides inside
+the sandbox, where the program could tamper with it.
 """
 
 from collections.abc import Mapping, Sequence

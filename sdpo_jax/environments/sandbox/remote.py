@@ -1,10 +1,10 @@
 """A sandbox behind HTTP: any service with the `/run_code` form of ByteDance's SandboxFusion.
 
-One request per test, so that each starts in a fresh process; the isolation is the service's. The
-program runs beside a small driver, which leaves its record in a file that the request fetches.
-Differences from a local box: the service's clock is a wall clock, so `wall_seconds` ends a test,
-and CPU time beyond the limit only where the kernel counts it for one process; `cpu_seconds` of an
-observation is the service's execution time; memory is limited per process.
+Each test is one request, so that it starts in a fresh process; the isolation is the service's. The
+program runs beside a small driver, which writes its record to a file that the request fetches.
+Differences from a local box: the service measures wall-clock time, so `wall_seconds` ends a test,
+and the limit on CPU time holds per process; `cpu_seconds` of an observation is the service's
+execution time; memory is limited per process.
 """
 
 import base64

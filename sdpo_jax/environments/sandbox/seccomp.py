@@ -1,8 +1,8 @@
-"""The system calls that no program in a box may make, as a BPF program built by hand.
+"""The system calls that are forbidden in a box, as a handwritten BPF program.
 
-A deny-list: the interpreter and its libraries need several hundred other calls, and namespaces,
-Landlock and an own uid hold what is left. Calls of another architecture or of the x32 ABI kill the
-process, since they would slip past the numbers below.
+It is a deny-list: the interpreter and its libraries need several hundred other calls, which
+namespaces, Landlock and a separate uid confine. Calls of another architecture or of the x32 ABI
+kill the process, because the numbers below would not match them.
 """
 
 import platform

@@ -1,4 +1,4 @@
-"""A short attack list, run once at the start of a sandbox: what it holds, by effect."""
+"""A few attacks that run once when a sandbox starts, to report what it really blocks."""
 
 import os
 import socket

@@ -1,8 +1,8 @@
-"""What each tier needs of this machine, and what to do where it is missing.
+"""The requirements of each tier on this machine, and the remedy if one is missing.
 
-A box runs under a uid of its own where this process is root, so its interpreter and its mounts have
-to be readable by everybody. An interpreter below a closed home directory is not: then the system's
-`/usr/bin/python3` runs the programs, and the report says so.
+If this process is root, a box runs under a uid of its own, so its interpreter and its mounts must
+be readable by every user. An interpreter below a closed home directory is not; then the system's
+`/usr/bin/python3` runs the programs, and the report names it.
 """
 
 import base64

@@ -1,6 +1,6 @@
-"""Strict JSON: what a program may return, written in the box and read outside.
+"""Strict JSON for the values that a program returns, written in the box and read outside.
 
-`dumps` runs beside the program and may be tampered with; then it writes another value, which the
+`dumps` runs beside the program, which may tamper with it; the effect is another value, which the
 program could have returned anyway. `loads` runs in the trusted process and trusts nothing.
 """
 

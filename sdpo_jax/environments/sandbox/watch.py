@@ -1,7 +1,7 @@
-"""Watches one test from the runner: bounded reads, CPU time, the wall clock, and the end of all.
+"""Watches one test from the runner: bounded reads, CPU time, wall-clock time, and the cleanup.
 
-CPU time of the child and its descendants decides `time_limit`. The wall clock counts against a
-program only while it sleeps: time spent waiting for a processor is the machine's, not its own.
+The CPU time of the child and its descendants decides `time_limit`. Wall-clock time counts only
+while the program sleeps: the time in which it waits for a processor is not its own.
 """
 
 import itertools
