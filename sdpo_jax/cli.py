@@ -81,7 +81,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> None:
-    from sdpo_jax.config.recipe import load_recipe
+    from sdpo_jax.run.recipes import load_recipe
 
     if not words or words[0].startswith("-"):
         raise UserError("sdpo train: expected a recipe first, as in `sdpo train configs/nano.toml`")
@@ -122,9 +122,9 @@ def _train(words: list[str]) -> None:
 def _eval(words: list[str]) -> None:
     from sdpo_jax.commands.evaluate import evaluate_run, evaluate_start, parse_options
     from sdpo_jax.compilation import persistent_cache
-    from sdpo_jax.config.recipe import load_recipe
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.run.recipes import load_recipe
     from sdpo_jax.run.run_ref import find
     from sdpo_models.gguf_convert import cache_folder
 
@@ -240,14 +240,11 @@ def _env(words: list[str]) -> int:
 
 def _env_check(path: Path, options: list[str]) -> int:
     """Prints the table; 2 if there is a problem."""
-    from sdpo_jax.config.environments import (
-        CodeEnvironment,
-        FileEnvironment,
-        NanoCodeEnvironment,
-    )
-    from sdpo_jax.config.recipe import load_recipe
     from sdpo_jax.environments.check import check, report
+    from sdpo_jax.environments.kinds.file import FileConfig
     from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.environments.settings import SandboxConfig
+    from sdpo_jax.run.recipes import load_recipe
 
     _quiet_libraries()
     if path.suffix == ".toml":
@@ -255,8 +252,8 @@ def _env_check(path: Path, options: list[str]) -> int:
     elif options:
         raise UserError(f"{options[0]}: options go with a recipe; expected `sdpo env check {path}`")
     else:
-        settings = FileEnvironment(path=str(path))
-    runs_programs = isinstance(settings, CodeEnvironment | NanoCodeEnvironment)
+        settings = FileConfig(path=str(path))
+    runs_programs = isinstance(settings, SandboxConfig)
     lines = check(make_environment(settings), runs_programs=runs_programs)
     print(report(lines))
     return 2 if any(line.problem for line in lines) else 0
@@ -298,14 +295,13 @@ def load_parts(config: Config, environment: Environment | None = None) -> dict[s
     `environment` is the recipe's, if the caller has built it already.
     `params` is a function: nobody but the run holds what it loads.
     """
-    from sdpo_jax.config import Demonstrated
     from sdpo_jax.data.demonstrations import load_demonstrations
     from sdpo_jax.environments.registry import make_environment
     from sdpo_models.tokenizer import ChatTokenizer
 
     if environment is None:
         environment = make_environment(config.environment)
-    taught = isinstance(config.objective, Demonstrated)
+    taught = config.objective.learns_from == "demonstrations"
     demonstrations = load_demonstrations(config.data, environment) if taught else ()
     folder = model_folder(config)
     architecture, model = _model(config, folder)
@@ -325,13 +321,13 @@ def _model(config: Config, folder: Path) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from sdpo_jax.config import SdftObjective, SdpoObjective
+    from sdpo_jax.config.objectives import SdftConfig, SdpoConfig
     from sdpo_jax.training.state import make_parameters
     from sdpo_models.hugging_face import load_architecture
     from sdpo_models.transformer import build_model
 
     architecture, objective = load_architecture(folder), config.objective
-    compares = isinstance(objective, SdpoObjective | SdftObjective)
+    compares = isinstance(objective, SdpoConfig | SdftConfig)
     if compares and objective.top_k > architecture.vocabulary:
         raise UserError(
             f"objective.top_k = {objective.top_k}: expected at most {architecture.vocabulary}, the "

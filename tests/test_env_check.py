@@ -192,7 +192,7 @@ def test_the_template_is_written_and_passes_its_check(tmp_path, capsys):
     assert code == 0 and "problem" not in out and "700 train, 200 held out" in out
     code, _, err = sdpo(capsys, "env", "template", str(path))
     assert code == 2 and "expected the name of a new file" in err
-    assert sdpo(capsys, "env", "template")[1].startswith('"""An environment in one file')
+    assert sdpo(capsys, "env", "template")[1].startswith('"""A template for your own')
 
 
 def test_a_problem_is_exit_code_two(tmp_path, capsys):

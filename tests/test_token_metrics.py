@@ -8,7 +8,7 @@ import test_step
 import tiny
 from test_step import ALPHA, ARCHITECTURE, GROUP, SIGNAL, TEMPERATURE, TOKENIZER
 
-from sdpo_jax.config import GrpoObjective, SdftObjective, SdpoObjective
+from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome, not_graded
 from sdpo_jax.losses.anchor import AnchoredTokens
 from sdpo_jax.losses.objectives import GrpoTokens, MixedTokens, SdpoTokens, SftTokens
@@ -181,12 +181,12 @@ def test_objectives_report_what_their_teacher_allows():
     def reported(loss):
         return of_pairs & set(loss[1])
 
-    assert reported(sdpo_loss_of(SdpoObjective())) == of_pairs
-    assert reported(sdpo_loss_of(SdpoObjective(grpo_weight=0.5))) == of_pairs
-    assert reported(sdpo_loss_of(SdpoObjective(alpha=1.0, credit="token"))) == of_pairs - spread
-    assert reported(sdft_loss_of(SdftObjective())) == of_pairs - {AGREEMENT}
-    assert reported(sdpo_loss_of(SdpoObjective(credit="sequence"))) == set()
-    assert reported(grpo_loss_of(GrpoObjective())) == set()
+    assert reported(sdpo_loss_of(SdpoConfig())) == of_pairs
+    assert reported(sdpo_loss_of(SdpoConfig(grpo_weight=0.5))) == of_pairs
+    assert reported(sdpo_loss_of(SdpoConfig(alpha=1.0, credit="token"))) == of_pairs - spread
+    assert reported(sdft_loss_of(SdftConfig())) == of_pairs - {AGREEMENT}
+    assert reported(sdpo_loss_of(SdpoConfig(credit="sequence"))) == set()
+    assert reported(grpo_loss_of(GrpoConfig())) == set()
 
 
 def per_token():

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from sdpo_jax.config.environments import FileEnvironment
 from sdpo_jax.environments import workers
 from sdpo_jax.environments.base import HasEpisodes
 from sdpo_jax.environments.grading import Grader, OpenEpisodes, answers_of
+from sdpo_jax.environments.kinds.file import FileConfig
 from sdpo_jax.environments.registry import build, make_environment
 from sdpo_jax.errors import UserError
 
@@ -71,7 +71,7 @@ SOURCE = """
 def settings(folder, source=SOURCE, **changes):
     path = folder / "odd.py"
     path.write_text(textwrap.dedent(source))
-    return FileEnvironment(path=str(path), **{"workers": 1, "deadline_seconds": 20.0} | changes)
+    return FileConfig(path=str(path), **{"workers": 1, "deadline_seconds": 20.0} | changes)
 
 
 def started(config) -> workers.InWorkers:

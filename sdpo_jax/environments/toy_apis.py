@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-Literal = str | int | float
+Value = str | int | float
 Values = Mapping[str, Any]
 
 
@@ -35,8 +35,8 @@ class Form(NamedTuple):
     """One format of an argument; `write` is None if the API does not take the argument."""
 
     description: str
-    write: Callable[[Any], Literal] | None
-    reads: Callable[[Literal], bool]
+    write: Callable[[Any], Value] | None
+    reads: Callable[[Value], bool]
     share: float
     """Frequency of this form in the pre-training text; the shares of a slot sum to 1."""
 
@@ -62,11 +62,11 @@ Api = Mapping[tuple[str, str], str]
 """Maps (family, argument) to the name of the argument's form."""
 
 
-def _is_text(*lengths: int) -> Callable[[Literal], bool]:
+def _is_text(*lengths: int) -> Callable[[Value], bool]:
     return lambda x: isinstance(x, str) and (not lengths or len(x) in lengths)
 
 
-def _is_int(low: int = 0, high: int = 10**9) -> Callable[[Literal], bool]:
+def _is_int(low: int = 0, high: int = 10**9) -> Callable[[Value], bool]:
     return lambda x: isinstance(x, int) and low <= x <= high
 
 
@@ -75,7 +75,7 @@ def _clock_24(t: tuple[int, int, str]) -> tuple[int, int]:
     return hour % 12 + (12 if half == "pm" else 0), minute
 
 
-def _is_clock_24(x: Literal) -> bool:
+def _is_clock_24(x: Value) -> bool:
     return isinstance(x, str) and len(x) == 5 and x[2] == ":" and (x[:2] + x[3:]).isdigit()
 
 

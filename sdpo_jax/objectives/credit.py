@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import Config, SdpoObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SdpoConfig
 from sdpo_jax.losses.credit import modulate_advantages, sequence_advantages
 from sdpo_jax.losses.weights import MAX_LOG_RATIO, teacher_entropy_weights
 from sdpo_jax.objectives.loss_weights import LossWeights, Rows, reinforces
@@ -25,7 +26,7 @@ Ragged = list[NDArray[np.float32]]
 """`[|y|]` for each row of a part."""
 
 
-def worth_computing(objective: SdpoObjective, shares: LossWeights) -> NDArray[np.bool_]:
+def worth_computing(objective: SdpoConfig, shares: LossWeights) -> NDArray[np.bool_]:
     """[N], rollouts whose tokens can move the parameters."""
     if objective.reference_kl > 0:
         return shares.counted
@@ -35,7 +36,7 @@ def worth_computing(objective: SdpoObjective, shares: LossWeights) -> NDArray[np
 
 
 def own_reduction(
-    objective: SdpoObjective,
+    objective: SdpoConfig,
     experience: RolloutBatch,
     part: MiniBatch,
     has_teacher: NDArray[np.bool_],
@@ -71,7 +72,7 @@ def entropy_weighted(shares: Ragged, scores: Scores, *, beta: float) -> Ragged:
 
 def token_advantages(
     config: Config,
-    objective: SdpoObjective,
+    objective: SdpoConfig,
     experience: RolloutBatch,
     part: MiniBatch,
     gaps: Ragged | None,
@@ -117,7 +118,7 @@ def token_advantages(
 
 
 def _negative(
-    config: Config, objective: SdpoObjective, experience: RolloutBatch, row: int
+    config: Config, objective: SdpoConfig, experience: RolloutBatch, row: int
 ) -> NDArray[np.float32]:
     """-1 where a failure's token was unlikely when it was drawn (OPSA, arXiv 2608.31046)."""
     unlikely = experience.log_probs[row] < np.log(objective.control_probability)

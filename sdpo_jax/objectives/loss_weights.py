@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import Config, SdpoObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SdpoConfig
 from sdpo_jax.losses.policy_gradient import group_advantages
 from sdpo_jax.losses.weights import outcome_routing, pass_rate_weights, positive_only
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
@@ -36,7 +37,7 @@ class LossWeights(NamedTuple):
 
 def make_loss_weights(
     config: Config,
-    objective: SdpoObjective,
+    objective: SdpoConfig,
     experience: RolloutBatch,
     has_teacher: NDArray[np.bool_],
     step: int,
@@ -62,12 +63,12 @@ def make_loss_weights(
     return LossWeights(counted, distil * graded, reinforce * graded, advantages, scale)
 
 
-def reinforces(objective: SdpoObjective) -> bool:
+def reinforces(objective: SdpoConfig) -> bool:
     """Whether a term with the reward's advantages stands beside the distillation."""
     return objective.grpo_weight > 0 or objective.route != "none" or objective.credit == "modulated"
 
 
-def weighs(objective: SdpoObjective) -> bool:
+def weighs(objective: SdpoConfig) -> bool:
     """Whether rollouts or tokens differ in the weight of their distillation."""
     return (
         objective.question_weights != "none"
@@ -77,7 +78,7 @@ def weighs(objective: SdpoObjective) -> bool:
     )
 
 
-def distillation_coefficient(objective: SdpoObjective, step: int, steps: int) -> float:
+def distillation_coefficient(objective: SdpoConfig, step: int, steps: int) -> float:
     """min(1, k / T_w) · min(1, (T - k) / T_d) at step k of T, counted from 1.
 
     Source: β(k) of SDPG, arXiv 2606.04036.
@@ -88,7 +89,7 @@ def distillation_coefficient(objective: SdpoObjective, step: int, steps: int) ->
     return min(1.0, up) * min(1.0, down)
 
 
-def question_weights(config: Config, objective: SdpoObjective, experience: RolloutBatch) -> Rows:
+def question_weights(config: Config, objective: SdpoConfig, experience: RolloutBatch) -> Rows:
     """√(p (1 - p)) of each rollout's group over its mean; p among the graded siblings."""
     count = len(experience.outcomes)
     if objective.question_weights == "none":

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from sdpo_jax.config import GrpoObjective, SdftObjective, SdpoObjective
+from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.losses.anchor import anchored_per_token
 from sdpo_jax.losses.chunked_head import PerTokenLoss
 from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
@@ -36,7 +36,7 @@ Loss = tuple[PerTokenLoss, tuple[str, ...]]
 """The loss, and the by-products that are reported; others are not computed."""
 
 
-def is_mixed(objective: SdpoObjective) -> bool:
+def is_mixed(objective: SdpoConfig) -> bool:
     """Whether tokens carry weights of their own for both terms.
 
     So they must beside a KL, too: it counts in full where the distillation does not.
@@ -46,9 +46,9 @@ def is_mixed(objective: SdpoObjective) -> bool:
     return reinforces(objective) or (objective.reference_kl > 0 and weighs(objective))
 
 
-def sdpo_loss_of(objective: SdpoObjective) -> Loss:
+def sdpo_loss_of(objective: SdpoConfig) -> Loss:
     """The loss with every switch of an `sdpo` recipe."""
-    surrogate = _surrogate(GrpoObjective())
+    surrogate = _surrogate(GrpoConfig())
     if objective.credit in BY_ADVANTAGE:
         return _anchored(objective, surrogate, (*SAMPLED, "ratio", "clipped"))
     settings: dict[str, Any] = {"importance_cap": objective.importance_cap}
@@ -65,25 +65,25 @@ def sdpo_loss_of(objective: SdpoObjective) -> Loss:
     return _anchored(objective, loss, names)
 
 
-def sdft_loss_of(objective: SdftObjective) -> Loss:
+def sdft_loss_of(objective: SdftConfig) -> Loss:
     """The loss of an `sdft` recipe; a response's weight is `sequence_weighted_head`'s."""
     names = ("divergence", *SAMPLED, *PAIRS, *SPREAD, "importance")
     return sdpo_per_token(divergence_of(objective)), names
 
 
-def grpo_loss_of(objective: GrpoObjective) -> Loss:
+def grpo_loss_of(objective: GrpoConfig) -> Loss:
     """The loss of a `grpo` recipe."""
     return _anchored(objective, _surrogate(objective), (*SAMPLED, "ratio", "clipped"))
 
 
-def divergence_of(objective: SdpoObjective | SdftObjective) -> Divergence:
+def divergence_of(objective: SdpoConfig | SdftConfig) -> Divergence:
     """The divergence over the vocabulary, or over the student's likeliest tokens."""
     if objective.top_k:
         return partial(top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True)
     return partial(full_vocabulary_loss, alpha=objective.alpha)
 
 
-def _surrogate(objective: GrpoObjective) -> PerTokenLoss:
+def _surrogate(objective: GrpoConfig) -> PerTokenLoss:
     return grpo_per_token(
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
@@ -91,7 +91,7 @@ def _surrogate(objective: GrpoObjective) -> PerTokenLoss:
     )
 
 
-def _disagreement(objective: SdpoObjective) -> Callable[[TokenStats], jax.Array]:
+def _disagreement(objective: SdpoConfig) -> Callable[[TokenStats], jax.Array]:
     def weigh(products: TokenStats) -> jax.Array:
         return disagreement_weights(
             products.jsd,
@@ -103,7 +103,7 @@ def _disagreement(objective: SdpoObjective) -> Callable[[TokenStats], jax.Array]
 
 
 def _anchored(
-    objective: SdpoObjective | GrpoObjective, loss: PerTokenLoss, names: tuple[str, ...]
+    objective: SdpoConfig | GrpoConfig, loss: PerTokenLoss, names: tuple[str, ...]
 ) -> Loss:
     if objective.reference_kl == 0:
         return loss, names

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import Config, GrpoObjective, SdpoObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.objectives import (
     GrpoConstants,
@@ -61,7 +62,7 @@ class SdpoUpdates:
     def __init__(
         self,
         config: Config,
-        objective: SdpoObjective,
+        objective: SdpoConfig,
         contexts: Contexts,
         teacher_pass: TeacherPass,
         scorer: Scorer,
@@ -191,9 +192,7 @@ class SdpoUpdates:
 class GrpoUpdates:
     """Group-relative advantages on every token of a response."""
 
-    def __init__(
-        self, config: Config, objective: GrpoObjective, devices: Devices, form: BatchLayout
-    ):
+    def __init__(self, config: Config, objective: GrpoConfig, devices: Devices, form: BatchLayout):
         self._config, self._objective = config, objective
         self._devices, self._form = devices, form
 

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sdpo_jax.config import Config, SftObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import PromptBatches
 from sdpo_jax.devices import Devices
@@ -78,9 +79,9 @@ class Source(Protocol):
 class RolloutSource:
     """Prompts from the environment, answered by the student, judged by the environment.
 
-    With `rollout.ahead` the next step's responses are drawn before this step's update, and graded
-    in a thread while it runs. The thread calls the environment alone: programs of the device are
-    launched from one thread, in the same order in all processes.
+    With `rollout.one_step_off_policy` the next step's responses are drawn before this step's
+    update, and graded in a thread while it runs. The thread calls the environment alone: programs
+    of the device are launched from one thread, in the same order in all processes.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class RolloutSource:
         self.updates = updates
         self._config, self._prompts, self._sampler = config, prompts, sampler
         self._table = make_rollout_setup(config, tokenizer, environment)
-        self._ahead = _Ahead(ThreadPoolExecutor(1)) if config.rollout.ahead else None
+        self._ahead = _Ahead(ThreadPoolExecutor(1)) if config.rollout.one_step_off_policy else None
 
     def __call__(
         self, params: Params, teacher_params: Params, step: int, clock: PhaseTimer
@@ -167,7 +168,7 @@ class DemonstrationSource:
     def __init__(
         self,
         config: Config,
-        objective: SftObjective,
+        objective: SftConfig,
         demonstrations: PromptBatches[Demonstration],
         tokenizer: Tokenizer,
         devices: Devices,

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.config import Config, SdftObjective, SdpoObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SdftConfig, SdpoConfig
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.chunked_head import PerTokenLoss, chunked_head
 from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
@@ -38,7 +39,7 @@ class StudentTeacherKl:
     def __init__(
         self,
         config: Config,
-        objective: SdpoObjective | SdftObjective,
+        objective: SdpoConfig | SdftConfig,
         model: Model,
         devices: Devices,
         form: BatchLayout,

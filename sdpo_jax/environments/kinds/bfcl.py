@@ -15,9 +15,11 @@ and deeply nested answers are refused, and so is whatever makes the checker itse
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from sdpo_jax.config import SEED, EnvironmentConfig, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.bfcl_calls import (
     Accepted,
@@ -33,6 +35,21 @@ from sdpo_jax.errors import UserError
 QUESTIONS = "BFCL_v4_simple_python.json"
 INSTRUCTION = "Answer with one call of the function and nothing else: name(argument=value, ...)"
 _INSTALL = "pip install --no-deps 'bfcl-eval>=2026.3'"
+
+
+@dataclass(frozen=True)
+class BfclConfig(EnvironmentConfig):
+    """The simple Python calls of the Berkeley Function-Calling Leaderboard (package bfcl-eval)."""
+
+    kind: Literal["bfcl"] = "bfcl"
+    train_prompts: int = setting(311, at_least(1))
+    held_out_prompts: int = setting(89, at_least(1))
+    max_prompt_characters: int = setting(0, at_least(0))
+    """Drops longer questions, their documentation included; 0 drops none."""
+    reveal_expected: bool = False
+    """Whether feedback on a wrong value contains the right one, which gives the answer away."""
+    seed: int = setting(0, SEED)
+    """Determines which functions are held out."""
 
 
 class Row(NamedTuple):
@@ -86,6 +103,18 @@ class Bfcl:
     def reference(self, prompt: Prompt) -> str:
         """A call that `grade` passes."""
         return reference_call(prompt.data["row"])
+
+
+def build(config: BfclConfig) -> Bfcl:
+    """Builds the environment from its settings and the data of the installed package."""
+    return Bfcl(
+        load_rows(),
+        train_prompts=config.train_prompts,
+        held_out_prompts=config.held_out_prompts,
+        max_prompt_characters=config.max_prompt_characters,
+        reveal_expected=config.reveal_expected,
+        seed=config.seed,
+    )
 
 
 def is_held_out(row: Row, seed: int) -> bool:

@@ -16,17 +16,45 @@ A program that draws random numbers without a seed may get another grade in anot
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from sdpo_jax.config import POSITIVE_SHARE, PROPER_SHARE, SEED, setting
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.environments.code import human_eval
 from sdpo_jax.environments.code.compare import passes
 from sdpo_jax.environments.code.extract import extract
 from sdpo_jax.environments.code.feedback import CUT_OFF, NO_PROGRAM, Record, write_feedback
-from sdpo_jax.environments.code.problems import InBox, Problem, public_cases
+from sdpo_jax.environments.code.livecodebench import read_problems
+from sdpo_jax.environments.code.problems import InBox, Problem, public_cases, split
 from sdpo_jax.environments.sandbox.protocol import Observation, Program, Sandbox
+from sdpo_jax.environments.settings import SandboxConfig, print_skipped, sandbox_of
 from sdpo_jax.errors import UserError
 
 Reward = Literal["sparse", "fraction"]
+
+
+@dataclass(frozen=True)
+class CodeConfig(SandboxConfig):
+    """Programming problems, answered by a program that runs in a sandbox."""
+
+    kind: Literal["code"] = "code"
+    source: str = "human_eval"
+    """`human_eval` (package human-eval), or a JSONL file of LiveCodeBench or with `tests`."""
+    held_out_source: str = ""
+    """JSONL file with held-out problems; empty holds out `held_out_share` of `source`."""
+    held_out_share: float = setting(0.25, PROPER_SHARE)
+    public_share: float = setting(0.5, POSITIVE_SHARE)
+    """Share of a problem's tests that grade in training and that feedback may show; evaluation
+    uses all."""
+    reward: Reward = "sparse"
+    """`sparse`: 1 if all tests pass, else 0; `fraction`: the share of tests that passes."""
+    show_expected: bool = True
+    """Whether feedback on a wrong answer shows the expected one."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad row of a file does; skipped rows are counted and named."""
+    seed: int = setting(0, SEED)
+    """Determines the public tests and the held-out problems."""
 
 
 class Task(NamedTuple):
@@ -149,6 +177,30 @@ class Code:
         )
         reward = share if self._reward == "fraction" else float(passed)
         return Outcome(reward, passed, feedback, _metrics(task, share, True, records))
+
+
+def build(config: CodeConfig) -> Code:
+    """Builds the environment from its settings: reads the problems and opens the sandbox."""
+
+    def read(path: str) -> list[Problem]:
+        found = read_problems(path, config.on_error)
+        print_skipped(found.problems)
+        return found.rows
+
+    every = human_eval.load_problems() if config.source == "human_eval" else read(config.source)
+    if config.held_out_source:
+        train, held_out = every, read(config.held_out_source)
+    else:
+        train, held_out = split(every, config.held_out_share, config.seed)
+    return Code(
+        train,
+        held_out,
+        sandbox=sandbox_of(config),
+        reward=config.reward,
+        public_share=config.public_share,
+        show_expected=config.show_expected,
+        seed=config.seed,
+    )
 
 
 def make_program(task: Task, source: str) -> Program:

@@ -3,12 +3,34 @@
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+from sdpo_jax.config import SEED, at_least, setting
 from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.environments.grading import own_traceback, place_of
+from sdpo_jax.environments.settings import WorkerConfig
 from sdpo_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class FileConfig(WorkerConfig):
+    """Your own environment in a Python file; `sdpo env template FILE` writes a template."""
+
+    kind: Literal["file"] = "file"
+    path: str = ""
+    """File that defines `environment = ...` or a function `make_environment(seed)`."""
+    seed: int = setting(0, SEED)
+    """Argument of `make_environment`."""
+    workers: int = setting(0, at_least(0), may_change=True)
+    """Worker processes that grade; 0 grades in the trainer, where a response that hangs the grader
+    stops the run."""
+
+
+def build(config: FileConfig) -> Environment:
+    """Loads the environment from the file that the settings name."""
+    return load_file(Path(config.path), config.seed)
 
 
 def load_file(path: Path, seed: int) -> Environment:

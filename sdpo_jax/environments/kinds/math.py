@@ -24,6 +24,7 @@ Departures from the reference's grader (lasgroup/SDPO, `verl/utils/reward_score/
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,6 +41,7 @@ from sdpo_jax.environments.rows import (
     text,
     type_name,
 )
+from sdpo_jax.environments.settings import FilesConfig, WorkerConfig, print_skipped, require_files
 from sdpo_jax.errors import UserError
 
 MAX_CHARACTERS, MAX_DIGITS, MAX_DEPTH = 500, 60, 20
@@ -59,6 +61,17 @@ _EXPONENT = re.compile(r"(?:\^|\*\*)\s*")
 _TOKEN = re.compile(r"\\[A-Za-z]+|[-+]?\s*[\d.]+|.", re.DOTALL)
 _UNBOUNDED = re.compile(r"\\(?:sum|prod|i*int|oint|lim|binom|[dt]binom|choose|Gamma)(?![A-Za-z])")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+
+@dataclass(frozen=True)
+class MathConfig(FilesConfig, WorkerConfig):
+    """Problems with a number or formula as the answer, compared by math-verify."""
+
+    kind: Literal["math"] = "math"
+    report_incorrect: bool = False
+    """Whether feedback on a wrong answer states that it is wrong."""
+    reveal_expected: bool = False
+    """Whether feedback on a wrong answer contains the right one, which gives it away."""
 
 
 class Problem(NamedTuple):
@@ -146,6 +159,19 @@ class Math:
         """The worked solution, if any, and the true answer in a box."""
         problem: Problem = prompt.data["problem"]
         return "\n\n".join(filter(None, [problem.solution, rf"\boxed{{{problem.answer}}}"]))
+
+
+def build(config: MathConfig) -> Math:
+    """Builds the environment from its settings and files."""
+    require_files(config)
+    sides = load_math(config.train, config.held_out, config.on_error)
+    print_skipped(sides.problems)
+    return Math(
+        sides.train,
+        sides.held_out,
+        report_incorrect=config.report_incorrect,
+        reveal_expected=config.reveal_expected,
+    )
 
 
 def _prompt(problem: Problem) -> Prompt:

@@ -22,10 +22,12 @@ Departures from the reference's graders (lasgroup/SDPO, `verl/utils/reward_score
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
+from sdpo_jax.config import SEED, EnvironmentConfig, setting
 from sdpo_jax.environments.answer_forms import (
     cut_off,
     last_boxed,
@@ -46,6 +48,7 @@ from sdpo_jax.environments.rows import (
     row_id,
     text,
 )
+from sdpo_jax.environments.settings import print_skipped
 
 _OPTION = re.compile(r" ?([A-Z]): ?(.*)")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
@@ -56,6 +59,23 @@ _STATED = re.compile(
 )
 _QUARTZ = Path("registry", "data", "quartz", "samples.jsonl")
 _INSTALL = "pip install --no-deps 'evals>=3.0.1'"
+
+
+@dataclass(frozen=True)
+class McqConfig(EnvironmentConfig):
+    """Questions with lettered options, answered by a letter."""
+
+    kind: Literal["mcq"] = "mcq"
+    source: str = "quartz"
+    """`quartz`, or a folder with `train.jsonl` and `test.jsonl` as SciKnowEval's loader writes."""
+    report_incorrect: bool = False
+    """Whether feedback on a wrong option states that it is wrong."""
+    dataset_prompt: bool = False
+    """Whether to keep the dataset's own system message and prompt."""
+    seed: int = setting(0, SEED)
+    """`quartz`: determines which questions are held out."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad row of a file does; skipped rows are counted and named."""
 
 
 class Question(NamedTuple):
@@ -115,6 +135,18 @@ class Mcq:
     def reference(self, prompt: Prompt) -> str:
         """The right letter in its tags."""
         return f"<answer>\n{prompt.data['question'].answer}\n</answer>"
+
+
+def build(config: McqConfig) -> Mcq:
+    """Builds the environment from its settings."""
+    if config.source == "quartz":
+        sides = load_quartz(config.seed)
+    else:
+        sides = load_sciknoweval(
+            config.source, config.on_error, dataset_prompt=config.dataset_prompt
+        )
+        print_skipped(sides.problems)
+    return Mcq(sides.train, sides.held_out, report_incorrect=config.report_incorrect)
 
 
 def find_letter(response: str, options: Mapping[str, str]) -> str | None:

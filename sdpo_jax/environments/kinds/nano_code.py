@@ -23,9 +23,11 @@ Choices and their reasons:
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+from sdpo_jax.config import SEED, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.code import nano_api
 from sdpo_jax.environments.code.values import same_value
@@ -38,6 +40,7 @@ from sdpo_jax.environments.sandbox.protocol import (
     Sandbox,
 )
 from sdpo_jax.environments.sanitize import sanitize
+from sdpo_jax.environments.settings import SandboxConfig, sandbox_of
 from sdpo_jax.environments.toy_apis import FAMILIES, TODAY
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=10.0, memory_mb=256)
@@ -48,6 +51,18 @@ _ENDED = {
     "output_limit": "output limit exceeded",
     "died": "the program ended without a result",
 }
+
+
+@dataclass(frozen=True)
+class NanoCodeConfig(SandboxConfig):
+    """The requests of `tool_calls`, answered by a small program that runs in a sandbox."""
+
+    kind: Literal["nano_code"] = "nano_code"
+    train_prompts: int = setting(2048, at_least(1))
+    held_out_prompts: int = setting(256, at_least(1))
+    families: tuple[str, ...] = ()
+    """Task families to draw from; empty means all."""
+    seed: int = setting(0, SEED)
 
 
 class NanoCode:
@@ -93,6 +108,17 @@ class NanoCode:
     def reference(self, prompt: Prompt) -> str:
         """A program that `grade` passes."""
         return write_call(prompt.data["task"], TODAY)
+
+
+def build(config: NanoCodeConfig) -> NanoCode:
+    """Builds the environment from its settings and opens the sandbox."""
+    return NanoCode(
+        train_prompts=config.train_prompts,
+        held_out_prompts=config.held_out_prompts,
+        sandbox=sandbox_of(config),
+        families=config.families,
+        seed=config.seed,
+    )
 
 
 def api_source() -> str:

@@ -20,13 +20,16 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import util
 from itertools import zip_longest
 from typing import Any, Literal
 
+from sdpo_jax.config import SEED, at_least, setting
 from sdpo_jax.environments.answer_forms import cut_off, last_tagged, shown, without_thinking
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.rows import check_sides, is_held_out
+from sdpo_jax.environments.settings import WorkerConfig
 from sdpo_jax.errors import UserError
 
 MAX_CHARACTERS, MAX_POWER = 10_000, 1_000
@@ -54,6 +57,18 @@ _FUNCTIONS = frozenset(
 )
 _LITERAL = (ast.Expression, ast.UnaryOp, ast.USub, ast.UAdd, ast.Load, ast.List, ast.Tuple)
 _MISSES, _MAX_EXPRESSION = 3000, 400
+
+
+@dataclass(frozen=True)
+class ReasoningGymConfig(WorkerConfig):
+    """Puzzles that the package reasoning-gym makes and scores."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    generators: tuple[str, ...] = ("basic_arithmetic",)
+    """Names of reasoning-gym's generators, which take turns."""
+    train_prompts: int = setting(1024, at_least(1))
+    held_out_prompts: int = setting(256, at_least(1))
+    seed: int = setting(0, SEED)
 
 
 class ReasoningGym:
@@ -146,6 +161,13 @@ class ReasoningGym:
         if score > self._score(family, entry, "?"):
             return f"The answer {shown(given)} is partly right: it scores {score:.2f} of 1."
         return f"The answer {shown(given)} is wrong."
+
+
+def build(config: ReasoningGymConfig) -> ReasoningGym:
+    """Builds the environment from its settings."""
+    return ReasoningGym(
+        config.generators, config.train_prompts, config.held_out_prompts, config.seed
+    )
 
 
 _WHOLE_AS_NUMBER = ("a number", "a whole number")

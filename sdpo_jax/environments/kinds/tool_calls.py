@@ -18,11 +18,33 @@ import ast
 import random
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+from sdpo_jax.config import SEED, EnvironmentConfig, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.toy_apis import FAMILIES, TODAY, Api, Form, Literal, Slot, Values
+from sdpo_jax.environments.toy_apis import FAMILIES, TODAY, Api, Form, Slot, Value, Values
 from sdpo_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class ToolCallsConfig(EnvironmentConfig):
+    """Generated requests, answered by one call each."""
+
+    kind: Literal["tool_calls"] = "tool_calls"
+    train_prompts: int = setting(2048, at_least(1))
+    """Number of distinct training prompts."""
+    held_out_prompts: int = setting(256, at_least(1))
+    """Number of distinct held-out prompts, disjoint from the training prompts."""
+    families: tuple[str, ...] = ()
+    """Task families to draw from; empty means all."""
+    held_out_families: tuple[str, ...] = ()
+    """Task families of the held-out prompts, to measure forgetting or transfer; empty means
+    `families`."""
+    allow_preamble: bool = False
+    """Whether any text may precede the call; only the last line of a response is then graded."""
+    seed: int = setting(0, SEED)
+    """Seed of the prompts. It is separate from the run's seed, so every run sees the same tasks."""
 
 
 class Task(NamedTuple):
@@ -66,7 +88,7 @@ def write_call(task: Task, api: Api) -> str:
     return f"{FAMILIES[task.family].tool}({', '.join(arguments)})"
 
 
-def _literal(value: Literal) -> str:
+def _literal(value: Value) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
@@ -74,7 +96,7 @@ class Call(NamedTuple):
     """A parsed call."""
 
     tool: str
-    arguments: Mapping[str, Literal]
+    arguments: Mapping[str, Value]
 
 
 MAX_CALL_CHARACTERS = 400
@@ -91,7 +113,7 @@ def parse_call(text: str) -> Call | str:
         return _MALFORMED
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
         return _MALFORMED
-    arguments: dict[str, Literal] = {}
+    arguments: dict[str, Value] = {}
     for keyword in node.keywords:
         value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
         if keyword.arg is None or type(value) not in (str, int, float):
@@ -178,6 +200,18 @@ class ToolCalls:
     def reference(self, prompt: Prompt) -> str:
         """The call that `TODAY` expects."""
         return write_call(prompt.data["task"], TODAY)
+
+
+def build(config: ToolCallsConfig) -> ToolCalls:
+    """Builds the environment from its settings."""
+    return ToolCalls(
+        train_prompts=config.train_prompts,
+        held_out_prompts=config.held_out_prompts,
+        families=config.families,
+        held_out_families=config.held_out_families,
+        allow_preamble=config.allow_preamble,
+        seed=config.seed,
+    )
 
 
 def _check_families(key: str, families: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ tooluse.py`):
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -37,12 +38,22 @@ from sdpo_jax.environments.rows import (
     text,
     type_name,
 )
+from sdpo_jax.environments.settings import FilesConfig, print_skipped, require_files
 
 MAX_CHARACTERS, MAX_CALLS = 20_000, 16
 FORM = 'lines "Action: name" and "Action Input: {JSON object}" for each call'
 _ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*)$", re.MULTILINE)
 _INPUT = re.compile(r"^[ \t]*Action Input:\s*", re.MULTILINE)
 _ROW_FORM = '{"prompt": "...", "answer": [{"action": "...", "input": {...}}]}'
+
+
+@dataclass(frozen=True)
+class ToolUseConfig(FilesConfig):
+    """ToolAlpaca's requests, answered by actions with JSON inputs."""
+
+    kind: Literal["tool_use"] = "tool_use"
+    reveal_expected: bool = False
+    """Whether feedback contains the expected call, which gives the answer away."""
 
 
 class ToolCall(NamedTuple):
@@ -97,6 +108,14 @@ class ToolUse:
     def reference(self, prompt: Prompt) -> str:
         """The expected calls."""
         return write_calls(prompt.data["task"].calls)
+
+
+def build(config: ToolUseConfig) -> ToolUse:
+    """Builds the environment from its settings and files."""
+    require_files(config)
+    sides = load_tool_use(config.train, config.held_out, config.on_error)
+    print_skipped(sides.problems)
+    return ToolUse(sides.train, sides.held_out, reveal_expected=config.reveal_expected)
 
 
 def write_calls(calls: Sequence[ToolCall]) -> str:

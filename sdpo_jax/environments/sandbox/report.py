@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Report(NamedTuple):
-    """The parts of a sandbox; `held` are the attacks that it blocked at its start, `open` the others."""
+    """The parts of a sandbox; `held` lists the attacks that it blocked, `open` the others."""
 
     tier: str
     interpreter: str
