@@ -94,9 +94,9 @@ def _train(words: list[str]) -> None:
     from sdpo_jax.distributed import initialize_from_environment, is_leader
     from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.run import run_directory
-    from sdpo_jax.run.console import Console
+    from sdpo_jax.run.console import COLUMNS, Console
     from sdpo_jax.run.loop import show_summary, train
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     run_dir = Path(config.run_dir)
     summary = run_directory.read_summary(run_dir)
@@ -105,7 +105,7 @@ def _train(words: list[str]) -> None:
     environment = None if complete else make_environment(config.environment)
     initialize_from_environment()
     stream = None if is_leader() else open(os.devnull, "w")  # noqa: SIM115, lives as long as we do
-    console = Console(config.objective.name, steps=config.train.steps, stream=stream)
+    console = Console(COLUMNS[config.objective.name], steps=config.train.steps, stream=stream)
     if summary is not None:
         run_directory.claim(run_dir, config)
     if summary is not None and complete:
@@ -126,7 +126,7 @@ def _eval(words: list[str]) -> None:
     from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.run.recipes import load_recipe
     from sdpo_jax.run.run_ref import find
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     options = parse_options(words)
     _quiet_libraries()
@@ -155,7 +155,7 @@ def _heatmap(words: list[str]) -> None:
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.run.run_ref import find
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     options = parse_options(words)
     _quiet_libraries()
@@ -177,7 +177,7 @@ def _discover(words: list[str]) -> None:
     from sdpo_jax.discovery.options import find_questions, parse
     from sdpo_jax.discovery.runner import discover
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     config, options = parse(words)
     environment = make_environment(config.environment)  # before there is a device
@@ -197,7 +197,7 @@ def _convert(words: list[str]) -> None:
         raise UserError(f"--dtype {dtype}: expected `{usage}`")
     _quiet_libraries()
     if source.endswith(".gguf"):
-        from sdpo_models.gguf_convert import convert
+        from sdpo_models.gguf.convert import convert
 
         convert(source, out, dtype=dtype)
         print(f"wrote {out}: {source} as {dtype}")
@@ -271,7 +271,7 @@ def model_folder(config: Config) -> Path:
     if names_a_run(path):
         return model_folder(config_of(path))
     if path.startswith("package:"):
-        from sdpo_models.gguf_convert import package_folder
+        from sdpo_models.gguf.convert import package_folder
 
         return package_folder(path)
     if path.endswith(".gguf"):
@@ -321,7 +321,7 @@ def _model(config: Config, folder: Path) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from sdpo_jax.config.objectives import SdftConfig, SdpoConfig
+    from sdpo_jax.objectives import SdftConfig, SdpoConfig
     from sdpo_jax.training.state import make_parameters
     from sdpo_models.hugging_face import load_architecture
     from sdpo_models.transformer import build_model

@@ -28,11 +28,11 @@ from sdpo_jax.config import (
     setting,
 )
 from sdpo_jax.config.checks import problems
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.config.resolved import differences, fingerprint, flatten, to_toml
 from sdpo_jax.environments.kinds.code import CodeConfig
 from sdpo_jax.environments.kinds.tool_calls import ToolCallsConfig
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.run.recipes import KINDS, default_config, load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))

@@ -12,24 +12,22 @@ shown the context that `[teacher]` describes.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sdpo_jax.config import Config
 from sdpo_jax.data.pipeline import prompt_batches
-from sdpo_jax.environments.base import Environment, Prompt
+from sdpo_jax.environments.base import Environment, not_graded
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
-from sdpo_jax.objectives.contexts import Contexts
 from sdpo_jax.objectives.loss_weights import graded_advantages
+from sdpo_jax.objectives.sdft import SdftSource
+from sdpo_jax.objectives.sources import RolloutSource
 from sdpo_jax.reports.token_records import Responses, TokenRecord, token_records
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch, draw, make_rollout_setup
 from sdpo_jax.run.checkpoint import Checkpoints, Restored
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
-from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.trainer import Trainer
 
@@ -91,18 +89,17 @@ def batch_of(
     Raises:
       UserError: the environment fails too often.
     """
-    config, tokenizer = trainer.config, trainer.tokenizer
+    config, tokenizer, step = trainer.config, trainer.tokenizer, restored.step + 1
     student = trainer.student(restored.state)
-    asked = _next_prompts(config, parts["environment"], restored)[:prompts]
-    experience = _sampled(trainer, parts["environment"], student, asked, restored.step + 1)
-    shown = teacher_prompts(
-        config, experience, tokenizer, restored.step + 1, restored.extra.get("host", {})
-    )
+    batch = _rollouts(trainer, restored, parts["environment"], student, prompts)
+    trainer.contexts.set_state(restored.extra.get("host", {}).get("successes", {}))
+    contexts = trainer.contexts.choose(batch, step)
+    shown = Shown(contexts, trainer.contexts.render(batch, contexts))
     records = token_records(
         parts["model"],
         student,
         _teacher_weights(trainer, restored, student),
-        Responses(experience.prompt_ids, shown.prompt_ids, experience.response_ids),
+        Responses(batch.prompt_ids, shown.prompt_ids, batch.response_ids),
         form=trainer.form,
         devices=trainer.devices,
         temperature=config.rollout.temperature,
@@ -118,35 +115,31 @@ def batch_of(
         "temperature": config.rollout.temperature,
         "stop_ids": list(tokenizer.stop_ids),
     }
-    return [head, *response_rows(experience, shown, records, tokenizer)]
+    return [head, *response_rows(batch, shown, records, tokenizer)]
 
 
-def _sampled(
-    trainer: Trainer, environment: Environment, student: Params, asked: list[Prompt], step: int
+def _rollouts(
+    trainer: Trainer, restored: Restored, environment: Environment, student: Params, prompts: int
 ) -> RolloutBatch:
-    """Graded rollouts, as the step draws them."""
-    config = trainer.config
-    experience, _ = draw(
+    """The first rollouts of the next batch; under `sft`, to the environment's first prompts."""
+    config, step, source = trainer.config, restored.step + 1, trainer.source
+    if isinstance(source, RolloutSource | SdftSource):
+        source.set_state(restored.extra["data"])
+        return source.rollouts(student, step, PhaseTimer(), prompts=prompts)[0]
+    size = config.rollout.prompts_per_step
+    first = next(prompt_batches(environment.train, batch_size=size, seed=config.seed))[:prompts]
+    batch, _ = draw(
         make_rollout_setup(config, trainer.tokenizer, environment),
         trainer.sampler,
         student,
-        asked,
+        first,
         seed=config.seed,
         step=step,
         clock=PhaseTimer(),
     ).finish(PhaseTimer())
     limit = config.environment.max_failed_share
-    refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
-    return experience
-
-
-def _next_prompts(config: Config, environment: Environment, restored: Restored) -> list[Prompt]:
-    """Those of the step after the checkpoint; under `sft` the first ones of the environment."""
-    size = config.rollout.prompts_per_step
-    batches = prompt_batches(environment.train, batch_size=size, seed=config.seed)
-    if config.objective.samples:
-        batches.set_state(restored.extra["data"])
-    return next(batches)
+    refuse_failures(batch.prompts, batch.outcomes, limit, f"step {step}")
+    return batch
 
 
 def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:
@@ -157,35 +150,21 @@ def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> l
     return [teacher, student] if trainer.teacher.logits is not None else [teacher]
 
 
-def teacher_prompts(
-    config: Config,
-    experience: RolloutBatch,
-    tokenizer: Tokenizer,
-    step: int,
-    host_state: Mapping[str, Any] = MappingProxyType({}),
-) -> Shown:
-    """Contexts of all rows, and the ids of their re-prompts as training renders them.
-
-    `host_state` is the checkpoint's: successes that the run remembers may be shown.
-    """
-    contexts = Contexts(config, TeacherPrompts(config.teacher, tokenizer), tokenizer)
-    contexts.set_state(host_state.get("successes", {}))
-    chosen = contexts.choose(experience, step)
-    return Shown(chosen, contexts.render(experience, chosen))
-
-
 def response_rows(
-    experience: RolloutBatch, shown: Shown, records: Sequence[TokenRecord], tokenizer: Tokenizer
+    batch: RolloutBatch, shown: Shown, records: Sequence[TokenRecord], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """The lines about the responses, in the order of the batch.
 
     `advantage` of a token is SDPO's, log q / p, null without a context; `grpo_advantage` of a row
-    is GRPO's, reward minus the mean of its siblings.
+    is GRPO's, reward minus the mean of its siblings. Where nothing is graded (`sdft`), it is 0.
     """
-    grpo, known = graded_advantages(experience), dict[int, str]()
+    if not batch.outcomes:
+        nothing = not_graded("nothing grades the answers to demonstrations")
+        batch = batch._replace(outcomes=[nothing] * len(batch.texts))
+    grpo, known = graded_advantages(batch), dict[int, str]()
     rows: list[dict[str, Any]] = []
-    for i, (outcome, record) in enumerate(zip(experience.outcomes, records, strict=True)):
-        prompt, context = experience.prompts[i // experience.group], shown.contexts[i]
+    for i, (outcome, record) in enumerate(zip(batch.outcomes, records, strict=True)):
+        prompt, context = batch.prompts[i // batch.group], shown.contexts[i]
         ids = shown.prompt_ids[i]
         rows.append(
             {
@@ -193,7 +172,7 @@ def response_rows(
                 "row": i,
                 "prompt_id": prompt.id,
                 "prompt": [dict(message) for message in prompt.messages],
-                "response": experience.texts[i],
+                "response": batch.texts[i],
                 "reward": float(outcome.reward),
                 "passed": bool(outcome.passed),
                 "graded": outcome.graded,

@@ -26,7 +26,7 @@ from sdpo_jax.errors import UserError
 from sdpo_jax.model import Model, Params
 from sdpo_jax.run import run_directory
 from sdpo_jax.run.checkpoint import Checkpoints
-from sdpo_jax.run.console import Console, batch_arithmetic, generations_per_step
+from sdpo_jax.run.console import COLUMNS, Console, batch_arithmetic, generations_per_step
 from sdpo_jax.run.metrics import MetricsLog
 from sdpo_jax.run.run_ref import Best, best_of
 from sdpo_jax.tokens import Tokenizer
@@ -66,7 +66,8 @@ def train(
       UserError: bad input, a folder with another recipe, or updates that stay non-finite.
     """
     run_dir = Path(config.run_dir)
-    console = console or Console(config.objective.name, steps=config.train.steps, live=False)
+    columns = COLUMNS[config.objective.name]
+    console = console or Console(columns, steps=config.train.steps, live=False)
     with ExitStack() as stack:
         stack.enter_context(console)
         counter = stack.enter_context(CompileCounter())
