@@ -31,7 +31,7 @@ def run_test(source: str, test: Mapping[str, Any], limit: int, result_fd: int) -
     except BaseException as error:
         record = _failure(error)
     _flush()
-    # A copy of this process that the program forked has no say in the outcome.
+    # A fork that the program made must not write the outcome.
     if os.getpid() == process:
         data = record.encode("utf-8", "replace")
         while data:
@@ -60,7 +60,7 @@ def _observe(source: str, test: Mapping[str, Any], limit: int) -> str:
 
 
 def _run_main(code: Any, namespace: dict[str, Any]) -> str:
-    """Runs the program as a script, with what the interpreter does at the end of one."""
+    """Runs the program as a script, including the interpreter's cleanup at its end."""
     import atexit
     import threading
 
@@ -72,7 +72,7 @@ def _run_main(code: Any, namespace: dict[str, Any]) -> str:
             outcome = f"error\nSystemExit: {error.code!r}\n{_frames(error)}"
     except BaseException as error:
         outcome = _failure(error)
-    # What an interpreter does at its end: waits for the threads, then calls the exit functions.
+    # As an interpreter at its end: wait for the threads, then call the exit functions.
     wait_for_threads: Any = threading.__dict__["_shutdown"]
     wait_for_threads()
     run_exit_functions: Any = atexit.__dict__["_run_exitfuncs"]
@@ -98,7 +98,7 @@ def _evaluate(namespace: dict[str, Any], test: Mapping[str, Any]) -> Any:
 
 
 def _module(name: str) -> ModuleType:
-    """A fresh module under its name: dataclasses and pickle look a class's module up."""
+    """Registers a fresh module under its name: dataclasses and pickle look it up."""
     module = ModuleType(name)
     sys.modules[name] = module
     return module
@@ -110,7 +110,7 @@ def _failure(error: BaseException) -> str:
     try:
         message = str(error.msg) if isinstance(error, SyntaxError) else str(error)
     except BaseException:
-        # A program's own __str__ may raise; the class still tells what happened.
+        # A program's own __str__ may raise; the class is still informative.
         message = ""
     head = f"{kind.__name__}: {message[:_MAX_MESSAGE]}" if message else f"{kind.__name__}"
     return f"{status}\n{head}\n{_frames(error)}".rstrip()
@@ -135,5 +135,5 @@ def _flush() -> None:
         try:
             stream.flush()
         except BaseException:
-            # The program may have closed or replaced its streams: then there is nothing to save.
+            # The program may have closed or replaced its streams; then there is nothing to flush.
             continue

@@ -71,7 +71,7 @@ def open_sandbox(
 
 
 def _check_mounts(mounts: Sequence[str], *, remote: bool) -> None:
-    """Refuses what is no folder; of those of a service only the form is known."""
+    """Refuses mounts that are not folders; for a service only the form can be checked."""
     for mount in mounts:
         if remote and not mount.startswith("/"):
             raise UserError(

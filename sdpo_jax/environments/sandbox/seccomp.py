@@ -67,7 +67,7 @@ _NUMBERS: dict[str, tuple[int, int]] = {
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
-    # Priorities and affinity reach the slots beside this one.
+    # Priorities and affinity affect the other slots.
     "sched_setaffinity": (203, 122),
     "sched_setscheduler": (144, 119),
     "sched_setattr": (314, 274),
@@ -92,7 +92,7 @@ _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 
 
 def supported() -> bool:
-    """Whether this architecture's numbers are known."""
+    """Whether the call numbers of this architecture are known."""
     return platform.machine() in _AUDIT
 
 

@@ -54,7 +54,7 @@ def examine(sandbox: Sandbox, interpreter: str, kernel: str) -> Report:
             seen = sandbox.run([Program(source, tuple(tests), limits)])[0]
         finally:
             os.environ.pop(_MARK, None)
-        # A file system of the box's own takes the write: what counts is the file outside.
+        # The write may succeed in a file system of the box; only the file outside counts.
         written = os.path.exists(file.name + ".new")
         with suppress(OSError):
             os.unlink(file.name + ".new")

@@ -71,7 +71,7 @@ def _key(key: Any, budget: list[int]) -> str:
 
 
 def _text(value: str, budget: list[int]) -> str:
-    """A string that UTF-8 can carry: a lone surrogate would break whoever prints the value."""
+    """Checks that UTF-8 can encode a string: printing a lone surrogate would fail."""
     budget[0] -= len(value)
     if budget[0] < 0:
         raise NotJsonError("the value is too long as JSON")
@@ -83,7 +83,7 @@ def _text(value: str, budget: list[int]) -> str:
 
 
 def _integer(value: int) -> int:
-    """An integer that decimal text can carry: conversion is quadratic, so Python limits it."""
+    """Checks the digits of an integer, which Python limits because conversion is quadratic."""
     if value.bit_length() > 14_000:
         raise NotJsonError("an integer of more than 4,200 digits is not JSON")
     return value
