@@ -121,6 +121,31 @@ def test_an_executor_that_dies_again_and_again_is_a_failure_of_ours(
     assert sandbox.run([ANSWER])[0][0].value == 42
 
 
+def test_a_box_that_dies_at_its_start_and_leaves_a_child_is_not_waited_for() -> None:
+    if not shutil.which("bwrap"):
+        pytest.skip("bwrap is not installed: the bubblewrap tier is NOT tested here")
+    # As bwrap does where it is killed before its child is set up: the child keeps the pipes open.
+    source = """
+import os, pathlib, sys, tempfile
+from sdpo_jax.environments.sandbox import boxes, confine, tiers
+confine.become_subreaper()
+with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    killed = pathlib.Path(folder, "bwrap")
+    killed.write_text("#!/bin/sh\\nsleep 600 &\\nkill -KILL $$\\n")
+    killed.chmod(0o755)
+    plan = tiers.bubblewrap(())._replace(bwrap=str(killed))
+    try:
+        boxes.Box(plan, 64001, 16).take({"source": "", "limits": {}})
+    except boxes.BoxError as error:
+        print(error, boxes.children(os.getpid()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "the box ended at its start and said nothing []\n", done.stderr
+
+
 @pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
 def test_two_sandboxes_do_not_end_each_others_boxes(tier: str) -> None:
     if tier == "bubblewrap" and not shutil.which("bwrap"):

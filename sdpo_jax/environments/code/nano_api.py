@@ -1,6 +1,6 @@
 """The API that runs in the sandbox before a program of kind `nano_code`.
 
-This file imports nothing of the project. Each function takes its arguments by name, raises a
+It is self-contained. Each function takes its arguments by name, raises a
 `TypeError` that lists everything that is wrong with them, and records the call in `done`. Names,
 forms and wording are those of `toy_apis.TODAY`; `tests/test_nano_code.py` compares them.
 """

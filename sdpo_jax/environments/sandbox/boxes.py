@@ -4,6 +4,7 @@ import base64
 import fcntl
 import itertools
 import os
+import select
 import shutil
 import signal
 import socket
@@ -32,6 +33,8 @@ _ENVIRONMENT = {
 
 _PIPE_BYTES = 256 << 10
 """Room for the runner's code in the pipe of a box that does not read yet."""
+_START_SECONDS = 120.0
+"""Time in which a box has to start."""
 
 
 class Plan(NamedTuple):
@@ -87,14 +90,24 @@ class Box:
 
     def take(self, program: Mapping[str, Any]) -> None:
         """Sends the box its program; if the box did not start, closes it and raises `BoxError`."""
-        try:
-            frames.write(self._in, self._setup(program))
-            greeting = frames.read(self._out)
-        except (OSError, frames.FrameError):
-            greeting = None
+        greeting = None
+        with suppress(OSError, frames.FrameError):
+            if self.process.poll() is None:
+                frames.write(self._in, self._setup(program))
+                greeting = self._greeting()
         # The runner may outlive its bwrap for a moment and would then end in the middle of a test.
         if greeting is None or self.process.poll() is not None:
             raise BoxError(self.close() or "the box ended at its start and said nothing")
+
+    def _greeting(self) -> dict[str, Any] | None:
+        """The runner's first frame; None if the box ended or did not start in time."""
+        waiting, deadline = select.poll(), time.monotonic() + _START_SECONDS
+        waiting.register(self._out, select.POLLIN)
+        # A bwrap that is killed at its start may leave a child that holds the pipe for ever.
+        while not waiting.poll(1000):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return None
+        return frames.read(self._out)
 
     def _start(self, filter_fd: int, size: int) -> subprocess.Popen[bytes]:
         command = [self._plan.python, "-s", "-S", "-B", "-c", self._plan.runner]
