@@ -5,11 +5,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
-from sdpo_jax.objectives.sources import RolloutSource
-from sdpo_jax.training.updates import split_mini_batches
 
 from sdpo_jax.config import EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.config.checks import problems
@@ -31,9 +30,10 @@ from sdpo_jax.rollouts.diagnostics import environment_metrics
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.rollouts.sampler import HostRollouts
+from sdpo_jax.rollouts.sources import GradedRollouts
 from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_jax.teacher.context import choose_context
-from sdpo_jax.training.batch import BatchLayout
+from sdpo_jax.training.batch import BatchLayout, split_mini_batches
 
 TOKENIZER = tiny.ByteTokenizer()
 GROUP = 4
@@ -207,9 +207,13 @@ def test_the_mean_of_a_group_is_over_its_graded_siblings():
     assert not found[[1, 4, 6, 8, 9, 10, 11]].any()
 
 
+def split(batch, active, reduction):
+    worth, layout = np.ones_like(active), BatchLayout(False, 64, 8, 1)
+    return split_mini_batches(batch, 1, layout, active=active, worth=worth, reduction=reduction)
+
+
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_graded(reduction):
-    config, form = default_config(), BatchLayout(False, 64, 8, 1)
     failed = [2, 5, 6]
     outcomes = [FAILED if i in failed else RIGHT for i in range(2 * GROUP)]
     whole = experience(outcomes)
@@ -220,8 +224,7 @@ def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_grade
     active = np.arange(2 * GROUP) != 3
 
     def parts(batch, rows):
-        on = active[rows]
-        return split_mini_batches(config, batch, on, np.ones_like(on), reduction, form)
+        return split(batch, active[rows], reduction)
 
     alone = whole._replace(
         prompt_ids=[whole.prompt_ids[i] for i in kept],
@@ -232,7 +235,8 @@ def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_grade
     )
     (found,), (expected,) = parts(whole, np.arange(2 * GROUP)), parts(alone, kept)
     assert found.rows == [kept[i] for i in expected.rows]
-    assert (found.pairs, found.micro_batches) == (expected.pairs, expected.micro_batches)
+    assert found.pairs == expected.pairs
+    jax.tree.map(np.testing.assert_array_equal, found.micro_batches, expected.micro_batches)
     assert found.denominator == expected.denominator
     for one, other in zip(found.weights, expected.weights, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -240,12 +244,7 @@ def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_grade
 
 def test_a_batch_of_which_nothing_could_be_graded_makes_no_update():
     batch, rows = experience([FAILED] * GROUP), np.ones(GROUP, np.bool_)
-    assert (
-        split_mini_batches(
-            default_config(), batch, rows, rows, "sequence_mean", BatchLayout(False, 64, 8, 1)
-        )
-        == []
-    )
+    assert split(batch, rows, "sequence_mean") == []
     assert not graded_advantages(batch).any()
 
 
@@ -298,27 +297,20 @@ class Script:
 
 
 def step_of(environment, *answers, share=0.2):
-    """What the rows of one step are, and its metrics."""
-    seen = []
-
-    def updates(experience, params, teacher_params, *, step, clock):
-        seen.append(experience)
-        return [], {}
-
+    """The rollouts of one step, and its metrics."""
     config = default_config(
-        rollout=RolloutConfig(rollouts_per_prompt=len(answers)),
+        rollout=RolloutConfig(prompts_per_step=2, rollouts_per_prompt=len(answers)),
         environment=ToolCallsConfig(max_failed_share=share),
     )
-    batches = iter([list(Quiz.train)])
-    source = RolloutSource(config, batches, environment, TOKENIZER, Script(*answers), updates)
-    return seen, source(None, None, 1, PhaseTimer())[1]
+    source = GradedRollouts(config, environment, TOKENIZER, Script(*answers))
+    return source(None, 1, PhaseTimer())
 
 
 def test_a_step_counts_failures_and_means_over_the_rest():
-    (seen,), metrics = step_of(Quiz(), "y", "n", "n", "fail", share=0.25)
+    rollouts, metrics = step_of(Quiz(), "y", "n", "n", "fail", share=0.25)
     assert metrics["environment/failed"] == 0.25
     assert metrics["reward"] == metrics["success"] == pytest.approx(1 / 3)
-    assert seen.graded.tolist() == [True, True, True, False] * 2
+    assert rollouts.graded.tolist() == [True, True, True, False] * 2
     assert step_of(Quiz(), "y", "n")[1]["environment/failed"] == 0.0
     assert "reward" not in step_of(Quiz(), "fail", share=1.0)[1]
 
@@ -329,8 +321,10 @@ def test_a_step_above_the_share_makes_no_update():
 
 
 def test_the_environment_is_told_which_responses_were_cut():
-    (seen,), _ = step_of(Batches(), "a", "y")
-    assert [o.feedback for o in seen.outcomes] == ["cut: p a", "", "cut: q a", ""]
+    rollouts, _ = step_of(Batches(), "a", "y")
+    first, second = (prompt.id for prompt in rollouts.prompts)
+    feedback = [outcome.feedback for outcome in rollouts.outcomes]
+    assert feedback == [f"cut: {first} a", "", f"cut: {second} a", ""]
 
 
 # Settings
