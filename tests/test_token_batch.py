@@ -9,7 +9,6 @@ import pytest
 import quick
 import tiny
 
-from sdpo_jax.commands.heatmap_options import heatmap_run
 from sdpo_jax.config import (
     DataConfig,
     EvaluationConfig,

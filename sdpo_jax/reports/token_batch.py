@@ -14,20 +14,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.environments.base import Environment, not_graded
-from sdpo_jax.environments.grading import refuse_failures
-from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
 from sdpo_jax.objectives.loss_weights import graded_advantages
-from sdpo_jax.objectives.sdft import SdftSource
-from sdpo_jax.objectives.sources import RolloutSource
 from sdpo_jax.reports.token_records import Responses, TokenRecord, token_records
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.rollout_batch import RolloutBatch, draw, make_rollout_setup
-from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch
+from sdpo_jax.rollouts.sources import GradedRollouts
+from sdpo_jax.run.checkpoint import Restored
+from sdpo_jax.run.components import RunComponents, make_trainer
+from sdpo_jax.run.restore import restore_run
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
+from sdpo_jax.teacher.contexts import SiblingContexts, context_seed
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.trainer import Trainer
 
@@ -43,13 +42,13 @@ class Shown(NamedTuple):
 
 
 def token_batch(
-    run: RunRef, parts: Mapping[str, Any], *, prompts: int, top: int
+    run: RunRef, components: RunComponents, *, prompts: int, top: int
 ) -> list[dict[str, Any]]:
     """Samples the next batch of a run and compares student and teacher on it.
 
     Args:
       run: and which of its checkpoints.
-      parts: what `load_parts` returns.
+      components: of the run.
       prompts: at most so many of the batch's prompts, the first ones.
       top: alternatives per token of student and of teacher.
 
@@ -59,26 +58,15 @@ def token_batch(
     Raises:
       UserError: the run has no such checkpoint, or its environment fails too often.
     """
-    trainer = Trainer(
-        run.config,
-        parts["model"],
-        parts["tokenizer"],
-        parts["environment"],
-        parts["demonstrations"],
-    )
-    with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        restored = trainer.restore(checkpoints, parts["params"], run.step)
-    if restored is None:
-        raise UserError(
-            f"{run.folder} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
-        )
-    return batch_of(trainer, restored, parts, run=str(run.folder), prompts=prompts, top=top)
+    trainer = make_trainer(run.config, components)
+    restored = restore_run(trainer, run, components.params)
+    return batch_of(trainer, restored, components, run=str(run.folder), prompts=prompts, top=top)
 
 
 def batch_of(
     trainer: Trainer,
     restored: Restored,
-    parts: Mapping[str, Any],
+    components: RunComponents,
     *,
     run: str,
     prompts: int,
@@ -91,16 +79,14 @@ def batch_of(
     """
     config, tokenizer, step = trainer.config, trainer.tokenizer, restored.step + 1
     student = trainer.student(restored.state)
-    batch = _rollouts(trainer, restored, parts["environment"], student, prompts)
-    trainer.contexts.set_state(restored.extra.get("host", {}).get("successes", {}))
-    contexts = trainer.contexts.choose(batch, step)
-    shown = Shown(contexts, trainer.contexts.render(batch, contexts))
+    batch = _rollouts(trainer, restored, components.environment, student, prompts)
+    shown = _shown(trainer, restored, batch, step)
     records = token_records(
-        parts["model"],
+        components.model,
         student,
         _teacher_weights(trainer, restored, student),
         Responses(batch.prompt_ids, shown.prompt_ids, batch.response_ids),
-        form=trainer.form,
+        form=trainer.layout,
         devices=trainer.devices,
         temperature=config.rollout.temperature,
         top=top,
@@ -122,24 +108,22 @@ def _rollouts(
     trainer: Trainer, restored: Restored, environment: Environment, student: Params, prompts: int
 ) -> RolloutBatch:
     """The first rollouts of the next batch; under `sft`, to the environment's first prompts."""
-    config, step, source = trainer.config, restored.step + 1, trainer.source
-    if isinstance(source, RolloutSource | SdftSource):
+    source = trainer.source
+    if trainer.config.objective.samples:
         source.set_state(restored.extra["data"])
-        return source.rollouts(student, step, PhaseTimer(), prompts=prompts)[0]
-    size = config.rollout.prompts_per_step
-    first = next(prompt_batches(environment.train, batch_size=size, seed=config.seed))[:prompts]
-    batch, _ = draw(
-        make_rollout_setup(config, trainer.tokenizer, environment),
-        trainer.sampler,
-        student,
-        first,
-        seed=config.seed,
-        step=step,
-        clock=PhaseTimer(),
-    ).finish(PhaseTimer())
-    limit = config.environment.max_failed_share
-    refuse_failures(batch.prompts, batch.outcomes, limit, f"step {step}")
-    return batch
+    else:
+        source = GradedRollouts(trainer.config, environment, trainer.tokenizer, trainer.sampler)
+    return source(student, restored.step + 1, PhaseTimer(), first=prompts)[0]
+
+
+def _shown(trainer: Trainer, restored: Restored, batch: RolloutBatch, step: int) -> Shown:
+    """What the teacher of each rollout reads, by the rule of training."""
+    trainer.set_host_state(restored.extra.get("host", {}))
+    build = trainer.contexts or SiblingContexts(trainer.config.teacher)
+    seed = context_seed(trainer.config.seed, step)
+    contexts = build(batch.prompts, batch.group, batch.outcomes, batch.texts, seed=seed)
+    prompts = trainer.teacher_prompts.of_rollouts(batch.prompts, batch.group, contexts)
+    return Shown(contexts, prompts)
 
 
 def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:
