@@ -215,7 +215,7 @@ def test_what_cannot_be_made_is_one_clear_error(generators, counts, message):
 @needs_package
 def test_a_generator_without_an_oracle_says_so():
     made = ReasoningGym(["graph_color"], 1, 0)
-    with pytest.raises(UserError, match="graph_color knows no answer"):
+    with pytest.raises(UserError, match="graph_color has no answers"):
         made.reference(made.train[0])
 
 

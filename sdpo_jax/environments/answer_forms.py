@@ -4,9 +4,12 @@ Text up to the last `</think>` is a model's reasoning and does not count as its 
 """
 
 import re
+from typing import Any
 
 from sdpo_jax.environments.base import Outcome
 
+MAX_DEPTH = 16
+"""Levels of nesting that a grader accepts in decoded arguments."""
 _OPEN, _CLOSE, _BOX, _THOUGHT = "<answer>", "</answer>", "\\boxed{", "</think>"
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
@@ -38,6 +41,12 @@ def last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start : match.start()].strip()
     return None
+
+
+def is_deeper(value: Any, levels: int = MAX_DEPTH) -> bool:
+    """Whether a decoded value is nested deeper than `levels`: comparing it recurses into it."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(is_deeper(item, levels - 1) for item in items)
 
 
 def shown(answer: str, limit: int = 48) -> str:

@@ -15,7 +15,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-MAX_CHARACTERS, MAX_DEPTH = 2000, 16
+from sdpo_jax.environments.answer_forms import MAX_DEPTH, is_deeper
+
+MAX_CHARACTERS = 2000
 MALFORMED = 'malformed call: expected name(argument=value, ...) or {"name": ..., "arguments": ...}'
 _TYPE_NAMES = {
     **{str: "string", bool: "boolean", int: "integer", float: "float"},
@@ -57,14 +59,8 @@ def parse_call(answer: str) -> Call | str:
         return MALFORMED
     if len(calls) != 1:
         return f"expected one call, got {len(calls)}"
-    deep = _deeper(calls[0].arguments, MAX_DEPTH)
+    deep = is_deeper(calls[0].arguments)
     return f"malformed call: nested deeper than {MAX_DEPTH} levels" if deep else calls[0]
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    """Whether a value is nested deeper than so many levels: comparison recurses into all of it."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_deeper(item, levels - 1) for item in items)
 
 
 class _Refused(Exception):

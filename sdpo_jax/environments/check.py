@@ -117,8 +117,8 @@ def _sides(environment: Environment) -> Iterator[Line]:
         f"{len(set(ids))} distinct",
         f"used twice: {_some(twice)}; give each prompt its own id" if twice else "",
     )
-    asked = {_text(prompt): prompt.id for prompt in train}
-    both = [prompt.id for prompt in held_out if _text(prompt) in asked]
+    questions = {_text(prompt) for prompt in train}
+    both = [prompt.id for prompt in held_out if _text(prompt) in questions]
     yield Line(
         "held out apart",
         f"{len(both)} questions on both sides",

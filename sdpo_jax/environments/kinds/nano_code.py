@@ -81,13 +81,13 @@ class NanoCode:
         families: Sequence[str] = (),
         seed: int = 0,
     ):
-        asked = ToolCalls(
+        tasks = ToolCalls(
             train_prompts=train_prompts,
             held_out_prompts=held_out_prompts,
             families=families,
             seed=seed,
         )
-        self.train, self.held_out = asked.train, asked.held_out
+        self.train, self.held_out = tasks.train, tasks.held_out
         self._sandbox = sandbox
         self._prelude = api_source()
 

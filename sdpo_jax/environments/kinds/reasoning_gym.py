@@ -137,7 +137,7 @@ class ReasoningGym:
         answer = prompt.data["entry"]["answer"]
         if not isinstance(answer, str):
             raise UserError(
-                f"reasoning-gym's {prompt.data['family']} knows no answer to its puzzles; leave it "
+                f"reasoning-gym's {prompt.data['family']} has no answers to its puzzles; leave it "
                 "out of environment.generators for a warm-up on references"
             )
         return f"<answer>{answer}</answer>"

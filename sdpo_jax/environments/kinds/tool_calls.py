@@ -176,9 +176,9 @@ class ToolCalls:
         _check_families("families", families)
         _check_families("held_out_families", held_out_families)
         chosen = tuple(families) or tuple(FAMILIES)
-        asked = tuple(held_out_families) or chosen
+        held_out = tuple(held_out_families) or chosen
         self.train = _prompts(chosen, train_prompts, held_out=False, seed=seed)
-        self.held_out = _prompts(asked, held_out_prompts, held_out=True, seed=seed)
+        self.held_out = _prompts(held_out, held_out_prompts, held_out=True, seed=seed)
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
         """Passes exactly the call that `TODAY` expects; feedback lists every mistake."""

@@ -24,9 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from sdpo_jax.environments.answer_forms import cut_off, shown, without_thinking
+from sdpo_jax.environments.answer_forms import (
+    MAX_DEPTH,
+    cut_off,
+    is_deeper,
+    shown,
+    without_thinking,
+)
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.bfcl_calls import MAX_DEPTH
 from sdpo_jax.environments.rows import (
     BadRow,
     Split,
@@ -172,7 +177,7 @@ def _call(text: str, action: re.Match[str], number: int) -> tuple[ToolCall, int]
         raise _Refused(f"{where}: the input is nested too deep or holds a huge number.") from None
     if not isinstance(value, dict):
         raise _Refused(f"{where}: the input is {type_name(value)}, expected a JSON object.")
-    if _deeper(value, MAX_DEPTH):
+    if is_deeper(value):
         raise _Refused(f"{where}: the input is nested deeper than {MAX_DEPTH} levels.")
     return ToolCall(name, cast(dict[str, Any], value)), end
 
@@ -188,11 +193,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise _Refused(f"{name} is not a JSON value.")
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_deeper(item, levels - 1) for item in items)
 
 
 def complaints(
