@@ -230,13 +230,13 @@ def test_a_recipe_is_checked_with_its_options(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "expected `sdpo env check"),
-        (["chek"], "expected `sdpo env check"),
-        (["check"], "expected `sdpo env check"),
+        ([], "usage: sdpo env check"),
+        (["chek"], "invalid choice: 'chek'"),
+        (["check"], "expected a file: `sdpo env check"),
         (["template", "a.py", "b.py"], "b.py: unexpected argument"),
         (["template", "a.txt"], "a.txt: expected the name of a new file, with .py"),
         (["check", "none.py"], "no such file"),
-        (["check", "none.py", "--x", "1"], "--x: options go with a recipe"),
+        (["check", "none.py", "--x", "1"], "--x: settings go with a recipe"),
         (["check", "none.toml"], "no such recipe"),
     ],
 )

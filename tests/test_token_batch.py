@@ -9,6 +9,7 @@ import pytest
 import quick
 import tiny
 
+from sdpo_jax.commands.heatmap import write_heatmap
 from sdpo_jax.config import (
     DataConfig,
     EvaluationConfig,
@@ -33,6 +34,7 @@ from sdpo_jax.reports.token_batch import (
 from sdpo_jax.reports.token_records import TokenRecord
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.run.components import RunComponents
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
@@ -91,13 +93,8 @@ def quick_programs():
 
 
 def parts():
-    return {
-        "model": MODEL,
-        "params": lambda: tiny.make_params(ARCHITECTURE, scale=0.5),
-        "tokenizer": TOKENIZER,
-        "environment": Length(),
-        "demonstrations": DEMONSTRATIONS,
-    }
+    load_params = lambda: tiny.make_params(ARCHITECTURE, scale=0.5)  # noqa: E731
+    return RunComponents(MODEL, load_params, TOKENIZER, Length(), DEMONSTRATIONS)
 
 
 def trainer_of(config):
@@ -214,7 +211,7 @@ def test_the_command_writes_rows_and_page_and_leaves_the_run_alone(tmp_path, cap
     config = make_config(tmp_path)
     save(config)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    heatmap_run(RunRef(tmp_path, config, 3), parts(), prompts=1, top=2, tokens=64)
+    write_heatmap(RunRef(tmp_path, config, 3), parts(), prompts=1, top=2, tokens=64)
     lines = [json.loads(x) for x in (tmp_path / "token_batch.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 3
     assert [x["kind"] for x in lines] == ["batch"] + ["response"] * 4
