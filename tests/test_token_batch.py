@@ -11,18 +11,14 @@ import tiny
 
 from sdpo_jax.commands.heatmap_options import heatmap_run
 from sdpo_jax.config import (
-    Config,
     DataConfig,
     EvaluationConfig,
-    GrpoObjective,
     OptimizerConfig,
     RolloutConfig,
-    SdftObjective,
-    SdpoObjective,
-    SftObjective,
     TeacherConfig,
     TrainConfig,
 )
+from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.errors import UserError
@@ -39,6 +35,7 @@ from sdpo_jax.reports.token_records import TokenRecord
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.training import trainer as trainer_module
@@ -49,10 +46,10 @@ TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 OBJECTIVES = {
-    "sdpo": SdpoObjective(),
-    "grpo": GrpoObjective(),
-    "sdft": SdftObjective(skip_first_tokens=0),
-    "sft": SftObjective(),
+    "sdpo": SdpoConfig(),
+    "grpo": GrpoConfig(),
+    "sdft": SdftConfig(skip_first_tokens=0),
+    "sft": SftConfig(),
 }
 DEMONSTRATIONS = [
     Demonstration(f"d{i}", ({"role": "user", "content": f"q{i}?"},), "abc"[: 1 + i % 3])
@@ -73,7 +70,7 @@ class Length:
 
 
 def make_config(run_dir, name="sdpo", weights="ema"):
-    return Config(
+    return default_config(
         run_dir=str(run_dir),
         objective=OBJECTIVES[name],
         rollout=RolloutConfig(
@@ -193,7 +190,7 @@ def test_an_sft_run_is_asked_the_first_prompts_of_its_environment():
 def test_rollouts_drawn_ahead_are_those_of_the_checkpoint():
     """One step off policy, the next batch was drawn before the update that the checkpoint has."""
     config = make_config("unused")
-    config = replace(config, rollout=replace(config.rollout, ahead=True))
+    config = replace(config, rollout=replace(config.rollout, one_step_off_policy=True))
     trainer = trainer_of(config)
     state, _ = trainer.step(start(trainer), 1)
     trainer.source.wait()
