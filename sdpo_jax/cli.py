@@ -324,7 +324,7 @@ def _model(config: Config, folder: Path) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from sdpo_jax.config.objectives import SdftConfig, SdpoConfig
+    from sdpo_jax.objectives import SdftConfig, SdpoConfig
     from sdpo_jax.training.state import make_parameters
     from sdpo_models.hugging_face import load_architecture
     from sdpo_models.transformer import build_model

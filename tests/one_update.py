@@ -8,6 +8,10 @@ import jax
 import numpy as np
 import optax
 import tiny
+from sdpo_jax.objectives.contexts import Contexts
+from sdpo_jax.objectives.sources import DemonstrationSource
+from sdpo_jax.training.scoring import Scorer
+from sdpo_jax.training.updates import make_update
 
 from sdpo_jax.config import (
     Config,
@@ -25,15 +29,12 @@ from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.losses.distillation import full_vocabulary_loss
 from sdpo_jax.losses.per_token import grpo_per_token, sdpo_per_token, sft_per_token
 from sdpo_jax.model import Blocks
-from sdpo_jax.objectives.contexts import Contexts
 from sdpo_jax.objectives.sdpo import GrpoUpdates, SdpoUpdates
-from sdpo_jax.objectives.sources import DemonstrationSource
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import BatchLayout, Reduction, make_tokens
 from sdpo_jax.training.lora import full
-from sdpo_jax.training.scoring import Scorer
 from sdpo_jax.training.state import (
     TrainState,
     create_state,
@@ -52,7 +53,6 @@ from sdpo_jax.training.step import (
 )
 from sdpo_jax.training.teacher_pass import TeacherPass
 from sdpo_jax.training.token_metrics import AGREEMENT, BY_TOKEN, HISTOGRAM
-from sdpo_jax.training.updates import make_update
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)

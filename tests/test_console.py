@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from sdpo_jax.config import RolloutConfig, TrainConfig
-from sdpo_jax.config.objectives import SftConfig
 from sdpo_jax.evaluation.metric_table import METRICS, duration, metric_of, text_of
+from sdpo_jax.objectives import SftConfig
 from sdpo_jax.run.console import COLUMNS, Console, batch_arithmetic
 from sdpo_jax.run.recipes import default_config
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from sdpo_jax.training.updates import split_mini_batches
 from test_episodes import ARCHITECTURE, MODEL, PROMPTS, Tokenizer
 
 from sdpo_jax.cli import load_parts
@@ -21,8 +22,8 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.objectives.sdpo import GrpoUpdates
 from sdpo_jax.rollouts.phase_timer import PhaseTimer, is_time
 from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw
@@ -34,7 +35,6 @@ from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.batch import reduction_weights
 from sdpo_jax.training.step import train_step
 from sdpo_jax.training.trainer import Trainer
-from sdpo_jax.training.updates import split_mini_batches
 
 OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from sdpo_jax.config import TrainConfig
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.config.resolved import to_toml
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.reports.panels import FRAME, Series, panel, rolling_mean, thinned
 from sdpo_jax.reports.run_report import (
     generations,

@@ -33,13 +33,13 @@ from one_update import (
     teacher_weights,
     the_update,
 )
+from sdpo_jax.training.updates import MiniBatch, with_outcomes
 
 from sdpo_jax.data.packing import Pair
 from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, SftTokenInputs
 from sdpo_jax.model import Blocks
 from sdpo_jax.training.batch import make_sequences, plan, reduction_weights
 from sdpo_jax.training.step import Sequences
-from sdpo_jax.training.updates import MiniBatch, with_outcomes
 
 # What the result must not depend on
 

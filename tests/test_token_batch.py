@@ -22,6 +22,7 @@ from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftCo
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.reports.token_batch import (
     Shown,
     batch_of,

@@ -15,8 +15,8 @@ import pytest
 import tiny
 
 from sdpo_jax.config import OptimizerConfig, RolloutConfig, TeacherConfig, TrainConfig
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.run.console import COLUMNS, Console
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training import trainer as trainer_module

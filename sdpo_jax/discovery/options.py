@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from sdpo_jax.config import Config, ObjectiveConfig
 from sdpo_jax.config.checks import problems
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.run.recipes import load_recipe
 
 USAGE = """sdpo discover RECIPE --question ID [ID ...] [--seeds N | S S ...] [--budget GENERATIONS]

@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 
 from sdpo_jax.config import Config
-from sdpo_jax.config.objectives import SdftConfig
 from sdpo_jax.environments.base import Environment, HasReferences, Prompt
 from sdpo_jax.environments.grading import (
     OpenEpisodes,
@@ -30,6 +29,7 @@ from sdpo_jax.evaluation.measures import (
     values,
 )
 from sdpo_jax.model import Params
+from sdpo_jax.objectives import SdftConfig
 from sdpo_jax.rollouts.diagnostics import repeated_share
 from sdpo_jax.rollouts.episodes import Episode, Limits, Player
 from sdpo_jax.rollouts.prompts import prompt_ids

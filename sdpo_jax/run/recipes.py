@@ -6,8 +6,8 @@ from typing import Any
 
 from sdpo_jax.config import Config, ObjectiveConfig
 from sdpo_jax.config.environments import ENVIRONMENTS, ToolCallsEnvironment
-from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.config.recipe import Kinds, read_recipe
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 
 KINDS = Kinds(
     objectives={"sdpo": SdpoConfig, "grpo": GrpoConfig, "sft": SftConfig, "sdft": SdftConfig},
