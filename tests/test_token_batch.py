@@ -18,11 +18,10 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.errors import UserError
-from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig, make_objective
 from sdpo_jax.reports.token_batch import (
     Shown,
     batch_of,
@@ -107,7 +106,8 @@ def parts():
 
 
 def trainer_of(config):
-    return Trainer(config, MODEL, TOKENIZER, Length(), DEMONSTRATIONS)
+    objective = make_objective(config.objective)
+    return Trainer(config, MODEL, TOKENIZER, Length(), DEMONSTRATIONS, objective=objective)
 
 
 def start(trainer):

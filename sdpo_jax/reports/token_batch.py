@@ -14,20 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.environments.base import Environment, not_graded
-from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
 from sdpo_jax.objectives.loss_weights import graded_advantages
-from sdpo_jax.objectives.sdft import SdftSource
-from sdpo_jax.objectives.sources import RolloutSource
 from sdpo_jax.reports.token_records import Responses, TokenRecord, token_records
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.rollout_batch import RolloutBatch, draw, make_rollout_setup
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch
+from sdpo_jax.rollouts.sources import GradedRollouts
 from sdpo_jax.run.checkpoint import Checkpoints, Restored
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
+from sdpo_jax.teacher.contexts import Remembers, SiblingContexts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.trainer import Trainer
 
@@ -89,18 +87,16 @@ def batch_of(
     Raises:
       UserError: the environment fails too often.
     """
-    config, tokenizer, step = trainer.config, trainer.tokenizer, restored.step + 1
+    config, tokenizer = trainer.config, trainer.tokenizer
     student = trainer.student(restored.state)
-    batch = _rollouts(trainer, restored, parts["environment"], student, prompts)
-    trainer.contexts.set_state(restored.extra.get("host", {}).get("successes", {}))
-    contexts = trainer.contexts.choose(batch, step)
-    shown = Shown(contexts, trainer.contexts.render(batch, contexts))
+    batch = _next_rollouts(trainer, restored, parts["environment"], student, prompts)
+    shown = _shown(trainer, restored, batch)
     records = token_records(
         parts["model"],
         student,
         _teacher_weights(trainer, restored, student),
         Responses(batch.prompt_ids, shown.prompt_ids, batch.response_ids),
-        form=trainer.form,
+        layout=trainer.layout,
         devices=trainer.devices,
         temperature=config.rollout.temperature,
         top=top,
@@ -118,28 +114,31 @@ def batch_of(
     return [head, *response_rows(batch, shown, records, tokenizer)]
 
 
-def _rollouts(
+def _next_rollouts(
     trainer: Trainer, restored: Restored, environment: Environment, student: Params, prompts: int
 ) -> RolloutBatch:
-    """The first rollouts of the next batch; under `sft`, to the environment's first prompts."""
-    config, step, source = trainer.config, restored.step + 1, trainer.source
-    if isinstance(source, RolloutSource | SdftSource):
+    """The rollouts that training learns from next; under `sft` those of the environment's start."""
+    if trainer.config.objective.samples:
+        source = trainer.source
         source.set_state(restored.extra["data"])
-        return source.rollouts(student, step, PhaseTimer(), prompts=prompts)[0]
-    size = config.rollout.prompts_per_step
-    first = next(prompt_batches(environment.train, batch_size=size, seed=config.seed))[:prompts]
-    batch, _ = draw(
-        make_rollout_setup(config, trainer.tokenizer, environment),
-        trainer.sampler,
-        student,
-        first,
-        seed=config.seed,
-        step=step,
-        clock=PhaseTimer(),
-    ).finish(PhaseTimer())
-    limit = config.environment.max_failed_share
-    refuse_failures(batch.prompts, batch.outcomes, limit, f"step {step}")
-    return batch
+    else:
+        source = GradedRollouts(trainer.config, environment, trainer.tokenizer, trainer.sampler)
+    return source(student, restored.step + 1, PhaseTimer(), first=prompts)[0]
+
+
+def _shown(trainer: Trainer, restored: Restored, rollouts: RolloutBatch) -> Shown:
+    """What the teacher reads; an objective without one shows what SDPO's teacher would see."""
+    build, step = trainer.contexts, restored.step + 1
+    if isinstance(build, Remembers):
+        build.set_state(restored.extra.get("host", {}).get("successes", {}))
+    if build is None:
+        build = SiblingContexts(trainer.config.teacher)
+        given = rollouts.prompts, rollouts.group, rollouts.outcomes, rollouts.texts
+        contexts = build(*given, seed=trainer.config.seed)
+    else:
+        contexts = trainer.engine.teacher_contexts(rollouts, step)
+    prompts, group = rollouts.prompts, rollouts.group
+    return Shown(contexts, trainer.teacher_prompts.of_rollouts(prompts, group, contexts))
 
 
 def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:

@@ -5,7 +5,7 @@ re-prompt, where there is one) and the likeliest tokens of both, each with its p
 both. log q / p of the sampled token is SDPO's advantage of that token: figures 4, 9 and 22 of
 arXiv 2601.20802 colour tokens by it.
 
-The forward passes are those of training (`teacher_forward`, the same packing); logits exist for one
+The forward passes are those of training (`step.forward`, the same packing); logits exist for one
 chunk of `train.head_chunk_tokens` tokens of each shard at a time. Validated against log-softmaxes
 of whole logits in numpy (tests/test_token_records.py).
 """
@@ -26,13 +26,14 @@ from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import TeacherLogits
 from sdpo_jax.training.batch import (
     BatchLayout,
-    MicroBatchPlan,
+    PackedBatch,
     Pair,
     make_sequences,
-    make_tokens,
-    plan,
+    place_tokens,
+    repack,
+    split_micro_batches,
 )
-from sdpo_jax.training.step import teacher_forward
+from sdpo_jax.training.step import forward
 
 
 class Responses(NamedTuple):
@@ -73,7 +74,7 @@ def token_records(
     teacher: Sequence[Params],
     responses: Responses,
     *,
-    form: BatchLayout,
+    layout: BatchLayout,
     devices: Devices,
     temperature: float,
     top: int,
@@ -86,7 +87,7 @@ def token_records(
       student: its weights.
       teacher: weights of the teacher; two, the student's own last, where `mix` joins their logits.
       responses: ids of prompts, re-prompts and responses.
-      form: how sequences are packed, as in training.
+      layout: how sequences are packed, as in training.
       devices: the mesh.
       temperature: of the rollouts; log-probabilities are those of the sampler.
       top: K; a smaller vocabulary gives all of it.
@@ -104,7 +105,7 @@ def token_records(
             if (ids is not None) == with_teacher
         ]
         weights = [student, *(teacher if with_teacher else ())]
-        found = _records_of(programs, weights, responses, rows, form, devices, temperature)
+        found = _records_of(programs, weights, responses, rows, layout, devices, temperature)
         for row, record in zip(rows, found, strict=True):
             records[row] = record
     return [record for record in records if record is not None]
@@ -112,7 +113,7 @@ def token_records(
 
 def _programs(model: Model, devices: Devices, top: int, mix: TeacherLogits | None) -> Programs:
     return Programs(
-        devices.jit(partial(teacher_forward, model), out_shardings=devices.rows),
+        devices.jit(partial(forward, model), out_shardings=devices.rows),
         devices.jit(model.head, out_shardings=devices.head),
         devices.jit(partial(compare, top=top, mix=mix), out_shardings=devices.replicated),
     )
@@ -158,7 +159,7 @@ def _records_of(
     weights: Sequence[Params],
     responses: Responses,
     rows: Sequence[int],
-    form: BatchLayout,
+    layout: BatchLayout,
     devices: Devices,
     temperature: float,
 ) -> list[TokenRecord]:
@@ -173,32 +174,34 @@ def _records_of(
     ]
     heads = [programs.head(x) for x in weights]
     records: dict[int, TokenRecord] = {}
-    for micro_batch in plan(pairs, form):
-        put = partial(make_sequences, micro_batch=micro_batch, form=form, devices=devices)
-        sequences = [put(pairs), *([put(reprompted)] * len(weights[1:]) if reprompted else [])]
+    for packed in split_micro_batches(pairs, layout):
+        sequences = [make_sequences(packed, devices)]
+        if reprompted:
+            own = make_sequences(repack(reprompted, packed, layout), devices)
+            sequences += [own] * len(weights[1:])
         hidden = [programs.forward(w, s) for w, s in zip(weights, sequences, strict=True)]
-        targets = make_tokens([p.response for p in pairs], micro_batch, np.int32, devices)
+        targets = place_tokens([p.response for p in pairs], packed, np.int32, devices)
         chunks = [
             devices.fetch(
                 programs.compare(
                     [h[:, i] for h in hidden], heads, targets[:, i], jnp.float32(temperature)
                 )
             )
-            for i in range(micro_batch.filled)
+            for i in range(packed.filled)
         ]
-        records |= _cut(chunks, [len(p.response) for p in pairs], micro_batch)
+        records |= _cut(chunks, [len(p.response) for p in pairs], packed)
     return [records[i] for i in range(len(pairs))]
 
 
 def _cut(
-    chunks: Sequence[Any], lengths: Sequence[int], micro_batch: MicroBatchPlan
+    chunks: Sequence[Any], lengths: Sequence[int], packed: PackedBatch
 ) -> dict[int, TokenRecord]:
     """Chunks of all shards to records of pairs: within a shard, pair follows pair."""
     columns = [[ids, *log_probs] for ids, log_probs in chunks]
     whole = [np.stack(parts) for parts in zip(*columns, strict=True)]  # each [n, D · c, ...]
-    size = micro_batch.chunk_tokens
+    size = packed.chunk_tokens
     records: dict[int, TokenRecord] = {}
-    for shard, members in enumerate(micro_batch.members):
+    for shard, members in enumerate(packed.members):
         own = [x[:, shard * size : (shard + 1) * size] for x in whole]
         ids, log_p, *log_q = (x.reshape(-1, x.shape[-1]) for x in own)
         start = 0
