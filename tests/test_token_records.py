@@ -40,7 +40,9 @@ def records_of(teacher=(TEACHER,), mix=None, share_prompts=True, shards=1):
         STUDENT,
         teacher,
         ROWS,
-        layout=BatchLayout(share_prompts, micro_batch_tokens=32, head_chunk_tokens=4, shards=shards),
+        layout=BatchLayout(
+            share_prompts, micro_batch_tokens=32, head_chunk_tokens=4, shards=shards
+        ),
         devices=tiny.make_devices(data=shards),
         temperature=TEMPERATURE,
         top=TOP,

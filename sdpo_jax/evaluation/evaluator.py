@@ -128,8 +128,8 @@ class Evaluator:
         shown: list[TeacherContext] = [c for c in contexts if c is not None]
         ids, _ = self._teacher_prompts([p.messages for p in prompts], shown)
         answers = self._sample_rows(params, prompts, ids, TEACHER_STREAM + step)
-        demonstrated = [context.demonstration is not None for context in shown]
-        return teacher_measures(graded, answers, rows, demonstrated, len(self._prompts))
+        kinds = [context.kind for context in shown]
+        return teacher_measures(graded, answers, rows, kinds, len(self._prompts))
 
     def _contexts(self, graded: Graded, group: int) -> Sequence[TeacherContext | None]:
         """What each attempt's teacher sees: under `sdft` a demonstration, the environment's own."""
