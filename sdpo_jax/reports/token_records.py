@@ -1,8 +1,8 @@
-"""What student and teacher think of every token of a batch of responses.
+"""Log-probabilities of student and teacher for every token of a batch of responses.
 
-At each response token stand log p (the student after the question), log q (the teacher after the
-re-prompt, where there is one) and the likeliest tokens of both, each with its probability under
-both. log q / p of the sampled token is SDPO's advantage of that token: figures 4, 9 and 22 of
+A record has, for each response token, log p (the student after the question), log q (the teacher
+after its prompt, if there is one) and the most likely tokens of both, each with its log-probability
+under both. log q / p of the sampled token is SDPO's advantage of that token: figures 4, 9 and 22 of
 arXiv 2601.20802 colour tokens by it.
 
 The forward passes are those of training (`step.forward`, the same packing); logits exist for one
@@ -37,7 +37,7 @@ from sdpo_jax.training.step import forward
 
 
 class Responses(NamedTuple):
-    """Token ids of `N` responses and of what stands before them."""
+    """Token ids of `N` responses and of their prompts."""
 
     prompts: Sequence[Sequence[int]]  # [N], the student's
     teacher_prompts: Sequence[Sequence[int] | None]  # [N], None where no context is shown
@@ -45,9 +45,10 @@ class Responses(NamedTuple):
 
 
 class TokenRecord(NamedTuple):
-    """Of one response with `T` tokens: column 0 is the sampled token, then come the candidates.
+    """One response of `T` tokens: column 0 is the sampled token, the others are candidates.
 
-    Candidates are the student's `K` likeliest tokens, then the teacher's; a token may come twice.
+    Candidates are the `K` most likely tokens of the student, then those of the teacher; a token may
+    occur twice.
     """
 
     ids: NDArray[np.int32]  # [T, 1 + 2K], or [T, 1 + K] without a teacher
@@ -80,17 +81,17 @@ def token_records(
     top: int,
     mix: TeacherLogits | None = None,
 ) -> list[TokenRecord]:
-    """Runs student and teacher over the same responses.
+    """Runs student and teacher on the same responses.
 
     Args:
       model: pure functions.
       student: its weights.
-      teacher: weights of the teacher; two, the student's own last, where `mix` joins their logits.
+      teacher: weights of the teacher; with `mix`, also the student's own as the second entry.
       responses: ids of prompts, re-prompts and responses.
       layout: how sequences are packed, as in training.
       devices: the mesh.
-      temperature: of the rollouts; log-probabilities are those of the sampler.
-      top: K; a smaller vocabulary gives all of it.
+      temperature: of the rollouts, so that log-probabilities are those of the sampler.
+      top: K, at most the size of the vocabulary.
       mix: `Teacher.logits`: logits of a trust-region teacher from the two.
 
     Returns:
@@ -163,7 +164,7 @@ def _records_of(
     devices: Devices,
     temperature: float,
 ) -> list[TokenRecord]:
-    """Records of the given rows; `weights` are the student's, then the teacher's if it is asked."""
+    """Records of the given rows; `weights` are the student's, then the teacher's if it runs."""
     if not rows:
         return []
     pairs = [Pair(responses.prompts[i], responses.responses[i]) for i in rows]
@@ -196,7 +197,7 @@ def _records_of(
 def _cut(
     chunks: Sequence[Any], lengths: Sequence[int], packed: PackedBatch
 ) -> dict[int, TokenRecord]:
-    """Chunks of all shards to records of pairs: within a shard, pair follows pair."""
+    """Splits the chunks of all shards into records; a shard holds its pairs end to end."""
     columns = [[ids, *log_probs] for ids, log_probs in chunks]
     whole = [np.stack(parts) for parts in zip(*columns, strict=True)]  # each [n, D · c, ...]
     size = packed.chunk_tokens
