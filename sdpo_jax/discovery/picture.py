@@ -13,7 +13,7 @@ NAMES = {
     "multi_turn_feedback": "turns with feedback",
     "multi_turn_conversation": "turns of conversation",
 }
-"""What stands at the end of a line."""
+"""The label at the end of each line."""
 
 
 def draw(cells: Sequence[Cell]) -> str:
@@ -28,9 +28,9 @@ def draw(cells: Sequence[Cell]) -> str:
             f"{len(methods)} methods; expected at most {len(COLOURS)} in one picture: "
             "leave one out of --method"
         )
-    own = [[cell for cell in cells if cell.method == name] for name in methods]
-    most = max(2, *(reach(group) for group in own))
-    curves = [_curve(NAMES[name], group) for name, group in zip(methods, own, strict=True)]
+    groups = [[cell for cell in cells if cell.method == name] for name in methods]
+    most = max(2, *(reach(group) for group in groups))
+    curves = [_curve(NAMES[name], group) for name, group in zip(methods, groups, strict=True)]
     x = FRAME.horizontal(1, most, _decades(most), is_log=True)
     y = FRAME.vertical([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     questions = len({cell.question for cell in cells})
@@ -47,7 +47,7 @@ def _curve(name: str, cells: Sequence[Cell]) -> Curve:
 
 
 def _decades(most: int) -> list[float]:
-    """1, 10, 100, ... as far as the axis goes; with few of them also 3, 30, ..."""
+    """Ticks 1, 10, 100, ... up to `most`; with fewer than four of them also 3, 30, ..."""
     ticks = [float(10**i) for i in range(len(str(most)))]
     if len(ticks) < 4:
         ticks = sorted([*ticks, *(3 * t for t in ticks)])

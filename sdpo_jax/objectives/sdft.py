@@ -82,6 +82,12 @@ class SdftConfig(ObjectiveConfig):
             expected = f"below {key} ({limit}): no token would be left to learn from"
             yield Problem("objective.skip_first_tokens", expected, (key,))
 
+    def check_vocabulary(self, size: int) -> Iterator[Problem]:
+        """Yields a support that is larger than the vocabulary."""
+        if self.top_k > size:
+            expected = f"at most {size}, the model's vocabulary; 0 compares all of it"
+            yield Problem("objective.top_k", expected)
+
 
 def sdft(settings: SdftConfig) -> Objective:
     """The objective of these settings."""

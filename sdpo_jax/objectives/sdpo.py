@@ -91,6 +91,12 @@ class SdpoConfig(CreditConfig):
             others = ("teacher.demonstration", "teacher.exclude_own_success")
             yield Problem("rollout.rollouts_per_prompt", expected, others)
 
+    def check_vocabulary(self, size: int) -> Iterator[Problem]:
+        """Yields a support that is larger than the vocabulary."""
+        if self.top_k > size:
+            expected = f"at most {size}, the model's vocabulary; 0 compares all of it"
+            yield Problem("objective.top_k", expected)
+
 
 def sdpo(settings: SdpoConfig) -> Objective:
     """The objective of these settings."""

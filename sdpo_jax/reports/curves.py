@@ -11,6 +11,7 @@ the reader's light or dark mode.
 
 import math
 import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,7 +22,6 @@ from sdpo_jax.evaluation.metric_table import metric_of
 from sdpo_jax.reports.plot import Axis, Frame, coordinates, nice_ticks
 from sdpo_jax.run.metrics import read_metrics
 
-USAGE = "python -m sdpo_jax.reports.curves OUT.svg [--metric accuracy] NAME=FILE[,FILE...] ..."
 FRAME = Frame(720, 400, 64, 84, 44, 56, left_gap=10, tick_drop=20, label_rise=12)
 LETTER = 8
 """Upper bound of the width of a letter of the legend, in pixels."""
@@ -208,23 +208,23 @@ def _names(curves: Sequence[Curve], x: Axis, y: Axis) -> list[str]:
     return out
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Reads the words of the command line and writes the picture.
+def main(argv: Sequence[str]) -> None:
+    """Parses the command line and writes the picture.
 
     Raises:
-      UserError: words or files that do not fit.
+      UserError: a file does not fit.
     """
-    words, metric = list(arguments), "accuracy"
-    if "--metric" in words:
-        at = words.index("--metric")
-        metric = (words[at + 1 : at + 2] or [""])[0]
-        del words[at : at + 2]
-    out, specs = Path(words[0] if words else ""), words[1:]
-    if not metric or out.suffix != ".svg" or not specs or not all("=" in s for s in specs):
-        raise UserError(f"expected `{USAGE}`")
+    parser = ArgumentParser(prog="python -m sdpo_jax.reports.curves")
+    parser.add_argument("out", metavar="OUT.svg", type=Path)
+    parser.add_argument("--metric", default="accuracy")
+    parser.add_argument("curves", metavar="NAME=FILE[,FILE...]", nargs="+")
+    arguments = parser.parse_args(argv)
+    out, metric = arguments.out, arguments.metric
+    if out.suffix != ".svg" or not all("=" in text for text in arguments.curves):
+        parser.error("expected a file with .svg, then NAME=FILE[,FILE...] ...")
     curves: list[Curve] = []
-    for spec in specs:
-        name, _, files = spec.partition("=")
+    for text in arguments.curves:
+        name, _, files = text.partition("=")
         curves.append(read_curve(name, files.split(","), metric))
     out.write_text(draw(curves, metric), encoding="utf-8")
     print(f"wrote {out}: {', '.join(f'{c.name} ({c.seeds} run(s))' for c in curves)}")

@@ -23,7 +23,6 @@ from sdpo_jax.reports.panels import Points, Series, panel, rolling_mean
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.run_directory import CONFIG, read_summary
 
-USAGE = "sdpo report RUN_DIR [RUN_DIR ...] [--out FILE.html]"
 MOST_RUNS = 6
 """As many as there are colours."""
 SMOOTHED = 5
@@ -43,22 +42,17 @@ class Run(NamedTuple):
     summary: dict[str, Any] | None
 
 
-def main(words: Sequence[str]) -> None:
-    """Reads the words of the command line and writes the page.
+def write_report(folders: Sequence[Path], out: Path | None = None) -> None:
+    """Writes the page of one run or of several, by default into the first folder.
 
     Raises:
-      UserError: words that do not fit, or a folder without a run.
+      UserError: too many runs or one twice, another name than `.html`, or a folder without a run.
     """
-    rest, out = list(words), None
-    if "--out" in rest:
-        at = rest.index("--out")
-        out = Path((rest[at + 1 : at + 2] or [""])[0])
-        del rest[at : at + 2]
-    if not rest or any(w.startswith("-") for w in rest) or (out and out.suffix != ".html"):
-        raise UserError(f"expected `{USAGE}`")
-    if len(set(rest)) != len(rest) or len(rest) > MOST_RUNS:
-        raise UserError(f"expected different runs, at most {MOST_RUNS}: `{USAGE}`")
-    runs = [read_run(Path(word)) for word in rest]
+    if out and out.suffix != ".html":
+        raise UserError(f"--out {out}: expected the name of a file with .html")
+    if len(set(folders)) != len(folders) or len(folders) > MOST_RUNS:
+        raise UserError(f"expected different runs, at most {MOST_RUNS}")
+    runs = [read_run(folder) for folder in folders]
     if out and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     name = "report.html" if len(runs) == 1 else "comparison.html"

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdpo_jax.environments.base import Environment, not_graded
-from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
 from sdpo_jax.objectives.loss_weights import graded_advantages
 from sdpo_jax.reports.token_records import Responses, TokenRecord, token_records
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.rollouts.sources import GradedRollouts
-from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.run.checkpoint import Restored
+from sdpo_jax.run.components import RunComponents, make_trainer
+from sdpo_jax.run.restore import restore_run
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
-from sdpo_jax.teacher.contexts import Remembers, SiblingContexts
+from sdpo_jax.teacher.contexts import SiblingContexts, context_seed
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.trainer import Trainer
 
@@ -41,13 +42,13 @@ class Shown(NamedTuple):
 
 
 def token_batch(
-    run: RunRef, parts: Mapping[str, Any], *, prompts: int, top: int
+    run: RunRef, components: RunComponents, *, prompts: int, top: int
 ) -> list[dict[str, Any]]:
     """Samples the next batch of a run and compares student and teacher on it.
 
     Args:
       run: and which of its checkpoints.
-      parts: what `load_parts` returns.
+      components: of the run.
       prompts: at most so many of the batch's prompts, the first ones.
       top: alternatives per token of student and of teacher.
 
@@ -57,26 +58,15 @@ def token_batch(
     Raises:
       UserError: the run has no such checkpoint, or its environment fails too often.
     """
-    trainer = Trainer(
-        run.config,
-        parts["model"],
-        parts["tokenizer"],
-        parts["environment"],
-        parts["demonstrations"],
-    )
-    with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        restored = trainer.restore(checkpoints, parts["params"], run.step)
-    if restored is None:
-        raise UserError(
-            f"{run.folder} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
-        )
-    return batch_of(trainer, restored, parts, run=str(run.folder), prompts=prompts, top=top)
+    trainer = make_trainer(run.config, components)
+    restored = restore_run(trainer, run, components.params)
+    return batch_of(trainer, restored, components, run=str(run.folder), prompts=prompts, top=top)
 
 
 def batch_of(
     trainer: Trainer,
     restored: Restored,
-    parts: Mapping[str, Any],
+    components: RunComponents,
     *,
     run: str,
     prompts: int,
@@ -87,12 +77,12 @@ def batch_of(
     Raises:
       UserError: the environment fails too often.
     """
-    config, tokenizer = trainer.config, trainer.tokenizer
+    config, tokenizer, step = trainer.config, trainer.tokenizer, restored.step + 1
     student = trainer.student(restored.state)
-    batch = _next_rollouts(trainer, restored, parts["environment"], student, prompts)
-    shown = _shown(trainer, restored, batch)
+    batch = _rollouts(trainer, restored, components.environment, student, prompts)
+    shown = _shown(trainer, restored, batch, step)
     records = token_records(
-        parts["model"],
+        components.model,
         student,
         _teacher_weights(trainer, restored, student),
         Responses(batch.prompt_ids, shown.prompt_ids, batch.response_ids),
@@ -114,31 +104,26 @@ def batch_of(
     return [head, *response_rows(batch, shown, records, tokenizer)]
 
 
-def _next_rollouts(
+def _rollouts(
     trainer: Trainer, restored: Restored, environment: Environment, student: Params, prompts: int
 ) -> RolloutBatch:
     """The rollouts of the next step; under `sft`, of the environment's first prompts."""
+    source = trainer.source
     if trainer.config.objective.samples:
-        source = trainer.source
         source.set_state(restored.extra["data"])
     else:
         source = GradedRollouts(trainer.config, environment, trainer.tokenizer, trainer.sampler)
     return source(student, restored.step + 1, PhaseTimer(), first=prompts)[0]
 
 
-def _shown(trainer: Trainer, restored: Restored, rollouts: RolloutBatch) -> Shown:
-    """Contexts and teacher prompts; without a teacher, those that SDPO's would see."""
-    build, step = trainer.contexts, restored.step + 1
-    if isinstance(build, Remembers):
-        build.set_state(restored.extra.get("host", {}).get("successes", {}))
-    if build is None:
-        build = SiblingContexts(trainer.config.teacher)
-        given = rollouts.prompts, rollouts.group, rollouts.outcomes, rollouts.texts
-        contexts = build(*given, seed=trainer.config.seed)
-    else:
-        contexts = trainer.engine.teacher_contexts(rollouts, step)
-    prompts, group = rollouts.prompts, rollouts.group
-    return Shown(contexts, trainer.teacher_prompts.of_rollouts(prompts, group, contexts))
+def _shown(trainer: Trainer, restored: Restored, batch: RolloutBatch, step: int) -> Shown:
+    """Contexts and teacher prompts by the rule of training; without a teacher, by SDPO's."""
+    trainer.set_host_state(restored.extra.get("host", {}))
+    build = trainer.contexts or SiblingContexts(trainer.config.teacher)
+    seed = context_seed(trainer.config.seed, step)
+    contexts = build(batch.prompts, batch.group, batch.outcomes, batch.texts, seed=seed)
+    prompts = trainer.teacher_prompts.of_rollouts(batch.prompts, batch.group, contexts)
+    return Shown(contexts, prompts)
 
 
 def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:

@@ -73,6 +73,11 @@ class Remembers(Protocol):
         ...
 
 
+def context_seed(seed: int, step: int) -> int:
+    """The seed of a step's context builder in a run with this seed."""
+    return seed * 1_000_003 + step
+
+
 class SiblingContexts:
     """The contexts of SDPO; see `choose_context`.
 

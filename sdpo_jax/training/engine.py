@@ -28,7 +28,7 @@ from sdpo_jax.model import Model, Params
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.context import TeacherContext
-from sdpo_jax.teacher.contexts import ContextBuilder, Remembers
+from sdpo_jax.teacher.contexts import ContextBuilder, Remembers, context_seed
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.batch import (
@@ -93,7 +93,7 @@ class Engine:
         if build is None:
             raise ValueError("the objective has no context builder, expected Objective.contexts")
         given = rollouts.prompts, rollouts.group, rollouts.outcomes, rollouts.texts
-        contexts = build(*given, seed=self.config.seed * 1_000_003 + step)
+        contexts = build(*given, seed=context_seed(self.config.seed, step))
         if isinstance(build, Remembers):
             build.remember(*given)
         return contexts

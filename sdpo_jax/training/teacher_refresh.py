@@ -1,7 +1,7 @@
 """Carries out the decisions of a `refreshed` teacher's schedule on the train state."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -34,7 +34,7 @@ class TeacherRefresh:
         }
 
     def __call__(
-        self, state: TrainState, row: dict[str, Any], *, moved: bool
+        self, state: TrainState, row: Mapping[str, float], *, moved: bool
     ) -> tuple[TrainState, dict[str, float]]:
         """After a step with metrics `row`: the state, and what was decided."""
         observed = None

@@ -150,14 +150,37 @@ class Trainer:
         Returns:
           The new state, and the metrics of the step.
         """
-        timer, models = PhaseTimer(), self.models(state)
-        rollouts, row = self.source(models.student, step, timer)
+        timer = PhaseTimer()
+        rollouts, row = self.source(self.student(state), step, timer)
         if on_rollouts is not None:
             on_rollouts(step, rollouts)
-        updates, more = self.objective.make_updates(
-            self.engine, rollouts, models, step=step, timer=timer
+        state, more = self.learn(state, rollouts, step, timer, observed=row)
+        return state, row | more
+
+    def learn(
+        self,
+        state: TrainState,
+        rollouts: RolloutBatch,
+        step: int,
+        timer: PhaseTimer,
+        *,
+        observed: Mapping[str, float],
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The updates of a rollout batch, then one move of the teacher.
+
+        Args:
+          state: used up.
+          rollouts: what is learned from.
+          step: its number.
+          timer: of the step; it is read here.
+          observed: metrics of the rollouts, for a `refreshed` teacher's schedule.
+
+        Returns:
+          The new state, and metrics of the updates.
+        """
+        updates, row = self.objective.make_updates(
+            self.engine, rollouts, self.models(state), step=step, timer=timer
         )
-        del models  # the first update uses the student's buffers up
         with timer.phase("train"):
             measured: list[Metrics] = []
             for update in updates:
@@ -168,10 +191,10 @@ class Trainer:
                 any_finite = jnp.any(jnp.stack([m.finite for m in measured]))
                 state = self._update_teacher(state, any_finite)
             fetched: list[Metrics] = self.devices.fetch(measured)
-            row = row | more | _summarise(fetched)
+            row = {**row, **_summarise(fetched)}
             if self._refresh is not None:
                 moved = any(bool(m.finite) for m in fetched)
-                state, decided = self._refresh(state, row, moved=moved)
+                state, decided = self._refresh(state, observed, moved=moved)
                 row |= decided
         return state, row | timer.read()
 
@@ -224,7 +247,7 @@ class Trainer:
 
     def set_host_state(self, saved: Mapping[str, Any]) -> None:
         """Restores what `host_state` gave."""
-        if self._refresh is not None:
+        if self._refresh is not None and "teacher" in saved:
             self._refresh.schedule.set_state(saved["teacher"])
         if isinstance(self.contexts, Remembers):
             self.contexts.set_state(saved.get("successes", {}))
