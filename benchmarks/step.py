@@ -47,20 +47,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.config import (
-    Config,
-    GrpoObjective,
-    OptimizerConfig,
-    RolloutConfig,
-    SdpoObjective,
-    SftObjective,
-    TeacherConfig,
-    TrainConfig,
-)
+from sdpo_jax.config import Config, OptimizerConfig, RolloutConfig, TeacherConfig, TrainConfig
 from sdpo_jax.config import DataConfig as Data
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training.trainer import Trainer
 from sdpo_models.architecture import Architecture
 from sdpo_models.transformer import build_model
@@ -71,7 +64,7 @@ HEADERS = 3
 """Control tokens that `render` adds to one message."""
 FEEDBACK_TEMPLATE_TOKENS = 112
 """What feedback, whose header is longer, has around it."""
-OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective(), "sft": SftObjective()}
+OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig(), "sft": SftConfig()}
 
 
 class WordTokenizer:
@@ -150,7 +143,7 @@ class ChecksumEnvironment:
 
 
 def make_config(s: Setting, options: argparse.Namespace) -> Config:
-    return Config(
+    return default_config(
         objective=OBJECTIVES[options.objective],
         rollout=RolloutConfig(
             prompts_per_step=s.prompts,

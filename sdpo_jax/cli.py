@@ -81,7 +81,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> None:
-    from sdpo_jax.config.recipe import load_recipe
+    from sdpo_jax.run.recipes import load_recipe
 
     if not words or words[0].startswith("-"):
         raise UserError("sdpo train: expected a recipe first, as in `sdpo train configs/nano.toml`")
@@ -96,7 +96,7 @@ def _train(words: list[str]) -> None:
     from sdpo_jax.run import run_directory
     from sdpo_jax.run.console import Console
     from sdpo_jax.run.loop import show_summary, train
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     run_dir = Path(config.run_dir)
     summary = run_directory.read_summary(run_dir)
@@ -122,11 +122,11 @@ def _train(words: list[str]) -> None:
 def _eval(words: list[str]) -> None:
     from sdpo_jax.commands.evaluate import evaluate_run, evaluate_start, parse_options
     from sdpo_jax.compilation import persistent_cache
-    from sdpo_jax.config.recipe import load_recipe
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.run.recipes import load_recipe
     from sdpo_jax.run.run_ref import find
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     options = parse_options(words)
     _quiet_libraries()
@@ -155,7 +155,7 @@ def _heatmap(words: list[str]) -> None:
     from sdpo_jax.devices import fitting_mesh
     from sdpo_jax.environments.registry import make_environment
     from sdpo_jax.run.run_ref import find
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     options = parse_options(words)
     _quiet_libraries()
@@ -177,7 +177,7 @@ def _discover(words: list[str]) -> None:
     from sdpo_jax.discovery.options import find_questions, parse
     from sdpo_jax.discovery.runner import discover
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_models.gguf_convert import cache_folder
+    from sdpo_models.gguf.convert import cache_folder
 
     config, options = parse(words)
     environment = make_environment(config.environment)  # before there is a device
@@ -197,7 +197,7 @@ def _convert(words: list[str]) -> None:
         raise UserError(f"--dtype {dtype}: expected `{usage}`")
     _quiet_libraries()
     if source.endswith(".gguf"):
-        from sdpo_models.gguf_convert import convert
+        from sdpo_models.gguf.convert import convert
 
         convert(source, out, dtype=dtype)
         print(f"wrote {out}: {source} as {dtype}")
@@ -245,9 +245,9 @@ def _env_check(path: Path, options: list[str]) -> int:
         FileEnvironment,
         NanoCodeEnvironment,
     )
-    from sdpo_jax.config.recipe import load_recipe
     from sdpo_jax.environments.check import check, report
     from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.run.recipes import load_recipe
 
     _quiet_libraries()
     if path.suffix == ".toml":
@@ -274,7 +274,7 @@ def model_folder(config: Config) -> Path:
     if names_a_run(path):
         return model_folder(config_of(path))
     if path.startswith("package:"):
-        from sdpo_models.gguf_convert import package_folder
+        from sdpo_models.gguf.convert import package_folder
 
         return package_folder(path)
     if path.endswith(".gguf"):
@@ -298,14 +298,13 @@ def load_parts(config: Config, environment: Environment | None = None) -> dict[s
     `environment` is the recipe's, if the caller has built it already.
     `params` is a function: nobody but the run holds what it loads.
     """
-    from sdpo_jax.config import Demonstrated
     from sdpo_jax.data.demonstrations import load_demonstrations
     from sdpo_jax.environments.registry import make_environment
     from sdpo_models.tokenizer import ChatTokenizer
 
     if environment is None:
         environment = make_environment(config.environment)
-    taught = isinstance(config.objective, Demonstrated)
+    taught = config.objective.learns_from == "demonstrations"
     demonstrations = load_demonstrations(config.data, environment) if taught else ()
     folder = model_folder(config)
     architecture, model = _model(config, folder)
@@ -325,13 +324,13 @@ def _model(config: Config, folder: Path) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from sdpo_jax.config import SdftObjective, SdpoObjective
+    from sdpo_jax.config.objectives import SdftConfig, SdpoConfig
     from sdpo_jax.training.state import make_parameters
     from sdpo_models.hugging_face import load_architecture
     from sdpo_models.transformer import build_model
 
     architecture, objective = load_architecture(folder), config.objective
-    compares = isinstance(objective, SdpoObjective | SdftObjective)
+    compares = isinstance(objective, SdpoConfig | SdftConfig)
     if compares and objective.top_k > architecture.vocabulary:
         raise UserError(
             f"objective.top_k = {objective.top_k}: expected at most {architecture.vocabulary}, the "

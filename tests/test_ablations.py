@@ -9,8 +9,10 @@ import jax
 import pytest
 import tiny
 
-from sdpo_jax.config import SdpoObjective, recipe
+from sdpo_jax.config.objectives import SdpoConfig
+from sdpo_jax.config.resolved import differences
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.run.recipes import load_recipe
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.trainer import Trainer
 
@@ -22,16 +24,16 @@ ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 
 
 def config_of(options):
-    return recipe.load_recipe(RECIPE, shlex.split(options))
+    return load_recipe(RECIPE, shlex.split(options))
 
 
 @pytest.mark.parametrize("options", [x for _, x in ROWS], ids=[name for name, _ in ROWS])
 def test_every_row_is_a_recipe_and_says_what_it_changes(options):
-    changed, plain = config_of(options), recipe.load_recipe(RECIPE)
+    changed, plain = config_of(options), load_recipe(RECIPE)
     keys = [w.removeprefix("--").replace("-", "_") for w in options.split() if w[:2] == "--"]
-    differs = [line.partition(":")[0] for line in recipe.differences(plain, changed)]
+    differs = [line.partition(":")[0] for line in differences(plain, changed)]
     assert set(differs) <= {key.replace(".no_", ".") for key in keys}
-    assert isinstance(changed.objective, SdpoObjective)
+    assert isinstance(changed.objective, SdpoConfig)
 
 
 def test_the_table_is_there_and_names_nothing_twice():

@@ -1,4 +1,4 @@
-"""`rollout.ahead`: the next batch is drawn before an update and graded while it runs."""
+"""`rollout.one_step_off_policy`: the next batch is sampled before an update, graded during it."""
 
 import threading
 from dataclasses import replace
@@ -8,15 +8,15 @@ import pytest
 import test_loop
 from test_loop import BASE, MODEL, TOKENIZER, Toy, rows_of, start_params
 
-from sdpo_jax.config import GrpoObjective, SdpoObjective
-from sdpo_jax.config.recipe import load_recipe
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.errors import UserError
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw, redraw
 from sdpo_jax.run import loop
+from sdpo_jax.run.recipes import load_recipe
 from sdpo_jax.training.trainer import Trainer
 
-OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
+OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
 
 
 quick_programs = test_loop.quick_programs
@@ -27,7 +27,7 @@ def config_of(folder, name="sdpo", rate=3e-3, ahead=True):
         BASE,
         run_dir=str(folder),
         objective=OBJECTIVES[name],
-        rollout=replace(BASE.rollout, ahead=ahead),
+        rollout=replace(BASE.rollout, one_step_off_policy=ahead),
         optimizer=replace(BASE.optimizer, learning_rate=rate),
     )
 
@@ -124,8 +124,9 @@ def test_a_failure_in_the_thread_stops_the_run_with_the_environments_own_words(t
 
 
 def test_a_recipe_refuses_to_draw_ahead_of_what_a_later_turn_waits_for():
-    with pytest.raises(UserError, match=r"max-turns: 2, expected 1 with rollout.ahead"):
-        load_recipe("configs/nano.toml", ["--rollout.ahead", "--rollout.max-turns", "2"])
+    words = ["--rollout.one-step-off-policy", "--rollout.max-turns", "2"]
+    with pytest.raises(UserError, match=r"max-turns: 2, expected 1 with rollout.one_step_off_pol"):
+        load_recipe("configs/nano.toml", words)
 
 
 def test_a_draw_that_was_kept_is_the_same_to_the_bit():

@@ -23,13 +23,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sdpo_jax.cli import load_parts, main, model_folder
-from sdpo_jax.config import Config, ModelConfig
-from sdpo_jax.config.recipe import _leaves, load_recipe
+from sdpo_jax.config import ModelConfig
+from sdpo_jax.config.resolved import flatten
 from sdpo_jax.evaluation.report import table
 from sdpo_jax.rollouts.phase_timer import is_time
 from sdpo_jax.run import run_directory
 from sdpo_jax.run.manifest import complete
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_models.hugging_face import load_architecture, load_params
 from sdpo_models.nano import FOLDER as NANO
 
@@ -304,7 +305,7 @@ def test_a_run_in_a_folder_called_nano_is_not_taken_for_the_model(tmp_path, monk
     (tmp_path / "nano").mkdir()
     (tmp_path / "nano" / "config.toml").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert model_folder(Config()) == NANO
+    assert model_folder(default_config()) == NANO
 
 
 def test_convert_writes_a_folder_that_loads_and_never_overwrites_one(
@@ -425,7 +426,7 @@ def test_help_lists_every_setting(capsys):
         main(["train", str(RECIPE), "--help"])
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    for key in _leaves(load_recipe(RECIPE)):  # of its objective and its environment
+    for key in flatten(load_recipe(RECIPE)):  # of its objective and its environment
         assert f"--{key.replace('_', '-')}" in out, key
     for kind in ("grpo", "bfcl", "reasoning_gym"):  # and that there are others
         assert kind in out

@@ -15,7 +15,6 @@ import numpy
 import pytest
 
 from sdpo_jax.config.environments import NanoCodeEnvironment
-from sdpo_jax.config.recipe import load_recipe
 from sdpo_jax.environments.code import human_eval
 from sdpo_jax.environments.code.environment import Code
 from sdpo_jax.environments.code.livecodebench import (
@@ -28,6 +27,7 @@ from sdpo_jax.environments.registry import make_environment
 from sdpo_jax.environments.sandbox import open_sandbox
 from sdpo_jax.environments.sandbox.protocol import Call, Run
 from sdpo_jax.errors import UserError
+from sdpo_jax.run.recipes import load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from sdpo_jax.config import Config, RolloutConfig, SftObjective, TrainConfig
+from sdpo_jax.config import RolloutConfig, TrainConfig
+from sdpo_jax.config.objectives import SftConfig
 from sdpo_jax.run.console import COLUMNS, Console, batch_arithmetic, duration
+from sdpo_jax.run.recipes import default_config
 
 STEP = {
     "step": 3,
@@ -61,7 +63,7 @@ def test_other_objectives_have_other_columns():
 
 def test_plain_header_evaluation_and_summary():
     console, stream = plain()
-    batch = batch_arithmetic(Config())
+    batch = batch_arithmetic(default_config())
     console.header(
         training="sdpo, nano on tool_calls", devices="1 cpu", run_dir="runs/x", batch=batch
     )
@@ -98,11 +100,11 @@ def test_plain_header_evaluation_and_summary():
 
 
 def test_batch_arithmetic_counts_generations_and_updates():
-    config = Config(rollout=RolloutConfig(prompts_per_step=4, rollouts_per_prompt=2))
+    config = default_config(rollout=RolloutConfig(prompts_per_step=4, rollouts_per_prompt=2))
     assert batch_arithmetic(config) == "4 prompts x 2 rollouts = 8 generations a step"
-    several = Config(train=TrainConfig(mini_batches=4))
+    several = default_config(train=TrainConfig(mini_batches=4))
     assert batch_arithmetic(several).endswith("128 generations a step, 4 optimiser updates")
-    assert batch_arithmetic(Config(objective=SftObjective())) == "64 demonstrations a step"
+    assert batch_arithmetic(default_config(objective=SftConfig())) == "64 demonstrations a step"
 
 
 @pytest.mark.parametrize(

@@ -19,16 +19,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from sdpo_jax.compilation import CompileCounter
 from sdpo_jax.config import (
-    Config,
     EvaluationConfig,
-    GrpoObjective,
     OptimizerConfig,
     RolloutConfig,
-    SdpoObjective,
-    SftObjective,
     TeacherConfig,
     TrainConfig,
 )
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.discovery import baselines
 from sdpo_jax.discovery import runner as discover_command
 from sdpo_jax.discovery.options import Options, find_questions, parse
@@ -38,13 +35,14 @@ from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import Grader
 from sdpo_jax.errors import UserError
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training import trainer as trainer_module
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 RECIPE = str(ROOT / "configs" / "nano_discover.toml")
-OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
+OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
 GROUP = 4
 
 
@@ -97,7 +95,7 @@ def start_params():
 
 
 def make_config(run_dir="", **sections):
-    config = Config(
+    config = default_config(
         run_dir=str(run_dir),
         rollout=RolloutConfig(
             prompts_per_step=1,
@@ -212,7 +210,7 @@ def test_a_second_question_and_a_second_seed_compile_nothing():
 
 
 def test_supervised_training_is_no_method_for_a_question():
-    config = make_config(objective=SftObjective())
+    config = make_config(objective=SftConfig())
     with pytest.raises(UserError, match="objective sft: expected one that learns from rollouts"):
         TestTimeTraining(config, MODEL, TOKENIZER, Toy(), start_params())
 

@@ -180,7 +180,7 @@ from sdpo_jax.run import loop
 initialize_from_environment()
 saved = []
 trainer = SimpleNamespace(
-    config=Config(run_dir="nowhere"),
+    config=default_config(run_dir="nowhere"),
     source=SimpleNamespace(get_state=dict),
     host_state=dict,
 )

@@ -8,19 +8,18 @@ from pathlib import Path
 import pytest
 
 import sdpo_jax
-from sdpo_jax.config import Config, GrpoObjective, SdftObjective, SdpoObjective
+from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig
+from sdpo_jax.run.recipes import default_config
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = {
-    "rollout": Config().rollout,
-    "teacher": Config().teacher,
-    "train": Config().train,
-    "model": Config().model,
+    "rollout": default_config().rollout,
+    "teacher": default_config().teacher,
+    "train": default_config().train,
+    "model": default_config().model,
 }
 KEYS = {f"{name}.{f.name}" for name, part in SECTIONS.items() for f in fields(part)} | {
-    f"objective.{f.name}"
-    for kind in (SdpoObjective, GrpoObjective, SdftObjective)
-    for f in fields(kind)
+    f"objective.{f.name}" for kind in (SdpoConfig, GrpoConfig, SdftConfig) for f in fields(kind)
 }
 PARAMETERS = {
     parameter

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
+from sdpo_jax.config import EvaluationConfig, RolloutConfig, TeacherConfig
+from sdpo_jax.config.checks import problems
 from sdpo_jax.config.environments import (
     BfclEnvironment,
     EnvironmentConfig,
@@ -20,7 +21,7 @@ from sdpo_jax.config.environments import (
     ToolCallsEnvironment,
     ToolUseEnvironment,
 )
-from sdpo_jax.config.recipe import _kinds, load_recipe, problems, to_toml
+from sdpo_jax.config.resolved import to_toml
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import Grader, refuse_failures
 from sdpo_jax.environments.registry import ENVIRONMENTS, make_environment, settings_of
@@ -33,6 +34,7 @@ from sdpo_jax.rollouts.diagnostics import environment_metrics
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.rollouts.sampler import HostRollouts
+from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_jax.teacher.context import choose_context
 from sdpo_jax.training.batch import BatchLayout
 from sdpo_jax.training.updates import split_mini_batches
@@ -211,7 +213,7 @@ def test_the_mean_of_a_group_is_over_its_graded_siblings():
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_graded(reduction):
-    config, form = Config(), BatchLayout(False, 64, 8, 1)
+    config, form = default_config(), BatchLayout(False, 64, 8, 1)
     failed = [2, 5, 6]
     outcomes = [FAILED if i in failed else RIGHT for i in range(2 * GROUP)]
     whole = experience(outcomes)
@@ -244,7 +246,7 @@ def test_a_batch_of_which_nothing_could_be_graded_makes_no_update():
     batch, rows = experience([FAILED] * GROUP), np.ones(GROUP, np.bool_)
     assert (
         split_mini_batches(
-            Config(), batch, rows, rows, "sequence_mean", BatchLayout(False, 64, 8, 1)
+            default_config(), batch, rows, rows, "sequence_mean", BatchLayout(False, 64, 8, 1)
         )
         == []
     )
@@ -307,7 +309,7 @@ def step_of(environment, *answers, share=0.2):
         seen.append(experience)
         return [], {}
 
-    config = Config(
+    config = default_config(
         rollout=RolloutConfig(rollouts_per_prompt=len(answers)),
         environment=ToolCallsEnvironment(max_failed_share=share),
     )
@@ -343,7 +345,7 @@ def test_every_kind_has_a_maker_and_its_defaults_round_trip(tmp_path):
     assert {kind.kind for kind in kinds} == set(ENVIRONMENTS)
     path = tmp_path / "x.toml"
     for kind in kinds:
-        config = Config(environment=kind, evaluation=EvaluationConfig(prompts=1))
+        config = default_config(environment=kind, evaluation=EvaluationConfig(prompts=1))
         assert problems(config) == []
         path.write_text(to_toml(config))
         assert load_recipe(path) == config
@@ -374,7 +376,6 @@ def test_an_option_may_choose_the_environment(tmp_path):
     path.write_text("")
     words = ["--environment.kind=file", "--environment.path", "a.py", "--environment.workers=3"]
     assert load_recipe(path, words).environment == FileEnvironment(path="a.py", workers=3)
-    assert "environment.kind" in _kinds()
 
 
 def test_help_shows_the_settings_of_the_recipes_kind(tmp_path, capsys):

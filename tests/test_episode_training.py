@@ -15,16 +15,13 @@ from test_episodes import ARCHITECTURE, MODEL, PROMPTS, Tokenizer
 from sdpo_jax.cli import load_parts
 from sdpo_jax.config import (
     CheckpointConfig,
-    Config,
     EvaluationConfig,
-    GrpoObjective,
     OptimizerConfig,
     RolloutConfig,
-    SdpoObjective,
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.config.recipe import load_recipe
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome
 from sdpo_jax.objectives.sdpo import GrpoUpdates
 from sdpo_jax.rollouts.phase_timer import PhaseTimer, is_time
@@ -32,13 +29,14 @@ from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw
 from sdpo_jax.run import loop
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.batch import reduction_weights
 from sdpo_jax.training.step import train_step
 from sdpo_jax.training.trainer import Trainer
 from sdpo_jax.training.updates import split_mini_batches
 
-OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
+OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
 
 
 class Checksum:
@@ -54,7 +52,7 @@ class Checksum:
 
 @cache
 def trainer_of(name):
-    config = Config(
+    config = default_config(
         objective=OBJECTIVES[name],
         rollout=RolloutConfig(
             prompts_per_step=2,

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from sdpo_jax.commands.evaluate import evaluate_run
-from sdpo_jax.config import Config, EvaluationConfig, RolloutConfig, TeacherConfig
+from sdpo_jax.config import EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.grading import Grader, OpenEpisodes
 from sdpo_jax.environments.retries import with_episodes
@@ -27,6 +27,7 @@ from sdpo_jax.evaluation.evaluator import (
 from sdpo_jax.rollouts.diagnostics import environment_metrics
 from sdpo_jax.rollouts.generate import rollout_keys
 from sdpo_jax.rollouts.sampler import HostRollouts, Sampler
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.prompts import TeacherPrompts
 
@@ -77,7 +78,7 @@ class Script:
 
 def make_config(**evaluation):
     settings = {"prompts": 5, "samples_per_prompt": 2, "batch_prompts": 2}
-    return Config(
+    return default_config(
         seed=3,
         rollout=RolloutConfig(max_response_tokens=6),
         teacher=TeacherConfig(max_prompt_tokens=512),
@@ -168,7 +169,7 @@ def test_evaluation_draws_with_its_own_temperature_and_top_p():
 
 
 def test_a_run_without_held_out_prompts_cannot_be_evaluated(tmp_path):
-    config = replace(Config(), evaluation=EvaluationConfig(prompts=0))
+    config = replace(default_config(), evaluation=EvaluationConfig(prompts=0))
     with pytest.raises(UserError, match=r"evaluation\.prompts = 0, there is nothing to evaluate"):
         evaluate_run(RunRef(tmp_path, config, None), {}, samples=1)
 

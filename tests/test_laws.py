@@ -49,7 +49,7 @@ LAWS = {
         "test_distillation::test_no_gradient_to_teacher_or_weights",
         "test_distillation::test_weights_pass_no_gradient"],
     8: ["test_from_hidden::test_both_logits_are_divided_by_the_temperature",
-        "test_chunked_head::"
+        "test_fused_linear::"
         "test_sdpo_per_token_is_sdpo_loss_with_both_logits_divided_by_the_temperature"],
     9: ["test_laws::test_a_support_with_tail_is_a_lower_bound_that_grows_to_the_full_divergence",
         "test_laws::test_a_tail_of_one_token_or_none_is_the_full_vocabulary"],

@@ -21,18 +21,14 @@ import tiny
 
 from sdpo_jax.config import (
     CheckpointConfig,
-    Config,
     DataConfig,
     EvaluationConfig,
-    GrpoObjective,
     OptimizerConfig,
     RolloutConfig,
-    SdftObjective,
-    SdpoObjective,
-    SftObjective,
     TeacherConfig,
     TrainConfig,
 )
+from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
@@ -41,6 +37,7 @@ from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run import loop
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import find
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.state import from_saved, to_saved
@@ -52,12 +49,12 @@ ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 STEPS = 3
 OBJECTIVES = {
-    "sdpo": SdpoObjective(),
-    "grpo": GrpoObjective(),
-    "sft": SftObjective(),
-    "sdft": SdftObjective(skip_first_tokens=1),
+    "sdpo": SdpoConfig(),
+    "grpo": GrpoConfig(),
+    "sft": SftConfig(),
+    "sdft": SdftConfig(skip_first_tokens=1),
 }
-BASE = Config(
+BASE = default_config(
     rollout=RolloutConfig(
         prompts_per_step=2, rollouts_per_prompt=4, max_prompt_tokens=32, max_response_tokens=6
     ),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.config import Config, LoraConfig, TeacherConfig
+from sdpo_jax.config import LoraConfig, TeacherConfig
 from sdpo_jax.errors import UserError
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.weights import ema_update
 from sdpo_jax.training.lora import LowRank, full, lora
 from sdpo_jax.training.state import (
@@ -94,7 +95,9 @@ def test_the_base_receives_no_gradient():
 
 
 def config_of(weights, rank=2):
-    return Config(lora=LoraConfig(rank=rank), teacher=TeacherConfig(weights=weights, ema_rate=0.25))
+    return default_config(
+        lora=LoraConfig(rank=rank), teacher=TeacherConfig(weights=weights, ema_rate=0.25)
+    )
 
 
 def state_of(config, mesh=(1, 1, 1), architecture=tiny.ARCHITECTURE):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.config import Config, RolloutConfig, SdpoObjective, TeacherConfig, TrainConfig
+from sdpo_jax.config import RolloutConfig, TeacherConfig, TrainConfig
+from sdpo_jax.config.objectives import SdpoConfig
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.objectives.contexts import Contexts
 from sdpo_jax.objectives.credit import (
@@ -20,6 +21,7 @@ from sdpo_jax.objectives.credit import (
 from sdpo_jax.objectives.loss_weights import distillation_coefficient, make_loss_weights
 from sdpo_jax.rollouts.diagnostics import overlap, repeated_share, rollout_diagnostics
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.controls import shuffled
 from sdpo_jax.teacher.prompts import TeacherPrompts
@@ -54,7 +56,7 @@ def experience(rewards=REWARDS, names=("p", "q", "r"), ungraded=(), texts=None):
 
 def shares_of(objective, step=1, steps=10, given=None):
     given = experience() if given is None else given
-    config = Config(train=TrainConfig(steps=steps))
+    config = default_config(train=TrainConfig(steps=steps))
     return make_loss_weights(config, objective, given, TEACHER & given.graded, step)
 
 
@@ -69,65 +71,65 @@ def part_of(given, rows, denominator=1.0) -> Any:
 
 
 def test_plain_sdpo_counts_the_rollouts_with_a_teacher_and_nothing_else():
-    shares = shares_of(SdpoObjective())
+    shares = shares_of(SdpoConfig())
     np.testing.assert_array_equal(shares.counted, TEACHER)
-    np.testing.assert_array_equal(shares.distil, TEACHER.astype(np.float32))
+    np.testing.assert_array_equal(shares.distill, TEACHER.astype(np.float32))
     assert not shares.reinforce.any()
 
 
 def test_the_route_goes_by_reward_and_by_whether_there_is_a_teacher():
-    shares = shares_of(SdpoObjective(route="outcome"))
+    shares = shares_of(SdpoConfig(route="outcome"))
     failed = np.asarray(REWARDS) < 1.0
-    np.testing.assert_array_equal(shares.distil, (failed & TEACHER).astype(np.float32))
-    np.testing.assert_array_equal(shares.reinforce, 1.0 - shares.distil)
+    np.testing.assert_array_equal(shares.distill, (failed & TEACHER).astype(np.float32))
+    np.testing.assert_array_equal(shares.reinforce, 1.0 - shares.distill)
     assert shares.counted.all()
 
 
 def test_the_gate_distils_only_what_the_reward_prefers():
-    shares = shares_of(SdpoObjective(route="positive", grpo_weight=0.25))
+    shares = shares_of(SdpoConfig(route="positive", grpo_weight=0.25))
     rewards = np.asarray(REWARDS).reshape(-1, GROUP)
     above = (rewards > rewards.mean(axis=1, keepdims=True)).reshape(-1)
-    np.testing.assert_allclose(shares.distil, 0.75 * (above & TEACHER))
+    np.testing.assert_allclose(shares.distill, 0.75 * (above & TEACHER))
     np.testing.assert_allclose(shares.reinforce, 0.25)
 
 
 def test_a_rollout_that_could_not_be_graded_has_no_share():
     given = experience(ungraded=(1, 6))
-    for objective in (SdpoObjective(grpo_weight=0.5), SdpoObjective(route="outcome")):
+    for objective in (SdpoConfig(grpo_weight=0.5), SdpoConfig(route="outcome")):
         shares = shares_of(objective, given=given)
-        for part in (shares.counted, shares.distil, shares.reinforce, shares.advantages):
+        for part in (shares.counted, shares.distill, shares.reinforce, shares.advantages):
             assert not part[[1, 6]].any()
 
 
 def test_questions_weigh_by_the_spread_of_their_outcomes_over_its_mean():
-    shares = shares_of(SdpoObjective(question_weights="pass_rate", question_weight_floor=0.1))
+    shares = shares_of(SdpoConfig(question_weights="pass_rate", question_weight_floor=0.1))
     rates = np.array([1 / 3, 0.0, 2 / 3])
     raw = np.maximum(np.sqrt(rates * (1 - rates)), 0.1)
     expected = np.repeat(raw / raw.mean(), GROUP) * TEACHER
-    np.testing.assert_allclose(shares.distil, expected, rtol=1e-6)
+    np.testing.assert_allclose(shares.distill, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("step", "expected"), [(1, 0.25), (4, 1.0), (7, 1.0), (8, 2 / 3), (9, 1 / 3), (10, 0.0)]
 )
 def test_the_coefficient_rises_then_falls_to_nothing(step, expected):
-    objective = SdpoObjective(distillation_warmup_steps=4, distillation_decay_steps=3)
+    objective = SdpoConfig(distillation_warmup_steps=4, distillation_decay_steps=3)
     assert distillation_coefficient(objective, step, 10) == pytest.approx(expected)
     shares = shares_of(objective, step=step)
-    np.testing.assert_allclose(shares.distil, expected * TEACHER, rtol=1e-6)
+    np.testing.assert_allclose(shares.distill, expected * TEACHER, rtol=1e-6)
     worth = worth_computing(objective, shares)
     np.testing.assert_array_equal(worth, TEACHER if expected else np.zeros_like(TEACHER))
 
 
 def test_each_half_of_a_mix_is_divided_by_its_own_tokens():
-    given, objective = experience(), SdpoObjective(grpo_weight=0.4)
+    given, objective = experience(), SdpoConfig(grpo_weight=0.4)
     shares = shares_of(objective, given=given)
     tokens = float(given.lengths.sum())
     part = part_of(given, list(range(9)), tokens)
-    distil = own_reduction(objective, given, part, TEACHER, shares)
+    distill = own_reduction(objective, given, part, TEACHER, shares)
     # Over the common denominator: what (1 - lambda) over the distilled tokens would be.
     expected = 0.6 / given.lengths[TEACHER].sum()
-    np.testing.assert_allclose(distil / tokens, expected * TEACHER, rtol=1e-6)
+    np.testing.assert_allclose(distill / tokens, expected * TEACHER, rtol=1e-6)
 
 
 def test_teacher_entropy_weights_have_mean_one_over_an_update():
@@ -143,15 +145,15 @@ def test_teacher_entropy_weights_have_mean_one_over_an_update():
 def credit(objective, given, gaps, rows):
     shares = shares_of(objective, given=given)
     part = part_of(given, rows, float(given.lengths.sum()))
-    distil = own_reduction(objective, given, part, TEACHER, shares)
-    told = token_advantages(Config(), objective, given, part, gaps, distil, shares)
-    return told, shares, distil
+    distill = own_reduction(objective, given, part, TEACHER, shares)
+    told = token_advantages(default_config(), objective, given, part, gaps, distill, shares)
+    return told, shares, distill
 
 
 def test_a_rollout_has_the_mean_of_its_tokens_advantages():
     given, rows = experience(), [1, 2, 6]
     gaps = [RANDOM.normal(size=given.lengths[i]).astype(np.float32) for i in rows]
-    told, _, _ = credit(SdpoObjective(credit="sequence"), given, gaps, rows)
+    told, _, _ = credit(SdpoConfig(credit="sequence"), given, gaps, rows)
     for advantages, gap in zip(told, gaps, strict=True):
         np.testing.assert_allclose(advantages, np.full(len(gap), gap.mean()), rtol=1e-5)
 
@@ -159,17 +161,17 @@ def test_a_rollout_has_the_mean_of_its_tokens_advantages():
 def test_a_mix_by_advantages_is_the_papers_equation_3():
     given, rows = experience(), [1, 2, 6]
     gaps = [RANDOM.normal(size=given.lengths[i]).astype(np.float32) for i in rows]
-    objective = SdpoObjective(credit="sequence", grpo_weight=0.9)
-    told, shares, distil = credit(objective, given, gaps, rows)
+    objective = SdpoConfig(credit="sequence", grpo_weight=0.9)
+    told, shares, distill = credit(objective, given, gaps, rows)
     for i, advantages, gap in zip(rows, told, gaps, strict=True):
-        expected = 0.9 * shares.advantages[i] + distil[i] * gap.mean()
+        expected = 0.9 * shares.advantages[i] + distill[i] * gap.mean()
         np.testing.assert_allclose(advantages, np.full(len(gap), expected), rtol=1e-5)
 
 
 def test_modulated_advantages_are_the_formula_and_plain_without_a_teacher():
     given, rows = experience(), [0, 1, 6]  # the first has no teacher
     gaps = [RANDOM.normal(size=given.lengths[i]).astype(np.float32) for i in rows]
-    objective = SdpoObjective(credit="modulated", modulation=0.5, modulation_bound=0.2)
+    objective = SdpoConfig(credit="modulated", modulation=0.5, modulation_bound=0.2)
     told, shares, _ = credit(objective, given, gaps, rows)
     for i, advantages, gap in zip(rows, told, gaps, strict=True):
         a = shares.advantages[i]
@@ -179,7 +181,7 @@ def test_modulated_advantages_are_the_formula_and_plain_without_a_teacher():
 
 def test_the_control_pushes_down_failures_unlikely_tokens_alone():
     given, rows = experience(), [1, 6]  # a failure, a success
-    objective = SdpoObjective(credit="fixed_negative", control_probability=0.1)
+    objective = SdpoConfig(credit="fixed_negative", control_probability=0.1)
     told, _, _ = credit(objective, given, None, rows)
     unlikely = np.exp(given.log_probs[1]) < 0.1
     np.testing.assert_array_equal(told[0], -unlikely.astype(np.float32))
@@ -200,7 +202,7 @@ def test_shuffled_contexts_come_whole_from_another_question():
 
 
 def contexts_of(**teacher):
-    config = Config(
+    config = default_config(
         teacher=TeacherConfig(feedback=False, **teacher),
         rollout=RolloutConfig(prompts_per_step=1, rollouts_per_prompt=GROUP),
     )
@@ -241,14 +243,14 @@ def test_without_a_buffer_nothing_is_remembered():
 
 
 def test_the_rollouts_own_attempt_stands_before_its_feedback():
-    config = Config(teacher=TeacherConfig(own_attempt=True, max_prompt_tokens=120))
+    config = default_config(teacher=TeacherConfig(own_attempt=True, max_prompt_tokens=120))
     contexts = Contexts(config, TeacherPrompts(config.teacher, TOKENIZER), TOKENIZER)
     given = experience([0.0] * 3, ("p",), texts=["try 0", "try 1", "try 2"])
     given = given._replace(outcomes=[Outcome(0.0, False, "too low", {})] * 3)
     prompts, _ = contexts(given, 1)
     text = TOKENIZER.decode(prompts[1] or [])
     assert text.index("Earlier attempt") < text.index("try 1") < text.index("too low")
-    tight = Config(teacher=TeacherConfig(own_attempt=True, max_prompt_tokens=100))
+    tight = default_config(teacher=TeacherConfig(own_attempt=True, max_prompt_tokens=100))
     contexts = Contexts(tight, TeacherPrompts(tight.teacher, TOKENIZER), TOKENIZER)
     text = TOKENIZER.decode(contexts(given, 1)[0][1] or [])
     assert "too low" in text and "try 1" not in text  # the attempt is cut before the feedback

@@ -6,12 +6,13 @@ import jax
 import pytest
 import tiny
 
-from sdpo_jax.config import Config, RolloutConfig, TeacherConfig
+from sdpo_jax.config import RolloutConfig, TeacherConfig
 from sdpo_jax.discovery.baselines import StartModel, multi_turn
 from sdpo_jax.discovery.multi_turn import Chain
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.errors import UserError
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run.recipes import default_config
 
 TOKENIZER = tiny.ByteTokenizer()
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -119,7 +120,7 @@ def cells(pairs, budget=12, shows_attempts=False, **rollout):
     architecture = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
     model, devices = tiny.make_model(architecture), tiny.make_devices()
     settings = {"max_prompt_tokens": 64, "max_response_tokens": 4}
-    config = Config(
+    config = default_config(
         rollout=RolloutConfig(**settings | rollout), teacher=TeacherConfig(max_prompt_tokens=64)
     )
     sampler = Sampler(model, devices, TOKENIZER.stop_ids)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from sdpo_jax.cli import load_parts
-from sdpo_jax.config import Config, EvaluationConfig
-from sdpo_jax.config.recipe import load_recipe
+from sdpo_jax.config import EvaluationConfig
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.evaluation.evaluator import Evaluator, Graded, accuracy_metrics
+from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_jax.training.trainer import Trainer
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
@@ -20,7 +20,7 @@ from sdpo_models.tokenizer import ChatTokenizer
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, Any]:
-    loaded = load_parts(Config())
+    loaded = load_parts(default_config())
     return loaded | {"params": loaded["params"]()}
 
 
@@ -29,7 +29,7 @@ def evaluator(parts: dict[str, Any]) -> Evaluator:
     config = replace(
         load_recipe("configs/nano.toml"),
         evaluation=EvaluationConfig(prompts=120, samples_per_prompt=4, batch_prompts=120),
-        train=replace(Config().train, steps=1),
+        train=replace(default_config().train, steps=1),
     )
     return Trainer(config, parts["model"], parts["tokenizer"], parts["environment"]).evaluator
 

@@ -1,8 +1,11 @@
 """Recipes: what is accepted, what an error says, what survives a round trip."""
 
 import itertools
+import math
 import re
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Literal, get_type_hints
 
 import pytest
 
@@ -11,20 +14,25 @@ from sdpo_jax.config import (
     Config,
     DataConfig,
     EvaluationConfig,
-    GrpoObjective,
     MeshConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
+    Problem,
     RolloutConfig,
-    SdpoObjective,
-    SftObjective,
     TeacherConfig,
     TrainConfig,
+    at_least,
+    between,
     recipe,
+    setting,
 )
-from sdpo_jax.config import checks as recipe_checks
+from sdpo_jax.config.checks import problems
 from sdpo_jax.config.environments import CodeEnvironment, ToolCallsEnvironment
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
+from sdpo_jax.config.resolved import differences, fingerprint, flatten, to_toml
 from sdpo_jax.errors import UserError
+from sdpo_jax.run.recipes import KINDS, default_config, load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -37,14 +45,14 @@ def write(folder: Path, text: str) -> Path:
 
 def complaint(path: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        recipe.load_recipe(path, overrides)
+        load_recipe(path, overrides)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_committed_recipe_parses_and_round_trips(path: Path, tmp_path: Path):
-    config = recipe.load_recipe(path)
-    assert recipe.load_recipe(write(tmp_path, recipe.to_toml(config))) == config
+    config = load_recipe(path)
+    assert load_recipe(write(tmp_path, to_toml(config))) == config
 
 
 # Tables 12 and 13 of arXiv 2601.20802 (v2), and what its scripts add. Of GRPO, the default column.
@@ -93,14 +101,13 @@ SDFT = {
 
 
 def test_the_recipe_of_sdft_holds_its_papers_settings():
-    leaves = recipe._leaves(recipe.load_recipe(RECIPES[0].with_name("qwen25_7b_sdft.toml")))
+    leaves = flatten(load_recipe(RECIPES[0].with_name("qwen25_7b_sdft.toml")))
     assert {key: leaves[key] for key in SDFT} == SDFT
 
 
 def test_sft_and_sdft_on_the_embedded_model_differ_in_nothing_but_the_objective():
     sft, sdft = (
-        recipe._leaves(recipe.load_recipe(RECIPES[0].with_name(f"nano_{name}.toml")))
-        for name in ("sft", "sdft")
+        flatten(load_recipe(RECIPES[0].with_name(f"nano_{name}.toml"))) for name in ("sft", "sdft")
     )
     shared = {
         key for key in sft.keys() & sdft.keys() if not key.startswith(("objective", "teacher"))
@@ -111,13 +118,13 @@ def test_sft_and_sdft_on_the_embedded_model_differ_in_nothing_but_the_objective(
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes_hold_its_settings(name: str):
-    leaves = recipe._leaves(recipe.load_recipe(RECIPES[0].with_name(f"{name}.toml")))
+    leaves = flatten(load_recipe(RECIPES[0].with_name(f"{name}.toml")))
     assert {key: leaves[key] for key in BOTH | PAPER[name]} == BOTH | PAPER[name]
 
 
 def test_an_empty_recipe_is_the_default_config(tmp_path: Path):
-    assert recipe.load_recipe(write(tmp_path, "")) == Config()
-    assert recipe.problems(Config()) == []
+    assert load_recipe(write(tmp_path, "")) == default_config()
+    assert problems(default_config()) == []
 
 
 def test_values_land_where_they_are_named(tmp_path: Path):
@@ -132,9 +139,9 @@ def test_values_land_where_they_are_named(tmp_path: Path):
     [teacher]
     feedback = false
     """
-    config = recipe.load_recipe(write(tmp_path, text))
+    config = load_recipe(write(tmp_path, text))
     assert config.seed == 3
-    assert config.objective == GrpoObjective(clip_low=0.1)
+    assert config.objective == GrpoConfig(clip_low=0.1)
     assert type(config.optimizer.learning_rate) is float
     assert config.environment == ToolCallsEnvironment(families=("a", "b"))
     assert config.teacher.feedback is False
@@ -232,10 +239,10 @@ def test_options_replace_the_values_of_the_recipe(tmp_path: Path):
     words = "--train.steps 9 --train.steps 40 --optimizer.learning-rate=1e-3 --objective.alpha 1"
     words += " --optimizer.warmup_steps 2 --teacher.no-feedback --teacher.exclude-own-success"
     words += " --environment.families a b --mesh.data -1 --run-dir=--odd --teacher.remove-thinking"
-    config = recipe.load_recipe(path, [*words.split(), "False"])
-    expected = Config(
+    config = load_recipe(path, [*words.split(), "False"])
+    expected = default_config(
         run_dir="--odd",
-        objective=SdpoObjective(alpha=1.0),
+        objective=SdpoConfig(alpha=1.0),
         train=TrainConfig(steps=40),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         environment=ToolCallsEnvironment(families=("a", "b")),
@@ -247,8 +254,8 @@ def test_options_replace_the_values_of_the_recipe(tmp_path: Path):
 def test_an_option_may_choose_the_objective_or_empty_a_list(tmp_path: Path):
     path = write(tmp_path, 'environment.families = ["a"]')
     for words in (["--environment.families"], ["--environment.families="]):
-        config = recipe.load_recipe(path, ["--objective.name", "grpo", *words])
-        assert config.objective == GrpoObjective()
+        config = load_recipe(path, ["--objective.name", "grpo", *words])
+        assert config.objective == GrpoConfig()
         assert config.environment == ToolCallsEnvironment()
 
 
@@ -275,9 +282,27 @@ def test_a_wrong_option_is_named_as_it_was_typed(words: str, expected: str, tmp_
     assert complaint(write(tmp_path, ""), *words.split()).startswith(expected)
 
 
+KEYS = recipe._schema(KINDS).types
+RENAMED = [(old, new) for old, new in recipe.RENAMED.items() if old not in KEYS]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_a_renamed_key_is_answered_with_its_new_name(old: str, new: str, tmp_path: Path):
+    section, _, name = old.partition(".")
+    path = write(tmp_path, f"[{section}]\n{name} = false")
+    assert complaint(path) == f"{path}: {old}: renamed; write {new}"
+    path, option = write(tmp_path, ""), f"--{old}".replace("_", "-")
+    flag = f"--{new}".replace("_", "-")
+    assert complaint(path, option) == f"{option}: renamed; write {flag}"
+    assert complaint(path, option, "true") == f"{option}: renamed; write {flag}"
+    negated = option.replace(".", ".no-")
+    assert new in KEYS
+    assert complaint(path, negated) == f"{negated}: renamed; write {flag.replace('.', '.no-')}"
+
+
 def test_an_option_mends_the_recipe(tmp_path: Path):
     path = write(tmp_path, "[train]\nsteps = 0")
-    assert recipe.load_recipe(path, ["--train.steps", "1"]).train.steps == 1
+    assert load_recipe(path, ["--train.steps", "1"]).train.steps == 1
 
 
 def test_help_lists_every_option_and_each_is_accepted(
@@ -285,16 +310,16 @@ def test_help_lists_every_option_and_each_is_accepted(
 ):
     path = write(tmp_path, "[train]\nsteps = 4321")
     with pytest.raises(SystemExit) as caught:
-        recipe.load_recipe(path, ["--help", "--mesh.fsdp", "77"])
+        load_recipe(path, ["--help", "--mesh.fsdp", "77"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "4321" in text and "77" in text
     assert "Global gradient norm above which" in text
     shown = set(re.findall(r"--([a-z][a-z0-9.-]+)", text)) - {"help"}
-    for key in recipe._leaves(Config()):
+    for key in flatten(default_config()):
         assert key.replace("_", "-") in shown
     for flag in shown:
-        _, lines = recipe._apply_overrides({}, [f"--{flag}"])
+        _, lines = recipe._apply_overrides({}, [f"--{flag}"], KEYS)
         assert not any("unknown option" in line for line in lines)
 
 
@@ -315,158 +340,238 @@ def test_a_broken_file_says_where(tmp_path: Path):
 
 
 UNSOUND = [
-    (Config(rollout=RolloutConfig(rollouts_per_prompt=1)), "rollout.rollouts_per_prompt: 1, exp"),
     (
-        Config(objective=GrpoObjective(), rollout=RolloutConfig(rollouts_per_prompt=1)),
+        default_config(rollout=RolloutConfig(rollouts_per_prompt=1)),
+        "rollout.rollouts_per_prompt: 1, exp",
+    ),
+    (
+        default_config(objective=GrpoConfig(), rollout=RolloutConfig(rollouts_per_prompt=1)),
         "rollout.rollouts_per_prompt: 1, expected at least 2 with grpo",
     ),
     (
-        Config(teacher=TeacherConfig(demonstration="none", feedback=False)),
+        default_config(teacher=TeacherConfig(demonstration="none", feedback=False)),
         'teacher.demonstration: "none", expected "first", "shortest" or "random", or teacher.feed',
     ),
     (
-        Config(teacher=TeacherConfig(max_prompt_tokens=64)),
+        default_config(teacher=TeacherConfig(max_prompt_tokens=64)),
         "teacher.max_prompt_tokens: 64, expected",
     ),
-    (Config(teacher=TeacherConfig(ema_rate=1.5)), "teacher.ema_rate: 1.5, expected from 0 to 1"),
-    (Config(objective=SdpoObjective(alpha=-0.1)), "objective.alpha: -0.1, expected from 0 to 1"),
     (
-        Config(objective=SdpoObjective(importance_cap=0.0)),
+        default_config(teacher=TeacherConfig(ema_rate=1.5)),
+        "teacher.ema_rate: 1.5, expected from 0 to 1",
+    ),
+    (
+        default_config(objective=SdpoConfig(alpha=-0.1)),
+        "objective.alpha: -0.1, expected from 0 to 1",
+    ),
+    (
+        default_config(objective=SdpoConfig(importance_cap=0.0)),
         "objective.importance_cap: 0.0, expected",
     ),
-    (Config(objective=SdpoObjective(alpha=float("nan"))), "objective.alpha: nan, expected from 0"),
-    (Config(rollout=RolloutConfig(temperature=0.0)), "rollout.temperature: 0.0, expected above 0"),
-    (Config(rollout=RolloutConfig(prompts_per_step=0)), "rollout.prompts_per_step: 0, expected at"),
     (
-        Config(evaluation=EvaluationConfig(temperature=-1.0)),
+        default_config(objective=SdpoConfig(alpha=float("nan"))),
+        "objective.alpha: nan, expected from 0",
+    ),
+    (
+        default_config(rollout=RolloutConfig(temperature=0.0)),
+        "rollout.temperature: 0.0, expected above 0",
+    ),
+    (
+        default_config(rollout=RolloutConfig(prompts_per_step=0)),
+        "rollout.prompts_per_step: 0, expected at",
+    ),
+    (
+        default_config(evaluation=EvaluationConfig(temperature=-1.0)),
         "evaluation.temperature: -1.0, expected",
     ),
     (
-        Config(evaluation=EvaluationConfig(prompts=257)),
+        default_config(evaluation=EvaluationConfig(prompts=257)),
         "evaluation.prompts: 257, expected at most e",
     ),
     (
-        Config(environment=ToolCallsEnvironment(train_prompts=8)),
+        default_config(environment=ToolCallsEnvironment(train_prompts=8)),
         "rollout.prompts_per_step: 16, expecte",
     ),
     (
-        Config(train=TrainConfig(mini_batches=3)),
+        default_config(train=TrainConfig(mini_batches=3)),
         "train.mini_batches: 3, expected a divisor of roll",
     ),
     (
-        Config(objective=SftObjective(), train=TrainConfig(mini_batches=3)),
+        default_config(objective=SftConfig(), train=TrainConfig(mini_batches=3)),
         "train.mini_batches: 3, expected a divisor of data.rows_per_step (64)",
     ),
     (
-        Config(optimizer=OptimizerConfig(learning_rate=0.0)),
+        default_config(optimizer=OptimizerConfig(learning_rate=0.0)),
         "optimizer.learning_rate: 0.0, expected",
     ),
     (
-        Config(optimizer=OptimizerConfig(schedule="cosine", warmup_steps=60)),
+        default_config(optimizer=OptimizerConfig(schedule="cosine", warmup_steps=60)),
         "optimizer.warmup_steps: 60, expected below the run's 60 updates",
     ),
-    (Config(mesh=MeshConfig(data=0)), "mesh.data: 0, expected at least 1, or -1"),
-    (Config(mesh=MeshConfig(tensor=-1)), "mesh.tensor: -1, expected at least 1"),
-    (Config(seed=-1), "seed: -1, expected from 0 to 4294967295"),
+    (default_config(mesh=MeshConfig(data=0)), "mesh.data: 0, expected at least 1, or -1"),
+    (default_config(mesh=MeshConfig(tensor=-1)), "mesh.tensor: -1, expected at least 1"),
+    (default_config(seed=-1), "seed: -1, expected from 0 to 4294967295"),
 ]
 
 
 @pytest.mark.parametrize(("config", "expected"), UNSOUND)
 def test_a_value_out_of_range_is_told_with_its_expectation(config: Config, expected: str):
-    (line,) = recipe.problems(config)
+    (line,) = problems(config)
     assert line.startswith(expected)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        Config(evaluation=EvaluationConfig(temperature=0.0, every_steps=0)),
-        Config(objective=SdpoObjective(alpha=0.0, importance_cap=float("inf"))),
-        Config(objective=SdpoObjective(alpha=1.0), mesh=MeshConfig(2, 2, 2)),
-        Config(
+        default_config(evaluation=EvaluationConfig(temperature=0.0, every_steps=0)),
+        default_config(objective=SdpoConfig(alpha=0.0, importance_cap=float("inf"))),
+        default_config(objective=SdpoConfig(alpha=1.0), mesh=MeshConfig(2, 2, 2)),
+        default_config(
             rollout=RolloutConfig(rollouts_per_prompt=1),
             teacher=TeacherConfig(demonstration="none"),
         ),
-        Config(
-            objective=SftObjective(),
+        default_config(
+            objective=SftConfig(),
             rollout=RolloutConfig(rollouts_per_prompt=1),
             teacher=TeacherConfig(demonstration="none", feedback=False),
         ),
-        Config(train=TrainConfig(steps=2), optimizer=OptimizerConfig(warmup_steps=5)),
+        default_config(train=TrainConfig(steps=2), optimizer=OptimizerConfig(warmup_steps=5)),
     ],
 )
 def test_the_ends_of_the_ranges_are_sound(config: Config):
-    assert recipe.problems(config) == []
+    assert problems(config) == []
 
 
-def test_every_number_has_exactly_one_range():
-    ranged = [key for keys, _, _ in recipe_checks._RANGES for key in keys.split()]
-    numbers = [key for key, kind in recipe._kinds().items() if kind in (int, float)]
-    assert sorted(ranged) == sorted(numbers)
+def every_setting():
+    for section, part in get_type_hints(Config).items():
+        kinds = {"objective": KINDS.objectives, "environment": KINDS.environments}
+        for cls in kinds[section].values() if section in kinds else [part]:
+            hints = get_type_hints(cls) if is_dataclass(cls) else {}
+            for field in fields(cls) if hints else []:
+                yield f"{section}.{field.name}", hints[field.name], field
+    for field in fields(Config):
+        if field.name in ("seed", "run_dir"):
+            yield field.name, get_type_hints(Config)[field.name], field
+
+
+def test_every_number_has_a_range_that_its_default_is_in():
+    for key, kind, field in every_setting():
+        permitted = field.metadata.get("range")
+        assert (permitted is not None) == (kind in (int, float)), key
+        if permitted is not None:
+            assert permitted.holds(field.default) and not permitted.holds(math.nan), key
 
 
 ROUND_TRIPS = [
-    Config(),
-    Config(
+    default_config(),
+    default_config(
         run_dir='C:\\runs\\"ä"\t\x7f\u2028 #',
         seed=7,
-        objective=GrpoObjective(clip_low=1e-7),
+        objective=GrpoConfig(clip_low=1e-7),
         environment=ToolCallsEnvironment(families=("a", 'b"', "")),
         optimizer=OptimizerConfig(learning_rate=1e22, clip_norm=float("inf")),
         teacher=TeacherConfig(feedback=False),
     ),
-    Config(objective=SftObjective(reduction="sequence_mean"), model=ModelConfig(path="")),
+    default_config(objective=SftConfig(reduction="sequence_mean"), model=ModelConfig(path="")),
 ]
 
 
 @pytest.mark.parametrize("config", ROUND_TRIPS)
 def test_resolved_config_round_trips(config: Config, tmp_path: Path):
-    text = recipe.to_toml(config)
-    assert recipe.load_recipe(write(tmp_path, text)) == config
+    text = to_toml(config)
+    assert load_recipe(write(tmp_path, text)) == config
     assert text.startswith("# Every setting of a run, written by sdpo-jax ")
-    assert recipe.to_toml(recipe.load_recipe(write(tmp_path, text))) == text
+    assert to_toml(load_recipe(write(tmp_path, text))) == text
+
+
+@dataclass(frozen=True)
+class ToyConfig(ObjectiveConfig):
+    """An objective from outside the package."""
+
+    name: Literal["toy"] = "toy"
+    strength: float = setting(0.5, between(0, 1))
+    alpha: float = 2.0
+    """Without a range, and beside the settings of the same name with one."""
+    steepness: int = setting(3, at_least(1), may_change=True)
+
+    @property
+    def depends_on_steps(self) -> bool:
+        return self.strength > 0.9
+
+    def check(self, config: Config):
+        if config.rollout.rollouts_per_prompt % 2:
+            yield Problem("rollout.rollouts_per_prompt", "an even number with toy")
+
+
+def test_an_objective_from_outside_is_read_checked_and_written(tmp_path: Path):
+    path = write(tmp_path, '[objective]\nname = "toy"\nstrength = 0.25')
+    toys = {"objectives": [ToyConfig]}
+    config = load_recipe(path, ["--objective.steepness", "5"], **toys)
+    assert config == default_config(objective=ToyConfig(strength=0.25, steepness=5))
+    assert load_recipe(write(tmp_path, to_toml(config)), **toys) == config
+    with pytest.raises(UserError) as caught:
+        words = ["--objective.strength=2", "--objective.steepness=0"]
+        load_recipe(path, [*words, "--rollout.rollouts-per-prompt=3"], **toys)
+    assert str(caught.value).splitlines()[1:] == [
+        "  --objective.strength: 2.0, expected from 0 to 1",
+        "  --objective.steepness: 0, expected at least 1",
+        "  --rollout.rollouts-per-prompt: 3, expected an even number with toy",
+    ]
+    with pytest.raises(UserError, match=r"did you mean objective\.strength"):
+        load_recipe(write(tmp_path, '[objective]\nname = "toy"\nstrenth = 1'), **toys)
+    with pytest.raises(UserError, match='expected one of "sdpo", "grpo", "sft", "sdft"'):
+        load_recipe(write(tmp_path, to_toml(config)))
+
+
+def test_an_objective_from_outside_says_what_a_resumed_run_may_change():
+    def toy(steps=60, **settings):
+        return default_config(objective=ToyConfig(**settings), train=TrainConfig(steps=steps))
+
+    assert differences(toy(), toy(steepness=9, steps=61)) == []
+    assert fingerprint(toy()) == fingerprint(toy(steepness=9, steps=61))
+    assert len(differences(toy(strength=1.0), toy(strength=0.95, steps=61))) == 2
 
 
 RESUMABLE = [
-    Config(),
-    Config(run_dir="elsewhere"),
-    Config(train=TrainConfig(steps=600, micro_batch_tokens=1024, head_chunk_tokens=64)),
-    Config(checkpoint=CheckpointConfig(every_steps=3, keep=9, keep_best=False)),
-    Config(mesh=MeshConfig(data=1, fsdp=4)),
-    Config(optimizer=OptimizerConfig(max_skipped_updates=9)),
-    Config(model=ModelConfig(remat="full"), evaluation=EvaluationConfig(batch_prompts=8)),
+    default_config(),
+    default_config(run_dir="elsewhere"),
+    default_config(train=TrainConfig(steps=600, micro_batch_tokens=1024, head_chunk_tokens=64)),
+    default_config(checkpoint=CheckpointConfig(every_steps=3, keep=9, keep_best=False)),
+    default_config(mesh=MeshConfig(data=1, fsdp=4)),
+    default_config(optimizer=OptimizerConfig(max_skipped_updates=9)),
+    default_config(model=ModelConfig(remat="full"), evaluation=EvaluationConfig(batch_prompts=8)),
 ]
 NOT_RESUMABLE = [
-    Config(seed=1),
-    Config(objective=GrpoObjective()),
-    Config(objective=SdpoObjective(alpha=1.0)),
-    Config(teacher=TeacherConfig(refresh_steps=3)),
-    Config(model=ModelConfig(random_init=True)),
-    Config(evaluation=EvaluationConfig(samples_per_prompt=4)),
-    Config(train=TrainConfig(mini_batches=2)),
-    Config(data=DataConfig(source="x.jsonl")),
-    Config(environment=CodeEnvironment()),
-    Config(environment=CodeEnvironment(mounts=("/opt/site-packages",))),
-    Config(optimizer=OptimizerConfig(schedule="cosine")),
-    Config(optimizer=OptimizerConfig(schedule="cosine"), train=TrainConfig(steps=61)),
+    default_config(seed=1),
+    default_config(objective=GrpoConfig()),
+    default_config(objective=SdpoConfig(alpha=1.0)),
+    default_config(teacher=TeacherConfig(refresh_steps=3)),
+    default_config(model=ModelConfig(random_init=True)),
+    default_config(evaluation=EvaluationConfig(samples_per_prompt=4)),
+    default_config(train=TrainConfig(mini_batches=2)),
+    default_config(data=DataConfig(source="x.jsonl")),
+    default_config(environment=CodeEnvironment()),
+    default_config(environment=CodeEnvironment(mounts=("/opt/site-packages",))),
+    default_config(optimizer=OptimizerConfig(schedule="cosine")),
+    default_config(optimizer=OptimizerConfig(schedule="cosine"), train=TrainConfig(steps=61)),
 ]
 
 
 @pytest.mark.parametrize("config", RESUMABLE)
 def test_what_a_resumed_run_may_change_leaves_the_fingerprint(config: Config):
-    assert recipe.fingerprint(config) == recipe.fingerprint(Config())
-    assert recipe.differences(Config(), config) == []
+    assert fingerprint(config) == fingerprint(default_config())
+    assert differences(default_config(), config) == []
 
 
 def test_what_changes_the_result_changes_the_fingerprint():
-    for one, other in itertools.combinations([Config(), *NOT_RESUMABLE], 2):
-        assert recipe.fingerprint(one) != recipe.fingerprint(other)
-        assert recipe.differences(one, other) != []
+    for one, other in itertools.combinations([default_config(), *NOT_RESUMABLE], 2):
+        assert fingerprint(one) != fingerprint(other)
+        assert differences(one, other) != []
 
 
 def test_differences_name_both_values():
-    old, new = Config(objective=SftObjective()), Config(seed=2, objective=GrpoObjective())
-    assert recipe.differences(old, new) == [
+    old, new = default_config(objective=SftConfig()), default_config(seed=2, objective=GrpoConfig())
+    assert differences(old, new) == [
         "seed: the run has 0, the recipe has 2",
         'objective.name: the run has "sft", the recipe has "grpo"',
         "objective.clip_low: the run has nothing, the recipe has 0.2",
@@ -474,6 +579,6 @@ def test_differences_name_both_values():
         "objective.dual_clip: the run has nothing, the recipe has 3.0",
         "objective.reference_kl: the run has nothing, the recipe has 0.0",
     ]
-    assert recipe.differences(new, old)[2:3] == [
+    assert differences(new, old)[2:3] == [
         "objective.clip_low: the run has 0.2, the recipe has nothing"
     ]

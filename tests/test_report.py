@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.evaluation.estimators import (
     Measure,
@@ -19,6 +18,7 @@ from sdpo_jax.evaluation.estimators import (
 )
 from sdpo_jax.evaluation.measures import Graded, teacher_measures
 from sdpo_jax.evaluation.report import evaluation, powers_of_two, report, table
+from sdpo_jax.run.recipes import default_config
 
 PROMPTS = [
     Prompt(f"p{i}", ({"role": "user", "content": f"{i}?"},), {"family": "ab"[i % 2]})
@@ -60,7 +60,7 @@ def evaluated(seed, chance):
 @pytest.fixture(scope="module")
 def made():
     rows = {"start": evaluated(0, 0.2), "step 6": evaluated(10, 0.6)}
-    return report(rows, Config(seed=4), GROUP)
+    return report(rows, default_config(seed=4), GROUP)
 
 
 def measure(rows, value, weight=lambda p: 1.0, share=True):
@@ -177,7 +177,7 @@ def test_the_documentation_names_every_key_of_the_json(made):
 
 
 def test_one_evaluation_alone_has_no_differences():
-    made = report({"start": evaluated(0, 0.2)}, Config(), GROUP)
+    made = report({"start": evaluated(0, 0.2)}, default_config(), GROUP)
     assert made["differences"] == {}
     assert table(made).splitlines()[0].split() == ["start"]
 

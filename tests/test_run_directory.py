@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_jax.config import Config, GrpoObjective, OptimizerConfig, TrainConfig
-from sdpo_jax.config.recipe import load_recipe
+from sdpo_jax.config import OptimizerConfig, TrainConfig
+from sdpo_jax.config.objectives import GrpoConfig
 from sdpo_jax.errors import UserError
 from sdpo_jax.run import run_directory
+from sdpo_jax.run.recipes import default_config, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,25 +23,25 @@ def contents(folder):
 
 def test_a_new_folder_gets_the_whole_recipe(tmp_path):
     run_dir = tmp_path / "runs" / "new"
-    config = Config(run_dir=str(run_dir), seed=3, objective=GrpoObjective(clip_high=0.3))
+    config = default_config(run_dir=str(run_dir), seed=3, objective=GrpoConfig(clip_high=0.3))
     run_directory.claim(run_dir, config)
     assert load_recipe(run_dir / run_directory.CONFIG) == config
     assert list(contents(run_dir)) == [run_directory.CONFIG]
 
 
 def test_the_same_recipe_claims_its_folder_again_and_may_change_what_does_not_matter(tmp_path):
-    run_directory.claim(tmp_path, Config())
+    run_directory.claim(tmp_path, default_config())
     train = TrainConfig(steps=99, micro_batch_tokens=777)
-    config = replace(Config(), run_dir="elsewhere", train=train)
+    config = replace(default_config(), run_dir="elsewhere", train=train)
     run_directory.claim(tmp_path, config)
     assert load_recipe(tmp_path / run_directory.CONFIG) == config
 
 
 @pytest.mark.parametrize("refuse", [run_directory.claim, run_directory.check])
 def test_another_recipe_is_refused_with_both_values_of_every_difference(refuse, tmp_path):
-    run_directory.claim(tmp_path, Config())
+    run_directory.claim(tmp_path, default_config())
     before = contents(tmp_path)
-    other = replace(Config(), seed=5, optimizer=OptimizerConfig(learning_rate=1.0, b1=0.5))
+    other = replace(default_config(), seed=5, optimizer=OptimizerConfig(learning_rate=1.0, b1=0.5))
     with pytest.raises(UserError) as error:
         refuse(tmp_path, other)
     lines = [line.strip() for line in str(error.value).splitlines()]
@@ -55,7 +56,7 @@ def test_another_recipe_is_refused_with_both_values_of_every_difference(refuse, 
 
 
 def test_with_the_cosine_schedule_the_number_of_steps_is_part_of_the_recipe(tmp_path):
-    cosine = replace(Config(), optimizer=OptimizerConfig(schedule="cosine"))
+    cosine = replace(default_config(), optimizer=OptimizerConfig(schedule="cosine"))
     run_directory.claim(tmp_path, cosine)
     with pytest.raises(UserError, match=r"train\.steps: the run has 60, the recipe has 61"):
         run_directory.claim(tmp_path, replace(cosine, train=TrainConfig(steps=61)))
@@ -65,18 +66,27 @@ def test_with_the_cosine_schedule_the_number_of_steps_is_part_of_the_recipe(tmp_
 def test_a_folder_of_something_else_is_refused_and_left_alone(refuse, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("somebody's")
     with pytest.raises(UserError, match="found other files"):
-        refuse(tmp_path, Config())
+        refuse(tmp_path, default_config())
     assert contents(tmp_path) == {"metrics.jsonl": b"somebody's"}
 
 
+def test_a_run_with_a_renamed_key_is_refused_with_the_new_name(tmp_path):
+    run_directory.claim(tmp_path, default_config())
+    path = tmp_path / run_directory.CONFIG
+    path.write_text(path.read_text().replace("one_step_off_policy", "ahead"))
+    with pytest.raises(UserError) as error:
+        run_directory.check(tmp_path, default_config())
+    assert str(error.value) == f"{path}: rollout.ahead: renamed; write rollout.one_step_off_policy"
+
+
 def test_a_check_changes_nothing(tmp_path):
-    run_directory.check(tmp_path / "new", Config())
+    run_directory.check(tmp_path / "new", default_config())
     assert not (tmp_path / "new").exists()
 
 
 def test_a_lock_alone_does_not_make_a_folder_somebody_elses(tmp_path):
     with run_directory.locked(tmp_path):
-        run_directory.claim(tmp_path, Config())
+        run_directory.claim(tmp_path, default_config())
     assert (tmp_path / run_directory.CONFIG).exists()
 
 
@@ -90,7 +100,7 @@ def test_a_folder_is_held_by_one_and_free_once_it_lets_go(tmp_path):
 
 def test_a_killed_process_holds_no_folder(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from sdpo_jax.training import run_directory\n"
+        "import sys, time; from pathlib import Path; from sdpo_jax.run import run_directory\n"
         "with run_directory.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(

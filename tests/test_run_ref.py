@@ -4,17 +4,17 @@ import json
 
 import pytest
 
-from sdpo_jax.config import Config
-from sdpo_jax.config.recipe import to_toml
+from sdpo_jax.config.resolved import to_toml
 from sdpo_jax.errors import UserError
 from sdpo_jax.run.manifest import MANIFEST
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import config_of, find, names_a_run
 
 
 def make_run(folder, saved=(), evaluated=()):
     """A run's folder with steps that are complete as far as their names go."""
     folder.mkdir()
-    (folder / "config.toml").write_text(to_toml(Config(seed=7)))
+    (folder / "config.toml").write_text(to_toml(default_config(seed=7)))
     for step in saved:
         (folder / "checkpoints" / str(step)).mkdir(parents=True)
         (folder / "checkpoints" / str(step) / MANIFEST).touch()

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from sdpo_jax.config import Config, GrpoObjective, SdpoObjective, SftObjective, TrainConfig
-from sdpo_jax.config.recipe import to_toml
+from sdpo_jax.config import TrainConfig
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
+from sdpo_jax.config.resolved import to_toml
 from sdpo_jax.errors import UserError
 from sdpo_jax.reports.panels import HEIGHT, WIDTH, Series, panel, rolling_mean, thinned
 from sdpo_jax.reports.run_report import (
@@ -20,8 +21,9 @@ from sdpo_jax.reports.run_report import (
     read_run,
     report_page,
 )
+from sdpo_jax.run.recipes import default_config
 
-SDPO = Config(objective=SdpoObjective(), train=TrainConfig(steps=4))
+SDPO = default_config(objective=SdpoConfig(), train=TrainConfig(steps=4))
 
 
 def make_run(folder, config=SDPO, steps=4, complete=True, accuracies=(0.1, 0.5), extra=None):
@@ -32,7 +34,7 @@ def make_run(folder, config=SDPO, steps=4, complete=True, accuracies=(0.1, 0.5),
     for step in range(1, steps + 1):
         row = {"kind": "train", "step": step, "loss": 1.0 / step, "success": 0.2 * step}
         row |= {"seconds_rollout": 30.0, "seconds_grade": 10.0, "seconds_train": 6.0 * step}
-        if not isinstance(config.objective, SftObjective):
+        if not isinstance(config.objective, SftConfig):
             row["generations"] = 128 * step
         rows.append(row | (extra or {}))
     rows.append({"kind": "eval", "step": steps, "accuracy": accuracies[1]})
@@ -118,7 +120,7 @@ def test_only_settings_that_differ_are_compared(tmp_path):
     assert "The recipes agree" in same
 
 
-@pytest.mark.parametrize("objective", [GrpoObjective(), SftObjective()])
+@pytest.mark.parametrize("objective", [GrpoConfig(), SftConfig()])
 def test_other_objectives_have_a_report_of_what_they_measure(tmp_path, objective):
     text = report(make_run(tmp_path / "a", replace(SDPO, objective=objective)))
     titles = figures(text)

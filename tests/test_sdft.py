@@ -17,24 +17,23 @@ import pytest
 import tiny
 
 from sdpo_jax.config import (
-    Config,
     DataConfig,
     EvaluationConfig,
     OptimizerConfig,
     RolloutConfig,
-    SdftObjective,
-    SftObjective,
     TeacherConfig,
     TrainConfig,
 )
+from sdpo_jax.config.objectives import SdftConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.losses.distillation import full_vocabulary_loss
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
-from sdpo_jax.losses.sequence_importance import SdftTokens, sequence_weighted_head
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
+from sdpo_jax.losses.sequence_importance import SdftTokenInputs, sequence_weighted_head
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.context import EXAMPLE, TeacherContext, fit_reprompt
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training import trainer as trainer_module
@@ -133,16 +132,16 @@ def by_ours(alpha, hidden, teacher_hidden, chunk=8, importance=CAP):
     count = -len(flat) % chunk
     pad = lambda x: jnp.pad(jnp.asarray(x), [(0, count)] + [(0, 0)] * (np.ndim(x) - 1))  # noqa: E731
     identity = jnp.eye(7)
-    tokens = SdpoTokens(pad(teacher_hidden), pad(targets), pad(np.float32(old)))
+    tokens = SdpoTokenInputs(pad(teacher_hidden), pad(targets), pad(np.float32(old)))
     total, metrics = sequence_weighted_head(
         importance,
         sdpo_per_token(partial(full_vocabulary_loss, alpha=alpha)),
         pad(hidden),
         identity,
-        SdftTokens(tokens, pad(np.repeat(np.arange(1, 5), LENGTHS).astype(np.int32))),
+        SdftTokenInputs(tokens, pad(np.repeat(np.arange(1, 5), LENGTHS).astype(np.int32))),
         pad(flat),
         chunk=chunk,
-        constants=SdpoConstants(identity, jnp.float32(TEMPERATURE)),
+        constants=SdpoSharedInputs(identity, jnp.float32(TEMPERATURE)),
         block=chunk,
     )
     return total / denominator, metrics
@@ -188,7 +187,7 @@ def test_skipped_tokens_and_the_teacher_receive_exactly_no_gradient():
 
 def config_of(objective, **settings: Any):
     """Four demonstrations a step, two answers each."""
-    return Config(
+    return default_config(
         objective=objective,
         rollout=RolloutConfig(
             rollouts_per_prompt=2,
@@ -209,7 +208,7 @@ def config_of(objective, **settings: Any):
 @cache
 def trainer_of(alpha=0.0, **train) -> Any:
     """A trainer, whose environment and demonstrations a test may look at."""
-    objective = SdftObjective(alpha=alpha)
+    objective = SdftConfig(alpha=alpha)
     return Trainer(
         config_of(objective, train=train), MODEL, TOKENIZER, Environment(), DEMONSTRATIONS
     )
@@ -380,11 +379,11 @@ class Asked(list):
 
 def test_sft_and_sdft_see_the_same_demonstrations_in_the_same_order():
     orders = []
-    for objective in (SftObjective(), SdftObjective()):
+    for objective in (SftConfig(), SdftConfig()):
         asked = Asked(DEMONSTRATIONS)
         trainer: Any = Trainer(config_of(objective), MODEL, TOKENIZER, Environment(), asked)
         asked.order.clear()
-        if isinstance(objective, SdftObjective):  # nothing is compiled twice
+        if isinstance(objective, SdftConfig):  # nothing is compiled twice
             trainer.source._sampler = trainer_of().sampler
             trainer.source._teacher_pass = trainer_of().source._teacher_pass
         for step in range(1, 3):
@@ -431,7 +430,7 @@ def test_a_demonstration_of_thoughts_alone_is_no_signal_unless_thoughts_are_show
     thoughtful = [d._replace(response="<think>hm</think>") for d in DEMONSTRATIONS]
     counts = []
     for remove in (True, False):
-        config = config_of(SdftObjective(), teacher={"remove_thinking": remove})
+        config = config_of(SdftConfig(), teacher={"remove_thinking": remove})
         trainer: Any = Trainer(config, MODEL, TOKENIZER, Environment(), thoughtful)
         trainer.source._sampler = trainer_of().sampler
         trainer.source._teacher_pass = trainer_of().source._teacher_pass
@@ -441,7 +440,7 @@ def test_a_demonstration_of_thoughts_alone_is_no_signal_unless_thoughts_are_show
 
 
 def test_evaluation_shows_the_teacher_the_environments_references():
-    config = config_of(SdftObjective())
+    config = config_of(SdftConfig())
     seen = []
 
     class Prompts(TeacherPrompts):

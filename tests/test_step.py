@@ -12,25 +12,18 @@ import optax
 import pytest
 import tiny
 
-from sdpo_jax.config import (
-    Config,
-    DataConfig,
-    GrpoObjective,
-    OptimizerConfig,
-    RolloutConfig,
-    SdpoObjective,
-    SftObjective,
-)
+from sdpo_jax.config import Config, DataConfig, OptimizerConfig, RolloutConfig
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.packing import Pair
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.losses.distillation import full_vocabulary_loss
-from sdpo_jax.losses.objectives import (
-    SdpoConstants,
-    SdpoTokens,
-    SftTokens,
+from sdpo_jax.losses.per_token import (
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    SftTokenInputs,
     grpo_per_token,
     sdpo_per_token,
     sft_per_token,
@@ -41,6 +34,7 @@ from sdpo_jax.objectives.sdpo import GrpoUpdates, SdpoUpdates
 from sdpo_jax.objectives.sources import DemonstrationSource
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import (
     BatchLayout,
@@ -76,7 +70,7 @@ TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 TEMPERATURE, ALPHA, CAP = 0.8, 0.5, 2.0
-OBJECTIVES = {"sdpo": SdpoObjective(alpha=ALPHA), "grpo": GrpoObjective(), "sft": SftObjective()}
+OBJECTIVES = {"sdpo": SdpoConfig(alpha=ALPHA), "grpo": GrpoConfig(), "sft": SftConfig()}
 
 
 def sdpo(alpha):
@@ -124,7 +118,7 @@ def programs(name, mesh=(1, 1, 1), alpha=ALPHA, **form):
 
 @cache
 def compiled(name, mesh, alpha):
-    config = Config(
+    config = default_config(
         objective=OBJECTIVES[name],
         rollout=RolloutConfig(temperature=TEMPERATURE),
         data=DataConfig(max_tokens=64),
@@ -200,7 +194,7 @@ SIGNAL = [1, 2, 3, 5]
 
 def sdpo_updates(run, prompts=None, reduction: Reduction = "token_mean"):
     prompts = prompts or TeacherPrompts(run.config.teacher, TOKENIZER)
-    objective = SdpoObjective(alpha=ALPHA, reduction=reduction)
+    objective = SdpoConfig(alpha=ALPHA, reduction=reduction)
     passes = TeacherPass(run.config, run.devices, run.form, run.forward, run.head)
     contexts = Contexts(run.config, prompts, TOKENIZER)
     scorer = Scorer(MODEL, run.devices, run.config.rollout.temperature)
@@ -214,7 +208,7 @@ def the_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = 
     if name == "sdpo":
         maker = sdpo_updates(run, prompts, reduction)
     else:
-        objective = GrpoObjective(reduction=reduction)
+        objective = GrpoConfig(reduction=reduction)
         maker = GrpoUpdates(run.config, objective, run.devices, run.form)
     teacher = teacher_weights() if teacher is None else teacher
     teacher = jax.device_put(teacher, run.shardings.params)
@@ -395,13 +389,13 @@ def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction
 
     def tokens(micro_batch, place):
         sequences = make_sequences(taught, micro_batch, run.form, run.devices)
-        return SdpoTokens(
+        return SdpoTokenInputs(
             run.forward(teacher_weights(), sequences),
             place(data.response_ids, dtype=np.int32),
             place(data.log_probs, dtype=np.float32),
         )
 
-    constants = SdpoConstants(run.head(teacher_weights()), jnp.float32(TEMPERATURE))
+    constants = SdpoSharedInputs(run.head(teacher_weights()), jnp.float32(TEMPERATURE))
     update = by_hand(run, part, tokens, constants)
     kept, _ = apply(run, with_outcomes(update, part, np.zeros(8, np.int32), run.devices))
     assert_close(gradient_of(dropped), gradient_of(kept), atol=1e-6)
@@ -430,7 +424,7 @@ def demonstrations():
 
 
 def demonstration_update(run, reduction):
-    objective = SftObjective(reduction=reduction)
+    objective = SftConfig(reduction=reduction)
     rows = prompt_batches(demonstrations(), batch_size=6, seed=0)
     source = DemonstrationSource(run.config, objective, rows, TOKENIZER, run.devices, run.form)
     updates, _ = source(None, None, 0, PhaseTimer())
@@ -454,7 +448,9 @@ def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
     # Each alone in a micro-batch of one row.
     alone = [plan([pair], run.form)[0]._replace(members=[[i]]) for i, pair in enumerate(pairs)]
     part = MiniBatch(list(range(6)), pairs, alone, rows, denominator)
-    update = by_hand(run, part, lambda _, place: SftTokens(place(responses, dtype=np.int32)), None)
+    update = by_hand(
+        run, part, lambda _, place: SftTokenInputs(place(responses, dtype=np.int32)), None
+    )
     assert all(np.max(m.sequences.attention) == 1 for m in update.batch.micro_batches)
     packed_state, packed_metrics = apply(run, packed)
     state, metrics = apply(run, update)

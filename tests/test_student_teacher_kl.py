@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.config import Config, GrpoObjective, RolloutConfig, SdpoObjective, TeacherConfig
+from sdpo_jax.config import RolloutConfig, TeacherConfig
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import BatchLayout
 from sdpo_jax.training.student_teacher_kl import StudentTeacherKl
@@ -31,14 +33,14 @@ def quick_programs(monkeypatch):
 
 
 def lag_of(student, teacher, mesh=(1, 1, 1), tokens=1024, shared=True, **settings):
-    config = Config(
+    config = default_config(
         rollout=RolloutConfig(temperature=TEMPERATURE), teacher=TeacherConfig(**settings)
     )
     devices = tiny.make_devices(*mesh)
     form = BatchLayout(
         shared, micro_batch_tokens=tokens, head_chunk_tokens=48, shards=devices.row_shards
     )
-    lag = StudentTeacherKl(config, SdpoObjective(alpha=ALPHA), MODEL, devices, form)
+    lag = StudentTeacherKl(config, SdpoConfig(alpha=ALPHA), MODEL, devices, form)
     return lag(student, teacher, PROMPTS, RESPONSES)["student_teacher_kl"]
 
 
@@ -98,7 +100,7 @@ class Questions:
 
 
 def evaluator(**settings):
-    config = Config(rollout=RolloutConfig(max_prompt_tokens=32, max_response_tokens=4))
+    config = default_config(rollout=RolloutConfig(max_prompt_tokens=32, max_response_tokens=4))
     evaluation = replace(config.evaluation, samples_per_prompt=2, **settings)
     config = replace(config, evaluation=evaluation)
     sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
@@ -126,9 +128,9 @@ def test_an_evaluation_compares_the_first_prompts_answers_and_only_where_the_tea
 
 def test_where_the_teacher_is_the_student_or_nobody_there_is_nothing_to_compare():
     for config, made in (
-        (Config(objective=SdpoObjective()), True),
-        (Config(objective=SdpoObjective(), teacher=TeacherConfig(weights="live")), False),
-        (Config(objective=GrpoObjective()), False),
+        (default_config(objective=SdpoConfig()), True),
+        (default_config(objective=SdpoConfig(), teacher=TeacherConfig(weights="live")), False),
+        (default_config(objective=GrpoConfig()), False),
     ):
         trainer = Trainer(config, MODEL, TOKENIZER, Questions())
         assert (trainer._weight_lag is not None) == made

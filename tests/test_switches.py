@@ -16,17 +16,16 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache
 
 from sdpo_jax.config import (
-    Config,
-    GrpoObjective,
     LoraConfig,
     OptimizerConfig,
     RolloutConfig,
-    SdpoObjective,
     TeacherConfig,
     TrainConfig,
 )
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.state import from_saved, to_saved
 from sdpo_jax.training.trainer import Trainer
@@ -35,7 +34,7 @@ TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 GROUP = 4
-BASE = Config(
+BASE = default_config(
     rollout=RolloutConfig(
         prompts_per_step=2, rollouts_per_prompt=GROUP, max_prompt_tokens=32, max_response_tokens=6
     ),
@@ -88,7 +87,7 @@ def quick_programs(tmp_path_factory):
 
 def configured(objective=None, teacher=None, **sections):
     base = replace(BASE, **sections)
-    kind = objective or SdpoObjective()
+    kind = objective or SdpoConfig()
     return replace(base, objective=kind, teacher=replace(base.teacher, **(teacher or {})))
 
 
@@ -174,8 +173,8 @@ def test_a_return_brings_the_weights_before_the_refresh_back_and_resumes_exactly
 
 @pytest.mark.slow
 def test_a_mix_is_grpo_at_one_and_its_parts_in_between():
-    grpo, _ = after(configured(GrpoObjective()))
-    mixed, rows = after(configured(SdpoObjective(grpo_weight=1.0)))
+    grpo, _ = after(configured(GrpoConfig()))
+    mixed, rows = after(configured(SdpoConfig(grpo_weight=1.0)))
     assert_close(mixed.params, grpo.params)
     assert rows[0]["distilled"] == 0.0 and rows[0]["reinforced"] == 1.0
 
@@ -184,7 +183,7 @@ def test_a_mix_is_grpo_at_one_and_its_parts_in_between():
 def test_the_gradient_of_a_mix_is_the_weighted_sum_of_both():
     # Without Adam's normalisation: its first moment is (1 - b1) times the clipped gradient.
     whole = replace(BASE.optimizer, clip_norm=1e6)
-    kinds = (SdpoObjective(), GrpoObjective(), SdpoObjective(grpo_weight=0.25))
+    kinds = (SdpoConfig(), GrpoConfig(), SdpoConfig(grpo_weight=0.25))
     sdpo, grpo, mixed = (
         after(configured(kind, optimizer=whole))[0].optimizer[1][0].mu for kind in kinds
     )
@@ -195,7 +194,7 @@ def test_the_gradient_of_a_mix_is_the_weighted_sum_of_both():
 
 @pytest.mark.slow
 def test_where_every_rollout_fails_the_route_is_sdpo():
-    routed, rows = after(configured(SdpoObjective(route="outcome")), passing=())
+    routed, rows = after(configured(SdpoConfig(route="outcome")), passing=())
     expected, _ = plain(())
     assert_close(routed.params, expected.params)
     assert rows[0]["distilled"] == 1.0 and rows[0]["reinforced"] == 0.0
@@ -203,13 +202,13 @@ def test_where_every_rollout_fails_the_route_is_sdpo():
 
 @pytest.mark.slow
 def test_where_every_rollout_passes_the_route_has_nothing_to_learn():
-    _, rows = after(configured(SdpoObjective(route="outcome")), passing=(0, 1, 2, 3))
+    _, rows = after(configured(SdpoConfig(route="outcome")), passing=(0, 1, 2, 3))
     _, rest = after(configured(), passing=(0, 1, 2, 3))
     assert rows[0]["updates"] == 0 and rest[0]["updates"] == 1  # siblings' solutions teach sdpo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [SdpoObjective(), GrpoObjective()], ids=["sdpo", "grpo"])
+@pytest.mark.parametrize("objective", [SdpoConfig(), GrpoConfig()], ids=["sdpo", "grpo"])
 def test_a_kl_to_the_initial_model_is_nothing_at_first_and_holds_later(objective):
     far = configured(objective, optimizer=replace(BASE.optimizer, learning_rate=1e-2))
     near = replace(far, objective=replace(objective, reference_kl=20.0))
@@ -223,7 +222,7 @@ def test_a_kl_to_the_initial_model_is_nothing_at_first_and_holds_later(objective
 
 @pytest.mark.slow
 def test_a_frozen_teacher_is_the_reference_without_another_copy():
-    objective = SdpoObjective(reference_kl=1.0)
+    objective = SdpoConfig(reference_kl=1.0)
     trainer, state = begin(configured(objective, {"weights": "frozen"}))
     assert state.reference is None
     _, row = trainer.step(state, 1)
@@ -233,7 +232,7 @@ def test_a_frozen_teacher_is_the_reference_without_another_copy():
 @pytest.mark.slow
 @pytest.mark.parametrize("credit", ["sequence", "modulated", "fixed_negative"])
 def test_credits_known_before_the_loss_move_the_model_apart_from_each_other(credit):
-    state, rows = after(configured(SdpoObjective(credit=credit, control_probability=0.5)))
+    state, rows = after(configured(SdpoConfig(credit=credit, control_probability=0.5)))
     expected, _ = plain()
     assert rows[0]["updates"] == 1 and rows[0]["grad_norm"] > 0
     assert distance(state.params, expected.params) > 1e-4
@@ -241,15 +240,15 @@ def test_credits_known_before_the_loss_move_the_model_apart_from_each_other(cred
 
 @pytest.mark.slow
 def test_modulation_without_strength_is_grpo():
-    grpo, _ = after(configured(GrpoObjective()))
-    modulated, _ = after(configured(SdpoObjective(credit="modulated", modulation=0.0)))
+    grpo, _ = after(configured(GrpoConfig()))
+    modulated, _ = after(configured(SdpoConfig(credit="modulated", modulation=0.0)))
     assert_close(modulated.params, grpo.params)
 
 
 @pytest.mark.slow
 def test_weights_of_equal_value_change_nothing():
     # One passing answer in each group: all questions are equally hard.
-    equal = SdpoObjective(question_weights="pass_rate", token_weights="teacher_entropy")
+    equal = SdpoConfig(question_weights="pass_rate", token_weights="teacher_entropy")
     weighted, _ = after(configured(replace(equal, token_weight_beta=0.0)))
     expected, _ = plain()
     assert_close(weighted.params, expected.params)
@@ -266,7 +265,7 @@ WEIGHTS: dict[str, Any] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_each_weight_changes_what_is_learned(name):
-    state, rows = after(configured(SdpoObjective(**WEIGHTS[name])))
+    state, rows = after(configured(SdpoConfig(**WEIGHTS[name])))
     expected, others = plain()
     assert rows[0]["updates"] == 1 and distance(state.params, expected.params) > 1e-6
     if name == "skip":
@@ -275,7 +274,7 @@ def test_each_weight_changes_what_is_learned(name):
         assert 0.5 <= rows[0]["weight"] < 1.0
 
 
-EVERYTHING = SdpoObjective(
+EVERYTHING = SdpoConfig(
     grpo_weight=0.3,
     reference_kl=0.1,
     token_weights="teacher_entropy",

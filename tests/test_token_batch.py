@@ -11,15 +11,13 @@ import tiny
 
 from sdpo_jax.commands.heatmap_options import heatmap_run
 from sdpo_jax.config import (
-    Config,
     EvaluationConfig,
-    GrpoObjective,
     OptimizerConfig,
     RolloutConfig,
-    SdpoObjective,
     TeacherConfig,
     TrainConfig,
 )
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.errors import UserError
 from sdpo_jax.reports.token_batch import (
@@ -35,6 +33,7 @@ from sdpo_jax.reports.token_records import TokenRecord
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.training import trainer as trainer_module
@@ -44,7 +43,7 @@ from sdpo_jax.training.trainer import Trainer
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
-OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
+OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
 
 
 class Length:
@@ -60,7 +59,7 @@ class Length:
 
 
 def make_config(run_dir, name="sdpo", weights="ema"):
-    return Config(
+    return default_config(
         run_dir=str(run_dir),
         objective=OBJECTIVES[name],
         rollout=RolloutConfig(

@@ -8,11 +8,16 @@ import test_step
 import tiny
 from test_step import ALPHA, ARCHITECTURE, GROUP, SIGNAL, TEMPERATURE, TOKENIZER
 
-from sdpo_jax.config import GrpoObjective, SdftObjective, SdpoObjective
+from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome, not_graded
-from sdpo_jax.losses.anchor import AnchoredTokens
-from sdpo_jax.losses.objectives import GrpoTokens, MixedTokens, SdpoTokens, SftTokens
-from sdpo_jax.losses.sequence_importance import SdftTokens
+from sdpo_jax.losses.per_token import (
+    GrpoTokenInputs,
+    MixedTokenInputs,
+    SdpoTokenInputs,
+    SftTokenInputs,
+)
+from sdpo_jax.losses.reference_kl import ReferenceKlTokenInputs
+from sdpo_jax.losses.sequence_importance import SdftTokenInputs
 from sdpo_jax.objectives.per_token import grpo_loss_of, sdft_loss_of, sdpo_loss_of
 from sdpo_jax.rollouts.diagnostics import gap_agreement, verdicts
 from sdpo_jax.training.token_metrics import (
@@ -165,11 +170,11 @@ def test_a_verdict_needs_a_grade_and_a_teacher():
 
 def test_the_sampled_tokens_are_found_in_what_every_objective_knows():
     ids, other = jnp.arange(3), jnp.zeros(3)
-    sdpo, grpo = SdpoTokens(other, ids), GrpoTokens(ids, other, other)
-    mixed = MixedTokens(sdpo, grpo, other, other)
+    sdpo, grpo = SdpoTokenInputs(other, ids), GrpoTokenInputs(ids, other, other)
+    mixed = MixedTokenInputs(sdpo, grpo, other, other)
     for known in (
-        *(sdpo, grpo, mixed, SftTokens(ids), SdftTokens(sdpo, other)),
-        AnchoredTokens(mixed, ids, other),
+        *(sdpo, grpo, mixed, SftTokenInputs(ids), SdftTokenInputs(sdpo, other)),
+        ReferenceKlTokenInputs(mixed, ids, other),
     ):
         np.testing.assert_array_equal(sampled(known), ids)
 
@@ -181,12 +186,12 @@ def test_objectives_report_what_their_teacher_allows():
     def reported(loss):
         return of_pairs & set(loss[1])
 
-    assert reported(sdpo_loss_of(SdpoObjective())) == of_pairs
-    assert reported(sdpo_loss_of(SdpoObjective(grpo_weight=0.5))) == of_pairs
-    assert reported(sdpo_loss_of(SdpoObjective(alpha=1.0, credit="token"))) == of_pairs - spread
-    assert reported(sdft_loss_of(SdftObjective())) == of_pairs - {AGREEMENT}
-    assert reported(sdpo_loss_of(SdpoObjective(credit="sequence"))) == set()
-    assert reported(grpo_loss_of(GrpoObjective())) == set()
+    assert reported(sdpo_loss_of(SdpoConfig())) == of_pairs
+    assert reported(sdpo_loss_of(SdpoConfig(grpo_weight=0.5))) == of_pairs
+    assert reported(sdpo_loss_of(SdpoConfig(alpha=1.0, credit="token"))) == of_pairs - spread
+    assert reported(sdft_loss_of(SdftConfig())) == of_pairs - {AGREEMENT}
+    assert reported(sdpo_loss_of(SdpoConfig(credit="sequence"))) == set()
+    assert reported(grpo_loss_of(GrpoConfig())) == set()
 
 
 def per_token():

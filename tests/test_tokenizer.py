@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.config import Config, DataConfig, SftObjective
+from sdpo_jax.config import DataConfig
+from sdpo_jax.config.objectives import SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.errors import UserError
 from sdpo_jax.objectives.sources import DemonstrationSource
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.batch import BatchLayout
 from sdpo_models.nano import FOLDER
@@ -139,10 +141,10 @@ def test_a_response_thinks_with_the_models_own_tokens_and_cannot_end_its_turn(qw
 def demonstrated(tokenizer, content, response):
     """The ids that a step on one demonstration trains on."""
     row = Demonstration("1", ({"role": "user", "content": content},), response)
-    config = Config(SftObjective(), data=DataConfig(max_tokens=64, rows_per_step=1))
+    config = default_config(objective=SftConfig(), data=DataConfig(max_tokens=64, rows_per_step=1))
     rows = prompt_batches([row], batch_size=1, seed=0)
     form = BatchLayout(True, micro_batch_tokens=64, head_chunk_tokens=64, shards=1)
-    source = DemonstrationSource(config, SftObjective(), rows, tokenizer, tiny.make_devices(), form)
+    source = DemonstrationSource(config, SftConfig(), rows, tokenizer, tiny.make_devices(), form)
     (update,), _ = source({}, {}, 0, PhaseTimer())
     return np.asarray(update.batch.micro_batches[0].sequences.tokens).ravel()  # padded with 0
 

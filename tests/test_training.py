@@ -14,17 +14,11 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.config import (
-    Config,
-    GrpoObjective,
-    OptimizerConfig,
-    RolloutConfig,
-    SdpoObjective,
-    TeacherConfig,
-    TrainConfig,
-)
+from sdpo_jax.config import OptimizerConfig, RolloutConfig, TeacherConfig, TrainConfig
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.run.console import Console
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.trainer import Trainer
 
@@ -32,7 +26,7 @@ TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
 PROMPTS, GROUP = 2, 4
-OBJECTIVES = {"sdpo": SdpoObjective(), "grpo": GrpoObjective()}
+OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
 
 
 class Judge:
@@ -84,7 +78,7 @@ def trainer_of(
     trust_region=0.01,
 ):
     """A trainer with its environment."""
-    config = Config(
+    config = default_config(
         objective=OBJECTIVES[name],
         rollout=RolloutConfig(
             prompts_per_step=PROMPTS,
@@ -218,7 +212,7 @@ class Ragged(Judge):
 
 @pytest.mark.slow
 def test_varied_lengths_compile_at_most_one_program_for_each_phase_and_bucket():
-    config = Config(
+    config = default_config(
         rollout=RolloutConfig(
             prompts_per_step=PROMPTS,
             rollouts_per_prompt=GROUP,

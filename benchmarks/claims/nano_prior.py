@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax.cli import load_parts
-from sdpo_jax.config import Config, MeshConfig, ModelConfig
+from sdpo_jax.config import MeshConfig, ModelConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.losses.likelihood import sft_loss
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.context import DEMONSTRATION_HEADER, FEEDBACK_HEADER
 
 SEED, ROWS, MAX_TOKENS = 20_601, 256, 64
@@ -49,7 +50,7 @@ def rows_of_each_kind(count: int = ROWS) -> dict[str, list[Demonstration]]:
 
 def measure(path: str) -> dict[str, float]:
     """The suite on `nano` or on the student of a run."""
-    parts = load_parts(replace(Config(), model=ModelConfig(path=path)))
+    parts = load_parts(replace(default_config(), model=ModelConfig(path=path)))
     params, rows = parts["params"](), rows_of_each_kind()
     return {
         "solution": copied(parts, params, rows["solution"]),

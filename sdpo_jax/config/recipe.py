@@ -1,128 +1,121 @@
-"""Recipes: a TOML file and command-line options in, a `Config` out, and back.
+"""The recipe reader: a TOML file and command-line options in, a `Config` out.
 
 File and options become one tree before anything is checked, so both answer to the same rules and
-one error lists every problem of both. The rules stand in `_RANGES` (one value) and `_cross_checks`
-(several). `--help` is drawn by tyro, with each option's docstring and its value from the recipe.
+one error lists every problem of both. Which objectives and environments there are is an argument
+(`Kinds`). `--help` is drawn by tyro, with each option's docstring and its value from the recipe.
 """
 
 import difflib
-import hashlib
-import json
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
-from sdpo_jax.config import (
-    Config,
-    EnvironmentConfig,
-    Objective,
-    SdpoObjective,
-)
+from sdpo_jax.config import Config, EnvironmentConfig, ObjectiveConfig
 from sdpo_jax.config.checks import contradictions, out_of_range
+from sdpo_jax.config.resolved import flatten, toml_value
 from sdpo_jax.errors import UserError
 
 Tree = dict[str, Any]
 
-
-class _Union(NamedTuple):
-    """A section of which each kind has its own settings; the first kind is the default."""
-
-    tag: str
-    kinds: dict[str, type[Any]]
-
-
-_UNIONS = {
-    "objective": _Union("name", {cls().name: cls for cls in get_args(Objective)}),
-    "environment": _Union("kind", {cls().kind: cls for cls in get_args(EnvironmentConfig)}),
+RENAMED = {
+    "rollout.ahead": "rollout.one_step_off_policy",
+    "environment.say_wrong": "environment.report_incorrect",
+    "environment.own_wording": "environment.dataset_prompt",
+    "environment.asides": "environment.allow_preamble",
 }
+"""Keys of earlier versions, each with its new name."""
+
 _TYPE_NAMES: dict[Any, str] = {
     **{bool: "a boolean", int: "an integer", float: "a number"},
     **{str: "a string", list: "a list", dict: "a table"},
 }
 
-# A run may resume with these changed: they say where it writes, how far it goes and how the machine
-# cuts the same sums. Resuming is bit for bit only where the cut (mesh, micro-batch, chunk) stays.
-# Not environment.mounts: a program that imports numpy passes with it and fails without.
-_MAY_CHANGE = {
-    *("run_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_best"),
-    "optimizer.max_skipped_updates",
-    *("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.attention"),
-    *("train.micro_batch_tokens", "train.share_prompts", "train.head_chunk_tokens"),
-    *("rollout.slots", "evaluation.batch_prompts", "environment.slots", "environment.workers"),
-    *("environment.deadline_seconds", "environment.max_failed_share"),
-    *("environment.sandbox", "environment.sandbox_url"),
-}
+
+class Kinds(NamedTuple):
+    """The settings classes that a recipe may choose from, by name; the first is the default."""
+
+    objectives: Mapping[str, type[ObjectiveConfig]]
+    environments: Mapping[str, type[EnvironmentConfig]]
 
 
-class _Problem(NamedTuple):
-    text: str
+class _Union(NamedTuple):
+    """A section with one settings class per kind; the key `tag` holds the kind's name."""
+
+    tag: str
+    kinds: Mapping[str, type[Any]]
+
+
+class _Schema(NamedTuple):
+    """What a recipe may hold."""
+
+    unions: dict[str, _Union]
+    types: Tree
+    """The type of every key, of all objectives and environments."""
+
+
+class _Fault(NamedTuple):
     key: str
-    others: tuple[str, ...] = ()  # the other settings that take part
+    text: str
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe and applies command-line options; one `UserError` lists what is wrong in both.
+def read_recipe(path: str | Path, overrides: Sequence[str], kinds: Kinds) -> Config:
+    """Reads a recipe and applies command-line options.
 
     Args:
         path: a TOML file with the sections and keys of `Config`; what it leaves out is the default.
         overrides: options such as `--train.steps 40`, `--optimizer.learning-rate=1e-3`,
             `--teacher.no-feedback`, `--environment.families a b`. Later ones win. `--help` prints
             every option with its value and exits.
+        kinds: the objectives and environments that the recipe may name.
+
+    Raises:
+        UserError: lists everything that is wrong in both.
     """
     path = Path(path)
+    schema = _schema(kinds)
     tree = _read_toml(path)
     arguments = [word for word in overrides if word not in ("-h", "--help")]
-    spelled, lines = _apply_overrides(tree, arguments)
-    config, found = _build(tree)
-    broken = {problem.key for problem in found}
-    found += [p for p in _checks(config) if broken.isdisjoint((p.key, *p.others))]
-    lines += [f"{spelled.get(p.key, f'{path}: {p.key}')}: {p.text}" for p in found]
+    spelled, lines = _apply_overrides(tree, arguments, schema.types)
+    config, faults = _build(tree, schema)
+    faults += _wrong_values(config, schema, broken={fault.key for fault in faults})
+    lines += [f"{spelled.get(key, f'{path}: {key}')}: {text}" for key, text in faults]
     if lines:
         raise UserError("\n  ".join([f"{len(lines)} problems:", *lines][len(lines) == 1 :]))
     if len(arguments) < len(overrides):
-        _print_help(config, path)
+        _print_help(config, path, schema.unions)
     return config
 
 
-def problems(config: Config) -> list[str]:
-    """Lists what is wrong with a config's values, each as `key: value, expected ...`."""
-    return [f"{problem.key}: {problem.text}" for problem in _checks(config)]
+def _schema(kinds: Kinds) -> _Schema:
+    unions = {
+        "objective": _Union("name", kinds.objectives),
+        "environment": _Union("kind", kinds.environments),
+    }
+    types: Tree = {f"{s}.{u.tag}": Literal[tuple(u.kinds)] for s, u in unions.items()}
+    for name, kind in _field_types(Config).items():
+        for cls in unions[name].kinds.values() if name in unions else (kind,):
+            leaves = _field_types(cls) if is_dataclass(cls) else {}
+            own = {f"{name}.{leaf}": of for leaf, of in leaves.items()} or {name: kind}
+            types = own | types
+    return _Schema(unions, types)
 
 
-def to_toml(config: Config) -> str:
-    """Writes every setting, defaults included; `load_recipe` of it gives the same config."""
-    lines = [f"# Every setting of a run, written by sdpo-jax {_version()}."]
-    section = ""
-    for key, value in _leaves(config).items():
-        before, (section, _, name) = section, key.rpartition(".")
-        lines += ["", f"[{section}]"] if section != before else []
-        lines.append(f"{name} = {_toml(value)}")
-    return "\n".join([*lines, ""])
+def _field_types(cls: Any) -> Tree:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
-def fingerprint(config: Config) -> str:
-    """Hashes every setting that must stay when a run resumes.
-
-    Left out: `run_dir`, `checkpoint.*`, the limit on skipped updates, the mesh and the sizes of the
-    pieces (they reorder the same sums; bit-for-bit resumption needs them unchanged too), and the
-    number of steps as long as no schedule ends with it: a cosine does, and a distillation's decay.
-    """
-    kept = {key: value for key, value in _leaves(config).items() if key in _fixed(config)}
-    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """Lists what keeps `new` from resuming `old`; empty exactly if the fingerprints agree."""
-    before, after = _leaves(old), _leaves(new)
-    kept = _fixed(old) | _fixed(new)
-    pairs = {key: (before.get(key), after.get(key)) for key in [*before, *after] if key in kept}
+def _wrong_values(config: Config, schema: _Schema, *, broken: set[str]) -> list[_Fault]:
+    """Problems of the values, without those that are consequences of a `broken` key."""
+    found, values = list(out_of_range(config)), flatten(config)
+    if broken.isdisjoint(f"{section}.{union.tag}" for section, union in schema.unions.items()):
+        found += contradictions(config)
     return [
-        f"{key}: the run has {_toml(ours)}, the recipe has {_toml(theirs)}"
-        for key, (ours, theirs) in pairs.items()
-        if ours != theirs
+        _Fault(p.key, f"{toml_value(values[p.key])}, expected {p.expected}")
+        for p in found
+        if broken.isdisjoint((p.key, *p.others))
     ]
 
 
@@ -151,35 +144,44 @@ def _recipes_near(path: Path, folder: Path) -> str:
     return f"{hint}available: {', '.join(names) or 'none here and none in configs/'}"
 
 
-def _apply_overrides(tree: Tree, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def _apply_overrides(
+    tree: Tree, words: Sequence[str], types: Tree
+) -> tuple[dict[str, str], list[str]]:
     """Writes options into the tree; returns the spelling of each key, and what is no option."""
     spelled: dict[str, str] = {}
     lines: list[str] = []
-    kinds = _kinds()
     queue = list(words)
     while queue:
         word = queue.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
         key = name.replace("-", "_")
-        if not equals and ".no_" in key and kinds.get(key.replace(".no_", ".")) is bool:
+        if not equals and ".no_" in key and types.get(key.replace(".no_", ".")) is bool:
             key, equals, text = key.replace(".no_", "."), "=", "false"
         if not word.startswith("--"):
-            remedy = f"--{name} VALUE" if key in kinds else "options look like --train.steps 40"
+            remedy = f"--{name} VALUE" if key in types else "options look like --train.steps 40"
             lines.append(f"{word}: unexpected argument; {remedy}")
-        elif key not in kinds:
-            lines.append(f"--{name}: unknown option; {_nearest(key, kinds, _flag)}")
+        elif key not in types:
+            lines.append(f"--{name}: {_unknown_option(key, types)}")
             _take_values(tuple, queue)
         else:
-            values = [text] if equals else _take_values(get_origin(kinds[key]) or kinds[key], queue)
-            if not values and get_origin(kinds[key]) is not tuple:
-                lines.append(f"--{name}: no value, expected {_expected(kinds[key])}")
+            values = [text] if equals else _take_values(get_origin(types[key]) or types[key], queue)
+            if not values and get_origin(types[key]) is not tuple:
+                lines.append(f"--{name}: no value, expected {_expected(types[key])}")
                 continue
             spelled[key] = f"--{name}"
             section, _, leaf = key.rpartition(".")
             table = tree.setdefault(section, {}) if section else tree
             if isinstance(table, dict):  # otherwise the section itself is reported
-                table[leaf] = _parse(kinds[key], values)
+                table[leaf] = _parse(types[key], values)
     return spelled, lines
+
+
+def _unknown_option(key: str, types: Tree) -> str:
+    for old, new in RENAMED.items():
+        for spelling, now in ((old, new), (old.replace(".", ".no_"), new.replace(".", ".no_"))):
+            if key == spelling:
+                return f"renamed; write {_flag(now)}"
+    return f"unknown option; {_nearest(key, types, _flag)}"
 
 
 def _take_values(kind: Any, queue: list[str]) -> list[str]:
@@ -205,34 +207,37 @@ def _parse(kind: Any, values: list[str]) -> Any:
         return values[0]
 
 
-def _build(tree: Tree) -> tuple[Config, list[_Problem]]:
+def _build(tree: Tree, schema: _Schema) -> tuple[Config, list[_Fault]]:
     """Builds a config from what is sound in a tree, and lists the rest."""
-    found: list[_Problem] = []
-    kinds = get_type_hints(Config)
-    sections = [f.name for f in fields(Config) if is_dataclass(getattr(Config(), f.name))]
+    faults: list[_Fault] = []
+    kinds = _field_types(Config)
+    sections = [name for name, kind in kinds.items() if is_dataclass(kind)]
     top = {name: kind for name, kind in kinds.items() if name not in sections}
-    values = _table(tree, top, "", found, known=sections)
-    for section in [name for name in tree if name in sections]:
-        table = tree[section]
+    values = _table(tree, top, "", schema.types, faults, known=sections)
+    for section in sections:
+        table = tree.get(section, {})
         if not isinstance(table, dict):
-            found.append(_Problem(f"{_describe(table)}, expected a table [{section}]", section))
-        elif section in _UNIONS:
-            values[section] = _one_of(section, cast(Tree, table), found)
+            text = f"{_describe(table)}, expected a table [{section}]"
+            faults.append(_Fault(section, text))
+            table = {}
+        if section in schema.unions:
+            values[section] = _one_of(section, cast(Tree, table), schema, faults)
         else:
-            leaves = get_type_hints(kinds[section])
-            values[section] = kinds[section](**_table(cast(Tree, table), leaves, section, found))
-    return Config(**values), found
+            leaves = _field_types(kinds[section])
+            own = _table(cast(Tree, table), leaves, section, schema.types, faults)
+            values[section] = kinds[section](**own)
+    return Config(**values), faults
 
 
-def _one_of(section: str, table: Tree, found: list[_Problem]) -> Any:
+def _one_of(section: str, table: Tree, schema: _Schema, faults: list[_Fault]) -> Any:
     """Builds the kind that the tag picks; a setting of another kind is a problem."""
-    tag, classes = _UNIONS[section]
-    kinds = {name: get_type_hints(cls) for name, cls in classes.items()}
+    tag, classes = schema.unions[section]
+    kinds = {name: _field_types(cls) for name, cls in classes.items()}
     default = next(iter(kinds))
     name = table.get(tag, default)
     if name not in list(kinds):
         every = {key: kind for own in kinds.values() for key, kind in own.items()}
-        _table(table, every | {tag: Literal[tuple(kinds)]}, section, found)
+        _table(table, every | {tag: Literal[tuple(kinds)]}, section, schema.types, faults)
         return classes[default]()
     own = dict(table)
     for key in table:
@@ -241,12 +246,17 @@ def _one_of(section: str, table: Tree, found: list[_Problem]) -> Any:
             del own[key]
             hint = "" if tag in table else f" (the default; set {section}.{tag})"
             text = f"a setting of {' and '.join(owners)}, but the {section} is {name}{hint}"
-            found.append(_Problem(text, f"{section}.{key}"))
-    return classes[name](**_table(own, kinds[name], section, found))
+            faults.append(_Fault(f"{section}.{key}", text))
+    return classes[name](**_table(own, kinds[name], section, schema.types, faults))
 
 
 def _table(
-    table: Tree, kinds: Tree, section: str, found: list[_Problem], known: Collection[str] = ()
+    table: Tree,
+    kinds: Tree,
+    section: str,
+    types: Tree,
+    faults: list[_Fault],
+    known: Collection[str] = (),
 ) -> Tree:
     """Converts the values of one table and drops, with a report, what does not fit."""
     values: Tree = {}
@@ -257,10 +267,11 @@ def _table(
             if value is not None:
                 values[name] = value
                 continue
-            text = f"{_describe(raw)}, expected {_expected(kinds[name], raw)}"
-            found.append(_Problem(text, key))
+            faults.append(_Fault(key, f"{_describe(raw)}, expected {_expected(kinds[name], raw)}"))
+        elif key in RENAMED:
+            faults.append(_Fault(key, f"renamed; write {RENAMED[key]}"))
         elif name not in known:
-            found.append(_Problem(f"unknown key; {_nearest(key, _kinds())}", key))
+            faults.append(_Fault(key, f"unknown key; {_nearest(key, types)}"))
     return values
 
 
@@ -276,57 +287,16 @@ def _convert(kind: Any, raw: Any) -> Any:
     return raw if type(raw) is kind else None
 
 
-def _checks(config: Config) -> Iterator[_Problem]:
-    leaves = _leaves(config)
-    for key, expectation in out_of_range(leaves):
-        yield _Problem(f"{_toml(leaves[key])}, expected {expectation}", key)
-    for key, others, expectation in contradictions(config):
-        text = f"{_toml(leaves[key])}, expected {expectation}"
-        tags = [f"{section}.{union.tag}" for section, union in _UNIONS.items()]
-        yield _Problem(text, key, (*others.split(), *tags))
-
-
-def _kinds() -> Tree:
-    """Maps every dotted key, of all objectives and environments, to its type."""
-    found: Tree = {f"{s}.{u.tag}": Literal[tuple(u.kinds)] for s, u in _UNIONS.items()}
-    for name, kind in get_type_hints(Config).items():
-        for cls in _UNIONS[name].kinds.values() if name in _UNIONS else (kind,):
-            leaves = get_type_hints(cls) if is_dataclass(cls) else {}
-            own = {f"{name}.{leaf}": of for leaf, of in leaves.items()} or {name: kind}
-            found = own | found
-    return found
-
-
-def _leaves(config: Config) -> Tree:
-    found: Tree = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            found |= {f"{field.name}.{f.name}": getattr(value, f.name) for f in fields(value)}
-        else:
-            found[field.name] = value
-    return found
-
-
-def _fixed(config: Config) -> set[str]:
-    bends = config.optimizer.schedule != "constant" or (
-        isinstance(config.objective, SdpoObjective)
-        and config.objective.distillation_decay_steps > 0
-    )
-    steps = set[str]() if bends else {"train.steps"}
-    return set(_leaves(config)) - _MAY_CHANGE - steps
-
-
-def _nearest(key: str, kinds: Collection[str], spell: Callable[[str], str] = str) -> str:
-    """Says which key was meant: a near one in the section, the same name elsewhere, a near one."""
+def _nearest(key: str, types: Collection[str], spell: Callable[[str], str] = str) -> str:
+    """Suggests a key: a near one in the section, the same name elsewhere, else a near one."""
     section, _, leaf = key.rpartition(".")
-    siblings = [k for k in kinds if k.rpartition(".")[0] == section]
-    sections = sorted({k.rpartition(".")[0] for k in kinds} - {""})
+    siblings = [k for k in types if k.rpartition(".")[0] == section]
+    sections = sorted({k.rpartition(".")[0] for k in types} - {""})
     names = {k.rpartition(".")[2]: k for k in siblings} | (
         {} if section else dict.fromkeys(sections)
     )
     near = [names[name] or name for name in _close(leaf, names)]
-    near = near or [k for k in kinds if k.rpartition(".")[2] == leaf] or _close(key, kinds)
+    near = near or [k for k in types if k.rpartition(".")[2] == leaf] or _close(key, types)
     if near:
         return f"did you mean {spell(near[0])}?"
     return f"known here: {', '.join(siblings if section and siblings else sections)}"
@@ -342,41 +312,24 @@ def _close(word: str, names: Collection[str]) -> list[str]:
 
 def _expected(kind: Any, raw: Any = None) -> str:
     if get_origin(kind) is Literal:
-        choices = ", ".join(map(_toml, get_args(kind)))
+        choices = ", ".join(map(toml_value, get_args(kind)))
         near = _close(raw, get_args(kind)) if isinstance(raw, str) else []
-        return f"one of {choices}" + (f"; did you mean {_toml(near[0])}?" if near else "")
+        return f"one of {choices}" + (f"; did you mean {toml_value(near[0])}?" if near else "")
     return "a list of strings" if get_origin(kind) is tuple else _TYPE_NAMES[kind]
 
 
 def _describe(value: Any) -> str:
     name = _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
-    return "a table" if isinstance(value, dict) else f"{_toml(value)} ({name})"
+    return "a table" if isinstance(value, dict) else f"{toml_value(value)} ({name})"
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, cast(Sequence[Any], value)))}]"
-    return "nothing" if value is None else str(value)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("sdpo-jax")
-    except metadata.PackageNotFoundError:
-        return "(source tree)"
-
-
-def _print_help(config: Config, path: Path) -> None:
+def _print_help(config: Config, path: Path, unions: Mapping[str, _Union]) -> None:
     import tyro  # only --help needs it
 
     text = f"Every setting of {path}; an option replaces the recipe's value, shown as the default."
-    for section, union in _UNIONS.items():
+    for section, union in unions.items():
         flag, own = _flag(f"{section}.{union.tag}"), getattr(config, section)
-        others = [name for name, kind in union.kinds.items() if not isinstance(own, kind)]
+        others = [name for name, kind in union.kinds.items() if kind is not type(own)]
         text += f" {flag} may also be {', '.join(others)}, each with settings of its own."
     kind = tyro.conf.AvoidSubcommands[Config]
     tyro.cli(kind, default=config, args=["--help"], prog=f"sdpo train {path}", description=text)

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sdpo_jax.config import Config, GrpoObjective, Objective, SdpoObjective
-from sdpo_jax.config.recipe import load_recipe, problems
+from sdpo_jax.config import Config, ObjectiveConfig
+from sdpo_jax.config.checks import problems
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.errors import UserError
+from sdpo_jax.run.recipes import load_recipe
 
 USAGE = """sdpo discover RECIPE --question ID [ID ...] [--seeds N | S S ...] [--budget GENERATIONS]
       [--method NAME [NAME ...]] [--samples N] [--run-dir DIR] [--SECTION.KEY VALUE ...]"""
-TRAINED: dict[str, type[Objective]] = {"sdpo": SdpoObjective, "grpo": GrpoObjective}
+TRAINED: dict[str, type[ObjectiveConfig]] = {"sdpo": SdpoConfig, "grpo": GrpoConfig}
 ASKED = {"multi_turn_feedback": False, "multi_turn_conversation": True}
 """Whether attempts are shown."""
 METHODS = (*TRAINED, "best_of_k", *ASKED)

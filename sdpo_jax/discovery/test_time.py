@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from sdpo_jax.config import Config, Demonstrated
+from sdpo_jax.config import Config
 from sdpo_jax.discovery.estimator import Cell
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
 from sdpo_jax.environments.grading import refuse_failures
@@ -143,7 +143,7 @@ class TestTimeTraining:
         Raises:
           UserError: the objective learns from demonstrations and not from rollouts.
         """
-        if isinstance(config.objective, Demonstrated):
+        if config.objective.learns_from == "demonstrations":
             raise UserError(
                 f"objective {config.objective.name}: expected one that learns from rollouts, "
                 "sdpo or grpo; choose it with --method"

@@ -7,12 +7,13 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
+from sdpo_jax.config import EnvironmentConfig
+from sdpo_jax.config.environments import ENVIRONMENTS as SETTINGS
 from sdpo_jax.config.environments import (
     BfclEnvironment,
     CodeEnvironment,
-    EnvironmentConfig,
     FileEnvironment,
     MathEnvironment,
     McqEnvironment,
@@ -52,7 +53,7 @@ def build(config: EnvironmentConfig) -> Environment:
 
 def settings_of(values: Mapping[str, Any]) -> EnvironmentConfig:
     """The settings of `dataclasses.asdict`, after JSON."""
-    kind: type[Any] = next(c for c in get_args(EnvironmentConfig) if c().kind == values["kind"])
+    kind: type[Any] = SETTINGS[values["kind"]]
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

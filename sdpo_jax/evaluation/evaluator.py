@@ -11,7 +11,8 @@ from functools import partial
 
 import numpy as np
 
-from sdpo_jax.config import Config, SdftObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SdftConfig
 from sdpo_jax.environments.base import Environment, HasReferences, Prompt
 from sdpo_jax.environments.grading import (
     OpenEpisodes,
@@ -132,7 +133,7 @@ class Evaluator:
 
     def _contexts(self, graded: Graded, group: int) -> Sequence[TeacherContext | None]:
         """What each attempt's teacher sees: under `sdft` a demonstration, the environment's own."""
-        if not isinstance(self._config.objective, SdftObjective):
+        if not isinstance(self._config.objective, SdftConfig):
             teacher, seed = self._config.teacher, self._config.seed
             return choose_context(graded.outcomes, graded.responses, group, teacher, seed=seed)
         environment = self._environment

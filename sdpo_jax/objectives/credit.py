@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import Config, SdpoObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SdpoConfig
 from sdpo_jax.losses.credit import modulate_advantages, sequence_advantages
 from sdpo_jax.losses.weights import MAX_LOG_RATIO, teacher_entropy_weights
 from sdpo_jax.objectives.loss_weights import LossWeights, Rows, reinforces
@@ -25,17 +26,17 @@ Ragged = list[NDArray[np.float32]]
 """`[|y|]` for each row of a part."""
 
 
-def worth_computing(objective: SdpoObjective, shares: LossWeights) -> NDArray[np.bool_]:
+def worth_computing(objective: SdpoConfig, shares: LossWeights) -> NDArray[np.bool_]:
     """[N], rollouts whose tokens can move the parameters."""
     if objective.reference_kl > 0:
         return shares.counted
     if objective.credit == "modulated":
         return shares.advantages != 0
-    return (shares.distil != 0) | (shares.reinforce * shares.advantages != 0)
+    return (shares.distill != 0) | (shares.reinforce * shares.advantages != 0)
 
 
 def own_reduction(
-    objective: SdpoObjective,
+    objective: SdpoConfig,
     experience: RolloutBatch,
     part: MiniBatch,
     has_teacher: NDArray[np.bool_],
@@ -46,7 +47,7 @@ def own_reduction(
     Under `route = "outcome"` both terms have one denominator (SRPO), and without GRPO there is one.
     """
     if not reinforces(objective) or objective.route == "outcome" or part.block is None:
-        return shares.distil
+        return shares.distill
     lengths, active = experience.lengths[part.block], has_teacher[part.block]
     _, own = reduction_weights(
         lengths,
@@ -56,7 +57,7 @@ def own_reduction(
         own_of(experience, part.block),
         objective.skip_first_tokens,
     )
-    return shares.distil * np.float32(part.denominator / max(own, 1.0))
+    return shares.distill * np.float32(part.denominator / max(own, 1.0))
 
 
 def entropy_weighted(shares: Ragged, scores: Scores, *, beta: float) -> Ragged:
@@ -71,11 +72,11 @@ def entropy_weighted(shares: Ragged, scores: Scores, *, beta: float) -> Ragged:
 
 def token_advantages(
     config: Config,
-    objective: SdpoObjective,
+    objective: SdpoConfig,
     experience: RolloutBatch,
     part: MiniBatch,
     gaps: Ragged | None,
-    distil: Rows,
+    distill: Rows,
     shares: LossWeights,
 ) -> Ragged:
     """The advantage of each token of a part's rows, under a credit that is known before the loss.
@@ -86,7 +87,7 @@ def token_advantages(
         experience: the rollouts.
         part: its rows.
         gaps: log q(y_t) - log π(y_t); None under `fixed_negative`.
-        distil: [N], from `own_reduction`.
+        distill: [N], from `own_reduction`.
         shares: of the rollouts.
     """
     lengths = [len(x) for x in part.weights]
@@ -95,7 +96,7 @@ def token_advantages(
     elif objective.credit == "modulated":
         assert gaps is not None  # a teacher was asked
         # A rollout without a context has no teacher, only the plain question's.
-        told = [g * (shares.distil[i] != 0) for g, i in zip(gaps, part.rows, strict=True)]
+        told = [g * (shares.distill[i] != 0) for g, i in zip(gaps, part.rows, strict=True)]
         old = _padded([experience.log_probs[i] for i in part.rows])
         modulated = modulate_advantages(
             jnp.asarray(shares.advantages[part.rows]),
@@ -111,13 +112,13 @@ def token_advantages(
         means = sequence_advantages(jnp.asarray(_padded(gaps)), jnp.asarray(mask))
         credit = _rows(means, lengths)
     return [
-        distil[i] * own + np.float32(shares.reinforce[i] * shares.advantages[i])
+        distill[i] * own + np.float32(shares.reinforce[i] * shares.advantages[i])
         for own, i in zip(credit, part.rows, strict=True)
     ]
 
 
 def _negative(
-    config: Config, objective: SdpoObjective, experience: RolloutBatch, row: int
+    config: Config, objective: SdpoConfig, experience: RolloutBatch, row: int
 ) -> NDArray[np.float32]:
     """-1 where a failure's token was unlikely when it was drawn (OPSA, arXiv 2608.31046)."""
     unlikely = experience.log_probs[row] < np.log(objective.control_probability)

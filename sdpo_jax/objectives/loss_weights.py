@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import Config, SdpoObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SdpoConfig
 from sdpo_jax.losses.policy_gradient import group_advantages
 from sdpo_jax.losses.weights import outcome_routing, pass_rate_weights, positive_only
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
@@ -28,7 +29,7 @@ class LossWeights(NamedTuple):
     """How much each rollout counts in either term."""
 
     counted: NDArray[np.bool_]  # [N], in the denominator
-    distil: Rows
+    distill: Rows
     reinforce: Rows
     advantages: Rows
     coefficient: float = 1.0  # of the schedule
@@ -36,38 +37,38 @@ class LossWeights(NamedTuple):
 
 def make_loss_weights(
     config: Config,
-    objective: SdpoObjective,
+    objective: SdpoConfig,
     experience: RolloutBatch,
     has_teacher: NDArray[np.bool_],
     step: int,
 ) -> LossWeights:
     """Weights of a generation batch; a rollout that could not be graded has none."""
-    graded, distil = experience.graded, has_teacher.astype(np.float32)
-    advantages = np.zeros_like(distil)
+    graded, distill = experience.graded, has_teacher.astype(np.float32)
+    advantages = np.zeros_like(distill)
     if reinforces(objective):
         advantages = graded_advantages(experience)
-    reinforce = np.zeros_like(distil)
+    reinforce = np.zeros_like(distill)
     if objective.route == "outcome":
         passed = np.asarray([is_success(o, config.teacher) for o in experience.outcomes])
         routes = outcome_routing(jnp.asarray(passed), jnp.asarray(has_teacher))
-        distil, reinforce = np.asarray(routes.distil), np.asarray(routes.reinforce)
+        distill, reinforce = np.asarray(routes.distill), np.asarray(routes.policy_gradient)
     elif reinforces(objective):
         if objective.route == "positive":
-            distil = distil * np.asarray(positive_only(jnp.asarray(advantages)))
-        distil = distil * np.float32(1.0 - objective.grpo_weight)
-        reinforce = np.full_like(distil, objective.grpo_weight)
+            distill = distill * np.asarray(positive_only(jnp.asarray(advantages)))
+        distill = distill * np.float32(1.0 - objective.grpo_weight)
+        reinforce = np.full_like(distill, objective.grpo_weight)
     scale = distillation_coefficient(objective, step, config.train.steps)
-    distil = distil * np.float32(scale) * question_weights(config, objective, experience)
+    distill = distill * np.float32(scale) * question_weights(config, objective, experience)
     counted = graded if reinforces(objective) else has_teacher
-    return LossWeights(counted, distil * graded, reinforce * graded, advantages, scale)
+    return LossWeights(counted, distill * graded, reinforce * graded, advantages, scale)
 
 
-def reinforces(objective: SdpoObjective) -> bool:
+def reinforces(objective: SdpoConfig) -> bool:
     """Whether a term with the reward's advantages stands beside the distillation."""
     return objective.grpo_weight > 0 or objective.route != "none" or objective.credit == "modulated"
 
 
-def weighs(objective: SdpoObjective) -> bool:
+def weighs(objective: SdpoConfig) -> bool:
     """Whether rollouts or tokens differ in the weight of their distillation."""
     return (
         objective.question_weights != "none"
@@ -77,7 +78,7 @@ def weighs(objective: SdpoObjective) -> bool:
     )
 
 
-def distillation_coefficient(objective: SdpoObjective, step: int, steps: int) -> float:
+def distillation_coefficient(objective: SdpoConfig, step: int, steps: int) -> float:
     """min(1, k / T_w) · min(1, (T - k) / T_d) at step k of T, counted from 1.
 
     Source: β(k) of SDPG, arXiv 2606.04036.
@@ -88,7 +89,7 @@ def distillation_coefficient(objective: SdpoObjective, step: int, steps: int) ->
     return min(1.0, up) * min(1.0, down)
 
 
-def question_weights(config: Config, objective: SdpoObjective, experience: RolloutBatch) -> Rows:
+def question_weights(config: Config, objective: SdpoConfig, experience: RolloutBatch) -> Rows:
     """√(p (1 - p)) of each rollout's group over its mean; p among the graded siblings."""
     count = len(experience.outcomes)
     if objective.question_weights == "none":

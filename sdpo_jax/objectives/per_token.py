@@ -6,17 +6,17 @@ from typing import Any
 
 import jax
 
-from sdpo_jax.config import GrpoObjective, SdftObjective, SdpoObjective
-from sdpo_jax.losses.anchor import anchored_per_token
-from sdpo_jax.losses.chunked_head import PerTokenLoss
+from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
-from sdpo_jax.losses.objectives import (
+from sdpo_jax.losses.fused_linear import PerTokenLoss
+from sdpo_jax.losses.per_token import (
     Divergence,
     grpo_per_token,
     mixed_per_token,
-    sampled_token_per_token,
+    sampled_token_sdpo,
     sdpo_per_token,
 )
+from sdpo_jax.losses.reference_kl import with_reference_kl
 from sdpo_jax.losses.token_stats import TokenStats
 from sdpo_jax.losses.weights import disagreement_weights
 from sdpo_jax.objectives.loss_weights import reinforces, weighs
@@ -36,7 +36,7 @@ Loss = tuple[PerTokenLoss, tuple[str, ...]]
 """The loss, and the by-products that are reported; others are not computed."""
 
 
-def is_mixed(objective: SdpoObjective) -> bool:
+def is_mixed(objective: SdpoConfig) -> bool:
     """Whether tokens carry weights of their own for both terms.
 
     So they must beside a KL, too: it counts in full where the distillation does not.
@@ -46,9 +46,9 @@ def is_mixed(objective: SdpoObjective) -> bool:
     return reinforces(objective) or (objective.reference_kl > 0 and weighs(objective))
 
 
-def sdpo_loss_of(objective: SdpoObjective) -> Loss:
+def sdpo_loss_of(objective: SdpoConfig) -> Loss:
     """The loss with every switch of an `sdpo` recipe."""
-    surrogate = _surrogate(GrpoObjective())
+    surrogate = _surrogate(GrpoConfig())
     if objective.credit in BY_ADVANTAGE:
         return _anchored(objective, surrogate, (*SAMPLED, "ratio", "clipped"))
     settings: dict[str, Any] = {"importance_cap": objective.importance_cap}
@@ -56,7 +56,7 @@ def sdpo_loss_of(objective: SdpoObjective) -> Loss:
     if objective.token_weights == "disagreement":
         settings["weigh"], names = _disagreement(objective), (*names, "weight")
     if objective.credit == "token":
-        loss = sampled_token_per_token(**settings)
+        loss = sampled_token_sdpo(**settings)
     else:
         loss, names = sdpo_per_token(divergence_of(objective), **settings), (*names, *SPREAD)
     if is_mixed(objective):
@@ -65,25 +65,25 @@ def sdpo_loss_of(objective: SdpoObjective) -> Loss:
     return _anchored(objective, loss, names)
 
 
-def sdft_loss_of(objective: SdftObjective) -> Loss:
+def sdft_loss_of(objective: SdftConfig) -> Loss:
     """The loss of an `sdft` recipe; a response's weight is `sequence_weighted_head`'s."""
     names = ("divergence", *SAMPLED, *PAIRS, *SPREAD, "importance")
     return sdpo_per_token(divergence_of(objective)), names
 
 
-def grpo_loss_of(objective: GrpoObjective) -> Loss:
+def grpo_loss_of(objective: GrpoConfig) -> Loss:
     """The loss of a `grpo` recipe."""
     return _anchored(objective, _surrogate(objective), (*SAMPLED, "ratio", "clipped"))
 
 
-def divergence_of(objective: SdpoObjective | SdftObjective) -> Divergence:
+def divergence_of(objective: SdpoConfig | SdftConfig) -> Divergence:
     """The divergence over the vocabulary, or over the student's likeliest tokens."""
     if objective.top_k:
         return partial(top_k_loss, alpha=objective.alpha, k=objective.top_k, add_tail=True)
     return partial(full_vocabulary_loss, alpha=objective.alpha)
 
 
-def _surrogate(objective: GrpoObjective) -> PerTokenLoss:
+def _surrogate(objective: GrpoConfig) -> PerTokenLoss:
     return grpo_per_token(
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
@@ -91,7 +91,7 @@ def _surrogate(objective: GrpoObjective) -> PerTokenLoss:
     )
 
 
-def _disagreement(objective: SdpoObjective) -> Callable[[TokenStats], jax.Array]:
+def _disagreement(objective: SdpoConfig) -> Callable[[TokenStats], jax.Array]:
     def weigh(products: TokenStats) -> jax.Array:
         return disagreement_weights(
             products.jsd,
@@ -103,11 +103,11 @@ def _disagreement(objective: SdpoObjective) -> Callable[[TokenStats], jax.Array]
 
 
 def _anchored(
-    objective: SdpoObjective | GrpoObjective, loss: PerTokenLoss, names: tuple[str, ...]
+    objective: SdpoConfig | GrpoConfig, loss: PerTokenLoss, names: tuple[str, ...]
 ) -> Loss:
     if objective.reference_kl == 0:
         return loss, names
-    return anchored_per_token(loss, coefficient=objective.reference_kl), (*names, "reference_kl")
+    return with_reference_kl(loss, coefficient=objective.reference_kl), (*names, "reference_kl")
 
 
 def means(sums: Mapping[str, float], tokens: float) -> dict[str, float]:

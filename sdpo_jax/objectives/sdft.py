@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sdpo_jax.config import Config, SdftObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SdftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import PromptBatches
 from sdpo_jax.environments.base import Prompt
@@ -37,7 +38,7 @@ class SdftSource:
     def __init__(
         self,
         config: Config,
-        objective: SdftObjective,
+        objective: SdftConfig,
         demonstrations: PromptBatches[Demonstration],
         tokenizer: Tokenizer,
         sampler: Sampler,

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import Config, GrpoObjective, SdpoObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.devices import Devices
-from sdpo_jax.losses.objectives import (
-    GrpoConstants,
-    GrpoTokens,
-    MixedConstants,
-    MixedTokens,
-    SdpoTokens,
+from sdpo_jax.losses.per_token import (
+    GrpoSharedInputs,
+    GrpoTokenInputs,
+    MixedSharedInputs,
+    MixedTokenInputs,
+    SdpoTokenInputs,
 )
 from sdpo_jax.model import Params
 from sdpo_jax.objectives.contexts import Contexts
@@ -56,12 +57,12 @@ from sdpo_jax.training.updates import (
 
 
 class SdpoUpdates:
-    """Contexts, the teacher's forward pass, and the tokens to distil, to reinforce, or both."""
+    """Contexts, the teacher's forward pass, and the tokens to distill, to reinforce, or both."""
 
     def __init__(
         self,
         config: Config,
-        objective: SdpoObjective,
+        objective: SdpoConfig,
         contexts: Contexts,
         teacher_pass: TeacherPass,
         scorer: Scorer,
@@ -124,9 +125,11 @@ class SdpoUpdates:
     ) -> Update:
         """Credit for candidates or sampled tokens, which the loss itself makes."""
         objective, devices = self._objective, self._devices
-        judged = verdicts(experience.outcomes, shares.distil != 0)
-        distil = own_reduction(objective, experience, part, has_teacher, shares)
-        weights = [np.full(len(x), distil[i]) for x, i in zip(part.weights, part.rows, strict=True)]
+        judged = verdicts(experience.outcomes, shares.distill != 0)
+        distill = own_reduction(objective, experience, part, has_teacher, shares)
+        weights = [
+            np.full(len(x), distill[i]) for x, i in zip(part.weights, part.rows, strict=True)
+        ]
         if objective.token_weights == "teacher_entropy":
             scores = self._scorer.of_teacher(part, *side)
             counts = [w * (x > 0) for w, x in zip(weights, part.weights, strict=True)]
@@ -142,14 +145,14 @@ class SdpoUpdates:
         repeated = [np.full(n, shares.reinforce[i]) for n, i in rows]
         advantages = [np.full(n, shares.advantages[i]) for n, i in rows]
 
-        def mixed(known: SdpoTokens, micro_batch: MicroBatchPlan) -> MixedTokens:
+        def mixed(known: SdpoTokenInputs, micro_batch: MicroBatchPlan) -> MixedTokenInputs:
             place = partial(make_tokens, micro_batch=micro_batch, devices=devices, dtype=np.float32)
             assert known.old_log_probs is not None  # the teacher's pass always has them
-            grpo = GrpoTokens(known.targets, known.old_log_probs, place(advantages))
-            return MixedTokens(known, grpo, place(weights), place(repeated))
+            grpo = GrpoTokenInputs(known.targets, known.old_log_probs, place(advantages))
+            return MixedTokenInputs(known, grpo, place(weights), place(repeated))
 
         tokens = [mixed(*x) for x in zip(side.tokens, part.micro_batches, strict=True)]
-        constants = MixedConstants(side.constants, GrpoConstants(side.constants.temperature))
+        constants = MixedSharedInputs(side.constants, GrpoSharedInputs(side.constants.temperature))
         update = make_update(part, in_order(part, tokens), constants, self._form, devices)
         return with_outcomes(update, part, judged, devices)
 
@@ -165,7 +168,7 @@ class SdpoUpdates:
         updates: list[Update] = []
         gaps: list[NDArray[np.float32]] = []
         agreeing = np.zeros(4)
-        judged = verdicts(experience.outcomes, shares.distil != 0)
+        judged = verdicts(experience.outcomes, shares.distill != 0)
         for number, part in enumerate(parts):
             gap = None
             if sides:
@@ -174,9 +177,9 @@ class SdpoUpdates:
                 gaps += gap
                 active = [x * (w > 0) for x, w in zip(gap, part.weights, strict=True)]
                 agreeing += gap_agreement(active, judged[part.rows])
-            distil = own_reduction(self._objective, experience, part, has_teacher, shares)
+            distill = own_reduction(self._objective, experience, part, has_teacher, shares)
             advantages = token_advantages(
-                self._config, self._objective, experience, part, gap, distil, shares
+                self._config, self._objective, experience, part, gap, distill, shares
             )
             temperature = self._config.rollout.temperature
             updates.append(
@@ -191,9 +194,7 @@ class SdpoUpdates:
 class GrpoUpdates:
     """Group-relative advantages on every token of a response."""
 
-    def __init__(
-        self, config: Config, objective: GrpoObjective, devices: Devices, form: BatchLayout
-    ):
+    def __init__(self, config: Config, objective: GrpoConfig, devices: Devices, form: BatchLayout):
         self._config, self._objective = config, objective
         self._devices, self._form = devices, form
 
@@ -240,13 +241,13 @@ def grpo_update(
     responses = [experience.response_ids[i] for i in part.rows]
     old = [experience.log_probs[i] for i in part.rows]
 
-    def tokens(micro_batch: MicroBatchPlan) -> GrpoTokens:
+    def tokens(micro_batch: MicroBatchPlan) -> GrpoTokenInputs:
         place = partial(make_tokens, micro_batch=micro_batch, devices=devices)
-        return GrpoTokens(
+        return GrpoTokenInputs(
             targets=place(responses, dtype=np.int32),
             old_log_probs=place(old, dtype=np.float32),
             advantages=place(advantages, dtype=np.float32),
         )
 
-    constants = GrpoConstants(jnp.float32(temperature))
+    constants = GrpoSharedInputs(jnp.float32(temperature))
     return make_update(part, tokens, constants, form, devices)

@@ -7,14 +7,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sdpo_jax.config import Config, SftObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import PromptBatches
 from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
-from sdpo_jax.losses.objectives import SftTokens
+from sdpo_jax.losses.per_token import SftTokenInputs
 from sdpo_jax.model import Params
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import (
@@ -78,9 +79,9 @@ class Source(Protocol):
 class RolloutSource:
     """Prompts from the environment, answered by the student, judged by the environment.
 
-    With `rollout.ahead` the next step's responses are drawn before this step's update, and graded
-    in a thread while it runs. The thread calls the environment alone: programs of the device are
-    launched from one thread, in the same order in all processes.
+    With `rollout.one_step_off_policy` the next step's responses are drawn before this step's
+    update, and graded in a thread while it runs. The thread calls the environment alone: programs
+    of the device are launched from one thread, in the same order in all processes.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class RolloutSource:
         self.updates = updates
         self._config, self._prompts, self._sampler = config, prompts, sampler
         self._table = make_rollout_setup(config, tokenizer, environment)
-        self._ahead = _Ahead(ThreadPoolExecutor(1)) if config.rollout.ahead else None
+        self._ahead = _Ahead(ThreadPoolExecutor(1)) if config.rollout.one_step_off_policy else None
 
     def __call__(
         self, params: Params, teacher_params: Params, step: int, clock: PhaseTimer
@@ -167,7 +168,7 @@ class DemonstrationSource:
     def __init__(
         self,
         config: Config,
-        objective: SftObjective,
+        objective: SftConfig,
         demonstrations: PromptBatches[Demonstration],
         tokenizer: Tokenizer,
         devices: Devices,
@@ -206,9 +207,9 @@ class DemonstrationSource:
         rows = list(range(len(pairs)))
         part = MiniBatch(rows, pairs, plan(pairs, self._form), spread, denominator)
 
-        def tokens(micro_batch: MicroBatchPlan) -> SftTokens:
+        def tokens(micro_batch: MicroBatchPlan) -> SftTokenInputs:
             responses = [pair.response for pair in pairs]
-            return SftTokens(make_tokens(responses, micro_batch, np.int32, self._devices))
+            return SftTokenInputs(make_tokens(responses, micro_batch, np.int32, self._devices))
 
         return make_update(part, tokens, None, self._form, self._devices)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sdpo_jax.config import Config, SftObjective
+from sdpo_jax.config import Config
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.environments.grading import refuse_failures
@@ -144,7 +144,7 @@ def _next_prompts(config: Config, environment: Environment, restored: Restored) 
     """Those of the step after the checkpoint; under `sft` the first ones of the environment."""
     size = config.rollout.prompts_per_step
     batches = prompt_batches(environment.train, batch_size=size, seed=config.seed)
-    if not isinstance(config.objective, SftObjective):
+    if config.objective.samples:
         batches.set_state(restored.extra["data"])
     return next(batches)
 

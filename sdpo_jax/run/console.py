@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TextIO
 
-from sdpo_jax.config import Config, Demonstrated, SftObjective
+from sdpo_jax.config import Config
 
 LIVE_STEPS = 12
 """Rows of the live table."""
@@ -117,10 +117,10 @@ _DIAGNOSTICS = (
 
 def batch_arithmetic(config: Config) -> str:
     """What one step consists of, worked out."""
-    if isinstance(config.objective, SftObjective):
+    if not config.objective.samples:
         return f"{config.data.rows_per_step} demonstrations a step"
     generations, rollouts = generations_per_step(config), config.rollout.rollouts_per_prompt
-    prompts = "demonstrations" if isinstance(config.objective, Demonstrated) else "prompts"
+    prompts = "demonstrations" if config.objective.learns_from == "demonstrations" else "prompts"
     count = generations // rollouts
     text = f"{count} {prompts} x {rollouts} rollouts = {generations} generations a step"
     if config.rollout.max_turns > 1:
@@ -131,9 +131,9 @@ def batch_arithmetic(config: Config) -> str:
 
 def generations_per_step(config: Config) -> int:
     """Responses that the student samples in a step."""
-    if isinstance(config.objective, SftObjective):
+    if not config.objective.samples:
         return 0
-    taught = isinstance(config.objective, Demonstrated)
+    taught = config.objective.learns_from == "demonstrations"
     prompts = config.data.rows_per_step if taught else config.rollout.prompts_per_step
     return prompts * config.rollout.rollouts_per_prompt
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.compilation import CompileCounter
-from sdpo_jax.config import Config, Demonstrated
+from sdpo_jax.config import Config
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.distributed import any_process, is_leader, of_leader
 from sdpo_jax.environments.base import Environment
@@ -128,7 +128,7 @@ def _run(
 
 
 def _introduce(config: Config, trainer: Trainer, console: Console, run_dir: Path) -> None:
-    taught = isinstance(config.objective, Demonstrated)
+    taught = config.objective.learns_from == "demonstrations"
     task = config.data.source if taught else config.environment.kind
     console.header(
         training=f"{config.objective.name} on {task}, model {config.model.path} "
@@ -275,7 +275,7 @@ def next_steps(config: Config, run_dir: Path) -> list[str]:
         steps.insert(
             0, "sdpo train configs/nano_sft.toml   # the baseline on the same demonstrations"
         )
-    if isinstance(config.objective, Demonstrated):
+    if config.objective.learns_from == "demonstrations":
         steps.append(f"sdpo train RECIPE --model.path {run_dir}   # a second stage from here")
     return [*steps, f"sdpo convert {run_dir} OUT   # weights in Hugging Face layout"]
 

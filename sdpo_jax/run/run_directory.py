@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_jax.config import Config
-from sdpo_jax.config.recipe import differences, load_recipe, to_toml
+from sdpo_jax.config.resolved import differences, to_toml
 from sdpo_jax.errors import UserError
+from sdpo_jax.run.recipes import load_recipe
 
 CONFIG, SUMMARY, LOCK = "config.toml", "summary.json", "run.lock"
 
@@ -41,7 +42,7 @@ def check(run_dir: Path, config: Config) -> None:
     """
     path = run_dir / CONFIG
     if path.exists():
-        found = differences(load_recipe(path), config)
+        found = differences(load_recipe(path, objectives=[type(config.objective)]), config)
         if found:
             listed = "\n  ".join(found)
             raise UserError(

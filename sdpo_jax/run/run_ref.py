@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdpo_jax.config import Config
-from sdpo_jax.config.recipe import load_recipe
 from sdpo_jax.errors import UserError
 from sdpo_jax.run.manifest import complete
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
+from sdpo_jax.run.recipes import load_recipe
 from sdpo_jax.run.run_directory import CONFIG
 
 

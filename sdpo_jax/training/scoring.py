@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_jax.devices import Devices
-from sdpo_jax.losses.anchor import (
-    AnchoredConstants,
-    AnchoredTokens,
-    ScoreConstants,
-    ScoreTokens,
+from sdpo_jax.losses.fused_linear import fused_linear_loss
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs
+from sdpo_jax.losses.reference_kl import (
+    ReferenceKlSharedInputs,
+    ReferenceKlTokenInputs,
+    ScoreSharedInputs,
+    ScoreTokenInputs,
     score_per_token,
 )
-from sdpo_jax.losses.chunked_head import chunked_head
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
 from sdpo_jax.model import Model, Params
 from sdpo_jax.training.batch import MicroBatchPlan
 from sdpo_jax.training.step import head_on_shards, teacher_forward
@@ -42,15 +42,15 @@ class Scorer:
         self._head = devices.jit(model.head, out_shardings=devices.head)
 
     def of_teacher(
-        self, part: MiniBatch, tokens: list[SdpoTokens], constants: SdpoConstants
+        self, part: MiniBatch, tokens: list[SdpoTokenInputs], constants: SdpoSharedInputs
     ) -> Scores:
         """What the teacher, or the trust region around it, says of a part's tokens."""
-        rest = ScoreConstants(constants.temperature, constants.live_head, constants.coefficient)
+        rest = ScoreSharedInputs(constants.temperature, constants.live_head, constants.coefficient)
         found = [
             self._score(
                 known.teacher_hidden,
                 constants.teacher_head,
-                ScoreTokens(known.targets, known.live_hidden),
+                ScoreTokenInputs(known.targets, known.live_hidden),
                 rest,
                 jnp.int32(micro_batch.filled),
             )
@@ -65,17 +65,17 @@ class Scorer:
         One forward pass of the reference over the student's own sequences.
         """
         head = self._head(reference) if updates else None
-        constants = ScoreConstants(self._temperature)
+        constants = ScoreSharedInputs(self._temperature)
 
         def anchor(update: Update) -> Update:
             micro_batches: list[Any] = []
             for one in update.batch.micro_batches:
                 hidden, targets = self._forward(reference, one.sequences), sampled(one.tokens)
-                scores = self._score(hidden, head, ScoreTokens(targets), constants, one.chunks)
-                tokens = AnchoredTokens(one.tokens, targets, scores["log_prob"])
+                scores = self._score(hidden, head, ScoreTokenInputs(targets), constants, one.chunks)
+                tokens = ReferenceKlTokenInputs(one.tokens, targets, scores["log_prob"])
                 micro_batches.append(one._replace(tokens=tokens))
             batch = update.batch._replace(micro_batches=micro_batches)
-            constants_of = AnchoredConstants(update.constants, self._temperature)
+            constants_of = ReferenceKlSharedInputs(update.constants, self._temperature)
             return update._replace(batch=batch, constants=constants_of)
 
         return [anchor(update) for update in updates]
@@ -84,8 +84,8 @@ class Scorer:
 def _score(
     hidden: jax.Array,
     head: jax.Array,
-    tokens: ScoreTokens,
-    constants: ScoreConstants,
+    tokens: ScoreTokenInputs,
+    constants: ScoreSharedInputs,
     chunks: jax.Array,
 ) -> dict[str, jax.Array]:
     """`log_prob` and `entropy`, `[D, n, c]` each, a chunk of the head at a time."""
@@ -93,7 +93,7 @@ def _score(
     flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
     weights = jnp.zeros(tokens.targets.size, jnp.float32)
     _, metrics = head_on_shards(
-        partial(chunked_head, score_per_token(), chunk=shape[2], block=shape[2]),
+        partial(fused_linear_loss, score_per_token(), chunk=shape[2], block=shape[2]),
         (flat(hidden), flat(tokens), weights),
         head,
         (constants, chunks),

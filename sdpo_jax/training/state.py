@@ -11,13 +11,8 @@ import numpy as np
 import optax
 from flax import struct
 
-from sdpo_jax.config import (
-    Config,
-    GrpoObjective,
-    OptimizerConfig,
-    SdftObjective,
-    SdpoObjective,
-)
+from sdpo_jax.config import Config, OptimizerConfig
+from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.devices import Devices
 from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import Teacher, ema, float32_copy, frozen, live, trust_region
@@ -93,7 +88,7 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.Gradien
 
 def make_teacher(config: Config) -> Teacher | None:
     """The teacher's weights as the recipe wants them; None for objectives without a teacher."""
-    if not isinstance(config.objective, SdpoObjective | SdftObjective):
+    if not isinstance(config.objective, SdpoConfig | SdftConfig):
         return None
     if base_is_teacher(config):
         return live()
@@ -113,9 +108,9 @@ def make_copies(config: Config) -> Copies:
     A frozen teacher, and the base of adapters, are the initial model already.
     """
     objective, teacher = config.objective, config.teacher
-    is_sdpo = isinstance(objective, SdpoObjective)
+    is_sdpo = isinstance(objective, SdpoConfig)
     returns = is_sdpo and teacher.weights == "refreshed" and teacher.return_drop > 0
-    anchored = isinstance(objective, SdpoObjective | GrpoObjective) and objective.reference_kl > 0
+    anchored = isinstance(objective, SdpoConfig | GrpoConfig) and objective.reference_kl > 0
     is_there = config.lora.rank > 0 or (is_sdpo and teacher.weights in ("frozen", "trust_region"))
     return Copies(returns, anchored and not is_there)
 

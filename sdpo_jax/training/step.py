@@ -1,7 +1,7 @@
 """One update, compiled: the algorithm on arrays.
 
     teacher_forward   h_t = the teacher's hidden states at the student's tokens, after the re-prompt
-    gradient          student forward, chunked head (divergence and gradient) of a micro-batch;
+    gradient          student forward, fused linear loss (divergence and gradient) of a micro-batch;
                       `accumulate` adds it to those before
     finish            one AdamW update with what has been accumulated
     follow            the teacher moves towards the student, once per generation batch
@@ -27,7 +27,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from sdpo_jax.devices import ROWS
-from sdpo_jax.losses.chunked_head import PerTokenLoss, chunked_head
+from sdpo_jax.losses.fused_linear import PerTokenLoss, fused_linear_loss
 from sdpo_jax.model import Blocks, Model, Params
 from sdpo_jax.teacher.weights import Teacher
 from sdpo_jax.training.lora import Parameters
@@ -49,7 +49,7 @@ class MicroBatch(NamedTuple):
 
     sequences: Sequences
     weights: jax.Array  # [D, n, c] float32, 0 where there is no token
-    tokens: Any  # a NamedTuple of sdpo_jax.losses.objectives with leading [D, n, c]
+    tokens: Any  # a NamedTuple of sdpo_jax.losses.per_token with leading [D, n, c]
     chunks: jax.Array  # [] int32, how many of the n hold tokens
     outcomes: jax.Array | None = None
     """[D, n, c] int32, the number of a token's rollout in its shard, from 1 on, negative where the
@@ -87,14 +87,14 @@ def at_predictions(model: Model, params: Params, sequences: Sequences) -> jax.Ar
     """Hidden states `[D, n, c, width]` that predict the response tokens."""
     tokens, positions, attention, take = sequences
     places = take.reshape(take.shape[0], -1)
-    hidden = model.hidden(params, tokens, positions, attention, take=places)
+    hidden = model.hidden(params, tokens, positions, attention, target_positions=places)
     return hidden.reshape(*take.shape, -1)
 
 
 def head_on_shards(
-    summed: Callable[..., tuple[jax.Array, Any]], rows: Any, head: jax.Array, whole: Any
+    head_loss_fn: Callable[..., tuple[jax.Array, Any]], rows: Any, head: jax.Array, whole: Any
 ) -> tuple[jax.Array, Any]:
-    """`chunked_head` on each shard of the rows alone, with the head `[D, V]` gathered once.
+    """`fused_linear_loss` on each shard of the rows alone, with the head `[D, V]` gathered once.
 
     Left to XLA, every chunk would gather the head anew, twice, and sum its gradient over the
     shards. `rows` are its hidden states, aux and weights; `whole` its constants and `filled`.
@@ -102,7 +102,7 @@ def head_on_shards(
 
     def local(rows: Any, head: jax.Array, whole: Any) -> tuple[jax.Array, Any]:
         (hidden, aux, weights), (constants, filled) = rows, whole
-        return summed(hidden, head, aux, weights, constants=constants, filled=filled)
+        return head_loss_fn(hidden, head, aux, weights, constants=constants, filled=filled)
 
     def on_shard(*arguments: Any) -> tuple[jax.Array, Any]:
         total, metrics = local(*arguments)
@@ -162,11 +162,11 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     parameters: Parameters,
     *,
-    summed: Callable[..., tuple[jax.Array, Any]] = chunked_head,
+    head_loss_fn: Callable[..., tuple[jax.Array, Any]] = fused_linear_loss,
 ) -> TrainStep:
-    """The functions of an update, not yet compiled; see `chunked_head` for the loss.
+    """The functions of an update, not yet compiled; see `fused_linear_loss` for the loss.
 
-    `summed` takes the place of `chunked_head`, with its arguments.
+    `head_loss_fn` takes the place of `fused_linear_loss`, with its arguments.
     """
 
     def loss_of(
@@ -178,7 +178,7 @@ def make_train_step(
         flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
         weights = flat(micro_batch.weights)
         total, metrics = head_on_shards(
-            partial(summed, per_token_loss, chunk=piece, block=piece),
+            partial(head_loss_fn, per_token_loss, chunk=piece, block=piece),
             (flat(hidden), flat(micro_batch.tokens), weights),
             model.head(params),
             (constants, micro_batch.chunks),

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.config import Config, SdftObjective, SdpoObjective
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import SdftConfig, SdpoConfig
 from sdpo_jax.devices import Devices
-from sdpo_jax.losses.chunked_head import PerTokenLoss, chunked_head
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
+from sdpo_jax.losses.fused_linear import PerTokenLoss, fused_linear_loss
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.model import Model, Params
 from sdpo_jax.objectives.per_token import divergence_of
 from sdpo_jax.training.batch import (
@@ -38,7 +39,7 @@ class StudentTeacherKl:
     def __init__(
         self,
         config: Config,
-        objective: SdpoObjective | SdftObjective,
+        objective: SdpoConfig | SdftConfig,
         model: Model,
         devices: Devices,
         form: BatchLayout,
@@ -79,12 +80,14 @@ class StudentTeacherKl:
         place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
         student, teacher = (self._forward(x, sequences) for x in weights)
         live = None if self._coefficient is None else (student, heads[0])
-        tokens = SdpoTokens(
+        tokens = SdpoTokenInputs(
             teacher,
             place([p.response for p in pairs], dtype=np.int32),
             live_hidden=live and live[0],  # the student itself, where the teacher mixes both
         )
-        constants = SdpoConstants(heads[1], self._temperature, live and live[1], self._coefficient)
+        constants = SdpoSharedInputs(
+            heads[1], self._temperature, live and live[1], self._coefficient
+        )
         there = place([np.ones(len(p.response)) for p in pairs], dtype=np.bool_)
         chunks = jnp.int32(micro_batch.filled)
         return self._apart(student, heads[0], tokens, constants, there, chunks)
@@ -94,8 +97,8 @@ def _apart(
     loss: PerTokenLoss,
     hidden: jax.Array,
     head: jax.Array,
-    tokens: SdpoTokens,
-    constants: SdpoConstants,
+    tokens: SdpoTokenInputs,
+    constants: SdpoSharedInputs,
     there: jax.Array,
     chunks: jax.Array,
 ) -> jax.Array:
@@ -103,7 +106,7 @@ def _apart(
     flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
     piece, weights = there.shape[2], jnp.zeros(there.size, jnp.float32)
     _, metrics = head_on_shards(
-        partial(chunked_head, loss, chunk=piece, block=piece),
+        partial(fused_linear_loss, loss, chunk=piece, block=piece),
         (flat(hidden), flat(tokens), weights),
         head,
         (constants, chunks),

@@ -1,4 +1,4 @@
-"""The teacher's forward over the student's own responses, and the update that distils it."""
+"""The teacher's forward over the student's own responses, and the update that distills it."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,8 +10,8 @@ import numpy as np
 
 from sdpo_jax.config import Config
 from sdpo_jax.devices import Devices
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
-from sdpo_jax.losses.sequence_importance import SdftTokens
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs
+from sdpo_jax.losses.sequence_importance import SdftTokenInputs
 from sdpo_jax.model import Params
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
@@ -36,8 +36,8 @@ TeacherHead = Callable[[Params], jax.Array]
 class TeacherOutputs(NamedTuple):
     """What the teacher knows of one part."""
 
-    tokens: list[Any]  # of each micro-batch, `SdpoTokens` or `SdftTokens`
-    constants: SdpoConstants
+    tokens: list[Any]  # of each micro-batch, `SdpoTokenInputs` or `SdftTokenInputs`
+    constants: SdpoSharedInputs
 
 
 class TeacherPass:
@@ -53,7 +53,7 @@ class TeacherPass:
         *,
         number_rollouts: bool = False,
     ):
-        """With `number_rollouts` the tokens are `SdftTokens`, for weights of whole responses."""
+        """With `number_rollouts` the tokens are `SdftTokenInputs`, with weights per response."""
         self.form, self._number_rollouts = form, number_rollouts
         self._config, self._devices = config, devices
         self._forward, self._head = forward, head
@@ -120,11 +120,11 @@ class TeacherPass:
         clock.count("teacher", token_count(pairs))
         old = [experience.log_probs[i] for i in part.rows]
 
-        def tokens(micro_batch: MicroBatchPlan) -> SdpoTokens | SdftTokens:
+        def tokens(micro_batch: MicroBatchPlan) -> SdpoTokenInputs | SdftTokenInputs:
             sequences = make_sequences(pairs, micro_batch, self.form, self._devices)
             place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
             hidden = [self._forward(x, sequences) for x in weights]
-            distilled = SdpoTokens(
+            distilled = SdpoTokenInputs(
                 teacher_hidden=hidden[0],
                 targets=place([p.response for p in pairs], dtype=np.int32),
                 old_log_probs=place(old, dtype=np.float32),
@@ -133,11 +133,11 @@ class TeacherPass:
             if not self._number_rollouts:
                 return distilled
             numbers = rollout_numbers(pairs, micro_batch)
-            return SdftTokens(distilled, place(numbers, dtype=np.int32))
+            return SdftTokenInputs(distilled, place(numbers, dtype=np.int32))
 
         temperature = jnp.float32(self._config.rollout.temperature)
-        constants = SdpoConstants(heads[0], temperature)
+        constants = SdpoSharedInputs(heads[0], temperature)
         if len(heads) > 1:
             coefficient = jnp.float32(self._config.teacher.trust_region)
-            constants = SdpoConstants(heads[0], temperature, heads[1], coefficient)
+            constants = SdpoSharedInputs(heads[0], temperature, heads[1], coefficient)
         return TeacherOutputs([tokens(x) for x in part.micro_batches], constants)

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.losses.objectives import MixedTokens
-from sdpo_jax.losses.sequence_importance import SdftTokens
+from sdpo_jax.losses.per_token import MixedTokenInputs
+from sdpo_jax.losses.sequence_importance import SdftTokenInputs
 
 HISTOGRAM, BY_TOKEN, AGREEMENT = "divergence_histogram", "divergence_by_token", "gap_agreement"
 
@@ -152,8 +152,8 @@ def agreement_shares(counts: Any) -> dict[str, float]:
 
 def sampled(tokens: Any) -> jax.Array:
     """The sampled tokens' ids, of what any objective knows of its tokens."""
-    if isinstance(tokens, MixedTokens):
+    if isinstance(tokens, MixedTokenInputs):
         return sampled(tokens.second)
-    if isinstance(tokens, SdftTokens):
+    if isinstance(tokens, SdftTokenInputs):
         return sampled(tokens.distilled)
     return tokens.targets

@@ -8,21 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.config import (
-    Config,
-    Demonstrated,
-    GrpoObjective,
-    SdftObjective,
-    SdpoObjective,
-    SftObjective,
-)
+from sdpo_jax.config import Config
+from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.environments.base import Environment
 from sdpo_jax.evaluation.evaluator import Evaluator
-from sdpo_jax.losses.chunked_head import chunked_head
-from sdpo_jax.losses.objectives import sft_per_token
+from sdpo_jax.losses.fused_linear import fused_linear_loss
+from sdpo_jax.losses.per_token import sft_per_token
 from sdpo_jax.losses.sequence_importance import sequence_weighted_head
 from sdpo_jax.model import Model, Params
 from sdpo_jax.objectives.contexts import Contexts
@@ -133,7 +127,7 @@ class Trainer:
 
     def _make_weight_lag(self) -> StudentTeacherKl | None:
         objective = self.config.objective
-        taught = isinstance(objective, SdpoObjective | SdftObjective)
+        taught = isinstance(objective, SdpoConfig | SdftConfig)
         if not taught or self.config.teacher.weights == "live":
             return None
         return StudentTeacherKl(self.config, objective, self._model, self.devices, self.form)
@@ -142,7 +136,12 @@ class Trainer:
         config, devices = self.config, self.devices
         loss, metrics = _per_token_loss(config)
         step = make_train_step(
-            self._model, loss, metrics, self.optimizer, self.parameters, summed=_summed(config)
+            self._model,
+            loss,
+            metrics,
+            self.optimizer,
+            self.parameters,
+            head_loss_fn=_head_loss_fn(config),
         )
         whole: Any = devices.replicated
         sums = Sums(self.shardings.params, {name: whole for name in metrics}, whole, whole)
@@ -167,11 +166,11 @@ class Trainer:
         config, objective, devices = self.config, self.config.objective, self.devices
         forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)
         head = devices.jit(model.head, out_shardings=devices.head)
-        if isinstance(objective, Demonstrated):
+        if objective.learns_from == "demonstrations":
             batches = prompt_batches(
                 demonstrations, batch_size=config.data.rows_per_step, seed=config.seed
             )
-            if isinstance(objective, SftObjective):
+            if isinstance(objective, SftConfig):
                 return DemonstrationSource(
                     config, objective, batches, self.tokenizer, devices, self.form
                 )
@@ -179,7 +178,7 @@ class Trainer:
             return SdftSource(
                 config, objective, batches, self.tokenizer, self.sampler, teacher_prompts, passes
             )
-        if isinstance(objective, SdpoObjective):
+        if isinstance(objective, SdpoConfig):
             teacher_pass = TeacherPass(config, devices, self.form, forward, head)
             self._contexts = Contexts(config, teacher_prompts, self.tokenizer)
             updates = SdpoUpdates(
@@ -264,7 +263,8 @@ class Trainer:
     ) -> list[Update]:
         """With a KL to the initial model: updates that know its log-probabilities."""
         objective = self.config.objective
-        if isinstance(objective, Demonstrated) or objective.reference_kl == 0:
+        anchored = isinstance(objective, SdpoConfig | GrpoConfig)
+        if not anchored or objective.reference_kl == 0:
             return updates
         with clock.phase("reference"):
             updates = self._scorer.anchored(updates, reference_params(self.config, state))
@@ -291,7 +291,7 @@ class Trainer:
 
         Under `sft` there is no teacher; the model itself, shown a context, stands in for one.
         """
-        is_sft = isinstance(self.config.objective, SftObjective)
+        is_sft = isinstance(self.config.objective, SftConfig)
         student = self.student(state)
         teacher = student if is_sft else self.teacher_params(state, student)
         self.source.wait()  # an environment is never asked by two threads at a time
@@ -311,11 +311,11 @@ def shares_prompts(config: Config) -> bool:
 def _per_token_loss(config: Config) -> Loss:
     """The loss, and which of its by-products are reported; others are not computed."""
     objective = config.objective
-    if isinstance(objective, SdpoObjective):
+    if isinstance(objective, SdpoConfig):
         return sdpo_loss_of(objective)
-    if isinstance(objective, SdftObjective):
+    if isinstance(objective, SdftConfig):
         return sdft_loss_of(objective)
-    if isinstance(objective, GrpoObjective):
+    if isinstance(objective, GrpoConfig):
         return grpo_loss_of(objective)
     return sft_per_token(), (*SAMPLED, "correct")
 
@@ -323,15 +323,15 @@ def _per_token_loss(config: Config) -> Loss:
 def _wording(config: Config) -> Wording:
     """What stands around the parts of a re-prompt."""
     objective = config.objective
-    asks_own = isinstance(objective, SdftObjective) and objective.closing == "own"
+    asks_own = isinstance(objective, SdftConfig) and objective.closing == "own"
     return EXAMPLE if asks_own else ATTEMPTS
 
 
-def _summed(config: Config) -> Any:
+def _head_loss_fn(config: Config) -> Any:
     """How losses of tokens become their sum; SDFT weighs whole responses."""
-    if isinstance(config.objective, SdftObjective):
+    if isinstance(config.objective, SdftConfig):
         return partial(sequence_weighted_head, config.objective.importance_cap)
-    return chunked_head
+    return fused_linear_loss
 
 
 def _summarise(measured: list[Metrics]) -> dict[str, Any]:
