@@ -20,6 +20,7 @@ train`) computes the same update faster: it packs rows, computes a shared prompt
 holds logits for the whole vocabulary. A test compares the first update of both.
 """
 
+import os
 import sys
 import time
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ EMA_RATE = 0.05  # τ, how far the teacher's weights move towards the student's 
 LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, MAX_GRADIENT_NORM = 3e-4, 5, 0.01, 1.0
 
 model = build_model(load_architecture(FOLDER))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would note that PyTorch is missing
 tokenizer = ChatTokenizer.from_pretrained(FOLDER)
 rate = optax.linear_schedule(LEARNING_RATE / WARMUP_STEPS, LEARNING_RATE, WARMUP_STEPS - 1)
 optimizer = optax.chain(
