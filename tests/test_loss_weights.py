@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from sdpo_jax.objectives.contexts import Contexts
+from sdpo_jax.training.scoring import Scores
 
 from sdpo_jax.config import RolloutConfig, TeacherConfig, TrainConfig
-from sdpo_jax.config.objectives import SdpoConfig
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
-from sdpo_jax.objectives.contexts import Contexts
+from sdpo_jax.objectives import SdpoConfig
 from sdpo_jax.objectives.credit import (
     entropy_weighted,
     own_reduction,
@@ -25,7 +26,6 @@ from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.controls import shuffled
 from sdpo_jax.teacher.prompts import TeacherPrompts
-from sdpo_jax.training.scoring import Scores
 
 TOKENIZER = tiny.ByteTokenizer()
 GROUP = 3
