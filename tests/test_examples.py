@@ -58,6 +58,14 @@ def test_the_loss_falls_in_a_loop_of_ones_own(name):
 
 
 @pytest.mark.slow
+def test_an_objective_of_ones_own_learns():
+    output = run("own_objective.py", "12")
+    reward, loss = printed(output, "reward"), printed(output, "loss")
+    assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.1
+    assert np.mean(loss[-3:]) < np.mean(loss[:3])
+
+
+@pytest.mark.slow
 def test_the_algorithm_in_plain_jax_learns():
     output = run("sdpo_minimal.py", "20")
     loss, correct = printed(output, "loss"), printed(output, "correct")
@@ -77,27 +85,24 @@ def module_of(name):
 
 def engine_step(minimal, params, monkeypatch):
     """State and metrics after a step of `configs/nano.toml` on 4 prompts; its graded rollouts."""
-    from sdpo_jax.rollouts.rollout_batch import PendingRollouts
+    from sdpo_jax.objectives import make_objective
     from sdpo_jax.run.recipes import load_recipe
     from sdpo_jax.training import trainer as trainer_module
 
-    sampled, finish = [], PendingRollouts.finish
-
-    def recorded(*arguments):
-        sampled.append(finish(*arguments))
-        return sampled[-1]
-
-    monkeypatch.setattr(PendingRollouts, "finish", recorded)
     monkeypatch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
     environment = minimal.ToolCalls(train_prompts=2048, held_out_prompts=1)
     config = load_recipe(
         ROOT / "configs" / "nano.toml", ["--rollout.prompts-per-step", str(PROMPTS)]
     )
-    trainer = trainer_module.Trainer(config, minimal.model, minimal.tokenizer, environment)
+    objective = make_objective(config.objective)
+    trainer = trainer_module.Trainer(
+        config, minimal.model, minimal.tokenizer, environment, objective=objective
+    )
+    sampled = {}
     # A copy: the step uses its state up.
-    state, row = trainer.step(trainer.initial_state(jax.tree.map(jnp.array, params)), 1)
-    ((batch, _),) = sampled
-    return state, row, batch
+    state = trainer.initial_state(jax.tree.map(jnp.array, params))
+    state, row = trainer.step(state, 1, sampled.__setitem__)
+    return state, row, sampled[1]
 
 
 def test_the_first_update_in_plain_jax_is_the_engines(monkeypatch):
@@ -125,3 +130,21 @@ def test_the_first_update_in_plain_jax_is_the_engines(monkeypatch):
         )
     moved = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), after.params, params)
     assert max(jax.tree.leaves(moved)) > 5e-5
+
+
+def test_an_objective_of_ones_own_trains_and_resumes_exactly(tmp_path):
+    """Two steps in one go are a step, a stop and a step in another run of the same folder."""
+    need("flax", "grain", "optax", "orbax", "transformers")
+    import quick
+
+    own = module_of("own_objective")
+    settings = {"train.steps": 2, "rollout.prompts_per_step": PROMPTS}
+    with quick.programs(tmp_path / "programs"):
+        whole = own.make_run(tmp_path / "whole", **settings)
+        one, two = whole.steps()
+        own.make_run(tmp_path / "parts", **settings).train(stop=lambda: True)
+        resumed = own.make_run(tmp_path / "parts", **settings)
+        (again,) = resumed.steps()
+    assert one.metrics["loss"] != two.metrics["loss"] == again.metrics["loss"] > 0
+    assert 0 < two.metrics["teacher_signal"] == again.metrics["teacher_signal"]
+    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)

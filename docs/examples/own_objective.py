@@ -84,18 +84,19 @@ def feedback_and_shortest(prompts, group, outcomes, responses, /, *, seed):
     return contexts
 
 
+def make_run(run_dir, **settings):
+    """A run of the recipe in `run_dir`, with this objective and this context."""
+    return sdpo_jax.load(
+        RECIPE,
+        objective=objective(Settings(scale=2.0)),
+        context=feedback_and_shortest,
+        **{"run_dir": str(run_dir), "evaluation.prompts": 0, **settings},
+    )
+
+
 if __name__ == "__main__":
     with TemporaryDirectory() as folder:
-        run = sdpo_jax.load(
-            RECIPE,
-            objective=objective(Settings(scale=2.0)),
-            context=feedback_and_shortest,
-            **{
-                "run_dir": folder,
-                "train.steps": int(sys.argv[1]) if sys.argv[1:] else 10,
-                "evaluation.prompts": 64,
-            },
-        )
+        run = make_run(folder, **{"train.steps": int(sys.argv[1]) if sys.argv[1:] else 10})
         for row in run.steps():
             reward, loss = row.metrics["reward"], row.metrics["loss"]
             print(f"step {row.step:2}  reward {reward:.2f}  loss {loss:.4f}", flush=True)
