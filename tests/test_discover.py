@@ -13,9 +13,9 @@ from functools import cache
 
 import jax
 import pytest
+import quick
 import tiny
 from command import ROOT
-from jax.experimental.compilation_cache import compilation_cache
 
 from sdpo_jax.cli import COMMANDS
 from sdpo_jax.commands.command import parse
@@ -37,7 +37,6 @@ from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import Grader
 from sdpo_jax.errors import UserError
 from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
-from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.components import RunComponents
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training import trainer as trainer_module
@@ -69,28 +68,10 @@ NEVER = 10**9
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    """One device, cheap compilation, and each program compiled once for the whole file."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", tiny.quick_jit)
-        # A sampler keeps nothing but its programs, so that all runs may share one.
-        sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        for module in (trainer_module, discover_command):
-            patch.setattr(module, "make_mesh", lambda config: tiny.make_devices().mesh)
-            patch.setattr(module, "Sampler", lambda *_, **options: sampler)
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def quick_programs():
+    """One device, cheap compilation, one sampler."""
+    with quick.programs(trainer_module, discover_command, sampler_of=(MODEL, TOKENIZER.stop_ids)):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @cache

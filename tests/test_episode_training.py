@@ -28,7 +28,7 @@ from sdpo_jax.objectives.sdpo import GrpoUpdates
 from sdpo_jax.rollouts.phase_timer import PhaseTimer, is_time
 from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw
 from sdpo_jax.run.components import RunComponents
-from sdpo_jax.run.console import COLUMNS, Console
+from sdpo_jax.run.console import Console
 from sdpo_jax.run.loop import TrainingLoop
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.recipes import default_config, load_recipe
@@ -184,7 +184,7 @@ class Crash(Exception):
 
 def run(config, model, weights, tokenizer, environment):
     """Rows of the run's log without times; one device, compiled cheaply."""
-    console = Console(COLUMNS["sdpo"], steps=2, stream=io.StringIO(), live=False)
+    console = Console(["reward"], steps=2, stream=io.StringIO(), live=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)

@@ -33,7 +33,6 @@ from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
 from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig, make_objective
 from sdpo_jax.rollouts.phase_timer import is_time
-from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run import loop
 from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.console import Console
@@ -91,12 +90,9 @@ def start_params():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    """One device, cheap compilation, and each program compiled once for the whole file."""
-    # A sampler keeps nothing but its programs, so that all runs may share one.
-    with quick.programs(tmp_path_factory.mktemp("compiled")), pytest.MonkeyPatch.context() as patch:
-        sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        patch.setattr(trainer_module, "Sampler", lambda *_, **options: sampler)
+def quick_programs():
+    """One device, cheap compilation, one sampler."""
+    with quick.programs(sampler_of=(MODEL, TOKENIZER.stop_ids)):
         yield
 
 
