@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from sdpo_jax.config import Config
+from sdpo_jax.config.resolved import flatten
 from sdpo_jax.data.demonstrations import load_demonstrations
 from sdpo_jax.devices import Devices, fitting_mesh, make_mesh
 from sdpo_jax.environments.base import Environment
@@ -294,7 +295,8 @@ def _load_model(config: Config, folder: Path) -> tuple[Architecture, Model]:
     """Architecture and model; settings that do not fit them are refused before weights are read."""
     architecture, objective = load_architecture(folder), config.objective
     for problem in objective.check_vocabulary(architecture.vocabulary):
-        raise UserError(f"{problem.key}: expected {problem.expected} ({config.model.path})")
+        value = flatten(config)[problem.key]
+        raise UserError(f"{problem.key} = {value}: expected {problem.expected}")
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.model.dtype]
     attention = config.model.attention
     if attention == "auto":

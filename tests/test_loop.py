@@ -290,6 +290,31 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_reports(w
     assert summary.after == expected.after and (Path(config.run_dir) / "summary.json").exists()
 
 
+def test_a_failure_before_the_first_new_step_keeps_the_result_of_a_finished_run(
+    tmp_path, monkeypatch
+):
+    config = make_config(tmp_path / "run", train={"steps": 2}, checkpoint={"every_steps": 2})
+    run(config)
+    kept = (tmp_path / "run" / "summary.json").read_text()
+    more = make_config(tmp_path / "run", train={"steps": 5}, checkpoint={"every_steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_trainer", lambda *_: fail())
+        with pytest.raises(Crash):
+            run(more)
+    assert (tmp_path / "run" / "summary.json").read_text() == kept
+    with pytest.raises(Crash):  # one step further, of which nothing is saved
+        run(more, crash_after=3)
+    assert (tmp_path / "run" / "summary.json").read_text() == kept
+    with pytest.raises(Crash):  # step 4 is saved: the run has gone beyond its result
+        run(more, crash_after=5)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(more)[0].complete
+
+
+def fail():
+    raise Crash
+
+
 # The best checkpoint
 
 
