@@ -1,4 +1,4 @@
-"""What every command of `sdpo` has: its arguments, its help, its errors, its start."""
+"""The parser of all `sdpo` commands, and what they share: argument types, errors, start-up."""
 
 import argparse
 import logging
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from sdpo_jax.errors import UserError
-
 
 _HELP = ("-h", "--help")
 
