@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 
 def keep_programs(folder):
-    """Compiled programs are written there and read from there; those older than a week are deleted."""
+    """Compiled programs are written and read there; those older than a week are deleted."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         for path in folder.iterdir():
             if time.time() - path.stat().st_mtime > KEEP_SECONDS:
