@@ -7,8 +7,8 @@ The loss is the full-vocabulary JSD of student and teacher, each with a head of 
 gradient by the student's hidden states and head:
 
     naive          all logits [M, V] at once, plain autodiff
-    checkpointed   `checkpointed_head`: logits a chunk at a time, made again in the backward pass
-    chunked        `chunked_head`: gradients of a chunk while its logits are there
+    checkpointed   `checkpointed_linear_loss`: logits a chunk at a time, recomputed for the gradient
+    chunked        `fused_linear_loss`: gradients of a chunk while its logits are there
 
 Memory is the compiler's temporary memory, beyond inputs and outputs. One matmul is one
 tokens x width x vocabulary product; their number is that of the FLOPs of the compiled loop's body,
@@ -45,14 +45,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdpo_jax import (
-    SdpoConstants,
-    SdpoTokens,
-    checkpointed_head,
-    chunked_head,
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    checkpointed_linear_loss,
     full_vocabulary_loss,
+    fused_linear_loss,
     sdpo_per_token,
 )
-from sdpo_jax.losses.chunked_head import head_logits
+from sdpo_jax.losses.fused_linear import head_logits
 
 AXIS = "tensor"
 
@@ -63,11 +63,11 @@ def naive(loss: Any, hidden: Any, head: Any, aux: Any, weights: Any, *, chunk: i
 
 
 def checkpointed(loss: Any, hidden: Any, head: Any, aux: Any, weights: Any, **options: Any):
-    return jnp.sum(weights * checkpointed_head(loss, hidden, head, aux, **options)[0])
+    return jnp.sum(weights * checkpointed_linear_loss(loss, hidden, head, aux, **options)[0])
 
 
 def chunked(loss: Any, hidden: Any, head: Any, aux: Any, weights: Any, **options: Any):
-    return chunked_head(loss, hidden, head, aux, weights, **options)[0]
+    return fused_linear_loss(loss, hidden, head, aux, weights, **options)[0]
 
 
 FORMS: dict[str, Callable[..., Any]] = {
@@ -84,8 +84,8 @@ def loss_of(form: str, chunk: int, axis: str | None = None) -> Callable[..., Any
 
     def loss(hidden: Any, head: Any, teacher: Any, teacher_head: Any, targets: Any, weights: Any):
         tokens, constants = (
-            SdpoTokens(teacher, targets),
-            SdpoConstants(teacher_head, jnp.array(1.0)),
+            SdpoTokenInputs(teacher, targets),
+            SdpoSharedInputs(teacher_head, jnp.array(1.0)),
         )
         arguments = per_token, hidden, head, tokens, weights
         return FORMS[form](*arguments, chunk=chunk, constants=constants)

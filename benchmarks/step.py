@@ -49,9 +49,9 @@ import numpy as np
 
 from sdpo_jax.config import Config, OptimizerConfig, RolloutConfig, TeacherConfig, TrainConfig
 from sdpo_jax.config import DataConfig as Data
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training.trainer import Trainer

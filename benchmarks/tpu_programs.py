@@ -39,10 +39,10 @@ from jax.sharding import AxisType, Mesh
 from sdpo_jax.config import OptimizerConfig
 from sdpo_jax.devices import AXES, Devices
 from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
-from sdpo_jax.rollouts.draw import Filters
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.rollouts.generate import Plan
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.rollouts.token_sampling import Filters
 from sdpo_jax.teacher.weights import ema
 from sdpo_jax.training.lora import full
 from sdpo_jax.training.state import abstract_state, make_optimizer, state_shardings
@@ -144,7 +144,7 @@ def decode_programs(topology: str, a: Architecture, d: Decoding) -> Mapping[str,
             *(Filters(temperature), scalar, scalar, scalar),
             group=d.group,
             slots=slots,
-            places=d.places,
+            cache_size=d.places,
             max_tokens=d.places,
         )
 
@@ -201,7 +201,7 @@ def train_programs(topology: str, a: Architecture, t: Training) -> Mapping[str, 
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
 
     def accumulated() -> jax.stages.Lowered:
-        constants = SdpoConstants(head.lower(state.teacher).out_info, scalar)
+        constants = SdpoSharedInputs(head.lower(state.teacher).out_info, scalar)
         return accumulate.lower(zeros, state.params, None, batch, constants)
 
     tokens, layers, tensor = t.rows * t.row_tokens, layer_products(a), t.mesh[2]
@@ -241,7 +241,7 @@ def micro_batch(devices: Devices, a: Architecture, t: Training) -> MicroBatch:
     whole: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=devices.replicated)
     tokens, take = array(rows, jnp.int32), array(places, jnp.int32)
     sequences = Sequences(tokens, positions=tokens, attention=tokens, take=take)
-    known = SdpoTokens(
+    known = SdpoTokenInputs(
         array((*places, a.width), jnp.bfloat16),
         array(places, jnp.int32),
         array(places, jnp.float32),

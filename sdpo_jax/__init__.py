@@ -3,7 +3,6 @@
 The names here are pure functions of arrays and need jax alone; `sdpo_jax.training` has the trainer.
 """
 
-from sdpo_jax.losses.chunked_head import checkpointed_head, chunked_head
 from sdpo_jax.losses.credit import (
     candidate_loss,
     distillation_advantages,
@@ -28,18 +27,19 @@ from sdpo_jax.losses.divergences import (
     reverse_kl,
 )
 from sdpo_jax.losses.from_hidden import grpo_from_hidden, sdpo_from_hidden, sft_from_hidden
+from sdpo_jax.losses.fused_linear import checkpointed_linear_loss, fused_linear_loss
 from sdpo_jax.losses.likelihood import cross_entropy, sft_loss
-from sdpo_jax.losses.objectives import (
-    GrpoConstants,
-    GrpoTokens,
-    MixedConstants,
-    MixedTokens,
-    SdpoConstants,
-    SdpoTokens,
-    SftTokens,
+from sdpo_jax.losses.per_token import (
+    GrpoSharedInputs,
+    GrpoTokenInputs,
+    MixedSharedInputs,
+    MixedTokenInputs,
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    SftTokenInputs,
     grpo_per_token,
     mixed_per_token,
-    sampled_token_per_token,
+    sampled_token_sdpo,
     sdpo_per_token,
     sft_per_token,
 )
@@ -64,8 +64,8 @@ from sdpo_jax.losses.support import SupportLogProbs, support_log_probs, top_k_lo
 from sdpo_jax.losses.token_stats import TokenStats, token_stats
 from sdpo_jax.losses.vocabulary import (
     log_softmax,
+    scale_logits,
     select_targets,
-    shape_logits,
     top_k_indices,
     trust_region_logits,
 )
@@ -85,21 +85,20 @@ from sdpo_jax.teacher.weights import Teacher, ema, ema_update, frozen, live, tru
 __version__ = "0.1.0"
 
 __all__ = [
-    "GrpoConstants",
-    "GrpoTokens",
+    "GrpoSharedInputs",
+    "GrpoTokenInputs",
     "LossOutput",
-    "MixedConstants",
-    "MixedTokens",
+    "MixedSharedInputs",
+    "MixedTokenInputs",
     "Routes",
-    "SdpoConstants",
-    "SdpoTokens",
-    "SftTokens",
+    "SdpoSharedInputs",
+    "SdpoTokenInputs",
+    "SftTokenInputs",
     "SupportLogProbs",
     "Teacher",
     "TokenStats",
     "candidate_loss",
-    "checkpointed_head",
-    "chunked_head",
+    "checkpointed_linear_loss",
     "clip_entries",
     "cross_entropy",
     "disagreement_weights",
@@ -114,6 +113,7 @@ __all__ = [
     "forward_kl",
     "frozen",
     "full_vocabulary_loss",
+    "fused_linear_loss",
     "generalized_jsd",
     "group_advantages",
     "grpo_from_hidden",
@@ -131,7 +131,8 @@ __all__ = [
     "reference_kl",
     "reverse_kl",
     "sampled_token_loss",
-    "sampled_token_per_token",
+    "sampled_token_sdpo",
+    "scale_logits",
     "score_function_loss",
     "sdpo_from_hidden",
     "sdpo_loss",
@@ -144,7 +145,6 @@ __all__ = [
     "sft_from_hidden",
     "sft_loss",
     "sft_per_token",
-    "shape_logits",
     "skip_first_tokens",
     "span_mask",
     "support_log_probs",

@@ -57,12 +57,14 @@ class InitFn(Protocol):
 
 
 class HiddenFn(Protocol):
-    """`hidden(params, tokens[B, S], positions[B, S], attention, take=None) -> [B, S, D]`.
+    """`hidden(params, tokens[B, S], positions[B, S], attention) -> [B, S, D]`.
 
-    Final-norm hidden states. `attention` is either segments `[B, S]` int32, where a token attends
-    to the tokens of its own segment that are not after it and segment 0 is padding; or `Blocks`.
-    What is padding, or in no block, is undefined but finite. `take: [R, m]` asks for some places
-    alone, each among the tokens of one of `R` equal parts of the rows, row after row: `[R, m, D]`.
+    Returns the final-norm hidden states. `attention` is either segments `[B, S]` int32 (a token
+    attends to itself and to earlier tokens of its own segment; segment 0 is padding), or `Blocks`.
+    Values at padding, or at tokens in no block, are undefined but finite.
+
+    With `target_positions: [R, m]` the result is `[R, m, D]`, only `m` positions per shard: entry
+    `[r, i]` indexes the flattened tokens of the r-th of `R` equal groups of rows.
     """
 
     def __call__(
@@ -73,7 +75,7 @@ class HiddenFn(Protocol):
         attention: jax.Array | Blocks,
         /,
         *,
-        take: jax.Array | None = None,
+        target_positions: jax.Array | None = None,
     ) -> jax.Array: ...
 
 
@@ -84,7 +86,7 @@ class HeadFn(Protocol):
 
 
 class PrefillFn(Protocol):
-    """`prefill(params, tokens[P, S], lengths[P]) -> Prefix`; prompts padded on the right."""
+    """`prefill(params, tokens[P, S], lengths[P]) -> Prefix`; prompts are padded on the right."""
 
     def __call__(self, params: Params, tokens: jax.Array, lengths: jax.Array, /) -> Prefix: ...
 
@@ -96,13 +98,16 @@ class CacheFn(Protocol):
 
 
 class DecodeFn(Protocol):
-    """`decode(params, prefix, cache, tokens[N], step[N], place[], prompts) -> (hidden, cache)`.
+    """`decode(params, prefix, cache, tokens[N], step[N], write_index[], prompts)`.
 
-    Feeds token number `step` of each rollout's response and keeps it at `place` of the cache, a
-    ring that all rollouts share: a rollout's earlier tokens lie in the `step` places before, latest
-    first. Row `n` continues prompt `prompts[n]`, or where that is None prompt `n // G`, with
-    `G = N // P`. Returns `[N, D]` and the cache, updated in place when donated or carried through a
-    loop.
+    Feeds token number `step` of each rollout's response and writes its keys and values to
+    `write_index` of the cache. The cache is a ring with one write index for all rollouts: the
+    earlier tokens of a rollout are in the `step` positions before it, latest first. Row `n`
+    continues prompt `prompts[n]`; if `prompts` is None, it continues prompt `n // G`, where
+    `G = N // P`.
+
+    Returns the hidden states `[N, D]` and the cache, which is updated in place if it is donated or
+    carried through a loop.
     """
 
     def __call__(
@@ -112,18 +117,18 @@ class DecodeFn(Protocol):
         cache: SuffixCache,
         tokens: jax.Array,
         step: jax.Array,
-        place: jax.Array,
+        write_index: jax.Array,
         /,
         *,
         prompts: jax.Array | None = None,
     ) -> tuple[jax.Array, SuffixCache]: ...
 
 
-class EnterFn(Protocol):
-    """`enter(params, prefix, cache)`: the three as a loop over `decode` is to read them.
+class ToDecodeLayoutFn(Protocol):
+    """`to_decode_layout(params, prefix, cache)`, called once before the decode loop.
 
-    Called once before the loop, so that each token finds what it needs where it lies. The form is a
-    matter between the model's `enter`, `decode` and `leave`.
+    Converts the three to the layout that the loop over `decode` reads. Only the model's own
+    `decode` and `from_decode_layout` depend on that layout.
     """
 
     def __call__(
@@ -131,19 +136,19 @@ class EnterFn(Protocol):
     ) -> tuple[Any, Any, Any]: ...
 
 
-class LeaveFn(Protocol):
-    """`leave(cache) -> SuffixCache`: what `enter` made of a cache, back in the common form."""
+class FromDecodeLayoutFn(Protocol):
+    """`from_decode_layout(cache) -> SuffixCache`: the inverse of `to_decode_layout` for a cache."""
 
     def __call__(self, cache: Any, /) -> SuffixCache: ...
 
 
-def _as_they_are(
+def _same_layout(
     params: Params, prefix: Prefix, cache: SuffixCache, /
 ) -> tuple[Params, Prefix, SuffixCache]:
     return params, prefix, cache
 
 
-def _as_it_is(cache: SuffixCache, /) -> SuffixCache:
+def _same_cache_layout(cache: SuffixCache, /) -> SuffixCache:
     return cache
 
 
@@ -158,5 +163,5 @@ class Model(NamedTuple):
     suffix_cache: CacheFn
     decode: DecodeFn
     vocabulary: int
-    enter: EnterFn = _as_they_are
-    leave: LeaveFn = _as_it_is
+    to_decode_layout: ToDecodeLayoutFn = _same_layout
+    from_decode_layout: FromDecodeLayoutFn = _same_cache_layout

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sdpo_models.gguf_weights import LAYER, TOP
+from sdpo_models.gguf.weights import LAYER, TOP
 
 ARCHITECTURE_FIELDS = {
     "context_length": 64,

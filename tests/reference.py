@@ -28,11 +28,6 @@ def log_softmax(logits):
     return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
 
 
-def shaped(logits, temperature=1.0, soft_cap=None):
-    logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
-    return logits / temperature
-
-
 def pick(x, targets):
     return np.take_along_axis(x, np.asarray(targets)[..., None], axis=-1)[..., 0]
 

@@ -9,9 +9,9 @@ import jax
 import pytest
 import tiny
 
-from sdpo_jax.config.objectives import SdpoConfig
 from sdpo_jax.config.resolved import differences
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.objectives import SdpoConfig
 from sdpo_jax.run.recipes import load_recipe
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.trainer import Trainer

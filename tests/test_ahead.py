@@ -8,8 +8,8 @@ import pytest
 import test_loop
 from test_loop import BASE, MODEL, TOKENIZER, Toy, rows_of, start_params
 
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw, redraw
 from sdpo_jax.run import loop

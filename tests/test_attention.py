@@ -267,7 +267,8 @@ def test_places_that_are_asked_for_have_the_values_and_gradients_of_all_places(f
 
     def loss(params, early):
         if early:
-            taken = model.hidden(params, tokens, positions, attention, take=take[None])[0]
+            targets = {"target_positions": take[None]}
+            taken = model.hidden(params, tokens, positions, attention, **targets)[0]
         else:
             hidden = model.hidden(params, tokens, positions, attention)
             taken = hidden.reshape(-1, hidden.shape[-1])[take]

@@ -10,13 +10,13 @@ import pytest
 
 import sdpo_jax
 from sdpo_jax import (
-    GrpoConstants,
-    GrpoTokens,
-    MixedConstants,
-    MixedTokens,
-    SdpoConstants,
-    SdpoTokens,
-    SftTokens,
+    GrpoSharedInputs,
+    GrpoTokenInputs,
+    MixedSharedInputs,
+    MixedTokenInputs,
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    SftTokenInputs,
 )
 
 NAN = math.nan
@@ -28,26 +28,28 @@ HEADS = {"chunk": 2}
 
 
 def head(function, hidden, weights_head, aux, *weights, **arguments):
-    """A head with `sft_per_token`; `chunked_head` takes weights besides."""
+    """A head with `sft_per_token`; `fused_linear_loss` takes weights besides."""
     return function(sdpo_jax.sft_per_token(), hidden, weights_head, aux, *weights, **arguments)
 
 
 def one_token(factory, logits=(2, 3), **tokens):
     """A distillation of two tokens from hidden states of width 4."""
     given = {"teacher_hidden": f((2, 4)), "targets": i((2,)), **tokens}
-    return factory(f(logits), SdpoTokens(**given), SdpoConstants(f((4, 3)), jnp.float32(1.0)))
+    return factory(
+        f(logits), SdpoTokenInputs(**given), SdpoSharedInputs(f((4, 3)), jnp.float32(1.0))
+    )
 
 
 def grpo(logits=(2, 3), old=(2,), advantages=(2,), **arguments):
     loss = sdpo_jax.grpo_per_token(**{**CLIPS, **arguments})
-    tokens = GrpoTokens(i((2,)), f(old), f(advantages))
-    return loss(f(logits), tokens, GrpoConstants(jnp.float32(1.0)))
+    tokens = GrpoTokenInputs(i((2,)), f(old), f(advantages))
+    return loss(f(logits), tokens, GrpoSharedInputs(jnp.float32(1.0)))
 
 
 def mixed(first, second):
-    tokens = MixedTokens(SftTokens(i((2,))), SftTokens(i((2,))), f(first), f(second))
+    tokens = MixedTokenInputs(SftTokenInputs(i((2,))), SftTokenInputs(i((2,))), f(first), f(second))
     loss = sdpo_jax.mixed_per_token(sdpo_jax.sft_per_token(), sdpo_jax.sft_per_token())
-    return loss(f((2, 3)), tokens, MixedConstants(None, None))
+    return loss(f((2, 3)), tokens, MixedSharedInputs(None, None))
 
 
 def sdpo_hidden(**arguments):
@@ -187,9 +189,8 @@ CASES = [
     ("select_targets", lambda: S.select_targets(f((2, 3)), f((2,))), "got targets float32"),
     ("select_targets", lambda: S.select_targets(f((2, 3)), i((3,))),
      "got targets [3] and log_probs [2, 3]"),
-    ("shape_logits", lambda: S.shape_logits(i((3,))), "floating dtype, got logits int32"),
-    ("shape_logits", lambda: S.shape_logits(f((3,)), soft_cap=0.0), "soft_cap must be positive"),
-    ("shape_logits", lambda: S.shape_logits(f((3,)), soft_cap=-2.0), "positive, got -2.0"),
+    ("scale_logits", lambda: S.scale_logits(i((3,)), temperature=1.0),
+     "floating dtype, got logits int32"),
     *pairs("trust_region_logits", lambda x, y: S.trust_region_logits(x, y, 0.5),
            "reference_logits", "live_logits"),
     # Credit
@@ -300,26 +301,28 @@ CASES = [
     ("span_mask", lambda: S.span_mask(i((1, 1)), i((1, 2)), 3), "starts [1, 1], ends [1, 2]"),
     ("span_mask", lambda: S.span_mask(i((1,)), i((1,)), 3), "2 axes, got starts [1]"),
     # Heads, and objectives as they take them
-    *[case for name, weights in [("chunked_head", [(2,)]), ("checkpointed_head", [])]
+    *[case for name, weights in [("fused_linear_loss", [(2,)]), ("checkpointed_linear_loss", [])]
       for call in [lambda *x, name=name, weights=weights, **y: head(
           vars(S)[name], *x, *map(f, weights), **{**HEADS, **y})]
       for case in [
-          (name, partial(call, f((2, 4)), f((5, 3)), SftTokens(i((2,)))),
+          (name, partial(call, f((2, 4)), f((5, 3)), SftTokenInputs(i((2,)))),
            "got hidden [2, 4] and head [5, 3]"),
-          (name, partial(call, f((1, 2, 4)), f((4, 3)), SftTokens(i((2,)))), "hidden [1, 2, 4]"),
-          (name, partial(call, i((2, 4)), f((4, 3)), SftTokens(i((2,)))), "got hidden int32"),
-          (name, partial(call, f((2, 4)), f((4, 3)), SftTokens(i((3,)))),
+          (name, partial(call, f((1, 2, 4)), f((4, 3)), SftTokenInputs(i((2,)))),
+           "hidden [1, 2, 4]"),
+          (name, partial(call, i((2, 4)), f((4, 3)), SftTokenInputs(i((2,)))), "got hidden int32"),
+          (name, partial(call, f((2, 4)), f((4, 3)), SftTokenInputs(i((3,)))),
            "aux.targets must lead with 2 tokens, got [3]"),
-          (name, partial(call, f((0, 4)), f((4, 3)), SftTokens(i((0,)))), "at least one token"),
-          *chunks(name, partial(call, f((2, 4)), f((4, 3)), SftTokens(i((2,))))),
+          (name, partial(call, f((0, 4)), f((4, 3)), SftTokenInputs(i((0,)))),
+           "at least one token"),
+          *chunks(name, partial(call, f((2, 4)), f((4, 3)), SftTokenInputs(i((2,))))),
       ]],
-    ("chunked_head",
-     lambda: head(S.chunked_head, f((2, 4)), f((4, 3)), SftTokens(i((2,))), f((3,)), chunk=1),
+    ("fused_linear_loss",
+     lambda: head(
+         S.fused_linear_loss, f((2, 4)), f((4, 3)), SftTokenInputs(i((2,))), f((3,)), chunk=1),
      "expected weights [2], got [3]"),
     ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD), logits=(2, 5)),
      "student_logits [2, 5], teacher_logits [2, 3]"),
     ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD), targets=i((3,))), "targets [3]"),
-    ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD, soft_cap=0.0)), "soft_cap"),
     ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD, importance_cap=2.0)),
      "importance_cap 2.0 needs old_log_probs, got None"),
     ("sdpo_per_token",
@@ -327,10 +330,10 @@ CASES = [
      "cap must be positive, got 0.0"),
     ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD), live_hidden=f((2, 4))),
      "live_hidden needs live_head and coefficient, got None"),
-    ("sampled_token_per_token",
-     lambda: one_token(S.sampled_token_per_token(importance_cap=2.0)),
+    ("sampled_token_sdpo",
+     lambda: one_token(S.sampled_token_sdpo(importance_cap=2.0)),
      "importance_cap 2.0 needs old_log_probs, got None"),
-    ("sampled_token_per_token", lambda: one_token(S.sampled_token_per_token(), targets=f((2,))),
+    ("sampled_token_sdpo", lambda: one_token(S.sampled_token_sdpo(), targets=f((2,))),
      "got targets float32"),
     *clips("grpo_per_token", grpo),
     ("grpo_per_token", lambda: grpo(old=(3,)), "log_probs [2], old_log_probs [3]"),
@@ -338,7 +341,7 @@ CASES = [
     ("grpo_per_token", lambda: grpo(kl_coefficient=0.1),
      "kl_coefficient 0.1 needs reference_log_probs, got None"),
     *smoothings("sft_per_token",
-                lambda **x: S.sft_per_token(**x)(f((2, 3)), SftTokens(i((2,))), None)),
+                lambda **x: S.sft_per_token(**x)(f((2, 3)), SftTokenInputs(i((2,))), None)),
     ("mixed_per_token", lambda: mixed((1,), (2,)), "first_weights [1], second_weights [2]"),
     ("mixed_per_token", lambda: mixed((1,), (1,)), "second_weights [1], tokens [2]"),
     # From hidden states

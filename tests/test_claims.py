@@ -61,7 +61,8 @@ def load(name):
 
 def record(name, number, holds, **more):
     cell = {"values": [0.5], "mean": 0.5, "low": 0.25, "high": 0.75}
-    verdict = {"number": number, "claim": "it is so", "holds": holds, "because": "a 1 [0, 2]"}
+    because = "siblings only - GRPO 0.25 [0.125, 0.5]; shares -1e-3 [-1, 2]"
+    verdict = {"number": number, "claim": "it is so", "holds": holds, "because": because}
     return {
         "name": name,
         "command": f"python {name}.py",
@@ -76,30 +77,65 @@ def record(name, number, holds, **more):
     }
 
 
-def test_the_table_has_a_row_for_each_claim_and_says_what_was_not_measured():
+def test_the_table_has_a_row_of_four_columns_for_each_claim():
     table = load("table")
-    text = table.readme_table([record("one", 1, True), record("two", 7, True)])
-    rows = text.splitlines()[2:]
+    text = table.readme_table([record("one", 2, True), record("two_three", 7, True)])
+    _, _, *rows = text.splitlines()
     assert len(rows) == len(table.CLAIMS) == 11
-    assert "| **holds** | a 1 [0, 2] ([how](docs/claims.md#one)) |" in rows[0]
-    assert rows[1].endswith("| not measured yet |  |")
+    assert all(row.count("|") == 5 for row in rows)
+    assert rows[1].endswith("| **holds** | +25 points over GRPO | [one](docs/claims.md#one) |")
+    assert rows[0].endswith("| not measured yet |  |  |")
+    assert "[two three](docs/claims.md#two-three)" in rows[6]
     mixed = table.readme_table([record("one", 7, True), record("two", 7, False)])
-    says = "| in part | holds: it is so. Does not hold: it is so ([how](docs/claims.md#one)) "
-    assert says in mixed.splitlines()[2 + 6]
+    assert "| in part |" in mixed.splitlines()[2 + 6]
     refuted = table.readme_table([record("one", 7, False)])
     assert "| does not hold |" in refuted.splitlines()[2 + 6]
+
+
+def test_a_number_is_found_by_the_words_before_it_and_its_doubt_stands_beside_it():
+    table = load("table")
+    text = "a - b -0.2 [-0.213, -0.188]; ratio: 1.31 [-1e-05, 1.34]; c 5 of 7"
+    found = table.Found({"arm": {"x": {"mean": 0.5}}}, text)
+    assert found.said("a - b") == (-0.2, -0.213, -0.188)
+    assert found.said("ratio") == (1.31, -1e-5, 1.34)
+    assert found.differences() == [-0.2, 1.31]
+    assert found.cell("arm", "x") == 0.5
+    with pytest.raises(SystemExit, match="expected an interval after 'c'"):
+        found.said("c")
+    doubtful = record("one", 2, True)
+    doubtful["verdicts"][0]["because"] = "siblings only - GRPO -0.01 [-0.1, 0.1]"
+    text = table.readme_table([doubtful])
+    assert "\u22121.0 points over GRPO (interval includes 0)" in text
+
+
+def test_a_slower_step_reads_as_slower():
+    table = load("table")
+    for ratio, words in ((1.31, "1.31 x GRPO's step time (slower)"), (0.9, "(faster)")):
+        one = record("step_time", 11, True)
+        one["table"] = {"setting C": {"ratio": {"mean": ratio}}}
+        assert words in table.readme_table([one])
+
+
+def test_every_claim_of_the_readme_has_a_verdict_a_number_and_a_link():
+    table = load("table")
+    records = table.read_results(ROOT / "docs" / "claims", CLAIMS)
+    for row in table.readme_table(records).splitlines()[2:]:
+        claim, verdict, number, link = row.strip("| ").split(" | ")
+        assert verdict in ("**holds**", "in part", "does not hold") and link.startswith("[")
+        assert any(letter.isdigit() for letter in number), claim
 
 
 def test_the_page_shows_every_record_with_its_tables_and_no_picture_that_is_not_there(tmp_path):
     table = load("table")
     more = {"tables": {"More": record("x", 1, True)["table"]}, "rates": {"arm": {"1e-3": 0.5}}}
     (tmp_path / "a.svg").write_text("<svg/>")
-    text = table.page([record("one_two", 1, False, pictures=["a.svg"], **more)], tmp_path)
+    text = table.page([record("one_two", 2, False, pictures=["a.svg"], **more)], tmp_path)
     for part in (
         "## one two",
         "What it is about.",
         "| arm | 0.5 [0.25, 0.75] |",
-        "**Does not hold** (claim 1): it is so. a 1 [0, 2].",
+        "**Does not hold** (claim 2): it is so. siblings only - GRPO 0.25 [0.125, 0.5]",
+        "* **Best-of-k**: ",
         "More:",
         "1e-3: 0.500",
         "(claims/a.svg)",

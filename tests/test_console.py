@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from sdpo_jax.config import RolloutConfig, TrainConfig
-from sdpo_jax.config.objectives import SftConfig
-from sdpo_jax.run.console import COLUMNS, Console, batch_arithmetic, duration
+from sdpo_jax.evaluation.metric_table import METRICS, duration, metric_of, text_of
+from sdpo_jax.objectives import SftConfig
+from sdpo_jax.run.console import COLUMNS, Console, batch_arithmetic
 from sdpo_jax.run.recipes import default_config
 
 STEP = {
@@ -26,7 +27,7 @@ STEP = {
 
 def plain(objective="sdpo"):
     stream = io.StringIO()
-    return Console(objective, steps=60, stream=stream), stream
+    return Console(COLUMNS[objective], steps=60, stream=stream), stream
 
 
 def test_plain_step_is_one_line():
@@ -107,6 +108,32 @@ def test_batch_arithmetic_counts_generations_and_updates():
     assert batch_arithmetic(default_config(objective=SftConfig())) == "64 demonstrations a step"
 
 
+def test_every_column_has_a_row_in_the_table_of_metrics():
+    assert {name for columns in COLUMNS.values() for name in columns} <= set(METRICS)
+
+
+def test_columns_may_be_metrics_of_ones_own():
+    stream = io.StringIO()
+    Console(["own_metric", "reward"], steps=9, stream=stream).step({"step": 1, "own_metric": 2 / 3})
+    assert stream.getvalue() == "step 1/9  own metric 0.6667  reward -\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "text"),
+    [
+        ("accuracy", "held-out accuracy", "41.2 %"),
+        ("accuracy/alarm", "held-out accuracy, alarm", "41.2 %"),
+        ("gap_agreement/failure", "gap agreement, failures", "41.2 %"),
+        ("maj_at_8", "maj@8", "41.2 %"),
+        ("best_at_8", "best at 8", "0.4123"),
+        ("of_ones_own/part", "of ones own, part", "0.4123"),
+    ],
+)
+def test_parts_and_numbers_of_samples_share_the_row_of_their_metric(name, label, text):
+    assert metric_of(name).label == label
+    assert text_of(name, 0.4123) == text
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
@@ -135,7 +162,7 @@ class Terminal(io.StringIO):
 def test_live_table_renders_every_objective(objective, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     stream = io.StringIO()
-    with Console(objective, steps=60, stream=stream, live=True) as console:
+    with Console(COLUMNS[objective], steps=60, stream=stream, live=True) as console:
         console.header(training="a", devices="b", run_dir="[/runs]/x", batch="c")
         console.evaluation({"step": 0, "accuracy": 0.125})
         for step in range(1, 30):
@@ -158,7 +185,7 @@ def test_a_terminal_gets_the_table_unless_it_asks_for_plain_text(monkeypatch):
 
     def output():
         stream = Terminal()
-        with Console("sft", steps=9, stream=stream) as console:
+        with Console(COLUMNS["sft"], steps=9, stream=stream) as console:
             console.step({"step": 1})
         return stream.getvalue()
 
@@ -171,8 +198,8 @@ def test_a_terminal_gets_the_table_unless_it_asks_for_plain_text(monkeypatch):
 
 def test_the_plain_face_does_not_import_rich():
     code = (
-        "import io, sys; from sdpo_jax.run.console import Console\n"
-        "Console('sdpo', steps=1, stream=io.StringIO()).step({'step': 1})\n"
+        "import io, sys; from sdpo_jax.run.console import COLUMNS, Console\n"
+        "Console(COLUMNS['sdpo'], steps=1, stream=io.StringIO()).step({'step': 1})\n"
         "assert 'rich' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

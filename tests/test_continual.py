@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from forgetting import (
+
+from benchmarks.claims.forgetting import (
     final_mean,
     forgetting,
     learned,

@@ -8,8 +8,7 @@ import pytest
 
 from sdpo_jax.errors import UserError
 from sdpo_jax.reports.curves import (
-    BOTTOM,
-    HEIGHT,
+    FRAME,
     NAME_HEIGHT,
     Curve,
     Point,
@@ -18,9 +17,9 @@ from sdpo_jax.reports.curves import (
     evaluations,
     main,
     merge,
-    nice_ticks,
     read_curve,
 )
+from sdpo_jax.reports.plot import nice_ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -146,4 +145,4 @@ def test_names_of_lines_that_end_together_stay_apart_and_above_the_axis():
     heights = [float(text.get("y", "")) for text in texts]
     assert [text.text for text in texts] == list(ends)
     assert all(b - a >= NAME_HEIGHT for a, b in pairwise(heights))
-    assert heights[-1] == HEIGHT - BOTTOM and heights[0] < 100
+    assert heights[-1] == FRAME.height - FRAME.bottom and heights[0] < 100

@@ -25,7 +25,6 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.discovery import baselines
 from sdpo_jax.discovery import runner as discover_command
 from sdpo_jax.discovery.options import Options, find_questions, parse
@@ -34,6 +33,7 @@ from sdpo_jax.discovery.test_time import Tally, TestTimeTraining, cell_seed
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import Grader
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training import trainer as trainer_module

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sdpo_jax
-from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.run.recipes import default_config
 
 ROOT = Path(__file__).parent.parent

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from sdpo_jax.objectives.sources import RolloutSource
+from sdpo_jax.training.updates import split_mini_batches
 
 from sdpo_jax.config import EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.config.checks import problems
@@ -27,7 +29,6 @@ from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.evaluator import Graded, accuracy_metrics
 from sdpo_jax.losses.policy_gradient import group_advantages
 from sdpo_jax.objectives.loss_weights import graded_advantages
-from sdpo_jax.objectives.sources import RolloutSource
 from sdpo_jax.rollouts.diagnostics import environment_metrics
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
@@ -35,7 +36,6 @@ from sdpo_jax.rollouts.sampler import HostRollouts
 from sdpo_jax.run.recipes import KINDS, default_config, load_recipe
 from sdpo_jax.teacher.context import choose_context
 from sdpo_jax.training.batch import BatchLayout
-from sdpo_jax.training.updates import split_mini_batches
 
 TOKENIZER = tiny.ByteTokenizer()
 GROUP = 4

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from sdpo_jax.training.updates import split_mini_batches
 from test_episodes import ARCHITECTURE, MODEL, PROMPTS, Tokenizer
 
 from sdpo_jax.cli import load_parts
@@ -21,20 +22,19 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.objectives.sdpo import GrpoUpdates
 from sdpo_jax.rollouts.phase_timer import PhaseTimer, is_time
 from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw
 from sdpo_jax.run import loop
-from sdpo_jax.run.console import Console
+from sdpo_jax.run.console import COLUMNS, Console
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.batch import reduction_weights
 from sdpo_jax.training.step import train_step
 from sdpo_jax.training.trainer import Trainer
-from sdpo_jax.training.updates import split_mini_batches
 
 OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
 
@@ -183,7 +183,7 @@ class Crash(Exception):
 
 def run(config, model, weights, tokenizer, environment):
     """Rows of the run's log without times; one device, compiled cheaply."""
-    console = Console("sdpo", steps=2, stream=io.StringIO(), live=False)
+    console = Console(COLUMNS["sdpo"], steps=2, stream=io.StringIO(), live=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)

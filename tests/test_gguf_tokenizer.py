@@ -9,8 +9,8 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from sdpo_jax.errors import UserError
-from sdpo_models.gguf_file import GgufFile
-from sdpo_models.gguf_tokenizer import CUTS, LLAMA3_CUTS, build_tokenizer, special_ids, stop_ids
+from sdpo_models.gguf.file import GgufFile
+from sdpo_models.gguf.tokenizer import CUTS, LLAMA3_CUTS, build_tokenizer, special_ids, stop_ids
 from sdpo_models.tokenizer import ChatTokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")

@@ -28,10 +28,10 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.rollouts.phase_timer import is_time
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run import loop

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from sdpo_jax.objectives.contexts import Contexts
+from sdpo_jax.training.scoring import Scores
 
 from sdpo_jax.config import RolloutConfig, TeacherConfig, TrainConfig
-from sdpo_jax.config.objectives import SdpoConfig
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
-from sdpo_jax.objectives.contexts import Contexts
+from sdpo_jax.objectives import SdpoConfig
 from sdpo_jax.objectives.credit import (
     entropy_weighted,
     own_reduction,
@@ -25,7 +26,6 @@ from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.controls import shuffled
 from sdpo_jax.teacher.prompts import TeacherPrompts
-from sdpo_jax.training.scoring import Scores
 
 TOKENIZER = tiny.ByteTokenizer()
 GROUP = 3
@@ -73,15 +73,15 @@ def part_of(given, rows, denominator=1.0) -> Any:
 def test_plain_sdpo_counts_the_rollouts_with_a_teacher_and_nothing_else():
     shares = shares_of(SdpoConfig())
     np.testing.assert_array_equal(shares.counted, TEACHER)
-    np.testing.assert_array_equal(shares.distil, TEACHER.astype(np.float32))
+    np.testing.assert_array_equal(shares.distill, TEACHER.astype(np.float32))
     assert not shares.reinforce.any()
 
 
 def test_the_route_goes_by_reward_and_by_whether_there_is_a_teacher():
     shares = shares_of(SdpoConfig(route="outcome"))
     failed = np.asarray(REWARDS) < 1.0
-    np.testing.assert_array_equal(shares.distil, (failed & TEACHER).astype(np.float32))
-    np.testing.assert_array_equal(shares.reinforce, 1.0 - shares.distil)
+    np.testing.assert_array_equal(shares.distill, (failed & TEACHER).astype(np.float32))
+    np.testing.assert_array_equal(shares.reinforce, 1.0 - shares.distill)
     assert shares.counted.all()
 
 
@@ -89,7 +89,7 @@ def test_the_gate_distils_only_what_the_reward_prefers():
     shares = shares_of(SdpoConfig(route="positive", grpo_weight=0.25))
     rewards = np.asarray(REWARDS).reshape(-1, GROUP)
     above = (rewards > rewards.mean(axis=1, keepdims=True)).reshape(-1)
-    np.testing.assert_allclose(shares.distil, 0.75 * (above & TEACHER))
+    np.testing.assert_allclose(shares.distill, 0.75 * (above & TEACHER))
     np.testing.assert_allclose(shares.reinforce, 0.25)
 
 
@@ -97,7 +97,7 @@ def test_a_rollout_that_could_not_be_graded_has_no_share():
     given = experience(ungraded=(1, 6))
     for objective in (SdpoConfig(grpo_weight=0.5), SdpoConfig(route="outcome")):
         shares = shares_of(objective, given=given)
-        for part in (shares.counted, shares.distil, shares.reinforce, shares.advantages):
+        for part in (shares.counted, shares.distill, shares.reinforce, shares.advantages):
             assert not part[[1, 6]].any()
 
 
@@ -106,7 +106,7 @@ def test_questions_weigh_by_the_spread_of_their_outcomes_over_its_mean():
     rates = np.array([1 / 3, 0.0, 2 / 3])
     raw = np.maximum(np.sqrt(rates * (1 - rates)), 0.1)
     expected = np.repeat(raw / raw.mean(), GROUP) * TEACHER
-    np.testing.assert_allclose(shares.distil, expected, rtol=1e-6)
+    np.testing.assert_allclose(shares.distill, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_coefficient_rises_then_falls_to_nothing(step, expected):
     objective = SdpoConfig(distillation_warmup_steps=4, distillation_decay_steps=3)
     assert distillation_coefficient(objective, step, 10) == pytest.approx(expected)
     shares = shares_of(objective, step=step)
-    np.testing.assert_allclose(shares.distil, expected * TEACHER, rtol=1e-6)
+    np.testing.assert_allclose(shares.distill, expected * TEACHER, rtol=1e-6)
     worth = worth_computing(objective, shares)
     np.testing.assert_array_equal(worth, TEACHER if expected else np.zeros_like(TEACHER))
 
@@ -126,10 +126,10 @@ def test_each_half_of_a_mix_is_divided_by_its_own_tokens():
     shares = shares_of(objective, given=given)
     tokens = float(given.lengths.sum())
     part = part_of(given, list(range(9)), tokens)
-    distil = own_reduction(objective, given, part, TEACHER, shares)
+    distill = own_reduction(objective, given, part, TEACHER, shares)
     # Over the common denominator: what (1 - lambda) over the distilled tokens would be.
     expected = 0.6 / given.lengths[TEACHER].sum()
-    np.testing.assert_allclose(distil / tokens, expected * TEACHER, rtol=1e-6)
+    np.testing.assert_allclose(distill / tokens, expected * TEACHER, rtol=1e-6)
 
 
 def test_teacher_entropy_weights_have_mean_one_over_an_update():
@@ -145,9 +145,9 @@ def test_teacher_entropy_weights_have_mean_one_over_an_update():
 def credit(objective, given, gaps, rows):
     shares = shares_of(objective, given=given)
     part = part_of(given, rows, float(given.lengths.sum()))
-    distil = own_reduction(objective, given, part, TEACHER, shares)
-    told = token_advantages(default_config(), objective, given, part, gaps, distil, shares)
-    return told, shares, distil
+    distill = own_reduction(objective, given, part, TEACHER, shares)
+    told = token_advantages(default_config(), objective, given, part, gaps, distill, shares)
+    return told, shares, distill
 
 
 def test_a_rollout_has_the_mean_of_its_tokens_advantages():
@@ -162,9 +162,9 @@ def test_a_mix_by_advantages_is_the_papers_equation_3():
     given, rows = experience(), [1, 2, 6]
     gaps = [RANDOM.normal(size=given.lengths[i]).astype(np.float32) for i in rows]
     objective = SdpoConfig(credit="sequence", grpo_weight=0.9)
-    told, shares, distil = credit(objective, given, gaps, rows)
+    told, shares, distill = credit(objective, given, gaps, rows)
     for i, advantages, gap in zip(rows, told, gaps, strict=True):
-        expected = 0.9 * shares.advantages[i] + distil[i] * gap.mean()
+        expected = 0.9 * shares.advantages[i] + distill[i] * gap.mean()
         np.testing.assert_allclose(advantages, np.full(len(gap), expected), rtol=1e-5)
 
 

@@ -29,9 +29,9 @@ from sdpo_jax.config import (
 )
 from sdpo_jax.config.checks import problems
 from sdpo_jax.config.environments import CodeEnvironment, ToolCallsEnvironment
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.config.resolved import differences, fingerprint, flatten, to_toml
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.run.recipes import KINDS, default_config, load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))

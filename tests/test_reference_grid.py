@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import reference
 
-from sdpo_jax.losses.chunked_head import chunked_head
 from sdpo_jax.losses.distillation import full_vocabulary_loss, sampled_token_loss, top_k_loss
+from sdpo_jax.losses.fused_linear import fused_linear_loss
 from sdpo_jax.losses.likelihood import cross_entropy
-from sdpo_jax.losses.objectives import (
-    GrpoConstants,
-    GrpoTokens,
-    SdpoConstants,
-    SdpoTokens,
-    SftTokens,
+from sdpo_jax.losses.per_token import (
+    GrpoSharedInputs,
+    GrpoTokenInputs,
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    SftTokenInputs,
     grpo_per_token,
-    sampled_token_per_token,
+    sampled_token_sdpo,
     sdpo_per_token,
     sft_per_token,
 )
@@ -186,14 +186,14 @@ def head_problem(support, alpha):
 
     temperature = jnp.array(TEMPERATURE)
     if support == "grpo":
-        tokens = GrpoTokens(flat(targets), flat(old), flat(advantages))
-        return grpo_per_token(**CLIPS), tokens, GrpoConstants(temperature)
+        tokens = GrpoTokenInputs(flat(targets), flat(old), flat(advantages))
+        return grpo_per_token(**CLIPS), tokens, GrpoSharedInputs(temperature)
     if support == "sft":
-        return sft_per_token(label_smoothing=SMOOTHING), SftTokens(flat(targets)), None
-    tokens = SdpoTokens(flat(teacher_hidden), flat(targets), flat(old))
-    constants = SdpoConstants(teacher_head, temperature)
+        return sft_per_token(label_smoothing=SMOOTHING), SftTokenInputs(flat(targets)), None
+    tokens = SdpoTokenInputs(flat(teacher_hidden), flat(targets), flat(old))
+    constants = SdpoSharedInputs(teacher_head, temperature)
     if support == "sampled":
-        return sampled_token_per_token(importance_cap=CAP), tokens, constants
+        return sampled_token_sdpo(importance_cap=CAP), tokens, constants
     loss = top_k_loss if "k" in SUPPORTS[support] else full_vocabulary_loss
     divergence = partial(loss, alpha=alpha, **SUPPORTS[support])
     return sdpo_per_token(divergence, importance_cap=CAP), tokens, constants
@@ -211,7 +211,9 @@ def test_the_losses_from_hidden_states_are_the_formulas(x64, support, alpha):
     @jit
     @partial(jax.value_and_grad, argnums=(0, 1))
     def compute(hidden, head, tokens, weights):
-        return chunked_head(loss, hidden, head, tokens, weights, chunk=4, constants=constants)[0]
+        return fused_linear_loss(loss, hidden, head, tokens, weights, chunk=4, constants=constants)[
+            0
+        ]
 
     on_policy = jnp.array(log_probs.reshape(-1))
     for name, on in product(REDUCTIONS, (True, False) if weigh else (False,)):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sdpo_jax.config import OptimizerConfig, TrainConfig
-from sdpo_jax.config.objectives import GrpoConfig
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig
 from sdpo_jax.run import run_directory
 from sdpo_jax.run.recipes import default_config, load_recipe
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from sdpo_jax.config import TrainConfig
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.config.resolved import to_toml
 from sdpo_jax.errors import UserError
-from sdpo_jax.reports.panels import HEIGHT, WIDTH, Series, panel, rolling_mean, thinned
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
+from sdpo_jax.reports.panels import FRAME, Series, panel, rolling_mean, thinned
 from sdpo_jax.reports.run_report import (
     generations,
     main,
@@ -241,8 +241,8 @@ def test_every_point_lies_inside_its_panel(values):
         panel("t", series, x_label="x").split("\n", 1)[1].replace("</figure>", "")
     )
     for circle in root.iter("circle"):
-        assert 0 <= float(circle.get("cx")) <= WIDTH
-        assert 0 <= float(circle.get("cy")) <= HEIGHT
+        assert 0 <= float(circle.get("cx")) <= FRAME.width
+        assert 0 <= float(circle.get("cy")) <= FRAME.height
 
 
 def test_a_panel_without_points_is_not_drawn():

@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from sdpo_jax.model import Model, Prefix, SuffixCache
-from sdpo_jax.rollouts.draw import Filters, draw, nucleus
 from sdpo_jax.rollouts.generate import rollout_keys
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.rollouts.token_sampling import Filters, nucleus, sample_tokens
 
 STOP = (7, 11, 13, 17, 19)
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=64)
@@ -158,7 +158,7 @@ def test_draws_follow_the_softmax():
     for temperature in (1.0, 0.5):
         keys = rollout_keys(jnp.uint32(0), jnp.uint32(1), jnp.uint32(0), n // 4, 4)
         rows = jnp.broadcast_to(logits[None], (n, 5))
-        tokens, log_probs = jax.jit(draw)(keys, rows, Filters(jnp.float32(temperature)))
+        tokens, log_probs = jax.jit(sample_tokens)(keys, rows, Filters(jnp.float32(temperature)))
         expected = np.exp(tiny.log_softmax(np.asarray(logits, np.float64) / temperature))
         counts = np.bincount(tokens, minlength=5)
         chi_square = np.sum((counts - n * expected) ** 2 / (n * expected))
@@ -177,7 +177,7 @@ def test_draws_with_top_p_follow_the_renormalised_nucleus():
         size = 1 + int(np.searchsorted(np.cumsum(chances[order]), top_p))
         expected = np.zeros(5)
         expected[order[:size]] = chances[order[:size]] / chances[order[:size]].sum()
-        tokens, log_probs = jax.jit(draw)(
+        tokens, log_probs = jax.jit(sample_tokens)(
             keys, rows, Filters(jnp.float32(temperature), jnp.float32(top_p))
         )
         counts = np.bincount(tokens, minlength=5)
@@ -352,7 +352,7 @@ def test_draws_through_filters_follow_the_renormalised_rest(filters, allowed):
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (n, 5))
     expected = np.zeros(5)
     expected[allowed] = np.exp(logits[allowed]) / np.exp(logits[allowed]).sum()
-    tokens, log_probs = jax.jit(draw)(keys, rows, Filters(jnp.float32(1.0), **filters))
+    tokens, log_probs = jax.jit(sample_tokens)(keys, rows, Filters(jnp.float32(1.0), **filters))
     counts = np.bincount(tokens, minlength=5)
     assert set(np.flatnonzero(counts)) == set(allowed)
     inside = expected > 0
@@ -367,7 +367,7 @@ def test_draws_over_many_blocks_follow_the_softmax():
     n = 100_000
     keys = jax.random.split(jax.random.key(1), n)
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (n, 512))
-    tokens, _ = jax.jit(draw)(keys, rows, Filters(jnp.float32(1.0)))
+    tokens, _ = jax.jit(sample_tokens)(keys, rows, Filters(jnp.float32(1.0)))
     expected = n * np.exp(tiny.log_softmax(logits))
     chi_square = np.sum((np.bincount(tokens, minlength=512) - expected) ** 2 / expected)
     assert chi_square < 616  # the 99.9 % point with 511 degrees of freedom
@@ -376,5 +376,5 @@ def test_draws_over_many_blocks_follow_the_softmax():
 def test_a_token_without_probability_is_never_drawn():
     logits = jnp.where(jnp.arange(512) % 2 == 0, -jnp.inf, 0.0)[None]
     keys = jax.random.split(jax.random.key(0), 4096)
-    tokens, _ = jax.jit(draw)(keys, jnp.tile(logits, (4096, 1)), Filters(jnp.float32(1.0)))
+    tokens, _ = jax.jit(sample_tokens)(keys, jnp.tile(logits, (4096, 1)), Filters(jnp.float32(1.0)))
     assert np.all(np.asarray(tokens) % 2 == 1)

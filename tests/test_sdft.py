@@ -24,13 +24,13 @@ from sdpo_jax.config import (
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.config.objectives import SdftConfig, SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.losses.distillation import full_vocabulary_loss
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
-from sdpo_jax.losses.sequence_importance import SdftTokens, sequence_weighted_head
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
+from sdpo_jax.losses.sequence_importance import SdftTokenInputs, sequence_weighted_head
+from sdpo_jax.objectives import SdftConfig, SftConfig
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.recipes import default_config
@@ -132,16 +132,16 @@ def by_ours(alpha, hidden, teacher_hidden, chunk=8, importance=CAP):
     count = -len(flat) % chunk
     pad = lambda x: jnp.pad(jnp.asarray(x), [(0, count)] + [(0, 0)] * (np.ndim(x) - 1))  # noqa: E731
     identity = jnp.eye(7)
-    tokens = SdpoTokens(pad(teacher_hidden), pad(targets), pad(np.float32(old)))
+    tokens = SdpoTokenInputs(pad(teacher_hidden), pad(targets), pad(np.float32(old)))
     total, metrics = sequence_weighted_head(
         importance,
         sdpo_per_token(partial(full_vocabulary_loss, alpha=alpha)),
         pad(hidden),
         identity,
-        SdftTokens(tokens, pad(np.repeat(np.arange(1, 5), LENGTHS).astype(np.int32))),
+        SdftTokenInputs(tokens, pad(np.repeat(np.arange(1, 5), LENGTHS).astype(np.int32))),
         pad(flat),
         chunk=chunk,
-        constants=SdpoConstants(identity, jnp.float32(TEMPERATURE)),
+        constants=SdpoSharedInputs(identity, jnp.float32(TEMPERATURE)),
         block=chunk,
     )
     return total / denominator, metrics

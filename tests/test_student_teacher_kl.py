@@ -8,9 +8,9 @@ import pytest
 import tiny
 
 from sdpo_jax.config import RolloutConfig, TeacherConfig
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.evaluation.evaluator import Evaluator
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.prompts import TeacherPrompts

@@ -10,7 +10,6 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo_jax.losses.chunked_head import checkpointed_head, chunked_head
 from sdpo_jax.losses.credit import candidate_loss, distillation_advantages
 from sdpo_jax.losses.distillation import (
     full_vocabulary_loss,
@@ -19,11 +18,12 @@ from sdpo_jax.losses.distillation import (
     top_k_loss,
 )
 from sdpo_jax.losses.from_hidden import sdpo_from_hidden
+from sdpo_jax.losses.fused_linear import checkpointed_linear_loss, fused_linear_loss
 from sdpo_jax.losses.likelihood import cross_entropy
-from sdpo_jax.losses.objectives import (
-    SdpoConstants,
-    SdpoTokens,
-    sampled_token_per_token,
+from sdpo_jax.losses.per_token import (
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    sampled_token_sdpo,
     sdpo_per_token,
 )
 from sdpo_jax.losses.support import support_log_probs, top_k_log_probs
@@ -208,18 +208,18 @@ def test_certain_tokens_are_finite_through_the_head(name):
     loss = {
         "full": sdpo_per_token(partial(full_vocabulary_loss, alpha=0.5)),
         "top": sdpo_per_token(partial(top_k_loss, alpha=1.0, k=2, add_tail=True)),
-        "sampled": sampled_token_per_token(),
+        "sampled": sampled_token_sdpo(),
     }[name]
-    tokens = SdpoTokens(teacher, jnp.zeros(len(rows), jnp.int32))
-    constants = SdpoConstants(jnp.eye(3), jnp.float32(1.0))
+    tokens = SdpoTokenInputs(teacher, jnp.zeros(len(rows), jnp.int32))
+    constants = SdpoSharedInputs(jnp.eye(3), jnp.float32(1.0))
     weights = jnp.ones(len(rows))
 
     def chunked(hidden):
         arguments = {"chunk": 2, "constants": constants}
-        return chunked_head(loss, hidden, jnp.eye(3), tokens, weights, **arguments)
+        return fused_linear_loss(loss, hidden, jnp.eye(3), tokens, weights, **arguments)
 
     def checkpointed(hidden):
-        values, metrics = checkpointed_head(
+        values, metrics = checkpointed_linear_loss(
             loss, hidden, jnp.eye(3), tokens, chunk=2, constants=constants
         )
         return jnp.sum(values), metrics

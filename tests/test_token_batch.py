@@ -9,17 +9,18 @@ import pytest
 import quick
 import tiny
 
-from sdpo_jax.commands.heatmap_options import heatmap_run
 from sdpo_jax.config import (
+    DataConfig,
     EvaluationConfig,
     OptimizerConfig,
     RolloutConfig,
     TeacherConfig,
     TrainConfig,
 )
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
+from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.errors import UserError
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
 from sdpo_jax.reports.token_batch import (
     Shown,
     batch_of,
@@ -43,7 +44,16 @@ from sdpo_jax.training.trainer import Trainer
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
 MODEL = tiny.make_model(ARCHITECTURE)
-OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
+OBJECTIVES = {
+    "sdpo": SdpoConfig(),
+    "grpo": GrpoConfig(),
+    "sdft": SdftConfig(skip_first_tokens=0),
+    "sft": SftConfig(),
+}
+DEMONSTRATIONS = [
+    Demonstration(f"d{i}", ({"role": "user", "content": f"q{i}?"},), "abc"[: 1 + i % 3])
+    for i in range(6)
+]
 
 
 class Length:
@@ -68,6 +78,7 @@ def make_config(run_dir, name="sdpo", weights="ema"):
         teacher=TeacherConfig(
             max_prompt_tokens=160, max_feedback_tokens=32, weights=weights, trust_region=0.3
         ),
+        data=DataConfig(rows_per_step=2),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
         train=TrainConfig(micro_batch_tokens=1024, head_chunk_tokens=48),
         evaluation=EvaluationConfig(prompts=0),
@@ -89,12 +100,12 @@ def parts():
         "params": lambda: tiny.make_params(ARCHITECTURE, scale=0.5),
         "tokenizer": TOKENIZER,
         "environment": Length(),
-        "demonstrations": (),
+        "demonstrations": DEMONSTRATIONS,
     }
 
 
 def trainer_of(config):
-    return Trainer(config, MODEL, TOKENIZER, Length())
+    return Trainer(config, MODEL, TOKENIZER, Length(), DEMONSTRATIONS)
 
 
 def start(trainer):
@@ -106,8 +117,12 @@ def start(trainer):
 
 
 def rows_of_next_step(trainer, state):
-    restored = Restored(0, state, {"data": trainer.source.get_state()})
-    return batch_of(trainer, restored, parts(), run="a run", prompts=9, top=4)
+    position = trainer.source.get_state()
+    rows = batch_of(
+        trainer, Restored(0, state, {"data": position}), parts(), run="a run", prompts=9, top=4
+    )
+    trainer.source.set_state(position)
+    return rows
 
 
 @pytest.mark.parametrize("weights", ["ema", pytest.param("trust_region", marks=pytest.mark.slow)])
@@ -142,6 +157,51 @@ def test_a_run_without_a_teacher_is_taught_by_itself_in_context():
     taught = [row for row in rows if row["shown"] and len(row["tokens"]) > 1]
     assert taught
     assert all(len({t["advantage"] for t in row["tokens"]}) > 1 for row in taught)
+
+
+def test_an_sdft_teacher_has_read_the_demonstration_of_the_next_step():
+    trainer = trainer_of(make_config("unused", "sdft"))
+    state = start(trainer)
+    head, *rows = rows_of_next_step(trainer, state)
+    trained = trainer.step(state, 1)[1]
+    assert head["objective"] == "sdft" and len(rows) == 8
+    known = {d.id: d.response for d in DEMONSTRATIONS}
+    for row in rows:
+        assert row["shown"]["demonstration"] == known[row["prompt_id"]]
+        assert known[row["prompt_id"]] in row["teacher_prompt"]
+        assert not row["graded"] and row["grpo_advantage"] == 0.0
+    # The loss leaves out no token here, so that its means are those of the rows.
+    tokens = [token for row in rows for token in row["tokens"]]
+    assert np.mean([len(row["tokens"]) for row in rows]) == trained["response_tokens"]
+    assert len(tokens) == trained["tokens"]
+    for key, metric in (("log_p", "log_prob"), ("log_q", "teacher_log_prob")):
+        assert np.mean([t[key] for t in tokens]) == pytest.approx(trained[metric], abs=2e-5)
+
+
+def test_an_sft_run_is_asked_the_first_prompts_of_its_environment():
+    trainer = trainer_of(make_config("unused", "sft"))
+    head, *rows = rows_of_next_step(trainer, start(trainer))
+    assert head["teacher"] == "student" and len(rows) == 8
+    assert {row["prompt_id"] for row in rows} <= {prompt.id for prompt in Length.train}
+    assert any(row["shown"] for row in rows)
+
+
+def test_rollouts_drawn_ahead_are_those_of_the_checkpoint():
+    """One step off policy, the next batch was drawn before the update that the checkpoint has."""
+    config = make_config("unused")
+    config = replace(config, rollout=replace(config.rollout, ahead=True))
+    trainer = trainer_of(config)
+    state, _ = trainer.step(start(trainer), 1)
+    trainer.source.wait()
+    extra = json.loads(json.dumps({"data": trainer.source.get_state()}))
+    fresh = trainer_of(config)
+    _, *rows = batch_of(fresh, Restored(1, state, extra), parts(), run="a", prompts=9, top=4)
+    _, *first = batch_of(fresh, Restored(1, state, extra), parts(), run="a", prompts=1, top=4)
+    assert [row["response"] for row in first] == [row["response"] for row in rows[:4]]
+    trained = trainer.step(state, 2)[1]
+    assert np.mean([row["reward"] for row in rows]) == trained["reward"]
+    tokens = [token for row in rows if row["shown"] for token in row["tokens"]]
+    assert np.mean([t["log_p"] for t in tokens]) == pytest.approx(trained["log_prob"], abs=2e-5)
 
 
 def save(config):

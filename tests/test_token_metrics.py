@@ -3,17 +3,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_update
 import pytest
-import test_step
 import tiny
-from test_step import ALPHA, ARCHITECTURE, GROUP, SIGNAL, TEMPERATURE, TOKENIZER
-
-from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig
-from sdpo_jax.environments.base import Outcome, not_graded
-from sdpo_jax.losses.anchor import AnchoredTokens
-from sdpo_jax.losses.objectives import GrpoTokens, MixedTokens, SdpoTokens, SftTokens
-from sdpo_jax.losses.sequence_importance import SdftTokens
+from one_update import ALPHA, ARCHITECTURE, GROUP, SIGNAL, TEMPERATURE, TOKENIZER
 from sdpo_jax.objectives.per_token import grpo_loss_of, sdft_loss_of, sdpo_loss_of
+
+from sdpo_jax.environments.base import Outcome, not_graded
+from sdpo_jax.losses.per_token import (
+    GrpoTokenInputs,
+    MixedTokenInputs,
+    SdpoTokenInputs,
+    SftTokenInputs,
+)
+from sdpo_jax.losses.reference_kl import ReferenceKlTokenInputs
+from sdpo_jax.losses.sequence_importance import SdftTokenInputs
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.rollouts.diagnostics import gap_agreement, verdicts
 from sdpo_jax.training.token_metrics import (
     AGREEMENT,
@@ -165,11 +170,11 @@ def test_a_verdict_needs_a_grade_and_a_teacher():
 
 def test_the_sampled_tokens_are_found_in_what_every_objective_knows():
     ids, other = jnp.arange(3), jnp.zeros(3)
-    sdpo, grpo = SdpoTokens(other, ids), GrpoTokens(ids, other, other)
-    mixed = MixedTokens(sdpo, grpo, other, other)
+    sdpo, grpo = SdpoTokenInputs(other, ids), GrpoTokenInputs(ids, other, other)
+    mixed = MixedTokenInputs(sdpo, grpo, other, other)
     for known in (
-        *(sdpo, grpo, mixed, SftTokens(ids), SdftTokens(sdpo, other)),
-        AnchoredTokens(mixed, ids, other),
+        *(sdpo, grpo, mixed, SftTokenInputs(ids), SdftTokenInputs(sdpo, other)),
+        ReferenceKlTokenInputs(mixed, ids, other),
     ):
         np.testing.assert_array_equal(sampled(known), ids)
 
@@ -194,8 +199,8 @@ def per_token():
 
     In float64 numpy, from the decoder's formulas.
     """
-    run, data = test_step.programs("sdpo"), test_step.experience()
-    prompts, _ = test_step.sdpo_updates(run).contexts(data, 0)
+    run, data = one_update.programs("sdpo"), one_update.experience()
+    prompts, _ = one_update.sdpo_updates(run).contexts(data, 0)
 
     def log_probs(params, prompt, response):
         logits = tiny.reference_logits(ARCHITECTURE, params, [*prompt, *response])
@@ -203,8 +208,8 @@ def per_token():
 
     for i in SIGNAL:
         ids = np.asarray(data.response_ids[i])
-        p = log_probs(test_step.student(), data.prompt_ids[i], ids)
-        q = log_probs(test_step.teacher_weights(), prompts[i], ids)
+        p = log_probs(one_update.student(), data.prompt_ids[i], ids)
+        q = log_probs(one_update.teacher_weights(), prompts[i], ids)
         mixture = np.log((1 - ALPHA) * np.exp(p) + ALPHA * np.exp(q))
         divergence = (1 - ALPHA) * np.exp(p) * (p - mixture) + ALPHA * np.exp(q) * (q - mixture)
         gap = (q - p)[np.arange(len(ids)), ids]
@@ -213,8 +218,8 @@ def per_token():
 
 @pytest.mark.parametrize("form", [{}, {"micro_batch_tokens": 1}], ids=["whole", "cut"])
 def test_an_update_reports_what_numpy_finds_in_its_rollouts(form):
-    run = test_step.programs("sdpo", **form)
-    _, metrics = test_step.apply(run, test_step.the_update("sdpo", run))
+    run = one_update.programs("sdpo", **form)
+    _, metrics = one_update.apply(run, one_update.the_update("sdpo", run))
     sums = jax.device_get(metrics.sums)
     ids, divergence, gaps, same = (list(x) for x in zip(*per_token(), strict=True))
     flat = np.concatenate(divergence)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from sdpo_jax.losses.distillation import full_vocabulary_loss
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.losses.token_stats import TokenStats, same_likeliest, token_stats
 
 N, V = 4, 6
@@ -101,11 +101,11 @@ def test_the_comparison_is_not_computed_where_nobody_reads_it():
     logits, teacher, head = (
         jnp.array(random.normal(size=shape), jnp.float32) for shape in ((N, V), (N, 3), (3, V))
     )
-    constants = SdpoConstants(head, jnp.float32(1.0))
+    constants = SdpoSharedInputs(head, jnp.float32(1.0))
 
     def operations(*names):
         def read(logits, teacher):
-            tokens = SdpoTokens(teacher, jnp.zeros(N, jnp.int32))
+            tokens = SdpoTokenInputs(teacher, jnp.zeros(N, jnp.int32))
             value, metrics = loss(logits, tokens, constants)
             return value, [metrics[name] for name in names]
 

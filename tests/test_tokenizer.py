@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from sdpo_jax.objectives.sources import DemonstrationSource
 
 from sdpo_jax.config import DataConfig
-from sdpo_jax.config.objectives import SftConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.errors import UserError
-from sdpo_jax.objectives.sources import DemonstrationSource
+from sdpo_jax.objectives import SftConfig
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.tokens import Tokenizer

@@ -62,7 +62,7 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family, en
     cache, decode = model.suffix_cache(6, max_tokens), tiny.quick_jit(model.decode)
     before = params, prefix
     if entered:
-        params, prefix, cache = model.enter(params, prefix, cache)
+        params, prefix, cache = model.to_decode_layout(params, prefix, cache)
     # Rows need not march together: half of them start one call later.
     late = np.array([0, 1, 0, 1, 0, 1])
     for call in range(max_tokens + 1):
@@ -75,7 +75,7 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family, en
         logits = np.asarray(hidden @ head)
         np.testing.assert_allclose(logits[going], whole_forward[going], atol=FLOAT32)
     if entered:
-        again = model.enter(*before, model.leave(cache))[2]
+        again = model.to_decode_layout(*before, model.from_decode_layout(cache))[2]
         jax.tree.map(np.testing.assert_array_equal, again, cache)
 
 

@@ -9,19 +9,19 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdpo_jax.losses.chunked_head import chunked_head
 from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
-from sdpo_jax.losses.objectives import (
-    GrpoConstants,
-    GrpoTokens,
-    MixedConstants,
-    MixedTokens,
-    SdpoConstants,
-    SdpoTokens,
-    SftTokens,
+from sdpo_jax.losses.fused_linear import fused_linear_loss
+from sdpo_jax.losses.per_token import (
+    GrpoSharedInputs,
+    GrpoTokenInputs,
+    MixedSharedInputs,
+    MixedTokenInputs,
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    SftTokenInputs,
     grpo_per_token,
     mixed_per_token,
-    sampled_token_per_token,
+    sampled_token_sdpo,
     sdpo_per_token,
     sft_per_token,
 )
@@ -107,14 +107,14 @@ def test_ids_may_be_narrower_than_the_vocabulary():
 def objectives(axis):
     full = partial(full_vocabulary_loss, alpha=0.5, vocabulary_axis=axis)
     few = partial(top_k_loss, alpha=1.0, k=7, add_tail=True, vocabulary_axis=axis)
-    distil = sdpo_per_token(few, importance_cap=2.0, vocabulary_axis=axis)
+    distill = sdpo_per_token(few, importance_cap=2.0, vocabulary_axis=axis)
     reinforce = grpo_per_token(**CLIPS, vocabulary_axis=axis)
     return {
         "sdpo": sdpo_per_token(full, importance_cap=2.0, vocabulary_axis=axis),
-        "top_k": distil,
-        "sampled": sampled_token_per_token(importance_cap=2.0, vocabulary_axis=axis),
+        "top_k": distill,
+        "sampled": sampled_token_sdpo(importance_cap=2.0, vocabulary_axis=axis),
         "grpo": reinforce,
-        "mixed": mixed_per_token(distil, reinforce),
+        "mixed": mixed_per_token(distill, reinforce),
         "sft": sft_per_token(label_smoothing=0.1, vocabulary_axis=axis),
     }
 
@@ -126,19 +126,19 @@ def problem(name, dtype):
     targets = jnp.array(random.integers(0, V, size=M), jnp.int32)
     old, advantages = (jnp.array(random.normal(size=M) - c, dtype) for c in (3.0, 0.0))
     temperature = jnp.asarray(1.3, dtype)
-    aux, constants, axes = SftTokens(targets), None, None
+    aux, constants, axes = SftTokenInputs(targets), None, None
     if name == "grpo":
-        aux, constants = GrpoTokens(targets, old, advantages), GrpoConstants(temperature)
-        axes = GrpoConstants(P())
+        aux, constants = GrpoTokenInputs(targets, old, advantages), GrpoSharedInputs(temperature)
+        axes = GrpoSharedInputs(P())
     elif name != "sft":
-        aux = SdpoTokens(teacher, targets, old)
-        constants = SdpoConstants(teacher_head, temperature)
-        axes = SdpoConstants(P(None, AXIS), P())
+        aux = SdpoTokenInputs(teacher, targets, old)
+        constants = SdpoSharedInputs(teacher_head, temperature)
+        axes = SdpoSharedInputs(P(None, AXIS), P())
     if name == "mixed":
         share = jnp.array(random.uniform(size=M), dtype)
-        aux = MixedTokens(aux, GrpoTokens(targets, old, advantages), share, 1.0 - share)
-        constants = MixedConstants(constants, GrpoConstants(temperature))
-        axes = MixedConstants(axes, GrpoConstants(P()))
+        aux = MixedTokenInputs(aux, GrpoTokenInputs(targets, old, advantages), share, 1.0 - share)
+        constants = MixedSharedInputs(constants, GrpoSharedInputs(temperature))
+        axes = MixedSharedInputs(axes, GrpoSharedInputs(P()))
     return hidden, head, aux, jnp.array(random.integers(0, 3, size=M), dtype), constants, axes
 
 
@@ -146,7 +146,7 @@ def check(name, dtype, tolerance, automatic):
     hidden, head, aux, weights, constants, axes = problem(name, dtype)
 
     def loss(axis, chunk, hidden, head, aux, weights, constants):
-        return chunked_head(
+        return fused_linear_loss(
             objectives(axis)[name], hidden, head, aux, weights, chunk=chunk, constants=constants
         )
 

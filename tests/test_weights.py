@@ -110,8 +110,8 @@ def test_groups_that_agree_weigh_nothing_without_a_floor_and_alike_with_one(verd
 def test_every_rollout_takes_exactly_one_route(dtype):
     passed, has_teacher = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])
     routes = outcome_routing(jnp.array(passed, dtype), jnp.array(has_teacher, dtype))
-    np.testing.assert_array_equal(routes.distil, [0, 1, 0, 0])
-    np.testing.assert_array_equal(routes.distil + routes.reinforce, 1.0)
+    np.testing.assert_array_equal(routes.distill, [0, 1, 0, 0])
+    np.testing.assert_array_equal(routes.distill + routes.policy_gradient, 1.0)
 
 
 def test_positive_only_follows_the_sign():
@@ -162,7 +162,7 @@ DETACHED = {
     "pass rate": lambda x: pass_rate_weights(x[0], 2),
     "positive": positive_only,
     "importance": lambda x: truncated_importance_weights(x, 2 * x, cap=2.0),
-    "routes": lambda x: outcome_routing(x, x).reinforce,
+    "routes": lambda x: outcome_routing(x, x).policy_gradient,
 }
 
 

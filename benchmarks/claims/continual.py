@@ -1,19 +1,18 @@
-"""One model learns three tasks one after the other: what it learns, and what it keeps.
+"""One model learns three tasks in sequence: what it learns, and what it forgets.
 
     python benchmarks/claims/continual.py
 
-A task is two families of requests; a stage is a run of 40 steps of 32 demonstrations that starts
-from the run before it and is evaluated on the held-out requests of all tasks. SFT and SDFT see the
-same demonstrations in the same order, at the rate of their recipes, which was chosen on all
-families at once and another seed. "Learned": accuracy on a task right after its stage. "Forgotten":
-best since then minus the end, of the first two. What the model could do before (`nano_prior.py`):
-greedy answers that are the wanted call, of 256 when a solution is shown and of 256 when feedback
-is.
+A task is two families of requests. A stage is a run of 40 steps of 32 demonstrations that starts
+from the previous stage and is evaluated on the held-out requests of all tasks. SFT and SDFT see the
+same demonstrations in the same order, at the rates of their recipes, which were chosen on all
+families at once and a separate seed. "A solution shown" and "feedback shown" measure an ability
+that the start model has (`nano_prior.py`): the share of 256 greedy answers that are the wanted call
+when the prompt holds a solution, or feedback.
 
-Demonstrations are calls as the embedded model writes them itself, or, in another hand, the same
-calls after a line of talk, which the model has never seen or written. Anything may stand before a
-call; only the call is graded, here and among what the model could do before. Shown such a
-demonstration, it writes the call alone.
+Demonstrations come in two forms: in the model's own hand, and in another hand, which is the same
+calls after a line of talk. Text before a call is allowed, and only the call is graded, in every
+measure here. When it is shown a demonstration in another hand, the start model writes the call
+alone.
 
 The protocol is that of SDFT (arXiv 2601.19897, section 5) with tasks that a CPU learns in a minute.
 """

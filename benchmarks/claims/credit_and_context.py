@@ -1,13 +1,12 @@
-"""What of SDPO does the work: who gets credit, what the teacher sees, information or style.
+"""Which part of SDPO causes the gain: the kind of credit, the context, information or style.
 
     python benchmarks/claims/credit_and_context.py
 
-All families of requests, 80 steps of 8 prompts with 4 rollouts each. All arms but GRPO are
-`configs/nano.toml` with one difference, at that recipe's rate. Credit is compared under reverse KL,
-of which the sampled token's form is an unbiased estimate. "Solution and feedback" shows both where
-there is a solution; SDPO's default shows feedback only where there is none. The controls show
-another question's context, and give a fixed negative advantage to unlikely tokens of failures
-without any teacher.
+All families of requests, 80 steps of 8 prompts with 4 rollouts each. Every arm but GRPO is
+`configs/nano.toml` with one difference, at the learning rate of that recipe. Kinds of credit are
+compared under reverse KL, because token credit is an unbiased estimate of it. "Solution and
+feedback" shows both where there is a solution; SDPO's default shows feedback only where there is
+no solution. The two controls are "shuffled context" and "fixed negative".
 """
 
 from runs import (

@@ -1,13 +1,13 @@
-"""One hard question, no reward yet: SDPO against best-of-k and against asking in turns.
+"""One hard question before any reward: SDPO, best-of-k, and asking in turns.
 
     python benchmarks/claims/discovery.py
 
-The six questions are the hardest of 24,000 requests by the start model's own probability of the
-accepted call, except four that settings were chosen on (docs/experiments.md). SDPO and asking in
-turns stop at the first success, at most 512 generations; best-of-k draws ten times as many.
-discovery@k is the probability that the first success is among the first k generations; here and in
-the mean generations to it, truncated at 512, intervals are 90 % of a bootstrap over seeds, as in
-the paper. The verdicts compare the curves themselves, without an interval.
+The six questions are the hardest of 24,000 requests, measured by the start model's probability of
+the accepted call; four more that settings were chosen on are left out (docs/experiments.md). SDPO
+and asking in turns stop at the first success or at 512 generations; best-of-k draws ten times as
+many. discovery@k is the probability that the first success is among the first k generations. Its
+intervals are 90 % of a bootstrap over seeds, as in the paper. The verdicts compare the curves
+themselves, without an interval.
 """
 
 import argparse

@@ -1,12 +1,9 @@
-"""What a model keeps while it learns one task after the other: numbers over a table of accuracies.
+"""Measures of forgetting when one model learns several tasks in sequence.
 
 `accuracies[s][t]` is the accuracy on task t after stage s, where row 0 is the model before all
 training and stage s trained task s - 1. The protocol is that of SDFT (arXiv 2601.19897, section 5):
-one model goes through the tasks in order, all accuracies are tracked, and each is normalised so
-that 0 is the model before training and 1 the best of the methods that are compared.
-
-Pure Python; which tasks and which accuracies is the caller's affair
-(`benchmarks/claims/continual.py`).
+one model learns the tasks in order, all accuracies are tracked, and each is normalised so that 0 is
+the model before training and 1 the best of the compared methods. Pure Python.
 """
 
 from collections.abc import Sequence

@@ -1,15 +1,15 @@
-"""Responses that may be padded: what SDPO and GRPO make of their length.
+"""Length of responses under SDPO and GRPO, where the task allows padding.
 
     python benchmarks/claims/length.py
 
-Anything may stand on lines before a call, and only the call is graded (`environment.asides`). The
-start model is the embedded one, trained on for 300 steps on text in which a call without a context
-begins with about two lines of talk, and one after a context is the call alone: a model that has the
-answer before it does not need to talk. Nothing rewards being short. Both objectives have their rate
-from one grid, on a seed that no result has.
+Lines before a call are allowed, and only the call is graded. The start model is the embedded model
+after 300 more steps of pre-training on text in which a call without a context begins with about two
+lines of talk, and a call after a context stands alone: a model that has seen the answer does not
+need to talk. Nothing rewards short responses. The learning rate of both objectives is chosen from
+one grid, on a separate seed.
 
-"At GRPO's accuracy" is the length at the first evaluation that has GRPO's final accuracy, or the
-last one where there is none.
+"At GRPO's accuracy" is the length at the first evaluation that reaches GRPO's final accuracy, or at
+the last evaluation if none does.
 """
 
 import argparse

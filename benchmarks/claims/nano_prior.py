@@ -1,13 +1,14 @@
-"""What the embedded model could do before: read contexts, and predict its own training text.
+"""What the start model could do before training: read contexts, and predict its pre-training text.
 
     python benchmarks/claims/nano_prior.py nano runs/nano_sdft
 
-Rows of the pre-training corpus under a seed that pre-training did not see; every row draws its own
-API, so that no task of the environment is asked. `solution` and `feedback` are the shares of
-greedy answers whose last line is the wanted call, when a solution or feedback is shown;
-`context_loss` and `bare_loss` are nats per response token (the end token included) of rows with and
-without a context. A bare row wants the forms that were common before, which training on another API
-must unlearn: `bare_loss` rises in any model that learned the task.
+The rows are from the pre-training corpus under a seed that pre-training did not see. Every row has
+an API of its own, so that no row is a task of the environment. `solution` and `feedback` are the
+shares of greedy answers whose last line is the wanted call when the prompt holds a solution, or
+feedback; `context_loss` and `bare_loss` are nats per response token (the end token included) of
+rows with and without a context. Rows without a context have the formats that were common in
+pre-training, and training on another API replaces them: `bare_loss` rises in every model that
+learned the task.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""Runs twelve times as long as needed: what collapses, what keeps it from that, what tells.
+"""Runs twelve times as long as needed: which collapse, what prevents it, what warns of it.
 
     python benchmarks/claims/regularisation.py
 
-Two families of requests that SDPO learns within 20 steps of 8 prompts with 4 rollouts each, trained
-for 240 steps in all. All arms are `configs/nano.toml` with one difference, at that recipe's rate;
-GRPO at the rate of its own. A run has collapsed if it ends below half of its best accuracy.
+SDPO learns these two families of requests within 20 steps of 8 prompts with 4 rollouts each; the
+runs have 240 steps. Every arm is `configs/nano.toml` with one difference, at the learning rate of
+that recipe; GRPO has the rate of its own recipe.
 
-Diagnostics are means of the last ten steps. A run begins to fall where its training reward is 0.2
-below its highest so far. An alarm rings, after step 30, where a diagnostic is above all that the
-runs of two arms which hold ("frozen", "failures alone") ever reach after that step: set afterwards,
-so that these never ring, not a rule that was tried on other runs. "Default" is the ten runs of
-"EMA 0.05" and of "rate falls", "quick" the ten of "live" and "EMA 0.5". "Rings before" is the share
-of falls that an alarm preceded; "steps before" by how many steps, where it rang at all: after the
-fall where that is negative.
+Diagnostics are means over the last ten steps. A run begins to fall at the first step whose training
+reward is 0.2 below its highest so far. An alarm rings at the first step after step 30 at which a
+diagnostic exceeds every value that the runs of two stable arms ("frozen", "failures alone") reach
+after that step. The threshold was set afterwards, so that these two never ring; it is not a rule
+that was tested on other runs. "Default" is the ten runs of "EMA 0.05" and "rate falls", "quick" the
+ten runs of "live" and "EMA 0.5". "Rings before" is the share of falls that follow an alarm, "steps
+before" the number of steps between an alarm and the fall, negative if the alarm came later.
 """
 
 from collections.abc import Mapping, Sequence

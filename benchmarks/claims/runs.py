@@ -1,11 +1,11 @@
-"""What the scripts of the claims share: arms over seeds, their measures, tables, results.
+"""Shared parts of the claims' scripts: arms over seeds, measures, tables, results.
 
-An arm is a recipe with options. Each run is a process of its own from the same start weights; runs
-that are finished in the folder are read, not repeated. A script ends by writing
-`docs/claims/NAME.json`: measures of every seed, the verdicts and the command; `table.py` makes the
-README's table and `docs/claims.md` of these files.
+An arm is a recipe with options. Each run is a process of its own from the same start weights;
+finished runs in the folder are read, not repeated. A script ends by writing
+`docs/claims/NAME.json`: measures of every seed, the verdicts and the command. `table.py` writes the
+README's table and `docs/claims.md` from these files.
 
-Intervals are 95 %, from Student's t over the seeds: what another set of seeds might give.
+Intervals are 95 %, from Student's t over the seeds: they estimate what other seeds would give.
 """
 
 import argparse

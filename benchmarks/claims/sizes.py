@@ -1,13 +1,12 @@
-"""Do larger models gain more from SDPO over GRPO? The embedded model and two smaller ones.
+"""Does SDPO's lead over GRPO grow with the model? The embedded model and two smaller ones.
 
     python benchmarks/claims/sizes.py
 
-The two smaller models are pre-trained here like the embedded one (`configs/nano_pretrain.toml`,
-with a seed of its own), once. Every size and objective has its rate from one grid, chosen on a seed
-that no result has. What the start model passes when it is shown a context says how good a teacher
-it is.
+The two smaller models are pre-trained here like the embedded one (`configs/nano_pretrain.toml`),
+once, with a separate seed. The learning rate of each size and objective is chosen from one grid, on
+a separate seed. The accuracy of the start model with a context shows how good a teacher it is.
 
-The paper's claim is about 0.6 to 8 billion parameters; here 0.13 to 0.85 million.
+The paper's claim is about 0.6 to 8 billion parameters; these models have 0.13 to 0.85 million.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What a training step of SDPO takes over one of GRPO, on equal shapes.
+"""Time of a training step of SDPO over that of GRPO, on equal shapes.
 
     python benchmarks/claims/step_time.py
 
 CPU seconds of one pinned thread, from `benchmarks/step.py`: SDPO with the full-vocabulary
-divergence and a teacher that follows, GRPO with one update for each batch. Setting A has responses
-of 64 tokens, C of 256. A seed is a round of both, one after the other; the ratio is taken round by
-round. Grading costs nothing here: an environment that takes time makes the ratio smaller.
+divergence and an EMA teacher, GRPO with one update per batch. Setting A has responses of 64 tokens,
+C of 256. A seed is one round of both objectives, one after the other, and the ratio is that of the
+round. Grading is free here; an environment that takes time makes the ratio smaller.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def main() -> None:
         11,
         f"a step of SDPO takes at most {MOST} times one of GRPO, with responses of 256 tokens",
         ratios["setting C"].high <= MOST,
-        "SDPO / GRPO: " + "; ".join(f"{name} {ratio}" for name, ratio in ratios.items()),
+        "step time over GRPO's (above 1 is slower): "
+        + "; ".join(f"{name} {ratio}" for name, ratio in ratios.items()),
     )
     total = sum(sum(row["SDPO, s"]) + sum(row["GRPO, s"]) for row in rows.values())
     options.results.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Decoding: one token for every rollout, over the shared prompts and a cache of its own tokens.
 
-`enter` and `leave` stand around the loop (`sdpo_jax.model.Model`): a small model on a CPU reads
-arrays of each layer, a TPU the stacks as they are. Validated: decoding equals the forward pass over
-whole sequences, in both forms (tests/test_transformer.py, tests/test_sampling.py).
+The decode loop is wrapped in `to_decode_layout` and `from_decode_layout` (see
+`sdpo_jax.model.Model`): a shallow model on a CPU decodes from one array per layer, a TPU from the
+stacked arrays. Validated: in both layouts decoding equals the forward pass over whole sequences
+(tests/test_transformer.py, tests/test_sampling.py).
 """
 
 from functools import partial
@@ -20,17 +21,19 @@ from sdpo_models.layers import (
     block,
     in_window,
     rms_norm,
-    rotations,
+    rope_tables,
     stacked_layers,
 )
 
 UNROLLED_LAYERS = 8
-"""Up to so many layers are unrolled in the decode loop of a CPU (see `enter`). With four, decoding
-took 0.74 to 0.88 of the time; with thirty 0.92, for one and a half times the compilation."""
+"""Models of at most this many layers decode with unrolled layers on a CPU (`to_decode_layout`).
+
+Unrolling four layers takes 0.74 to 0.88 of the time; unrolling thirty takes 0.92 of the time and
+1.5 times the compilation."""
 
 
 def suffix_cache(a: Architecture, settings: Settings, rows: int, max_tokens: int) -> SuffixCache:
-    """An empty cache, head before position: the layout that a TPU decodes in place."""
+    """An empty cache, head before position: the layout that a TPU decodes in write_index."""
     shape = (a.layers, rows, a.kv_heads, max_tokens, a.head_size)
     return SuffixCache(jnp.zeros(shape, settings.dtype), jnp.zeros(shape, settings.dtype))
 
@@ -43,7 +46,7 @@ def decode(
     cache: Any,
     tokens: jax.Array,
     step: jax.Array,
-    place: jax.Array,
+    write_index: jax.Array,
     *,
     prompts: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -52,15 +55,15 @@ def decode(
     Layers only read the cache: the new keys and values are attended to apart and written once,
     after the last layer, in one slice. XLA:TPU then neither copies a layer nor moves the cache.
     """
-    is_entered = isinstance(cache, Entered)
+    is_per_layer = isinstance(cache, PerLayerCache)
     groups = prefix.lengths.shape[0] if prompts is None else tokens.shape[0]
     lengths = prefix.lengths if prompts is None else prefix.lengths[prompts]
     positions = jnp.repeat(lengths, tokens.shape[0] // groups) + step
-    turns, places = rotations(a, positions), cache.values[0].shape[-2]
+    rope, capacity = rope_tables(a, positions), cache.values[0].shape[-2]
     index = jnp.arange(prefix.keys[0].shape[-2])
     real = (index[None] < lengths[:, None])[:, None]
     distance = positions.reshape(groups, -1, 1) - index[None, None]
-    age = (place - jnp.arange(places))[None] % places
+    age = (write_index - jnp.arange(capacity))[None] % capacity
     past = (age > 0) & (age <= step[:, None])
 
     def layer_step(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
@@ -70,78 +73,80 @@ def decode(
         after = (*_layer_of(cache, number), past & in_window(a, layer.slides, age))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            return one_token_attention(q, before, after, (k, v), keys_last=is_entered), (k, v)
+            return one_token_attention(q, before, after, (k, v), keys_last=is_per_layer), (k, v)
 
-        return block(a, layer, x, turns, attend)
+        return block(a, layer, x, rope, attend)
 
     x = params["embedding"].astype(settings.dtype)[tokens]
-    if is_entered:
-        x, cache = _one_by_one(layer_step, x, params, prefix, cache, place)
+    if is_per_layer:
+        x, cache = _unrolled_layers(layer_step, x, params, prefix, cache, write_index)
     else:
         xs = (jnp.arange(a.layers), stacked_layers(a, params), prefix.keys, prefix.values)
         x, new = jax.lax.scan(layer_step, x, xs)
-        cache = _write(cache, new, place)
+        cache = _write(cache, new, write_index)
     return rms_norm(x, params["final_norm"], a.norm_epsilon), cache
 
 
 def _layer_of(cache: Any, number: Any) -> tuple[jax.Array, jax.Array]:
     """Keys and values of one layer."""
-    if isinstance(cache, Entered):
+    if isinstance(cache, PerLayerCache):
         return cache.keys[number], cache.values[number]
     # Sliced here: as inputs of the scan they would be copied out, layer by layer.
     take = partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
     return take(cache.keys), take(cache.values)
 
 
-def _write(cache: SuffixCache, new: tuple[jax.Array, jax.Array], place: jax.Array) -> SuffixCache:
-    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=3)
+def _write(
+    cache: SuffixCache, new: tuple[jax.Array, jax.Array], write_index: jax.Array
+) -> SuffixCache:
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=write_index, axis=3)
     keys, values = (write(old, y[:, :, :, None]) for old, y in zip(cache, new, strict=True))
     return SuffixCache(keys, values)
 
 
-class Entered(NamedTuple):
-    """What `enter` makes of a cache, one array to a layer."""
+class PerLayerCache(NamedTuple):
+    """What `to_decode_layout` makes of a cache, one array to a layer."""
 
     keys: tuple[jax.Array, ...]  # [N, H, d, T]
     values: tuple[jax.Array, ...]  # [N, H, T, d]
 
 
-def enter(
+def to_decode_layout(
     a: Architecture, settings: Settings, params: Params, prefix: Prefix, cache: SuffixCache
 ) -> tuple[Params, Any, Any]:
     """Each layer's weights, keys and values as arrays of their own; keys `[N, H, d, T]`.
 
     A scan over layers copies each layer's slice of every stack before XLA:CPU can multiply by it.
-    TPUs read slices in place.
+    TPUs read slices in write_index.
     """
     layers = stacked_layers(a, jax.tree.map(lambda x: x.astype(settings.dtype), params))
     apart = [tuple(x[i] for i in range(a.layers)) for x in (*prefix[:2], *cache)]
     by_layer = tuple(jax.tree.map(itemgetter(i), layers) for i in range(a.layers))
     keys = tuple(k.swapaxes(-1, -2) for k in apart[2])
-    entered = Prefix(apart[0], apart[1], *prefix[2:])  # pyright: ignore[reportArgumentType]
-    return {**params, "layers": by_layer}, entered, Entered(keys, apart[3])
+    unstacked = Prefix(apart[0], apart[1], *prefix[2:])  # pyright: ignore[reportArgumentType]
+    return {**params, "layers": by_layer}, unstacked, PerLayerCache(keys, apart[3])
 
 
-def leave(cache: Entered) -> SuffixCache:
+def from_decode_layout(cache: PerLayerCache) -> SuffixCache:
     """Back to stacks, `[L, N, H, T, d]`."""
     return SuffixCache(jnp.stack(cache.keys).swapaxes(-1, -2), jnp.stack(cache.values))
 
 
-def _one_by_one(
-    layer_step: Any, x: jax.Array, params: Any, prefix: Any, cache: Any, place: jax.Array
+def _unrolled_layers(
+    layer_step: Any, x: jax.Array, params: Any, prefix: Any, cache: Any, write_index: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Layer after layer over what `enter` made; new keys and values are written to `place`."""
+    """Runs layers in the decode layout one by one; writes keys and values to `write_index`."""
     new: list[tuple[jax.Array, jax.Array]] = []
     for number, layer in enumerate(params["layers"]):
         xs = number, layer, prefix.keys[number], prefix.values[number]
         x, kept = layer_step(x, xs)
         new.append(kept)
-    # A write that does not wait for the last read makes XLA copy the cache, and it takes the
-    # barriers out before it looks: so the place depends on the last layer. Nothing is above inf.
-    place = place + (x[0, 0] > jnp.inf).astype(place.dtype)
-    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place)
+    # XLA copies the cache unless the write waits for the last read, and it removes optimization
+    # barriers before it checks: so make the index depend on the last layer (x > inf is never true).
+    write_index = write_index + (x[0, 0] > jnp.inf).astype(write_index.dtype)
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=write_index)
     keys = [write(old, k[..., None], axis=3) for old, (k, _) in zip(cache.keys, new, strict=True)]
     values = [
         write(old, v[:, :, None], axis=2) for old, (_, v) in zip(cache.values, new, strict=True)
     ]
-    return x, Entered(tuple(keys), tuple(values))
+    return x, PerLayerCache(tuple(keys), tuple(values))

@@ -38,14 +38,14 @@ def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-class Rotations(NamedTuple):
+class RopeTables(NamedTuple):
     """Cosines and sines `[K, ..., 1, d / 2]`; `K` is 2 where sliding layers turn differently."""
 
     cos: jax.Array
     sin: jax.Array
 
 
-def rotations(a: Architecture, positions: jax.Array) -> Rotations:
+def rope_tables(a: Architecture, positions: jax.Array) -> RopeTables:
     """The angles of every position in `[...]`, once for all layers."""
     scalings = [a.rope_scaling]
     if a.sliding_layers and a.sliding_rope_scaling != a.rope_scaling:
@@ -56,15 +56,15 @@ def rotations(a: Architecture, positions: jax.Array) -> Rotations:
     # The angle is computed in float32 whatever x is: bfloat16 cannot tell position 257 from 258.
     angle = positions[None, ..., None, None].astype(jnp.float32) * frequency.reshape(*shape, -1)
     size = factor.reshape(*shape, 1)
-    return Rotations(jnp.cos(angle) * size, jnp.sin(angle) * size)
+    return RopeTables(jnp.cos(angle) * size, jnp.sin(angle) * size)
 
 
-def rotate(x: jax.Array, turns: Rotations, slides: jax.Array | None) -> jax.Array:
+def apply_rope(x: jax.Array, rope: RopeTables, slides: jax.Array | None) -> jax.Array:
     """Turns `x: [..., heads, d]` as the layer's kind asks; halves pair up, as in Hugging Face."""
-    if slides is not None and turns.cos.shape[0] == 2:
-        cos, sin = (jnp.where(slides, sliding, full) for full, sliding in turns)
+    if slides is not None and rope.cos.shape[0] == 2:
+        cos, sin = (jnp.where(slides, sliding, full) for full, sliding in rope)
     else:
-        cos, sin = turns.cos[0], turns.sin[0]
+        cos, sin = rope.cos[0], rope.sin[0]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -97,13 +97,14 @@ def block(
     a: Architecture,
     layer: Layer,
     x: jax.Array,
-    turns: Rotations,
+    rope: RopeTables,
     attend: Attend,
-    read: Callable[[jax.Array], jax.Array] | None = None,
+    select: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
     """One layer on `x: [..., D]`; returns what `attend` kept, too.
 
-    `read` picks the tokens that are wanted: what follows attention is computed for them alone.
+    `select` picks the tokens that are read later: the output projection and the MLP are computed
+    for them alone.
     """
     weights = layer.weights
     norm_in = partial(_norm_if, not a.post_norm, a, weights)
@@ -111,10 +112,10 @@ def block(
     with jax.named_scope("attention"):
         h = norm_in("attention_norm", x)
         q, k, v = (_project(a, weights, h, name) for name in ("query", "key", "value"))
-        out, kept = attend(rotate(q, turns, layer.slides), rotate(k, turns, layer.slides), v)
+        out, kept = attend(apply_rope(q, rope, layer.slides), apply_rope(k, rope, layer.slides), v)
         out = out.reshape(*x.shape[:-1], -1)
-        if read is not None:
-            x, out = read(x), read(out)
+        if select is not None:
+            x, out = select(x), select(out)
         x = x + norm_out("attention_norm", out @ weights["output"].astype(x.dtype))
     with jax.named_scope("mlp"):
         out = mlp(a, weights, norm_in("mlp_norm", x))

@@ -25,14 +25,20 @@ from jax.ad_checkpoint import checkpoint_name
 from sdpo_jax.model import Blocks, Model, Params, Prefix
 from sdpo_models.architecture import Architecture
 from sdpo_models.attention import blocks_attention, masked_attention
-from sdpo_models.decoding import UNROLLED_LAYERS, decode, enter, leave, suffix_cache
+from sdpo_models.decoding import (
+    UNROLLED_LAYERS,
+    decode,
+    from_decode_layout,
+    suffix_cache,
+    to_decode_layout,
+)
 from sdpo_models.layers import (
     Layer,
     Settings,
     block,
     in_window,
     rms_norm,
-    rotations,
+    rope_tables,
     stacked_layers,
 )
 from sdpo_models.remat import LAYER_INPUT, Remat, recomputed
@@ -115,59 +121,60 @@ def hidden(
     positions: jax.Array,
     attention: jax.Array | Blocks,
     *,
-    take: jax.Array | None = None,
+    target_positions: jax.Array | None = None,
 ) -> jax.Array:
     """Final-norm hidden states `[B, S, D]`, or at places alone; see `sdpo_jax.model.HiddenFn`."""
-    turns = rotations(a, positions.reshape(-1))
-    attend = _whole_sequences(a, settings, positions, attention)
+    rope = rope_tables(a, positions.reshape(-1))
+    attend = _sequence_attention(a, settings, positions, attention)
 
-    def layer_step(x: jax.Array, layer: Layer, read: Any = None) -> tuple[jax.Array, None]:
+    def layer_step(x: jax.Array, layer: Layer, select: Any = None) -> tuple[jax.Array, None]:
         x = checkpoint_name(x, LAYER_INPUT)
-        return block(a, layer, x, turns, partial(attend, layer.slides), read)[0], None
+        return block(a, layer, x, rope, partial(attend, layer.slides), select)[0], None
 
     # All tokens on one axis: XLA:CPU multiplies [B·S, D] a quarter faster than [B, S, D].
     x = params["embedding"].astype(settings.dtype)[tokens.reshape(-1)]
     layers, step = stacked_layers(a, params), partial(recomputed, settings.remat)
-    if take is not None and _ends_early(a, attention, take.size < tokens.size):
+    split_last = _splits_last_layer(a, attention)
+    if split_last and target_positions is not None and target_positions.size < tokens.size:
         layers, last = (jax.tree.map(itemgetter(i), layers) for i in (slice(-1), -1))
         x, _ = jax.lax.scan(step(layer_step), x, layers)
-        x, _ = step(partial(layer_step, read=partial(_at, take)))(x, last)
+        x, _ = step(partial(layer_step, select=partial(_at_targets, target_positions)))(x, last)
     else:
         x, _ = jax.lax.scan(step(layer_step), x, layers)
-        x = x if take is None else _at(take, x)
-    shape = tokens.shape if take is None else take.shape
+        x = x if target_positions is None else _at_targets(target_positions, x)
+    shape = tokens.shape if target_positions is None else target_positions.shape
     return rms_norm(x, params["final_norm"], a.norm_epsilon).reshape(*shape, -1)
 
 
-def _ends_early(a: Architecture, attention: jax.Array | Blocks, reads_less: bool) -> bool:
-    """Whether the last layer stands apart, to end with the tokens that are read.
+def _splits_last_layer(a: Architecture, attention: jax.Array | Blocks) -> bool:
+    """Whether the last layer runs outside the scan, with its MLP on the target positions alone.
 
-    Only few layers in the form of a CPU: the others' weights without the last one's are a copy, and
-    of many layers the last one is little.
+    Only in the CPU layout and for shallow models: slicing off the last layer copies the other
+    layers' weights, and in a deep model skipping part of one layer saves little.
     """
-    return reads_less and isinstance(attention, Blocks) and a.layers <= UNROLLED_LAYERS
+    return isinstance(attention, Blocks) and a.layers <= UNROLLED_LAYERS
 
 
-def _at(take: jax.Array, x: jax.Array) -> jax.Array:
-    """Of `x: [B·S, D]` the tokens at `take: [R, m]`, `[R·m, D]`."""
-    parts = x.reshape(take.shape[0], -1, x.shape[-1])
-    return jnp.take_along_axis(parts, take[..., None], axis=1).reshape(-1, x.shape[-1])
+def _at_targets(target_positions: jax.Array, x: jax.Array) -> jax.Array:
+    """Of `x: [B·S, D]` the tokens at `target_positions: [R, m]`, `[R·m, D]`."""
+    parts = x.reshape(target_positions.shape[0], -1, x.shape[-1])
+    return jnp.take_along_axis(parts, target_positions[..., None], axis=1).reshape(-1, x.shape[-1])
 
 
-def _whole_sequences(
+def _sequence_attention(
     a: Architecture, settings: Settings, positions: jax.Array, attention: jax.Array | Blocks
 ) -> Callable[..., tuple[jax.Array, Any]]:
     """`attend(slides, q, k, v)` of tokens on one axis, `[B·S, heads, d]`; keeps keys and values."""
-    form = _form(a, settings, positions, attention)
+    attention_fn = _attention_fn(a, settings, positions, attention)
 
     def attend(slides: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
         qkv = (x.reshape(*positions.shape, *x.shape[1:]) for x in (q, k, v))
-        return form(*qkv, slides=slides).reshape(q.shape), (k, v)
+        return attention_fn(*qkv, slides=slides).reshape(q.shape), (k, v)
 
     return attend
 
 
-def _form(
+def _attention_fn(
     a: Architecture, settings: Settings, positions: jax.Array, attention: jax.Array | Blocks
 ) -> Callable[..., jax.Array]:
     if isinstance(attention, Blocks):
@@ -197,12 +204,12 @@ def prefill(
     """Runs prompts `[P, S]`, padded on the right; see `sdpo_jax.model.PrefillFn`."""
     p, s = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(s)[None], (p, s))
-    turns = rotations(a, positions.reshape(-1))
+    rope = rope_tables(a, positions.reshape(-1))
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    attend = _whole_sequences(a, settings, positions, segments)
+    attend = _sequence_attention(a, settings, positions, segments)
 
     def layer_step(x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
-        return block(a, layer, x, turns, partial(attend, layer.slides))
+        return block(a, layer, x, rope, partial(attend, layer.slides))
 
     x = params["embedding"].astype(settings.dtype)[tokens.reshape(-1)]
     x, kept = jax.lax.scan(layer_step, x, stacked_layers(a, params))
@@ -246,5 +253,9 @@ def build_model(
         decode=partial(decode, a, settings),
         vocabulary=a.vocabulary,
     )
-    unrolled = a.layers <= UNROLLED_LAYERS and attention != "splash"
-    return model._replace(enter=partial(enter, a, settings), leave=leave) if unrolled else model
+    if a.layers > UNROLLED_LAYERS or attention == "splash":
+        return model
+    return model._replace(
+        to_decode_layout=partial(to_decode_layout, a, settings),
+        from_decode_layout=from_decode_layout,
+    )

@@ -1,182 +1,152 @@
-"""`sdpo eval` and `sdpo convert` start here: the student of a run, and its evaluation."""
+"""`sdpo eval`: held-out accuracy of a run and of its start model."""
 
 import json
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from sys import stderr
+from typing import TYPE_CHECKING
 
-import jax
-
-from sdpo_jax.config import Config
-from sdpo_jax.devices import Devices, make_mesh
+from sdpo_jax.commands.command import Command, positive, quiet_libraries
 from sdpo_jax.errors import UserError
-from sdpo_jax.evaluation.measures import Measures
-from sdpo_jax.evaluation.report import Evaluation, evaluation, report, table
-from sdpo_jax.model import Model, Params
-from sdpo_jax.run.checkpoint import Checkpoints, Restored
-from sdpo_jax.run.run_ref import RunRef
-from sdpo_jax.training.lora import refuse_another_base
-from sdpo_jax.training.state import make_parameters
-from sdpo_jax.training.trainer import LoadParams, Trainer
 
-USAGE = "sdpo eval RUN_DIR|RECIPE [--samples K] [--json FILE]"
+if TYPE_CHECKING:
+    from sdpo_jax.config import Config
+    from sdpo_jax.evaluation.report import Evaluation
+    from sdpo_jax.run.components import RunComponents
+    from sdpo_jax.run.run_ref import RunRef
 
 
-def restore_student(run: RunRef, model: Model, load_params: LoadParams) -> tuple[int, Params]:
-    """Step and weights of a run's student: no optimiser, no teacher, no environment is needed.
-
-    Args:
-      run: and which of its checkpoints.
-      model: of the run.
-      load_params: loads the initial weights; called only where adapters need their base.
-
-    Raises:
-      UserError: the run has no such checkpoint, or adapters and base do not belong together.
-    """
-    config = run.config
-    parameters, devices = make_parameters(config), Devices(make_mesh(config.mesh))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    trained = jax.eval_shape(parameters.trainable, shapes, jax.random.key(0))
-    template = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        trained,
-        devices.parameter_shardings(parameters.logical_axes(model.logical_axes), trained),
+def add_arguments(parser: ArgumentParser) -> None:
+    """A run or a recipe, samples, and a file."""
+    parser.add_argument("target", metavar="RUN_DIR|RECIPE", help="a run, or a recipe")
+    parser.add_argument(
+        "--samples", metavar="K", type=positive, default=4, help="answers to each prompt (4)"
     )
-    with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        restored = _found(run.folder, checkpoints.restore_part("params", template, run.step))
-    if config.lora.rank == 0:
-        return restored.step, restored.state
-    base = load_params()
-    refuse_another_base(base, restored.extra["base"], config.model.path)
-    return restored.step, jax.jit(parameters.merged)(base, restored.state)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="writes the result there, too")
 
 
-def _found(run_dir: Path, restored: Restored | None) -> Restored:
-    if restored is None:
-        raise UserError(
-            f"{run_dir} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
-        )
-    return restored
-
-
-class Options(NamedTuple):
-    """What follows `sdpo eval`."""
-
-    target: str
-    samples: int
-    json_file: str
-    settings: list[str]
-    """For the recipe, if the target is one."""
-
-    @property
-    def is_recipe(self) -> bool:
-        """Whether a recipe's start model is evaluated, and not a run."""
-        return self.target.endswith(".toml")
-
-
-def parse_options(words: Sequence[str]) -> Options:
-    """Reads the words after `sdpo eval`; all but `--samples` and `--json` is for a recipe.
-
-    Raises:
-      UserError: no target, an option without its value or with a bad one, or settings for a run.
-    """
-    if not words or words[0].startswith("-"):
-        raise UserError(f"expected `{USAGE}`")
-    given, settings = {"--samples": "4", "--json": ""}, list[str]()
-    rest = list(words[1:])
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if name not in given:
-            settings.append(word)
-            continue
-        if not equals and (not rest or rest[0].startswith("-")):
-            raise UserError(f"option {name!r} has no value; expected `{USAGE}`")
-        given[name] = value if equals else rest.pop(0)
-    samples, json_file = given["--samples"], given["--json"]
-    if not samples.isdecimal() or int(samples) < 1:
-        raise UserError(f"--samples {samples}: expected `{USAGE}` with a positive integer")
-    if json_file and (Path(json_file).is_dir() or not Path(json_file).parent.is_dir()):
-        raise UserError(f"--json {json_file}: expected a file in a folder that is there")
-    options = Options(words[0], int(samples), json_file, settings)
-    if settings and not options.is_recipe:
+def run(arguments: Namespace) -> None:
+    """Prints the table."""
+    target, file, settings = arguments.target, arguments.json, arguments.settings
+    is_recipe = target.endswith(".toml")
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise UserError(f"--json {file}: expected a file in a folder that is there")
+    if settings and not is_recipe:
         raise UserError(
             f"{settings[0]}: a run is evaluated with the settings of its own recipe; "
-            f"expected `{USAGE}`, with settings for a recipe alone"
+            f"expected `{_RUN}`, with settings for a recipe alone"
         )
-    return options
+    quiet_libraries()
+    from sdpo_jax.api import load_components
+    from sdpo_jax.compilation import persistent_cache
+    from sdpo_jax.devices import fitting_mesh
+    from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.run.recipes import load_recipe
+    from sdpo_jax.run.run_ref import find_run
+    from sdpo_models.gguf.convert import cache_folder
+
+    reference = None if is_recipe else find_run(target)
+    config = load_recipe(target, settings) if reference is None else reference.config
+    environment = make_environment(config.environment)  # before there is a device
+    config = replace(config, mesh=fitting_mesh(config.mesh))
+    with persistent_cache(cache_folder, partial(print, file=stderr)):
+        components = load_components(config, environment=environment)
+        if reference is None:
+            evaluate_start(target, config, components, arguments.samples, file)
+        else:
+            reference = reference._replace(config=config)
+            evaluate_run(reference, components, arguments.samples, file)
 
 
-def evaluate_run(run: RunRef, parts: dict[str, Any], *, samples: int, json_file: str = "") -> None:
+def evaluate_run(
+    run: "RunRef", components: "RunComponents", samples: int, file: Path | None = None
+) -> None:
     """Evaluates a run before and after training; prints a table, writes `eval.json` into the run.
 
-    Of a checkpoint that was asked for, the file is `eval@STEP.json`.
+    With a checkpoint in the reference, the file is `eval@STEP.json`.
 
     Raises:
       UserError: the run has no such checkpoint, or evaluates no prompts.
     """
-    trainer, load_params = _trainer(str(run.folder), run.config, parts)
-    with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        restored = _found(run.folder, trainer.restore(checkpoints, load_params, run.step))
-    trained = _evaluate(trainer, restored.state, samples)
-    start = _evaluate(trainer, trainer.initial_state(load_params()), samples)
-    rows = {"start": start, f"step {restored.step}": trained}
+    from sdpo_jax.run.components import make_trainer
+    from sdpo_jax.run.evaluate import evaluate_fully, make_evaluator
+    from sdpo_jax.run.restore import restore_run
+
+    _require_prompts(str(run.folder), run.config)
+    trainer = make_trainer(run.config, components)
+    evaluator = make_evaluator(trainer, components.environment)
+    restored = restore_run(trainer, run, components.params)
+    trained = evaluate_fully(trainer, evaluator, restored.state, samples)
+    state = trainer.initial_state(components.params())
+    start = evaluate_fully(trainer, evaluator, state, samples)
     name = "eval.json" if run.step is None else f"eval@{run.step}.json"
-    files = [run.folder / name, *([Path(json_file)] if json_file else [])]
-    _tell(rows, run.config, trainer, samples, files)
+    files = [run.folder / name, *([] if file is None else [file])]
+    _show({"start": start, f"step {restored.step}": trained}, run.config, samples, files)
 
 
 def evaluate_start(
-    recipe: str, config: Config, parts: dict[str, Any], *, samples: int, json_file: str = ""
+    recipe: str, config: "Config", components: "RunComponents", samples: int, file: Path | None
 ) -> None:
-    """Evaluates the model that a recipe starts from; prints a table, writes JSON if asked to.
+    """Evaluates the start model of a recipe; prints a table, writes JSON if there is a file.
 
     Raises:
       UserError: the recipe evaluates no prompts.
     """
-    trainer, load_params = _trainer(recipe, config, parts)
-    rows = {"start": _evaluate(trainer, trainer.initial_state(load_params()), samples)}
-    _tell(rows, config, trainer, samples, [Path(json_file)] if json_file else [])
+    from sdpo_jax.run.components import make_trainer
+    from sdpo_jax.run.evaluate import evaluate_fully, make_evaluator
+
+    _require_prompts(recipe, config)
+    trainer = make_trainer(config, components)
+    state = trainer.initial_state(components.params())
+    start = evaluate_fully(trainer, make_evaluator(trainer, components.environment), state, samples)
+    _show({"start": start}, config, samples, [] if file is None else [file])
 
 
-def _trainer(
-    what: str, config: Config, parts: dict[str, Any]
-) -> tuple[Trainer, Callable[[], Params]]:
+def _require_prompts(name: str, config: "Config") -> None:
     if config.evaluation.prompts == 0:
         raise UserError(
-            f"{what}: evaluation.prompts = 0, there is nothing to evaluate; expected a recipe "
+            f"{name}: evaluation.prompts = 0, there is nothing to evaluate; expected a recipe "
             "that sets it above 0"
         )
-    trainer = Trainer(
-        config, parts["model"], parts["tokenizer"], parts["environment"], parts["demonstrations"]
-    )
-    return trainer, parts["params"]
 
 
-def _evaluate(trainer: Trainer, state: Any, samples: int) -> Evaluation:
-    """The student, sampled and greedy, and the teacher in context."""
-    evaluator, prompts = trainer.evaluator, trainer.evaluator.prompts
-    student = trainer.student(state)
-    sampled = evaluator.attempts(student, 0, samples=samples)
-    greedy = evaluator.attempts(student, 0, samples=1, temperature=0.0)
-    teacher_measures: Measures = {}
-    if evaluator.asks_teacher:
-        teacher = trainer.teacher_params(state, student)
-        teacher = student if teacher is None else teacher
-        teacher_measures = evaluator.teacher_measures(teacher, sampled, 0)
-    return evaluation(prompts, sampled, evaluator.answers(sampled), greedy, teacher_measures)
-
-
-def _tell(
-    rows: dict[str, Evaluation], config: Config, trainer: Trainer, samples: int, files: list[Path]
+def _show(
+    rows: Mapping[str, "Evaluation"], config: "Config", samples: int, files: Sequence[Path]
 ) -> None:
-    if jax.process_index() != 0:
+    """Writes the files and prints the table, on the first process."""
+    from sdpo_jax.distributed import is_leader
+    from sdpo_jax.evaluation.report import report, table
+
+    if not is_leader():
         return
-    made = report(rows, config, samples)
+    result = report(dict(rows), config, samples)
     for file in files:
-        file.write_text(json.dumps(made, indent=1, allow_nan=False) + "\n")
+        file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    prompts = len(rows["start"].prompts)
     print(
-        f"avg@{samples} and greedy, {len(trainer.evaluator.prompts)} held-out prompts of "
-        f"{config.environment.kind}; in brackets 95 % intervals over prompts"
+        f"avg@{samples} and greedy, {prompts} held-out prompts of {config.environment.kind}; "
+        "in brackets 95 % intervals over prompts"
     )
-    print(table(made))
+    print(table(result))
+
+
+_RUN = "sdpo eval RUN_DIR|RECIPE [--samples K] [--json FILE]"
+COMMAND = Command(
+    "eval",
+    (
+        (
+            "sdpo eval RUN_DIR [--samples K] [--json FILE]",
+            "held-out accuracy of a run and of its start model",
+        ),
+        (
+            "sdpo eval RECIPE [--samples K] [--json FILE] [--SECTION.KEY VALUE ...]",
+            "held-out accuracy of a recipe's start model",
+        ),
+    ),
+    add_arguments,
+    run,
+    takes_settings=True,
+)

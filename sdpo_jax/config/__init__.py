@@ -57,6 +57,11 @@ class ObjectiveConfig:
         del config
         yield from ()
 
+    def check_vocabulary(self, size: int) -> Iterator[Problem]:
+        """Yields the problems of these settings with a model of this vocabulary."""
+        del size
+        yield from ()
+
 
 @dataclass(frozen=True)
 class EnvironmentConfig:

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 from sdpo_jax.config import Config, EnvironmentConfig, ObjectiveConfig
@@ -60,7 +61,12 @@ class _Fault(NamedTuple):
     text: str
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str], kinds: Kinds) -> Config:
+def read_recipe(
+    path: str | Path,
+    overrides: Sequence[str],
+    kinds: Kinds,
+    values: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:
     """Reads a recipe and applies command-line options.
 
     Args:
@@ -69,6 +75,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str], kinds: Kinds) -> Con
             `--teacher.no-feedback`, `--environment.families a b`. Later ones win. `--help` prints
             every option with its value and exits.
         kinds: the objectives and environments that the recipe may name.
+        values: overrides from Python, `{"train.steps": 40}`.
 
     Raises:
         UserError: lists everything that is wrong in both.
@@ -78,13 +85,43 @@ def read_recipe(path: str | Path, overrides: Sequence[str], kinds: Kinds) -> Con
     tree = _read_toml(path)
     arguments = [word for word in overrides if word not in ("-h", "--help")]
     spelled, lines = _apply_overrides(tree, arguments, schema.types)
-    config, faults = _build(tree, schema)
-    faults += _wrong_values(config, schema, broken={fault.key for fault in faults})
-    lines += [f"{spelled.get(key, f'{path}: {key}')}: {text}" for key, text in faults]
-    if lines:
-        raise UserError("\n  ".join([f"{len(lines)} problems:", *lines][len(lines) == 1 :]))
+    spelled |= _apply_values(tree, values)
+    config = _checked(tree, schema, spelled, lines, f"{path}: ")
     if len(arguments) < len(overrides):
         _print_help(config, path, schema.unions)
+    return config
+
+
+def override(config: Config, values: Mapping[str, Any], kinds: Kinds) -> Config:
+    """The config with other values, `{"train.steps": 40}`; checked as `read_recipe` does.
+
+    Raises:
+        UserError: lists everything that is wrong.
+    """
+    tree: Tree = {}
+    _apply_values(tree, flatten(config))
+    return _checked(tree, _schema(kinds), _apply_values(tree, values), [], "")
+
+
+def _apply_values(tree: Tree, values: Mapping[str, Any]) -> dict[str, str]:
+    """Writes values into the tree; returns the spelling of each key."""
+    for key, value in values.items():
+        section, _, leaf = key.rpartition(".")
+        table = tree.setdefault(section, {}) if section else tree
+        if isinstance(table, dict):  # otherwise the section itself is reported
+            table[leaf] = list(value) if isinstance(value, tuple) else value
+    return {key: key for key in values}
+
+
+def _checked(
+    tree: Tree, schema: _Schema, spelled: Mapping[str, str], lines: list[str], where: str
+) -> Config:
+    """The config of a tree; one error with `lines` and every problem of the tree."""
+    config, faults = _build(tree, schema)
+    faults += _wrong_values(config, schema, broken={fault.key for fault in faults})
+    lines += [f"{spelled.get(key, f'{where}{key}')}: {text}" for key, text in faults]
+    if lines:
+        raise UserError("\n  ".join([f"{len(lines)} problems:", *lines][len(lines) == 1 :]))
     return config
 
 

@@ -1,6 +1,11 @@
-"""Ragged token rows in fixed shapes. Host-side numpy; every distinct shape is one compilation."""
+"""Packs ragged token rows into fixed shapes. Host-side numpy; each distinct shape is a compilation.
 
-from collections.abc import Sequence
+There are two packings. `SHARED_PROMPTS` puts sequences end to end, a prompt once for all its
+siblings; on a CPU that is the faster form. `PACKED_ROWS` fills rows of one width, sequences apart
+by segment ids, which is what the attention kernel of a TPU reads.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +43,9 @@ def pad_rows(
 
 
 def size_bucket(n: int, step: int = 64, *, sizes: int = 8) -> int:
-    """Returns the smallest size that holds `n`, of multiples of `step`, `sizes` to a power of two.
+    """Rounds `n` up to one of `sizes` bucket sizes per power of two, all multiples of `step`.
 
-    `sizes` is a power of two, too. Beyond `sizes * step`, at most `1 / sizes` is added.
+    `sizes` is itself a power of two. Beyond `sizes * step`, at most `1 / sizes` is added.
 
     >>> [size_bucket(n) for n in (0, 65, 4608, 4609)]
     [64, 128, 4608, 5120]
@@ -49,8 +54,8 @@ def size_bucket(n: int, step: int = 64, *, sizes: int = 8) -> int:
 
 
 TOKEN_STEP, TOKEN_SIZES = 512, 16
-"""Of the tokens laid end to end: few shapes for small batches, where compiling would cost more than
-the padding, and little padding for large ones."""
+"""Bucket sizes of sequences packed end to end: few shapes for small batches, where compiling would
+cost more than the padding, and little padding for large ones."""
 
 
 class Pair(NamedTuple):
@@ -68,7 +73,44 @@ def shared_prompts(pairs: Sequence[Pair]) -> list[list[int]]:
     return list(groups.values())
 
 
-def spread(pairs: Sequence[Pair], *, bins: int) -> list[list[int]]:
+class PackedBatch(NamedTuple):
+    """The token rows of one micro-batch, and where each response token is predicted. int32.
+
+    `target_positions` lists, pair after pair, the place in the shard (its rows one after the other)
+    whose hidden state predicts each response token. A response's last token predicts nothing and
+    may be absent from the rows. Shard `d` has the response tokens of its `members` in `chunks`
+    chunks of `chunk_tokens`, of which the first `filled` hold tokens of some shard.
+    """
+
+    members: list[list[int]]  # for each shard, indices of its pairs
+    tokens: NDArray[np.int32]  # [B, S]
+    positions: NDArray[np.int32]  # [B, S], from 0 in each sequence
+    segments: NDArray[np.int32] | None  # [B, S], 1, 2, ... in a row, 0 for padding
+    table: NDArray[np.int32] | None  # [B, K, 5], see `sdpo_jax.model.Blocks`
+    blocks: NDArray[np.int32] | None  # [B], filled rows of the table
+    target_positions: list[NDArray[np.int32]]  # for each shard
+    chunks: int = 0
+    chunk_tokens: int = 0
+    filled: int = 0
+
+
+class Packing(NamedTuple):
+    """One way to put pairs into rows of tokens, as pure functions."""
+
+    fewest_tokens: Callable[[Sequence[Pair]], int]
+    """`(pairs) -> tokens` that any packing of these pairs computes at least."""
+    assign_bins: Callable[[Sequence[Pair], int], list[list[int]]]
+    """`(pairs, bins) -> indices of the pairs of each bin`, so that bins are evenly full."""
+    pack: Callable[[Sequence[Pair], list[list[int]]], PackedBatch]
+    """`(pairs, members) -> PackedBatch`, one shard for each list of members."""
+
+
+def _fewest_shared_tokens(pairs: Sequence[Pair]) -> int:
+    prompts = sum(len(pairs[group[0]].prompt) for group in shared_prompts(pairs))
+    return prompts + sum(max(0, len(response) - 1) for _, response in pairs)
+
+
+def assign_shared_prompts(pairs: Sequence[Pair], bins: int) -> list[list[int]]:
     """Indices of the pairs of each bin, so that bins are evenly full.
 
     Siblings stay together, to share their prompt, unless they are more than a bin's share.
@@ -98,36 +140,21 @@ def spread(pairs: Sequence[Pair], *, bins: int) -> list[list[int]]:
     return [sorted(m) for m in members]
 
 
-def spread_rows(pairs: Sequence[Pair], *, width: int, bins: int) -> list[list[int]]:
-    """Indices of the pairs of each bin: of the rows that all pairs fill together, each bin some.
+def assign_rows(pairs: Sequence[Pair], bins: int) -> list[list[int]]:
+    """Indices of the pairs of each bin: the rows that all pairs fill together, dealt out in turn.
 
-    `lay_in_rows` makes the same rows of a bin, however many bins there are.
+    `pack_rows` makes the same rows of a bin, however many bins there are.
     """
-    places, _ = _first_fit_decreasing([len(p) + len(r) for p, r in pairs], width)
+    places, _ = _first_fit_decreasing([len(p) + len(r) for p, r in pairs], _row_width(pairs))
     members = [list[int]() for _ in range(bins)]
     for index, (row, _, _) in enumerate(places):
         members[row % bins].append(index)
     return members
 
 
-class PackedBatch(NamedTuple):
-    """Token rows of one shape with the place of every prediction. All int32.
-
-    `take` holds, pair after pair, the place in the bin (its rows one after the other) whose hidden
-    state predicts each response token. A response's last token predicts nothing and may be absent.
-    """
-
-    tokens: NDArray[np.int32]  # [B, S]
-    positions: NDArray[np.int32]  # [B, S], from 0 in each sequence
-    segments: NDArray[np.int32] | None  # [B, S], 1, 2, ... in a row, 0 where nothing stands
-    table: NDArray[np.int32] | None  # [B, K, 5], see `sdpo_jax.model.Blocks`
-    blocks: NDArray[np.int32] | None  # [B], filled rows of the table
-    take: list[NDArray[np.int32]]  # for each bin
-
-
-def lay_end_to_end(bins: Sequence[Sequence[Pair]]) -> PackedBatch:
-    """Lays the pairs of each bin end to end, a shared prompt once; one row to a bin."""
-    laid = [_end_to_end(pairs) for pairs in bins]
+def pack_shared_prompts(pairs: Sequence[Pair], members: list[list[int]]) -> PackedBatch:
+    """Packs the pairs of each shard end to end, a shared prompt once; one row for each shard."""
+    laid = [_end_to_end([pairs[i] for i in shard]) for shard in members]
     width = size_bucket(max(len(tokens) for tokens, *_ in laid), TOKEN_STEP, sizes=TOKEN_SIZES)
     # Sequences of 16 tokens or more fit into the first size; others ask for a larger one.
     rows = max(width // 16, size_bucket(max(len(table) for _, _, table, _ in laid)))
@@ -138,8 +165,8 @@ def lay_end_to_end(bins: Sequence[Sequence[Pair]]) -> PackedBatch:
         tokens[i, : len(ids)], positions[i, : len(ids)] = ids, places
         table[i, : len(blocks)] = blocks
     counts = np.asarray([len(blocks) for _, _, blocks, _ in laid], np.int32)
-    take = [np.asarray(t, np.int32) for *_, t in laid]
-    return PackedBatch(tokens, positions, None, table, counts, take)
+    targets = [np.asarray(t, np.int32) for *_, t in laid]
+    return PackedBatch(members, tokens, positions, None, table, counts, targets)
 
 
 def _end_to_end(
@@ -147,7 +174,7 @@ def _end_to_end(
 ) -> tuple[list[int], list[int], NDArray[np.int32], list[int]]:
     """Tokens, positions, table of blocks, and where each response token is predicted."""
     tokens, positions, blocks = list[int](), list[int](), list[tuple[int, ...]]()
-    take: list[list[int]] = [[] for _ in pairs]
+    targets: list[list[int]] = [[] for _ in pairs]
 
     def add(ids: Sequence[int], first_position: int, shared: int, shared_count: int) -> int:
         own = len(tokens)
@@ -165,35 +192,43 @@ def _end_to_end(
             response = pairs[index].response
             own = add(response[:-1], len(prompt), start, len(prompt))
             places = [start + len(prompt) - 1, *range(own, own + len(response) - 1)]
-            take[index] = places[: len(response)]
-    flat = [place for places in take for place in places]
+            targets[index] = places[: len(response)]
+    flat = [place for places in targets for place in places]
     return tokens, positions, np.asarray(blocks, np.int32).reshape(-1, 5), flat
 
 
-def lay_in_rows(bins: Sequence[Sequence[Pair]], *, width: int) -> PackedBatch:
-    """Packs the pairs of each bin into rows of `width` tokens, longest first, apart by segment."""
-    placed: list[tuple[list[tuple[int, int, int]], int]] = []
-    for pairs in bins:
-        sizes = [len(prompt) + len(response) for prompt, response in pairs]
-        if max(sizes, default=0) > width:
-            raise ValueError(f"expected sequences of at most {width} tokens, got {max(sizes)}")
-        placed.append(_first_fit_decreasing(sizes, width))
+def _row_width(pairs: Sequence[Pair]) -> int:
+    return size_bucket(max((len(p) + len(r) for p, r in pairs), default=1))
+
+
+def pack_rows(pairs: Sequence[Pair], members: list[list[int]]) -> PackedBatch:
+    """Packs the pairs of each shard into rows of one width, longest first, apart by segment ids.
+
+    The width holds the longest of all pairs, also of those that are in no shard, so that every
+    micro-batch of a mini-batch has the same.
+    """
+    width = _row_width(pairs)
+    shards = [[pairs[i] for i in shard] for shard in members]
+    placed = [
+        _first_fit_decreasing([len(prompt) + len(response) for prompt, response in shard], width)
+        for shard in shards
+    ]
     rows = max(1, *(count for _, count in placed))
     rows = bucket(rows, max(1, 1 << max(0, (rows - 1).bit_length() - 4)))
     shape = (len(placed) * rows, width)
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    take: list[NDArray[np.int32]] = []
-    for number, (pairs, (places, _)) in enumerate(zip(bins, placed, strict=True)):
+    targets: list[NDArray[np.int32]] = []
+    for number, (shard, (places, _)) in enumerate(zip(shards, placed, strict=True)):
         flat: list[int] = []
-        for (prompt, response), (row, start, segment) in zip(pairs, places, strict=True):
+        for (prompt, response), (row, start, segment) in zip(shard, places, strict=True):
             size = len(prompt) + len(response)
             here = number * rows + row, slice(start, start + size)
             tokens[here] = [*prompt, *response]
             positions[here], segments[here] = np.arange(size), segment
             first = row * width + start + len(prompt) - 1
             flat += range(first, first + len(response))
-        take.append(np.asarray(flat, np.int32))
-    return PackedBatch(tokens, positions, segments, None, None, take)
+        targets.append(np.asarray(flat, np.int32))
+    return PackedBatch(members, tokens, positions, segments, None, None, targets)
 
 
 def _first_fit_decreasing(sizes: list[int], room: int) -> tuple[list[tuple[int, int, int]], int]:
@@ -210,3 +245,11 @@ def _first_fit_decreasing(sizes: list[int], room: int) -> tuple[list[tuple[int, 
         places[item] = (row, used[row], count[row])
         used[row] += sizes[item]
     return places, len(used)
+
+
+SHARED_PROMPTS = Packing(_fewest_shared_tokens, assign_shared_prompts, pack_shared_prompts)
+PACKED_ROWS = Packing(
+    lambda pairs: sum(len(prompt) + len(response) for prompt, response in pairs),
+    assign_rows,
+    pack_rows,
+)

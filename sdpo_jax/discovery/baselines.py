@@ -1,7 +1,7 @@
-"""The start model's own chances at a question: independent samples, and many turns of asking.
+"""Baselines of test-time training: best-of-k and multi-turn prompting of the start model.
 
-Both sample at the recipe's temperature from the weights that test-time training starts from, and
-count every answer as one generation.
+Both sample at the recipe's temperature from the weights that test-time training starts from. Each
+answer counts as one generation.
 """
 
 import time
@@ -20,21 +20,20 @@ from sdpo_jax.model import Params
 from sdpo_jax.rollouts.episodes import agreed
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.prompts import prompt_ids
-from sdpo_jax.rollouts.rollout_batch import draw, make_rollout_setup
+from sdpo_jax.rollouts.rollout_batch import make_rollout_setup, sample_rollouts
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.tokens import Tokenizer
 
 BATCH = 256
-"""Samples of best-of-k that are drawn in one call; the result depends on it, memory hardly."""
+"""Samples of best-of-k per call of the sampler; another size gives other samples."""
 
-
-FEWEST_JUDGED = 20
-"""Latest answers over which the share that could not be graded is taken: of one chain's single
-answer it would be all or nothing."""
+MIN_ANSWERS = 20
+"""The share of answers that could not be graded is taken over this many of the latest answers, at
+least: for a single chain and turn it would be 0 or 1."""
 
 
 class StartModel(NamedTuple):
-    """What both baselines ask."""
+    """The start model with what it takes to sample from it and to grade."""
 
     config: Config
     sampler: Sampler
@@ -48,25 +47,30 @@ def best_of_k(
     question: Prompt,
     seed: int,
     samples: int,
-    tell: Callable[[int, int], None],
+    report: Callable[[int, int], None],
 ) -> Cell:
-    """`samples` independent answers, all of them: a success does not end the cell."""
+    """Samples `samples` independent answers; a success does not end the cell."""
     began, config, tally = time.perf_counter(), start.config, Tally(samples)
     size = min(BATCH, samples)
     rollout = replace(config.rollout, rollouts_per_prompt=size)
-    own, step = cell_seed("best_of_k", question.id, seed), 0
-    table = make_rollout_setup(replace(config, rollout=rollout), start.tokenizer, start.environment)
+    draws, step = cell_seed("best_of_k", question.id, seed), 0
+    setup = make_rollout_setup(replace(config, rollout=rollout), start.tokenizer, start.environment)
     while tally.generations < samples:
         step += 1
-        drawn = draw(
-            table, start.sampler, start.params, [question], seed=own, step=step, clock=PhaseTimer()
+        rollouts, _ = sample_rollouts(
+            setup,
+            start.sampler,
+            start.params,
+            [question],
+            seed=draws,
+            step=step,
+            timer=PhaseTimer(),
         )
-        experience, _ = drawn.finish(PhaseTimer())
-        _refuse(start, experience.prompts, experience.outcomes, f"best_of_k, step {step}")
-        tally.add(experience.outcomes)
-        tell(tally.generations, samples)
+        _refuse(start, rollouts.prompts, rollouts.outcomes, f"best_of_k, step {step}")
+        tally.add(rollouts.outcomes)
+        report(tally.generations, samples)
     cell = tally.cell("best_of_k", question.id, seed, time.perf_counter() - began)
-    return cell._replace(generations=samples, independent=True)  # the last call drew a few more
+    return cell._replace(generations=samples, independent=True)  # the last call may have drawn more
 
 
 class _Running(NamedTuple):
@@ -81,24 +85,24 @@ def multi_turn(
     pairs: Sequence[tuple[Prompt, int]],
     budget: int,
     done: Callable[[Cell], None],
-    tell: Callable[[int, int], None],
+    report: Callable[[int, int], None],
     *,
     shows_attempts: bool,
 ) -> None:
-    """Chains of turns, decoded together as rows; draws depend on question and seed alone.
+    """Runs chains of turns, decoded as one batch; each depends on its question and seed alone.
 
     Args:
-      start: whom to ask.
-      pairs: questions with seeds, a chain each.
+      start: the start model.
+      pairs: questions with seeds; one chain each.
       budget: turns of each chain.
-      done: told of each chain that is over, with its share of each turn's seconds.
-      tell: called with the turns so far and the budget after each turn.
-      shows_attempts: the form, see `multi_turn.Chain`.
+      done: called with the cell of each finished chain; its seconds are its share of each turn's.
+      report: called with the turns so far and the budget after each turn.
+      shows_attempts: whether prompts show the attempts, see `multi_turn.Chain`.
     """
     method = "multi_turn_conversation" if shows_attempts else "multi_turn_feedback"
     running = _begun(start, pairs, budget, shows_attempts)
     turn, seconds = 0, 0.0
-    recent: deque[tuple[Prompt, Outcome]] = deque(maxlen=max(len(running), FEWEST_JUDGED))
+    recent: deque[tuple[Prompt, Outcome]] = deque(maxlen=max(len(running), MIN_ANSWERS))
     while running:
         turn += 1
         began = time.perf_counter()
@@ -106,17 +110,17 @@ def multi_turn(
         seconds += (time.perf_counter() - began) / len(running)
         recent.extend(zip((row.question for row in running), outcomes, strict=True))
         if len(recent) == recent.maxlen:
-            asked, judged = [q for q, _ in recent], [o for _, o in recent]
-            _refuse(start, asked, judged, f"{method}, turn {turn}")
-        still: list[_Running] = []
+            questions, latest = [q for q, _ in recent], [o for _, o in recent]
+            _refuse(start, questions, latest, f"{method}, turn {turn}")
+        unfinished: list[_Running] = []
         for row, outcome in zip(running, outcomes, strict=True):
             row.tally.add([outcome])
             if row.tally.over:
                 done(row.tally.cell(method, row.question.id, row.seed, seconds))
             else:
-                still.append(row)
-        running = still
-        tell(turn, budget)
+                unfinished.append(row)
+        running = unfinished
+        report(turn, budget)
 
 
 def _begun(
@@ -125,14 +129,14 @@ def _begun(
     teacher, limit = start.config.teacher, start.config.rollout.max_prompt_tokens
     running: list[_Running] = []
     for question, seed in pairs:
-        prompt_ids(start.tokenizer, question, limit)  # refuses one that is too long
+        prompt_ids(start.tokenizer, question, limit)  # raises if it is too long
         chain = Chain(question, teacher, start.tokenizer, shows_attempts=shows_attempts)
         running.append(_Running(question, seed, chain, Tally(budget)))
     return running
 
 
 def _turn(start: StartModel, running: list[_Running], method: str, turn: int) -> list[Outcome]:
-    """One answer of every chain, graded, and noted in the chain."""
+    """Samples and grades one answer of every chain and adds it to the chain."""
     rollouts = start.sampler(
         start.params,
         [row.chain.ids() for row in running],
@@ -146,8 +150,8 @@ def _turn(start: StartModel, running: list[_Running], method: str, turn: int) ->
     )
     texts = [start.tokenizer.decode(ids) for ids in rollouts.responses()]
     truncated = [not stopped for stopped in rollouts.stopped.tolist()]
-    asked = [row.question for row in running]
-    outcomes = agreed(Grader(start.environment)(asked, texts, truncated))
+    questions = [row.question for row in running]
+    outcomes = agreed(Grader(start.environment)(questions, texts, truncated))
     for row, text, outcome in zip(running, texts, outcomes, strict=True):
         row.chain.add(text, outcome)
     return outcomes

@@ -1,18 +1,18 @@
-"""discovery@k: how soon a method finds a first correct answer to a question it starts without.
+"""discovery@k: the probability that a method has solved a question within k generations.
 
     discovery@k = P(the first correct answer is among the first k generations)
 
 (arXiv 2601.20802, section 5; for independent samples it is pass@k). A `Cell` is one method on one
 question with one seed. Two kinds of method need two estimators of a question's discovery@k:
 
-* one that stops at its first success: the share of its seeds with `first <= k`. A cell without a
-  success counts as not discovered, and says nothing beyond its own budget.
-* one that draws independent samples: with `c` successes in the `n` samples of all seeds,
+* Methods that stop at their first success: the share of seeds with `first <= k`. A cell without a
+  success counts as not discovered up to its budget; beyond the budget there is no estimate.
+* Methods that draw independent samples: with `c` successes in the `n` samples of all seeds,
   1 - C(n-c, k) / C(n, k), unbiased, for k up to n.
 
 Questions count equally. Intervals are percentiles of a bootstrap over the seeds of each question,
-as the paper's; the questions stay, for they were chosen and not drawn. Where all seeds agree, the
-interval has no width: it says nothing of what other seeds might do. numpy alone; validated in
+as in the paper; questions are not resampled, since they were chosen and not drawn. Where all seeds
+agree, the interval has no width, although other seeds might differ. Needs numpy alone; validated in
 tests/test_discovery.py against enumeration of all samples and draws with known probabilities.
 """
 
@@ -26,29 +26,29 @@ from numpy.typing import NDArray
 from sdpo_jax.evaluation.estimators import pass_at_k
 
 CONFIDENCE = 0.9
-"""Of the intervals, as in the paper's figures 19 and 20."""
+"""Level of the intervals, as in the paper's figures 19 and 20."""
 RESAMPLES = 2000
 
 
 class Cell(NamedTuple):
-    """What one method did on one question with one seed."""
+    """The result of one method on one question with one seed."""
 
     method: str
     question: str
     seed: int
     budget: int
-    """Generations that it was given."""
+    """Generations that the method may use."""
     first: int | None
-    """Generations up to and with the first success; None: none within the budget."""
+    """Generations up to and including the first success; None without a success."""
     generations: int
-    """Used: all that were sampled, the rest of the last step included."""
+    """Generations that were sampled, all of the last step included."""
     passed: tuple[int, ...]
     """Successes of each step; a step is a batch of generations, or one turn."""
     failed: int
     """Generations that the environment could not grade; they count as generations."""
     seconds: float
     independent: bool = False
-    """Whether all `generations` are independent samples, of which none stopped the cell."""
+    """Whether all `generations` are independent samples that no success has stopped."""
 
 
 class Estimate(NamedTuple):

@@ -1,14 +1,15 @@
-"""Multi-turn asking, the baseline without training: the weights stay, the prompt grows.
+"""Multi-turn prompting, a baseline without training: the weights stay, the prompt grows.
 
 Two forms (arXiv 2601.20802, section 5 and its appendix on baselines):
 
-* `feedback_only`: the question with the feedback on all earlier attempts, joined by blank lines;
-  the attempts themselves are not shown. The paper's better one.
+* `feedback_only`: the question with the feedback on all earlier attempts, separated by blank lines;
+  the attempts are not shown. The better one in the paper.
 * `conversation`: question, attempt, feedback, attempt, feedback, ... as turns of a chat.
 
-A prompt that is longer than `teacher.max_prompt_tokens` loses its oldest feedback (with its
-attempt), for good. The prompt around the feedback is the self-teacher's own (`teacher.context`), so
-that training and asking show a model the same words. Texts are pinned in tests/test_multi_turn.py.
+Where a prompt is longer than `teacher.max_prompt_tokens`, the oldest feedback (with its attempt) is
+dropped from it and from all later ones. The text around the feedback is the self-teacher's
+(`teacher.context`), so that training and prompting show the same words. Texts are pinned in
+tests/test_multi_turn.py.
 """
 
 from collections import deque
@@ -37,9 +38,9 @@ class Chain:
         self._turns: deque[tuple[str, str]] = deque()  # attempt, feedback
 
     def add(self, attempt: str, outcome: Outcome) -> None:
-        """Takes note of a failed attempt; one that could not be graded leaves no trace.
+        """Adds a failed attempt; ignores one that could not be graded.
 
-        Without attempts, blank feedback leaves none either: there would be nothing to show.
+        Where attempts are not shown, one without feedback is ignored, too.
         """
         if not outcome.graded:
             return
@@ -49,10 +50,10 @@ class Chain:
             self._turns.append((shown, feedback))
 
     def ids(self) -> list[int]:
-        """The next prompt; drops what is oldest until it fits.
+        """Token ids of the next prompt; drops the oldest turns until it fits.
 
         Raises:
-          UserError: with nothing but the last feedback, cut short, it is still too long.
+          UserError: it is too long even with the last feedback alone, truncated.
         """
         limit = self._config.max_prompt_tokens
         while self._turns:
@@ -60,12 +61,12 @@ class Chain:
             if len(ids) <= limit:
                 return ids
             if len(self._turns) == 1 and not self._shows_attempts:
-                return self._tokenizer.render(self._cut())
+                return self._tokenizer.render(self._truncated())
             self._turns.popleft()
         return self._tokenizer.render(self.prompt.messages)
 
     def messages(self) -> Messages:
-        """The next prompt as chat messages, however long."""
+        """The next prompt as chat messages, of any length."""
         question: Messages = tuple(self.prompt.messages)
         if not self._turns:
             return question
@@ -73,16 +74,16 @@ class Chain:
             return reprompt(question, self._context())
         messages = list(question)
         for attempt, feedback in self._turns:
-            said = (feedback + CLOSING).lstrip()
+            reply = (feedback + CLOSING).lstrip()
             messages.append({"role": "assistant", "content": attempt})
-            messages.append({"role": "user", "content": said})
+            messages.append({"role": "user", "content": reply})
         return tuple(messages)
 
     def _context(self) -> TeacherContext:
         return TeacherContext(None, "\n\n".join(feedback for _, feedback in self._turns))
 
-    def _cut(self) -> Messages:
-        """The question with as much of the only feedback as fits."""
+    def _truncated(self) -> Messages:
+        """The question with as much of the only feedback as fits the limit."""
         tokenizer, limit = self._tokenizer, self._config.max_prompt_tokens
         return fit_reprompt(
             self.prompt.messages,

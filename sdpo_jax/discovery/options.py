@@ -1,108 +1,88 @@
-"""The words of `sdpo discover`: the recipe as it will run, questions, methods, seeds, budgets."""
+"""Options of discovery: the recipe as it runs, questions, methods, seeds, budgets."""
 
 import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from sdpo_jax.config import Config, ObjectiveConfig
 from sdpo_jax.config.checks import problems
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.environments.base import Environment, Prompt
 from sdpo_jax.errors import UserError
-from sdpo_jax.run.recipes import load_recipe
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 
-USAGE = """sdpo discover RECIPE --question ID [ID ...] [--seeds N | S S ...] [--budget GENERATIONS]
-      [--method NAME [NAME ...]] [--samples N] [--run-dir DIR] [--SECTION.KEY VALUE ...]"""
 TRAINED: dict[str, type[ObjectiveConfig]] = {"sdpo": SdpoConfig, "grpo": GrpoConfig}
-ASKED = {"multi_turn_feedback": False, "multi_turn_conversation": True}
-"""Whether attempts are shown."""
-METHODS = (*TRAINED, "best_of_k", *ASKED)
+"""Methods that train, with the settings of their objectives."""
+MULTI_TURN = {"multi_turn_feedback": False, "multi_turn_conversation": True}
+"""Methods that prompt several times; whether the prompt shows the earlier attempts."""
+METHODS = (*TRAINED, "best_of_k", *MULTI_TURN)
 
 
 class Options(NamedTuple):
-    """What `sdpo discover` is asked besides the recipe."""
+    """What is compared: every method on every question with every seed."""
 
     questions: tuple[str, ...]
+    """Ids of prompts."""
     seeds: tuple[int, ...]
     budget: int
+    """Generations of a cell (method, question, seed)."""
     methods: tuple[str, ...]
     samples: int
-    """Of best-of-k, for each seed."""
+    """Generations of a cell of best-of-k."""
 
     def budget_of(self, method: str) -> int:
-        """Generations of a cell."""
+        """Generations of a cell of this method."""
         return self.samples if method == "best_of_k" else self.budget
 
 
-def parse(words: Sequence[str]) -> tuple[Config, Options]:
-    """The recipe as it will run, and the options; words after `sdpo discover`.
+def make_options(
+    config: Config,
+    questions: Sequence[str],
+    *,
+    seeds: Sequence[int] = (1,),
+    budget: int = 512,
+    methods: Sequence[str] = (),
+    samples: int | None = None,
+) -> Options:
+    """Options without repetitions.
 
-    `rollout.prompts_per_step` becomes 1: the group is all rollouts of the question. Held-out
-    accuracy is not measured.
+    Args:
+      config: the recipe.
+      questions: ids of prompts.
+      seeds: one number n stands for the seeds 1 to n, several for themselves.
+      budget: generations of a cell.
+      methods: some of `METHODS`; by default the objective of the recipe.
+      samples: generations of a cell of best-of-k; by default the budget.
 
     Raises:
-      UserError: an option that does not fit, or a problem of the recipe.
+      UserError: one seed that is 0, or an unknown method.
     """
-    if not words or words[0].startswith("-"):
-        raise UserError(f"sdpo discover: expected a recipe first\n  {USAGE}")
-    own, rest = _split(words[1:])
-    config = load_recipe(words[0], rest)
-    if not own.get("--question"):
-        raise UserError(f"sdpo discover: expected --question with at least one id\n  {USAGE}")
-    methods = tuple(own.get("--method", (config.objective.name,)))
+    methods = tuple(methods) or (config.objective.name,)
     for name in methods:
         if name not in METHODS:
             raise UserError(f"--method {name}: expected some of {', '.join(METHODS)}")
-    budget = _positive("--budget", own.get("--budget", ["512"]))
-    options = Options(
-        questions=tuple(dict.fromkeys(own["--question"])),
-        seeds=_seeds(own.get("--seeds", ["1"])),
+    if len(seeds) == 1:
+        if seeds[0] < 1:
+            raise UserError("--seeds 0: expected how many, at least 1, or several seeds")
+        seeds = range(1, seeds[0] + 1)
+    return Options(
+        questions=tuple(dict.fromkeys(questions)),
+        seeds=tuple(dict.fromkeys(seeds)),
         budget=budget,
         methods=tuple(dict.fromkeys(methods)),
-        samples=_positive("--samples", own.get("--samples", [str(budget)])),
+        samples=budget if samples is None else samples,
     )
-    run_dir = config.run_dir or str(Path("runs") / "discover" / Path(words[0]).stem)
-    return _for_one_question(replace(config, run_dir=run_dir), budget), options
 
 
-def _split(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Options of this command with their values, and all others."""
-    names = ("--question", "--seeds", "--budget", "--method", "--samples")
-    own: dict[str, list[str]] = {}
-    rest: list[str] = []
-    current = rest
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in names:
-            current = own[name] = [value] if equals else []
-        elif word.startswith("-") and not word[1:].isdigit():
-            current = rest
-            rest.append(word)
-        else:
-            current.append(word)
-    return own, rest
+def for_one_question(config: Config, budget: int) -> Config:
+    """The recipe as it runs on one question: all rollouts of a step are of that question.
 
+    `rollout.prompts_per_step` becomes 1, and held-out accuracy is not measured.
 
-def _positive(name: str, values: Sequence[str]) -> int:
-    if len(values) != 1 or not values[0].isdigit() or int(values[0]) < 1:
-        raise UserError(f"{name} {' '.join(values)}: expected one positive integer\n  {USAGE}")
-    return int(values[0])
-
-
-def _seeds(values: Sequence[str]) -> tuple[int, ...]:
-    """One number N: seeds 1 to N; several: those."""
-    if not values or not all(v.isdigit() and int(v) < 2**32 for v in values):
-        text = f"--seeds {' '.join(values)}: expected how many, or several seeds from 0 up"
-        raise UserError(f"{text}\n  {USAGE}")
-    if len(values) == 1:
-        return tuple(range(1, _positive("--seeds", values) + 1))
-    return tuple(dict.fromkeys(map(int, values)))
-
-
-def _for_one_question(config: Config, budget: int) -> Config:
+    Raises:
+      UserError: the recipe cannot run so.
+    """
     steps = math.ceil(budget / config.rollout.rollouts_per_prompt)
     config = replace(
         config,
@@ -110,18 +90,17 @@ def _for_one_question(config: Config, budget: int) -> Config:
         train=replace(config.train, steps=steps, mini_batches=1),
         evaluation=replace(config.evaluation, prompts=0),
     )
-    found = problems(config)
-    if found:
+    if wrong := problems(config):
         text = f"with one prompt in a step and {steps} steps (--budget {budget}): "
-        raise UserError(text + "; ".join(found))
+        raise UserError(text + "; ".join(wrong))
     return config
 
 
 def find_questions(environment: Environment, ids: Sequence[str]) -> list[Prompt]:
-    """The prompts of these ids, of either side.
+    """The training or held-out prompts with these ids.
 
     Raises:
-      UserError: an id that no prompt has; names near ones.
+      UserError: no prompt has the id; the error names similar ones.
     """
     known = {prompt.id: prompt for prompt in (*environment.train, *environment.held_out)}
     for name in ids:
@@ -136,7 +115,7 @@ def find_questions(environment: Environment, ids: Sequence[str]) -> list[Prompt]
 
 
 def with_objective(config: Config, method: str) -> Config:
-    """The recipe with the method's objective, at its defaults if it is not the recipe's own.
+    """The recipe with the objective of a method, at its defaults unless it is the recipe's.
 
     Raises:
       UserError: the recipe cannot run with it.
@@ -144,6 +123,6 @@ def with_objective(config: Config, method: str) -> Config:
     if config.objective.name == method:
         return config
     config = replace(config, objective=TRAINED[method]())
-    if found := problems(config):
-        raise UserError(f"--method {method}: {'; '.join(found)}")
+    if wrong := problems(config):
+        raise UserError(f"--method {method}: {'; '.join(wrong)}")
     return config

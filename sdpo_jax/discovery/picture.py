@@ -4,19 +4,7 @@ from collections.abc import Sequence
 
 from sdpo_jax.discovery.estimator import CONFIDENCE, Cell, discovery, fine_grid, reach
 from sdpo_jax.errors import UserError
-from sdpo_jax.reports.curves import (
-    BOTTOM,
-    COLOURS,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Axis,
-    Curve,
-    Point,
-    picture,
-)
+from sdpo_jax.reports.curves import COLOURS, FRAME, Curve, Point, picture
 
 NAMES = {
     "sdpo": "SDPO",
@@ -25,7 +13,7 @@ NAMES = {
     "multi_turn_feedback": "turns with feedback",
     "multi_turn_conversation": "turns of conversation",
 }
-"""What stands at the end of a line."""
+"""The label at the end of each line."""
 
 
 def draw(cells: Sequence[Cell]) -> str:
@@ -40,11 +28,11 @@ def draw(cells: Sequence[Cell]) -> str:
             f"{len(methods)} methods; expected at most {len(COLOURS)} in one picture: "
             "leave one out of --method"
         )
-    own = [[cell for cell in cells if cell.method == name] for name in methods]
-    most = max(2, *(reach(group) for group in own))
-    curves = [_curve(NAMES[name], group) for name, group in zip(methods, own, strict=True)]
-    x = Axis(1, most, _decades(most), LEFT, WIDTH - RIGHT, is_log=True)
-    y = Axis(0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], HEIGHT - BOTTOM, TOP)
+    groups = [[cell for cell in cells if cell.method == name] for name in methods]
+    most = max(2, *(reach(group) for group in groups))
+    curves = [_curve(NAMES[name], group) for name, group in zip(methods, groups, strict=True)]
+    x = FRAME.horizontal(1, most, _decades(most), is_log=True)
+    y = FRAME.vertical([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     questions = len({cell.question for cell in cells})
     counted = "one question" if questions == 1 else f"{questions} questions"
     note = f"{counted}; band: {100 * CONFIDENCE:.0f} % bootstrap over seeds"
@@ -59,8 +47,8 @@ def _curve(name: str, cells: Sequence[Cell]) -> Curve:
 
 
 def _decades(most: int) -> list[float]:
-    """1, 10, 100, ... as far as the axis goes; with few of them also 3, 30, ..."""
+    """Ticks 1, 10, 100, ... up to `most`; with fewer than four of them also 3, 30, ..."""
     ticks = [float(10**i) for i in range(len(str(most)))]
     if len(ticks) < 4:
         ticks = sorted([*ticks, *(3 * t for t in ticks)])
-    return [t for t in ticks if t <= most]
+    return ticks

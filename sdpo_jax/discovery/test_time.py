@@ -1,20 +1,19 @@
-"""Test-time training: a model learns on one question alone, until it has solved it.
+"""Test-time training: trains a model on a single question until it solves it.
 
 arXiv 2601.20802, section 5. Each cell (question, seed) starts from the recipe's weights; a step is
 one group of `rollout.rollouts_per_prompt` rollouts of the question, and one update. The first
 success ends the cell, so the teacher never has a demonstration: it learns from feedback alone,
-before any reward. Under `grpo` a binary reward then gives no update at all, and discovery is that
-of independent samples.
+before any reward. With `grpo` a binary reward then gives no update at all, and its discovery curve
+is the curve of independent samples.
 
-Departures from the paper: the update that a successful batch would give is not made, since nothing
-is asked of the model afterwards. The draws of a cell depend on nothing but method, question and
-seed.
+Departures from the paper: the update from a successful batch is skipped, since the cell is over.
+The samples of a cell depend on method, question and seed alone.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from sdpo_jax.config import Config
 from sdpo_jax.discovery.estimator import Cell
@@ -22,16 +21,16 @@ from sdpo_jax.environments.base import Environment, Outcome, Prompt
 from sdpo_jax.environments.grading import refuse_failures
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
-from sdpo_jax.objectives.sources import RolloutSource, UpdateMaker
+from sdpo_jax.objectives import make_objective
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.rollout_batch import draw, make_rollout_setup
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch, make_rollout_setup, sample_rollouts
 from sdpo_jax.tokens import Tokenizer
+from sdpo_jax.training.state import TrainState
 from sdpo_jax.training.trainer import Trainer
-from sdpo_jax.training.updates import Update
 
 
 def cell_seed(method: str, question: str, seed: int) -> int:
-    """A seed below 2**32 for everything that a cell draws: no two cells share their draws."""
+    """A seed below 2**32 for all random numbers of a cell; no two cells share it."""
     text = f"{method}\n{question}\n{seed}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
 
@@ -45,7 +44,7 @@ class Tally:
         self.passed: list[int] = []
 
     def add(self, outcomes: list[Outcome]) -> None:
-        """Takes a step's outcomes in batch order; what lies beyond the budget is not looked at."""
+        """Counts the outcomes of a step, in batch order, up to the budget."""
         counted = outcomes[: max(0, self.budget - self.generations)]
         passed = [outcome.graded and outcome.passed for outcome in counted]
         if self.first is None and any(passed):
@@ -56,7 +55,7 @@ class Tally:
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the cell has a success or has used its budget."""
         return self.first is not None or self.generations >= self.budget
 
     def cell(self, method: str, question: str, seed: int, seconds: float) -> Cell:
@@ -74,61 +73,8 @@ class Tally:
         )
 
 
-class _OneQuestion:
-    """A trainer's source: groups of rollouts of one question; no update once it is over."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        updates: UpdateMaker,
-        environment: Environment,
-        question: Prompt,
-        seed: int,
-        budget: int,
-    ):
-        self._trainer, self._updates, self._environment = trainer, updates, environment
-        self._question, self._seed, self.tally = question, seed, Tally(budget)
-
-    def __call__(
-        self, params: Params, teacher_params: Params, step: int, clock: PhaseTimer
-    ) -> tuple[list[Update], dict[str, float]]:
-        """Samples and grades one group; its updates, unless the cell is over."""
-        config, trainer = self._trainer.config, self._trainer
-        table = make_rollout_setup(config, trainer.tokenizer, self._environment)
-        drawn = draw(
-            table,
-            trainer.sampler,
-            params,
-            [self._question],
-            seed=self._seed,
-            step=step,
-            clock=clock,
-        )
-        experience, metrics = drawn.finish(clock)
-        limit = config.environment.max_failed_share
-        refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
-        self.tally.add(experience.outcomes)
-        if self.tally.over:
-            return [], metrics
-        updates, more = self._updates(experience, params, teacher_params, step=step, clock=clock)
-        return updates, metrics | more
-
-    def wait(self) -> None:
-        """Nothing runs here."""
-
-    def get_state(self) -> dict[str, Any]:
-        """A cell is not resumed but started anew."""
-        return {}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Nothing to go to."""
-        del state
-
-
-class TestTimeTraining:
+class QuestionTrainer:
     """Trains on one question after the other with one trainer: its programs compile once."""
-
-    __test__ = False  # not a test, whatever pytest makes of the name
 
     def __init__(
         self,
@@ -138,7 +84,7 @@ class TestTimeTraining:
         environment: Environment,
         params: Params,
     ):
-        """`params` are the start of every cell; they stay the caller's.
+        """Every cell starts from `params`; they are not donated.
 
         Raises:
           UserError: the objective learns from demonstrations and not from rollouts.
@@ -148,41 +94,64 @@ class TestTimeTraining:
                 f"objective {config.objective.name}: expected one that learns from rollouts, "
                 "sdpo or grpo; choose it with --method"
             )
-        self._trainer = Trainer(config, model, tokenizer, environment)
-        self._updates = cast(RolloutSource, self._trainer.source).updates
+        objective = make_objective(config.objective)
+        self._trainer = Trainer(config, model, tokenizer, environment, objective=objective)
+        self._setup = make_rollout_setup(config, tokenizer, environment)
         self._start = self._trainer.host_state()
-        self._config, self._environment, self._params = config, environment, params
+        self._config, self._params = config, params
 
     def __call__(
-        self, question: Prompt, seed: int, budget: int, tell: Callable[[int, int], None]
+        self, question: Prompt, seed: int, budget: int, report: Callable[[int, int], None]
     ) -> Cell:
-        """One cell, from the start weights on.
+        """Runs one cell, from the start weights.
 
         Args:
-          question: to be solved.
-          seed: of all that the cell draws, together with method and question.
+          question: the prompt to solve.
+          seed: with method and question, the seed of the cell.
           budget: generations.
-          tell: called with the generations so far after each step that ends without a success,
-            and with the budget.
+          report: called after each step with the generations so far and the budget.
 
         Raises:
           UserError: updates stay non-finite, or the environment fails too often.
         """
-        began, trainer, config = time.perf_counter(), self._trainer, self._config
-        method = config.objective.name
-        own = cell_seed(method, question.id, seed)
-        source = _OneQuestion(trainer, self._updates, self._environment, question, own, budget)
-        trainer.source = source
-        trainer.set_host_state(self._start)  # no cell knows what another one has seen
-        state, step = trainer.initial_state(self._params, own), 0
-        while not source.tally.over:
-            step += 1
-            state, row = trainer.step(state, step)
-            if row["skipped"] >= config.optimizer.max_skipped_updates:
-                raise UserError(
-                    f"{method}, question {question.id}, seed {seed}: {row['skipped']} updates in "
-                    "a row were not finite and were skipped. Lower optimizer.learning_rate = "
-                    f"{config.optimizer.learning_rate}; finished cells are kept."
-                )
-            tell(source.tally.generations, budget)
-        return source.tally.cell(method, question.id, seed, time.perf_counter() - began)
+        began, trainer = time.perf_counter(), self._trainer
+        method, tally = self._config.objective.name, Tally(budget)
+        draws = cell_seed(method, question.id, seed)
+        trainer.set_host_state(self._start)  # forgets the successes of other cells
+        state, step = trainer.initial_state(self._params, draws), 0
+        while not tally.over:
+            step, timer = step + 1, PhaseTimer()
+            rollouts, observed = self._sample(state, question, draws, step, timer)
+            tally.add(rollouts.outcomes)
+            if not tally.over:
+                state, row = trainer.learn(state, rollouts, step, timer, observed=observed)
+                self._stop_if_not_finite(f"{method}, question {question.id}, seed {seed}", row)
+            report(tally.generations, budget)
+        return tally.cell(method, question.id, seed, time.perf_counter() - began)
+
+    def _sample(
+        self, state: TrainState, question: Prompt, seed: int, step: int, timer: PhaseTimer
+    ) -> tuple[RolloutBatch, dict[str, float]]:
+        """One graded group of the question."""
+        trainer = self._trainer
+        rollouts, metrics = sample_rollouts(
+            self._setup,
+            trainer.sampler,
+            trainer.student(state),
+            [question],
+            seed=seed,
+            step=step,
+            timer=timer,
+        )
+        limit = self._config.environment.max_failed_share
+        refuse_failures(rollouts.prompts, rollouts.outcomes, limit, f"step {step}")
+        return rollouts, metrics
+
+    def _stop_if_not_finite(self, cell: str, row: Mapping[str, Any]) -> None:
+        optimizer = self._config.optimizer
+        if row["skipped"] >= optimizer.max_skipped_updates:
+            raise UserError(
+                f"{cell}: {row['skipped']} updates in a row were not finite and were skipped. "
+                f"Lower optimizer.learning_rate = {optimizer.learning_rate}; finished cells are "
+                "kept."
+            )

@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 
 from sdpo_jax.config import Config
-from sdpo_jax.config.objectives import SdftConfig
 from sdpo_jax.environments.base import Environment, HasReferences, Prompt
 from sdpo_jax.environments.grading import (
     OpenEpisodes,
@@ -31,10 +30,11 @@ from sdpo_jax.evaluation.measures import (
 )
 from sdpo_jax.model import Params
 from sdpo_jax.rollouts.diagnostics import repeated_share
-from sdpo_jax.rollouts.episodes import Episode, Limits, Player
+from sdpo_jax.rollouts.episodes import Episode, Limits, run_episodes
 from sdpo_jax.rollouts.prompts import prompt_ids
 from sdpo_jax.rollouts.sampler import Sampler
-from sdpo_jax.teacher.context import TeacherContext, choose_context
+from sdpo_jax.teacher.context import TeacherContext
+from sdpo_jax.teacher.contexts import ContextBuilder
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 
@@ -57,7 +57,13 @@ class Evaluator:
         tokenizer: Tokenizer,
         environment: Environment,
         teacher_prompts: TeacherPrompts,
+        contexts: ContextBuilder | None,
     ):
+        """`contexts` chooses what the teacher sees, as in training; None: no teacher is evaluated.
+
+        Where a builder wants demonstrations, held-out prompts carry the environment's own answers.
+        """
+        self._contexts = contexts
         self._config, self._sampler, self._tokenizer = config, sampler, tokenizer
         self._environment, self._teacher_prompts = environment, teacher_prompts
         self._prompts = list(environment.held_out)[: config.evaluation.prompts]
@@ -105,9 +111,9 @@ class Evaluator:
         """The student's answers to the bare prompts, in episodes of up to `rollout.max_turns`."""
         settings = self._config.evaluation
         group = settings.samples_per_prompt if samples is None else samples
-        heat = settings.temperature if temperature is None else temperature
+        temperature = settings.temperature if temperature is None else temperature
         turns, step = self._config.rollout.max_turns, EVALUATION_STREAM + step
-        return self._sample(params, self._ids, group, heat, step, self._prompts, turns)
+        return self._sample(params, self._ids, group, temperature, step, self._prompts, turns)
 
     def answers(self, graded: Graded) -> list[str | None] | None:
         """What each response votes for; None where the environment knows no answers."""
@@ -120,7 +126,15 @@ class Evaluator:
     def teacher_measures(self, params: Params, graded: Graded, step: int) -> Measures:
         """Asks the teacher once for each attempt that has a context; overall and by its kind."""
         group = len(graded.responses) // len(self._prompts)
-        contexts = self._contexts(graded, group)
+        if self._contexts is None:
+            return {}
+        contexts = self._contexts(
+            self._with_demonstrations(),
+            group,
+            graded.outcomes,
+            graded.responses,
+            seed=self._config.seed,
+        )
         rows = [i for i, context in enumerate(contexts) if context is not None]
         if not rows:
             return {}
@@ -131,18 +145,15 @@ class Evaluator:
         demonstrated = [context.demonstration is not None for context in shown]
         return teacher_measures(graded, answers, rows, demonstrated, len(self._prompts))
 
-    def _contexts(self, graded: Graded, group: int) -> Sequence[TeacherContext | None]:
-        """What each attempt's teacher sees: under `sdft` a demonstration, the environment's own."""
-        if not isinstance(self._config.objective, SdftConfig):
-            teacher, seed = self._config.teacher, self._config.seed
-            return choose_context(graded.outcomes, graded.responses, group, teacher, seed=seed)
+    def _with_demonstrations(self) -> list[Prompt]:
+        """Held-out prompts as a context builder sees those of training."""
         environment = self._environment
-        if not isinstance(environment, HasReferences):
-            return []
+        learns_from_them = self._config.objective.learns_from == "demonstrations"
+        if not learns_from_them or not isinstance(environment, HasReferences):
+            return self._prompts
         return [
-            TeacherContext(environment.reference(p), None)
-            for p in self._prompts
-            for _ in range(group)
+            prompt._replace(data={**prompt.data, "demonstration": environment.reference(prompt)})
+            for prompt in self._prompts
         ]
 
     def _sample_rows(
@@ -180,8 +191,17 @@ class Evaluator:
                 seed=self._config.seed,
                 step=step,
             )
-            play = Player(sample, episodes, self._tokenizer, limits)
-            rows = play(asked, batch, group=group, first_prompt=start, prompt_rows=size)
+            rows = run_episodes(
+                sample,
+                episodes,
+                self._tokenizer,
+                limits,
+                asked,
+                batch,
+                group=group,
+                first_prompt=start,
+                prompt_rows=size,
+            )
             limit = self._config.environment.max_failed_share
             refuse_failures(asked, [row.outcome for row in rows], limit, "evaluation")
             played += rows
@@ -192,13 +212,13 @@ def _graded(rows: Sequence[Episode], *, several_turns: bool, greedy: bool) -> Gr
     return Graded(
         [row.response for row in rows],
         [row.outcome for row in rows],
-        [row.own_tokens for row in rows],
+        [row.sampled_tokens for row in rows],
         [row.stopped for row in rows],
         () if greedy else [float(np.sum(row.log_probs, dtype=np.float64)) for row in rows],
-        [repeated_share(row.own_ids) for row in rows],
+        [repeated_share(row.sampled_ids) for row in rows],
         [row.steps[0].outcome for row in rows] if several_turns else (),
         [row.turns for row in rows] if several_turns else (),
-        () if several_turns else [row.own_ids for row in rows],
+        () if several_turns else [row.sampled_ids for row in rows],
     )
 
 

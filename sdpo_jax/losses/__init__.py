@@ -10,8 +10,9 @@
     policy_gradient  group advantages and the clipped surrogate of GRPO, and its variants
     likelihood       cross-entropy and the SFT loss
     reductions       (sum, weight), divided once
-    chunked_head     any of these without ever holding all logits
-    objectives       the per-token losses that the chunked head takes
+    fused_linear     any of these from hidden states, without ever holding all logits
+    per_token        the losses as the `PerTokenLoss` functions that `fused_linear` takes
+    reference_kl     KL penalty to a reference policy, for any per-token loss
     from_hidden      SDPO, GRPO and SFT from hidden states
     arrays           checks of shape and dtype, precision
 

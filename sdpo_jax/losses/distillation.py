@@ -11,7 +11,7 @@ One function per estimator, each with values per token:
     top_k_loss             on the student's k likeliest tokens; `support_loss` on any support
     sampled_token_loss     on the sampled token alone; its gradient is that of the reverse KL
 
-Divide both logits by the rollout temperature before they come here (`shape_logits`).
+Divide both logits by the rollout temperature before they come here (`scale_logits`).
 """
 
 from collections.abc import Callable

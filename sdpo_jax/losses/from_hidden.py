@@ -7,7 +7,7 @@
 All take `[B, T, D]` hidden states at the positions that predict the response tokens, and the head
 `[D, V]`. The gradient reaches hidden states and head through `LossOutput.total`; `per_token` and
 the metrics, `[B, T]` each, are detached. Anything else that `objectives` offers goes through
-`chunked_head` in the same way.
+`fused_linear_loss` in the same way.
 """
 
 from functools import partial
@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import check_rank, check_same_shape, loss_dtype, where_active
-from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, chunked_head
 from sdpo_jax.losses.credit import spread
 from sdpo_jax.losses.distillation import full_vocabulary_loss
-from sdpo_jax.losses.objectives import (
-    GrpoConstants,
-    GrpoTokens,
-    SdpoConstants,
-    SdpoTokens,
-    SftTokens,
+from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, fused_linear_loss
+from sdpo_jax.losses.per_token import (
+    GrpoSharedInputs,
+    GrpoTokenInputs,
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    SftTokenInputs,
     grpo_per_token,
     sdpo_per_token,
     sft_per_token,
@@ -74,8 +74,8 @@ def sdpo_from_hidden(
     """
     check_same_shape(head=head, teacher_head=teacher_head)
     loss = sdpo_per_token(partial(full_vocabulary_loss, alpha=alpha))
-    tokens = SdpoTokens(teacher_hidden, targets)
-    constants = SdpoConstants(teacher_head, jnp.asarray(temperature))
+    tokens = SdpoTokenInputs(teacher_hidden, targets)
+    constants = SdpoSharedInputs(teacher_head, jnp.asarray(temperature))
     return _reduced(loss, hidden, head, tokens, constants, mask, weights, reduction, chunk)
 
 
@@ -116,8 +116,8 @@ def grpo_from_hidden(
     >>> loss, _ = grpo_from_hidden(x[..., None], x[:, :1], x.astype(int), -x, x[0, :1], x, **rest)
     """
     loss = grpo_per_token(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    tokens = GrpoTokens(targets, old_log_probs, spread(advantages, mask))
-    constants = GrpoConstants(jnp.asarray(temperature))
+    tokens = GrpoTokenInputs(targets, old_log_probs, spread(advantages, mask))
+    constants = GrpoSharedInputs(jnp.asarray(temperature))
     return _reduced(loss, hidden, head, tokens, constants, mask, weights, reduction, chunk)
 
 
@@ -151,7 +151,7 @@ def sft_from_hidden(
     1.3863
     """
     loss = sft_per_token(label_smoothing=label_smoothing)
-    tokens = SftTokens(targets)
+    tokens = SftTokenInputs(targets)
     return _reduced(loss, hidden, head, tokens, None, mask, weights, reduction, chunk)
 
 
@@ -172,7 +172,7 @@ def _reduced(
     scale = weighted(scale, weights, mask)
     flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
     aux, scale = flat((tokens, scale))
-    total, metrics = chunked_head(
+    total, metrics = fused_linear_loss(
         per_token_loss, flat(hidden), head, aux, scale, chunk=chunk, constants=constants
     )
     metrics = {name: x.reshape(mask.shape) for name, x in metrics.items()}

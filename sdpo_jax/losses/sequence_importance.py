@@ -1,8 +1,9 @@
 """The vocabulary head under weights that need whole rollouts: SDFT's importance weight.
 
 SDFT multiplies a response's loss by one scalar, the mean over its tokens of the truncated ratio
-(arXiv 2601.19897, code). `chunked_head` sees a chunk of tokens at a time, so the log-probabilities
-of all tokens are made first, forward alone: one head matmul more than the four of the loss.
+(arXiv 2601.19897, code). `fused_linear_loss` sees a chunk of tokens at a time, so the
+log-probabilities of all tokens are computed first, forward alone: one head matmul more than the
+four of the loss.
 
 The authors' ratio is of two engines on the same weights. Here sampler and trainer run one model, so
 the ratio is 1 up to rounding for the first update of a generation batch, and corrects later ones.
@@ -15,16 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, chunked_head
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
-from sdpo_jax.losses.vocabulary import log_softmax, select_targets, shape_logits
+from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, fused_linear_loss
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs
+from sdpo_jax.losses.vocabulary import log_softmax, scale_logits, select_targets
 from sdpo_jax.losses.weights import truncated_importance_weights
 
 
-class SdftTokens(NamedTuple):
-    """What SDFT knows of each token."""
+class SdftTokenInputs(NamedTuple):
+    """Inputs of the SDFT loss with one entry per token."""
 
-    distilled: SdpoTokens
+    distilled: SdpoTokenInputs
     rollout: jax.Array  # [M] int32, from 1 on in each shard of the tokens; 0 where there is none
 
 
@@ -33,26 +34,26 @@ def sequence_weighted_head(
     per_token_loss: PerTokenLoss,
     hidden: jax.Array,
     head: jax.Array,
-    aux: SdftTokens,
+    aux: SdftTokenInputs,
     weights: jax.Array,
     *,
-    constants: SdpoConstants,
+    constants: SdpoSharedInputs,
     **cut: Any,
 ) -> tuple[jax.Array, Metrics]:
-    """`chunked_head` of `aux.distilled`, each rollout's loss times its importance weight.
+    """`fused_linear_loss` of `aux.distilled`, each rollout's loss times its importance weight.
 
     w_i = (1/|y_i|) Σ_t min(π(y_t) / π_old(y_t), cap) over all of its tokens, skipped or not, which
     must be among the M; detached.
 
     Args:
         cap: 2 in the authors' code.
-        per_token_loss: of SdpoTokens and SdpoConstants.
+        per_token_loss: of SdpoTokenInputs and SdpoSharedInputs.
         hidden: [M, D].
         head: [D, V].
-        aux: SdftTokens of [M]; `old_log_probs` must be there.
+        aux: SdftTokenInputs of [M]; `old_log_probs` must be there.
         weights: [M], 0 where there is no token or the loss skips it.
-        constants: SdpoConstants.
-        **cut: `chunk`, `filled` and `block` of `chunked_head`.
+        constants: SdpoSharedInputs.
+        **cut: `chunk`, `filled` and `block` of `fused_linear_loss`.
 
     Returns:
         The weighted sum, and the metrics of each token with `importance`, the rollout's w.
@@ -65,25 +66,29 @@ def sequence_weighted_head(
     new = _log_probs(hidden, head, tokens, constants, **cut)
     importance = _mean_of_rollout(truncated_importance_weights(new, old, cap=cap), aux.rollout)
     weights, cut = weights * importance, {**cut, "constants": constants}
-    total, metrics = chunked_head(per_token_loss, hidden, head, tokens, weights, **cut)
+    total, metrics = fused_linear_loss(per_token_loss, hidden, head, tokens, weights, **cut)
     return total, {**metrics, "importance": importance}
 
 
 def _log_probs(
-    hidden: jax.Array, head: jax.Array, tokens: SdpoTokens, constants: SdpoConstants, **cut: Any
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: SdpoTokenInputs,
+    constants: SdpoSharedInputs,
+    **cut: Any,
 ) -> jax.Array:
     """[M], of the targets, detached; 0 beyond the chunks that are filled."""
 
     def sampled(
         logits: jax.Array, targets: jax.Array, temperature: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        log_probs = log_softmax(shape_logits(logits, temperature=temperature))
+        log_probs = log_softmax(scale_logits(logits, temperature=temperature))
         return select_targets(log_probs, targets), {}
 
     hidden, head = jax.lax.stop_gradient((hidden, head))
     nothing = jnp.zeros(hidden.shape[:1], jnp.float32)  # the sum is not asked for
     temperature = constants.temperature
-    _, metrics = chunked_head(
+    _, metrics = fused_linear_loss(
         sampled, hidden, head, tokens.targets, nothing, constants=temperature, **cut
     )
     return metrics["loss"]

@@ -59,30 +59,23 @@ def log_softmax(logits: jax.Array, *, vocabulary_axis: str | None = None) -> jax
     return shifted - jnp.log(total)[..., None]
 
 
-def shape_logits(
-    logits: jax.Array, *, temperature: float | jax.Array = 1.0, soft_cap: float | None = None
-) -> jax.Array:
-    """Return c · tanh(z / c) where the model caps its logits, divided by the temperature.
+def scale_logits(logits: jax.Array, *, temperature: float | jax.Array) -> jax.Array:
+    """Return z / temperature: the logits of the distribution that the sampler draws from.
 
     Args:
         logits: [..., V], the head's products.
-        temperature: that of the sampler, so that log-probabilities are those of the sampler.
-        soft_cap: c, as in Gemma 2; None: no cap.
+        temperature: that of the sampler, positive; may be traced.
 
     Returns:
         [..., V] in float32 or wider.
 
-    Source: the SDPO code (arXiv 2601.20802) for the temperature; arXiv 2408.00118 for the cap.
+    Source: the SDPO code (arXiv 2601.20802).
 
-    >>> print(f"{shape_logits(jnp.array([100.0]), temperature=2.0, soft_cap=30.0)[0]:.2f}")
-    14.96
+    >>> scale_logits(jnp.array([3.0, 1.0]), temperature=2.0).tolist()
+    [1.5, 0.5]
     """
     check_floating(logits=logits)
     logits = logits.astype(loss_dtype(logits))
-    if soft_cap is not None:
-        if not soft_cap > 0.0:
-            raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
     return logits / jnp.asarray(temperature, logits.dtype)
 
 

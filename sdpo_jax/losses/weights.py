@@ -161,17 +161,17 @@ def pass_rate_weights(passed: jax.Array, group_size: int, *, floor: float = 0.0)
 
 
 class Routes(NamedTuple):
-    """Which rollouts are distilled and which are reinforced; each is in exactly one."""
+    """Which loss trains which rollout: each is in exactly one of the two."""
 
-    distil: jax.Array  # [N] float, 1 or 0
-    reinforce: jax.Array  # [N] float, 1 or 0
+    distill: jax.Array  # [N] float, 1 or 0
+    policy_gradient: jax.Array  # [N] float, 1 or 0
 
 
 def outcome_routing(passed: jax.Array, has_teacher: jax.Array) -> Routes:
     """Failures with a teacher are distilled; successes, and rows without one, go to GRPO.
 
-    distil = (1 - passed) · has_teacher, reinforce = 1 - distil. Add the two losses as sums over
-    the tokens of both: Σ (distil · sdpo + reinforce · grpo) / Σ tokens.
+    distill = (1 - passed) · has_teacher, policy_gradient = 1 - distill. Add the two losses as sums
+    over the tokens of both: Σ (distill · sdpo + policy_gradient · grpo) / Σ tokens.
 
     Args:
         passed: [N] bool or 0/1, by reward and not by advantage: a group that all passed has
@@ -184,16 +184,16 @@ def outcome_routing(passed: jax.Array, has_teacher: jax.Array) -> Routes:
     Source: SRPO, arXiv 2604.02288.
 
     >>> routes = outcome_routing(jnp.array([True, False, False]), jnp.array([True, True, False]))
-    >>> routes.distil.tolist(), routes.reinforce.tolist()
+    >>> routes.distill.tolist(), routes.policy_gradient.tolist()
     ([0.0, 1.0, 0.0], [1.0, 0.0, 1.0])
     """
     check_same_shape(passed=passed, has_teacher=has_teacher)
-    distil = ~passed.astype(bool) & has_teacher.astype(bool)
-    return Routes(distil.astype(jnp.float32), (~distil).astype(jnp.float32))
+    distill = ~passed.astype(bool) & has_teacher.astype(bool)
+    return Routes(distill.astype(jnp.float32), (~distill).astype(jnp.float32))
 
 
 def positive_only(advantages: jax.Array) -> jax.Array:
-    """1 where the advantage is positive, else 0: distil only what the verifier prefers.
+    """1 where the advantage is positive, else 0: distill only what the verifier prefers.
 
     Source: the gate of SDPG, arXiv 2606.04036. Any shape.
 

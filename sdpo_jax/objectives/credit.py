@@ -1,129 +1,219 @@
-"""Credit token by token: what a teacher's scores and a rollout's shares make of each token.
+"""Token weights and per-token advantages from teacher log-probs and per-rollout weights.
 
 Advantages from a teacher are log q(y_t) - log π(y_t) of the rollout's own log-probabilities, known
 before the first update; from the second mini-batch on the surrogate's ratio corrects for the rest.
-Log-ratios are held within ±20. Validated against numpy (tests/test_token_credit.py).
+Log-ratios are clipped to ±20. Validated against numpy (tests/test_token_credit.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import Config
-from sdpo_jax.config.objectives import SdpoConfig
+from sdpo_jax.config import (
+    POSITIVE_SHARE,
+    Config,
+    Problem,
+    TeacherConfig,
+    at_least,
+    between,
+    setting,
+)
 from sdpo_jax.losses.credit import modulate_advantages, sequence_advantages
 from sdpo_jax.losses.weights import MAX_LOG_RATIO, teacher_entropy_weights
-from sdpo_jax.objectives.loss_weights import LossWeights, Rows, reinforces
+from sdpo_jax.objectives.loss_weights import (
+    LossWeights,
+    MixConfig,
+    Rows,
+    has_policy_gradient,
+    has_unequal_weights,
+)
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.context import is_success
-from sdpo_jax.training.batch import reduction_weights
-from sdpo_jax.training.scoring import Scores
-from sdpo_jax.training.updates import MiniBatch, own_of
+from sdpo_jax.training.batch import MiniBatch, reduction_weights, response_mask
+from sdpo_jax.training.engine import Scores
+
+BY_ADVANTAGE = ("sequence", "modulated", "fixed_negative")
+"""Credits that are known before the loss: they run through GRPO's surrogate."""
 
 Ragged = list[NDArray[np.float32]]
-"""`[|y|]` for each row of a part."""
+"""`[|y|]` for each row of a mini-batch."""
 
 
-def worth_computing(objective: SdpoConfig, shares: LossWeights) -> NDArray[np.bool_]:
+@dataclass(frozen=True)
+class CreditConfig(MixConfig):
+    """The settings of `sdpo` that weigh tokens, and those that every credit shares."""
+
+    control_probability: float = setting(0.1, POSITIVE_SHARE)
+    """Below this probability `fixed_negative` pushes a failure's token down."""
+    modulation: float = setting(0.5, between(0, 1))
+    """Share of `modulated` advantages that the teacher scales; 0 is GRPO."""
+    modulation_bound: float = setting(0.2, between(0, 1))
+    """How far from 1 the teacher's factor may lie."""
+    token_weights: Literal["none", "teacher_entropy", "disagreement"] = "none"
+    """`teacher_entropy`: exp(-beta H(q)) over its mean (SRPO); `disagreement`: less where the two
+    distributions are apart (DemoPSD, arXiv 2607.02502)."""
+    token_weight_beta: float = setting(1.0, at_least(0))
+    """1 in SRPO; as a divergence is at most 0.69, `disagreement` needs 5 or more to matter."""
+    disagreement_reduction: float = setting(0.5, between(0, 1))
+    """Most that `disagreement` takes off a token's weight."""
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Mean over active tokens (the paper) or over rows of token means (its released code)."""
+    skip_first_tokens: int = setting(0, at_least(0))
+    """Tokens at a response's start that are left out (SDFT, arXiv 2601.19897, leaves out 3)."""
+    reference_kl: float = setting(0.0, at_least(0))
+    """Coefficient of the KL to the initial model without context, on every active token."""
+
+    def check_credit(self, config: Config) -> Iterator[Problem]:
+        """Yields switches that do not combine."""
+        others = ("objective.credit",)
+        if self.credit not in ("logit", "token") and self.token_weights != "none":
+            yield Problem("objective.token_weights", f'"none" with credit "{self.credit}"', others)
+        if self.credit == "modulated":
+            for key, value in (("route", self.route), ("question_weights", self.question_weights)):
+                if value != "none":
+                    yield Problem(f"objective.{key}", '"none" with credit "modulated"', others)
+            if self.grpo_weight:
+                expected = '0 with credit "modulated": every rollout has GRPO\'s advantage already'
+                yield Problem("objective.grpo_weight", expected, others)
+        if self.route == "outcome" and self.grpo_weight:
+            expected = '0 with route "outcome": each rollout is in one term'
+            yield Problem("objective.grpo_weight", expected, ("objective.route",))
+        limit = config.rollout.max_response_tokens
+        if self.skip_first_tokens >= limit:
+            key = "rollout.max_response_tokens"
+            yield Problem("objective.skip_first_tokens", f"below {key} ({limit})", (key,))
+        if has_policy_gradient(self) and config.rollout.rollouts_per_prompt < 2:
+            expected = "at least 2: an advantage compares siblings"
+            others = ("objective.grpo_weight", "objective.route")
+            yield Problem("rollout.rollouts_per_prompt", expected, others)
+
+
+def is_mixed(settings: CreditConfig) -> bool:
+    """Whether tokens carry weights of their own for a distillation and a policy-gradient term.
+
+    They also do beside a KL to the reference, which counts in full where the distillation does not.
+    """
+    if settings.credit in BY_ADVANTAGE:
+        return False
+    if has_policy_gradient(settings):
+        return True
+    return settings.reference_kl > 0 and has_unequal_weights(settings)
+
+
+def worth_computing(settings: CreditConfig, weights: LossWeights) -> NDArray[np.bool_]:
     """[N], rollouts whose tokens can move the parameters."""
-    if objective.reference_kl > 0:
-        return shares.counted
-    if objective.credit == "modulated":
-        return shares.advantages != 0
-    return (shares.distil != 0) | (shares.reinforce * shares.advantages != 0)
+    if settings.reference_kl > 0:
+        return weights.active
+    if settings.credit == "modulated":
+        return weights.advantages != 0
+    return (weights.distill != 0) | (weights.policy_gradient * weights.advantages != 0)
 
 
-def own_reduction(
-    objective: SdpoConfig,
-    experience: RolloutBatch,
-    part: MiniBatch,
+def distillation_weights(
+    settings: CreditConfig,
+    rollouts: RolloutBatch,
+    mini_batch: MiniBatch,
     has_teacher: NDArray[np.bool_],
-    shares: LossWeights,
+    weights: LossWeights,
 ) -> Rows:
-    """Weights of the distillation, so that in a mix it is divided by its own rows alone.
+    """[N], weights of the distillation that divide it by its own rows alone in a mix.
 
     Under `route = "outcome"` both terms have one denominator (SRPO), and without GRPO there is one.
     """
-    if not reinforces(objective) or objective.route == "outcome" or part.block is None:
-        return shares.distil
-    lengths, active = experience.lengths[part.block], has_teacher[part.block]
-    _, own = reduction_weights(
-        lengths,
-        active,
-        int(lengths.max()),
-        objective.reduction,
-        own_of(experience, part.block),
-        objective.skip_first_tokens,
-    )
-    return shares.distil * np.float32(part.denominator / max(own, 1.0))
+    if not has_policy_gradient(settings) or settings.route == "outcome":
+        return weights.distill
+    block = mini_batch.graded_rows
+    lengths, reduction = rollouts.lengths[block], settings.reduction
+    written, skip = response_mask(rollouts, block), settings.skip_first_tokens
+    most = int(lengths.max())
+    _, alone = reduction_weights(lengths, has_teacher[block], most, reduction, written, skip)
+    return weights.distill * np.float32(mini_batch.denominator / max(alone, 1.0))
 
 
-def entropy_weighted(shares: Ragged, scores: Scores, *, beta: float) -> Ragged:
-    """`shares · teacher_entropy_weights`, of mean 1 over an update's tokens with a share."""
-    flat, entropies = np.concatenate(shares), np.concatenate(scores.entropies)
-    weights = teacher_entropy_weights(
-        jnp.asarray(entropies)[None], jnp.asarray(flat != 0)[None], beta=beta
+def entropy_weighted(weights: Ragged, entropies: Ragged, *, beta: float) -> Ragged:
+    """`weights · teacher_entropy_weights`, of mean 1 over an update's tokens with a weight."""
+    flat = np.concatenate(weights)
+    found = teacher_entropy_weights(
+        jnp.asarray(np.concatenate(entropies))[None], jnp.asarray(flat != 0)[None], beta=beta
     )
-    cuts = np.cumsum([len(x) for x in shares])[:-1]
-    return np.split((np.asarray(weights)[0] * flat).astype(np.float32), cuts)
+    cuts = np.cumsum([len(x) for x in weights])[:-1]
+    return np.split((np.asarray(found)[0] * flat).astype(np.float32), cuts)
 
 
 def token_advantages(
-    config: Config,
-    objective: SdpoConfig,
-    experience: RolloutBatch,
-    part: MiniBatch,
+    teacher: TeacherConfig,
+    settings: CreditConfig,
+    rollouts: RolloutBatch,
+    mini_batch: MiniBatch,
     gaps: Ragged | None,
-    distil: Rows,
-    shares: LossWeights,
+    distill: Rows,
+    weights: LossWeights,
 ) -> Ragged:
-    """The advantage of each token of a part's rows, under a credit that is known before the loss.
+    """The advantage of each token of a mini-batch, under a credit that is known before the loss.
 
     Args:
-        config: for what counts as a success.
-        objective: with `credit` one of `sequence`, `modulated`, `fixed_negative`.
-        experience: the rollouts.
-        part: its rows.
-        gaps: log q(y_t) - log π(y_t); None under `fixed_negative`.
-        distil: [N], from `own_reduction`.
-        shares: of the rollouts.
+      teacher: says what counts as a success.
+      settings: with `credit` one of `BY_ADVANTAGE`.
+      rollouts: the rollout batch.
+      mini_batch: its rows.
+      gaps: log q(y_t) - log π(y_t); None under `fixed_negative`.
+      distill: [N], from `distillation_weights`.
+      weights: of the rollouts.
     """
-    lengths = [len(x) for x in part.weights]
-    if objective.credit == "fixed_negative":
-        credit = [_negative(config, objective, experience, i) for i in part.rows]
-    elif objective.credit == "modulated":
-        assert gaps is not None  # a teacher was asked
-        # A rollout without a context has no teacher, only the plain question's.
-        told = [g * (shares.distil[i] != 0) for g, i in zip(gaps, part.rows, strict=True)]
-        old = _padded([experience.log_probs[i] for i in part.rows])
-        modulated = modulate_advantages(
-            jnp.asarray(shares.advantages[part.rows]),
-            jnp.asarray(old),
-            jnp.asarray(old + _padded(told)),
-            strength=objective.modulation * shares.coefficient,
-            bound=objective.modulation_bound,
-        )
+    lengths = [len(x) for x in mini_batch.weights]
+    if settings.credit == "modulated":
+        modulated = _modulated(settings, rollouts, mini_batch, gaps or [], weights)
         return _rows(modulated, lengths)
+    if settings.credit == "fixed_negative":
+        credit = [_negative(teacher, settings, rollouts, i) for i in mini_batch.rows]
     else:
-        assert gaps is not None  # a teacher was asked
-        mask = _padded([(x > 0).astype(np.float32) for x in part.weights])
-        means = sequence_advantages(jnp.asarray(_padded(gaps)), jnp.asarray(mask))
+        mask = _padded([(x > 0).astype(np.float32) for x in mini_batch.weights])
+        means = sequence_advantages(jnp.asarray(_padded(gaps or [])), jnp.asarray(mask))
         credit = _rows(means, lengths)
     return [
-        distil[i] * own + np.float32(shares.reinforce[i] * shares.advantages[i])
-        for own, i in zip(credit, part.rows, strict=True)
+        distill[i] * own + np.float32(weights.policy_gradient[i] * weights.advantages[i])
+        for own, i in zip(credit, mini_batch.rows, strict=True)
     ]
 
 
+def _modulated(
+    settings: CreditConfig,
+    rollouts: RolloutBatch,
+    mini_batch: MiniBatch,
+    gaps: Ragged,
+    weights: LossWeights,
+) -> object:
+    # A rollout without a context has no teacher, only the plain question's: its gap is noise.
+    known = [g * (weights.distill[i] != 0) for g, i in zip(gaps, mini_batch.rows, strict=True)]
+    old = _padded([rollouts.log_probs[i] for i in mini_batch.rows])
+    return modulate_advantages(
+        jnp.asarray(weights.advantages[mini_batch.rows]),
+        jnp.asarray(old),
+        jnp.asarray(old + _padded(known)),
+        strength=settings.modulation * weights.coefficient,
+        bound=settings.modulation_bound,
+    )
+
+
 def _negative(
-    config: Config, objective: SdpoConfig, experience: RolloutBatch, row: int
+    teacher: TeacherConfig, settings: CreditConfig, rollouts: RolloutBatch, row: int
 ) -> NDArray[np.float32]:
-    """-1 where a failure's token was unlikely when it was drawn (OPSA, arXiv 2608.31046)."""
-    unlikely = experience.log_probs[row] < np.log(objective.control_probability)
-    failed = not is_success(experience.outcomes[row], config.teacher)
+    """-1 where a failure's token was unlikely when it was sampled (OPSA, arXiv 2608.31046)."""
+    unlikely = rollouts.log_probs[row] < np.log(settings.control_probability)
+    failed = not is_success(rollouts.outcomes[row], teacher)
     return -(unlikely & failed).astype(np.float32)
+
+
+def log_ratios(scores: Scores, old: Ragged) -> Ragged:
+    """Log q(y_t) - log π(y_t), clipped to ±20."""
+    return [
+        np.clip(q - p, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        for q, p in zip(scores.log_probs, old, strict=True)
+    ]
 
 
 def _padded(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -137,10 +227,3 @@ def _padded(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 def _rows(values: object, lengths: Sequence[int]) -> Ragged:
     array = np.asarray(values, np.float32)
     return [line[:n] for line, n in zip(array, lengths, strict=True)]
-
-
-def log_ratios(log_probs: Ragged, old: Ragged) -> Ragged:
-    """Log q(y_t) - log π(y_t) within ±20."""
-    return [
-        np.clip(q - p, -MAX_LOG_RATIO, MAX_LOG_RATIO) for q, p in zip(log_probs, old, strict=True)
-    ]

@@ -1,21 +1,21 @@
-"""Who learns from what: the weight of distillation and of GRPO in each rollout of a batch.
+"""Per-rollout weights of the distillation and policy-gradient terms.
 
 Every switch of a recipe that weighs whole rollouts is here: the mix, the route, the schedule of the
 distillation's coefficient, the weight of a question. Validated rule by rule and at the ends, where
-a mix is SDPO or GRPO (tests/test_loss_weights.py, tests/test_recipe_switches.py).
+a mix is SDPO or GRPO (tests/test_loss_weights.py, tests/test_switches.py).
 
 Equation 3 of arXiv 2601.20802 does not say how its two terms are divided; each has its own
 reduction here, so that λ = 0 and λ = 1 are SDPO and GRPO themselves.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import Config
-from sdpo_jax.config.objectives import SdpoConfig
+from sdpo_jax.config import Config, ObjectiveConfig, TeacherConfig, at_least, between, setting
 from sdpo_jax.losses.policy_gradient import group_advantages
 from sdpo_jax.losses.weights import outcome_routing, pass_rate_weights, positive_only
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
@@ -25,90 +25,121 @@ Rows = NDArray[np.float32]
 """[N], one number for each rollout."""
 
 
+@dataclass(frozen=True)
+class MixConfig(ObjectiveConfig):
+    """The settings of `sdpo` that weigh whole rollouts."""
+
+    credit: Literal["logit", "token", "sequence", "modulated", "fixed_negative"] = "logit"
+    """What gets credit (the paper's section 4.2): every candidate of each position, by the
+    divergence; the sampled token; the whole rollout, by its tokens' mean advantage. `modulated`:
+    the reward's advantage, scaled for each token by the teacher (RLSD, arXiv 2604.03128).
+    `fixed_negative`: a control without the teacher's numbers (OPSA, arXiv 2608.31046), minus 1 at
+    a failure's tokens that were less likely than `control_probability`, else 0."""
+    grpo_weight: float = setting(0.0, between(0, 1))
+    """lambda of lambda * GRPO + (1 - lambda) * SDPO (equation 3 of the paper, with 0.9), each by
+    its own reduction and GRPO with its default clips: 0 is SDPO, 1 is GRPO."""
+    route: Literal["none", "outcome", "positive"] = "none"
+    """`outcome`: failures with a teacher are distilled, all else goes to GRPO, under one
+    denominator (SRPO, arXiv 2604.02288). `positive`: distill only where the advantage is above 0
+    (SDPG, arXiv 2606.04036), beside GRPO by `grpo_weight`."""
+    distillation_warmup_steps: int = setting(0, at_least(0))
+    """Steps over which the distillation's coefficient rises to 1 (SDPG)."""
+    distillation_decay_steps: int = setting(0, at_least(0))
+    """Last steps over which it falls; the last step has none."""
+    question_weights: Literal["none", "pass_rate"] = "none"
+    """`pass_rate`: sqrt(p (1 - p)) of the group over its batch mean (SC-SDPO, arXiv 2605.27765)."""
+    question_weight_floor: float = setting(0.1, at_least(0))
+    """Floor of sqrt(p (1 - p)): without it a group that all passed or all failed has no weight."""
+
+
 class LossWeights(NamedTuple):
     """How much each rollout counts in either term."""
 
-    counted: NDArray[np.bool_]  # [N], in the denominator
-    distil: Rows
-    reinforce: Rows
+    active: NDArray[np.bool_]  # [N], in the denominator
+    distill: Rows
+    policy_gradient: Rows
     advantages: Rows
-    coefficient: float = 1.0  # of the schedule
+    coefficient: float = 1.0  # of the distillation's schedule
 
 
 def make_loss_weights(
     config: Config,
-    objective: SdpoConfig,
-    experience: RolloutBatch,
+    settings: MixConfig,
+    rollouts: RolloutBatch,
     has_teacher: NDArray[np.bool_],
     step: int,
 ) -> LossWeights:
-    """Weights of a generation batch; a rollout that could not be graded has none."""
-    graded, distil = experience.graded, has_teacher.astype(np.float32)
-    advantages = np.zeros_like(distil)
-    if reinforces(objective):
-        advantages = graded_advantages(experience)
-    reinforce = np.zeros_like(distil)
-    if objective.route == "outcome":
-        passed = np.asarray([is_success(o, config.teacher) for o in experience.outcomes])
+    """Weights of a rollout batch; a rollout that could not be graded has none."""
+    graded, distill = rollouts.graded, has_teacher.astype(np.float32)
+    advantages = np.zeros_like(distill)
+    if has_policy_gradient(settings):
+        advantages = graded_advantages(rollouts)
+    policy_gradient = np.zeros_like(distill)
+    if settings.route == "outcome":
+        passed = _passed(rollouts, config.teacher)
         routes = outcome_routing(jnp.asarray(passed), jnp.asarray(has_teacher))
-        distil, reinforce = np.asarray(routes.distil), np.asarray(routes.reinforce)
-    elif reinforces(objective):
-        if objective.route == "positive":
-            distil = distil * np.asarray(positive_only(jnp.asarray(advantages)))
-        distil = distil * np.float32(1.0 - objective.grpo_weight)
-        reinforce = np.full_like(distil, objective.grpo_weight)
-    scale = distillation_coefficient(objective, step, config.train.steps)
-    distil = distil * np.float32(scale) * question_weights(config, objective, experience)
-    counted = graded if reinforces(objective) else has_teacher
-    return LossWeights(counted, distil * graded, reinforce * graded, advantages, scale)
+        distill, policy_gradient = np.asarray(routes.distill), np.asarray(routes.policy_gradient)
+    elif has_policy_gradient(settings):
+        if settings.route == "positive":
+            distill = distill * np.asarray(positive_only(jnp.asarray(advantages)))
+        distill = distill * np.float32(1.0 - settings.grpo_weight)
+        policy_gradient = np.full_like(distill, settings.grpo_weight)
+    scale = distillation_coefficient(settings, step, config.train.steps)
+    distill = distill * np.float32(scale) * question_weights(config, settings, rollouts)
+    active = graded if has_policy_gradient(settings) else has_teacher
+    return LossWeights(active, distill * graded, policy_gradient * graded, advantages, scale)
 
 
-def reinforces(objective: SdpoConfig) -> bool:
+def has_policy_gradient(settings: MixConfig) -> bool:
     """Whether a term with the reward's advantages stands beside the distillation."""
-    return objective.grpo_weight > 0 or objective.route != "none" or objective.credit == "modulated"
+    return settings.grpo_weight > 0 or settings.route != "none" or settings.credit == "modulated"
 
 
-def weighs(objective: SdpoConfig) -> bool:
+def has_unequal_weights(settings: MixConfig) -> bool:
     """Whether rollouts or tokens differ in the weight of their distillation."""
     return (
-        objective.question_weights != "none"
-        or objective.token_weights == "teacher_entropy"
-        or objective.distillation_warmup_steps > 0
-        or objective.distillation_decay_steps > 0
+        settings.question_weights != "none"
+        or settings.token_weights == "teacher_entropy"
+        or settings.distillation_warmup_steps > 0
+        or settings.distillation_decay_steps > 0
     )
 
 
-def distillation_coefficient(objective: SdpoConfig, step: int, steps: int) -> float:
+def distillation_coefficient(settings: MixConfig, step: int, steps: int) -> float:
     """min(1, k / T_w) · min(1, (T - k) / T_d) at step k of T, counted from 1.
 
     Source: β(k) of SDPG, arXiv 2606.04036.
     """
-    up = step / objective.distillation_warmup_steps if objective.distillation_warmup_steps else 1.0
-    decay = objective.distillation_decay_steps
+    up = step / settings.distillation_warmup_steps if settings.distillation_warmup_steps else 1.0
+    decay = settings.distillation_decay_steps
     down = (steps - step) / decay if decay else 1.0
     return min(1.0, up) * min(1.0, down)
 
 
-def question_weights(config: Config, objective: SdpoConfig, experience: RolloutBatch) -> Rows:
+def question_weights(config: Config, settings: MixConfig, rollouts: RolloutBatch) -> Rows:
     """√(p (1 - p)) of each rollout's group over its mean; p among the graded siblings."""
-    count = len(experience.outcomes)
-    if objective.question_weights == "none":
+    count = len(rollouts.outcomes)
+    if settings.question_weights == "none":
         return np.ones(count, np.float32)
-    graded = experience.graded.reshape(-1, experience.group)
-    passed = np.asarray([is_success(o, config.teacher) for o in experience.outcomes])
+    graded = rollouts.graded.reshape(-1, rollouts.group)
+    passed = _passed(rollouts, config.teacher)
     rates = passed.reshape(graded.shape).sum(axis=1) / np.maximum(graded.sum(axis=1), 1)
-    rates = np.repeat(rates.astype(np.float32), experience.group)
-    floor = objective.question_weight_floor
-    return np.asarray(pass_rate_weights(jnp.asarray(rates), experience.group, floor=floor))
+    rates = np.repeat(rates.astype(np.float32), rollouts.group)
+    floor = settings.question_weight_floor
+    return np.asarray(pass_rate_weights(jnp.asarray(rates), rollouts.group, floor=floor))
 
 
-def graded_advantages(experience: RolloutBatch) -> Rows:
+def _passed(rollouts: RolloutBatch, teacher: TeacherConfig) -> NDArray[np.bool_]:
+    return np.asarray([is_success(outcome, teacher) for outcome in rollouts.outcomes])
+
+
+def graded_advantages(rollouts: RolloutBatch) -> Rows:
     """Advantages [N] among the graded siblings; 0 for a rollout that could not be graded."""
-    rewards = np.asarray([o.reward for o in experience.outcomes], np.float32)
-    graded = experience.graded.reshape(-1, experience.group)
-    siblings = np.repeat(graded.sum(axis=1), experience.group)  # [N]
+    rewards = np.asarray([o.reward for o in rollouts.outcomes], np.float32)
+    graded = rollouts.graded.reshape(-1, rollouts.group)
+    siblings = np.repeat(graded.sum(axis=1), rollouts.group)  # [N]
     advantages = np.zeros(len(rewards), np.float32)
-    for count in np.unique(siblings[experience.graded]).tolist():
-        rows = np.flatnonzero(experience.graded & (siblings == count))
+    for count in np.unique(siblings[rollouts.graded]).tolist():
+        rows = np.flatnonzero(rollouts.graded & (siblings == count))
         advantages[rows] = np.asarray(group_advantages(jnp.asarray(rewards[rows]), count))
     return advantages

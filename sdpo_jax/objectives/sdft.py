@@ -1,132 +1,155 @@
-"""SDFT: the student answers the questions of demonstrations, the teacher was shown them.
+"""SDFT: the student answers the questions of demonstrations; the teacher was shown them.
 
     demonstrations -> question -> student's own response          sampled, not graded
-                   -> question + demonstration -> teacher          re-scores that response
+                   -> question + demonstration -> teacher          scores that response
                    divergence of both, mean over responses of token means -> update
 
 The same loss, teacher and passes as SDPO; what the teacher sees comes from data instead of from an
 environment (arXiv 2601.19897, section 3). Departures from the authors' code, each tested: the
-importance weight is of the student before each update over the sampler (theirs compares two engines
-on the same weights, which are one here); a demonstration that is too long loses its end.
+importance weight compares the student before each update with the sampler (theirs compares two
+engines on the same weights, which are one here); a demonstration that is too long loses its end.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
+import jax
 import numpy as np
 
-from sdpo_jax.config import Config
-from sdpo_jax.config.objectives import SdftConfig
-from sdpo_jax.data.jsonl import Demonstration
-from sdpo_jax.data.pipeline import PromptBatches
-from sdpo_jax.environments.base import Prompt
-from sdpo_jax.model import Params
+from sdpo_jax.config import (
+    Config,
+    ObjectiveConfig,
+    Problem,
+    above,
+    at_least,
+    between,
+    setting,
+)
+from sdpo_jax.losses.per_token import SdpoTokenInputs, sdpo_per_token
+from sdpo_jax.losses.sequence_importance import SdftTokenInputs, sequence_weighted_head
+from sdpo_jax.objectives.sdpo import divergence_of
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.prompts import prompt_ids
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
-from sdpo_jax.rollouts.sampler import Sampler
-from sdpo_jax.teacher.context import TeacherContext, remove_thinking
-from sdpo_jax.teacher.prompts import TeacherPrompts
-from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.teacher_pass import TeacherPass
-from sdpo_jax.training.updates import Update, split_mini_batches
+from sdpo_jax.teacher.context import ATTEMPTS, EXAMPLE
+from sdpo_jax.teacher.contexts import demonstration_contexts
+from sdpo_jax.training.batch import MiniBatch, PackedBatch, rollout_numbers
+from sdpo_jax.training.engine import Engine, Models
+from sdpo_jax.training.objective import Objective
+from sdpo_jax.training.step import Update
+from sdpo_jax.training.teacher_pass import shared_inputs, token_inputs
+from sdpo_jax.training.token_metrics import PAIRS, SAMPLED, SPREAD
 
 
-class SdftSource:
-    """Demonstrations, answered by the student and re-scored by a teacher that has read them."""
+@dataclass(frozen=True)
+class SdftConfig(ObjectiveConfig):
+    """Self-distillation from a teacher that sees a demonstration (SDFT, arXiv 2601.19897).
 
-    def __init__(
-        self,
-        config: Config,
-        objective: SdftConfig,
-        demonstrations: PromptBatches[Demonstration],
-        tokenizer: Tokenizer,
-        sampler: Sampler,
-        teacher_prompts: TeacherPrompts,
-        teacher_pass: TeacherPass,
-    ):
-        self._config, self._objective = config, objective
-        self._demonstrations, self._tokenizer, self._sampler = demonstrations, tokenizer, sampler
-        self._teacher_prompts, self._teacher_pass = teacher_prompts, teacher_pass
+    Questions come from `[data]`, `data.rows_per_step` a step; the student answers each
+    `rollout.rollouts_per_prompt` times. Nothing is graded, and a response that was cut off is kept,
+    as in the authors' code.
+    """
 
-    def __call__(
-        self, params: Params, teacher_params: Params, step: int, clock: PhaseTimer
-    ) -> tuple[list[Update], dict[str, float]]:
-        """Samples answers and makes the updates of one batch of demonstrations."""
-        demonstrations = next(self._demonstrations)
-        experience, metrics = self._sample(params, demonstrations, step, clock)
-        with clock.phase("teacher"):
-            prompts = self._prompts(demonstrations)
-            active = np.asarray([ids is not None for ids in prompts])
-            skip = self._objective.skip_first_tokens
-            parts = split_mini_batches(
-                self._config,
-                experience,
-                active,
-                active & (experience.lengths > skip),
-                self._objective.reduction,
-                self._teacher_pass.form,
-                skip=skip,
-            )
-            updates = self._teacher_pass(experience, parts, prompts, teacher_params, params, clock)
-        metrics["teacher_signal"] = float(np.mean(active))
-        return updates, metrics | {"generations": step * len(experience.texts)}
+    learns_from = "demonstrations"
+    has_teacher = True
 
-    def _sample(
-        self, params: Params, demonstrations: Sequence[Demonstration], step: int, clock: PhaseTimer
-    ) -> tuple[RolloutBatch, dict[str, float]]:
-        config = self._config.rollout
-        group = config.rollouts_per_prompt
-        prompts = [Prompt(d.id, d.messages, {}) for d in demonstrations]
-        with clock.phase("rollout"):
-            ids = [prompt_ids(self._tokenizer, p, config.max_prompt_tokens) for p in prompts]
-            rollouts = self._sampler(
-                params,
-                ids,
-                group=group,
-                max_tokens=config.max_response_tokens,
-                temperature=config.temperature,
-                seed=self._config.seed,
-                step=step,
-            )
-        clock.count("rollout", int(rollouts.lengths.sum()))
-        responses = rollouts.responses()
-        log_probs = zip(rollouts.log_probs, rollouts.lengths, strict=True)
-        experience = RolloutBatch(
-            prompts=prompts,
-            group=group,
-            prompt_ids=[row for row in ids for _ in range(group)],
-            response_ids=responses,
-            log_probs=[row[:n] for row, n in log_probs],
-            lengths=rollouts.lengths,
-            texts=[self._tokenizer.decode(row) for row in responses],
-            outcomes=[],
+    name: Literal["sdft"] = "sdft"
+    alpha: float = setting(0.0, between(0, 1))
+    """0: KL(teacher || student), the default of the paper's code and, according to its authors
+    (April 2026), the one behind its results; 1: KL(student || teacher), as in the paper's text;
+    between: generalized Jensen-Shannon."""
+    top_k: int = setting(0, at_least(0))
+    """Compare on the student's likeliest tokens, the rest in one bucket; 0 compares the whole
+    vocabulary, as the paper does."""
+    importance_cap: float = setting(2.0, above(0))
+    """Upper bound of the ratio of new to rollout probability, per token. A response's weight is the
+    mean of the capped ratios of its tokens, detached."""
+    skip_first_tokens: int = setting(3, at_least(0))
+    """Tokens at a response's start that the loss leaves out: there the teacher copies the
+    demonstration's opening."""
+    closing: Literal["own", "correct"] = "own"
+    """Last sentence of the teacher's prompt. `own`: a request for an answer of the model's own, as
+    in the paper; `correct`: a request for a correct one, as with `sdpo`, which is the only sentence
+    that the embedded model has learned."""
+    reduction: Literal["token_mean", "sequence_mean"] = "sequence_mean"
+    """Mean over active tokens or over rows of token means (the authors' code)."""
+
+    def check(self, config: Config) -> Iterator[Problem]:
+        """Yields a skipped start that is as long as a response."""
+        limit = config.rollout.max_response_tokens
+        if self.skip_first_tokens >= limit:
+            key = "rollout.max_response_tokens"
+            expected = f"below {key} ({limit}): no token would be left to learn from"
+            yield Problem("objective.skip_first_tokens", expected, (key,))
+
+    def check_vocabulary(self, size: int) -> Iterator[Problem]:
+        """Yields a support that is larger than the vocabulary."""
+        if self.top_k > size:
+            expected = f"at most {size}, the model's vocabulary; 0 compares all of it"
+            yield Problem("objective.top_k", expected)
+
+
+def sdft(settings: SdftConfig) -> Objective:
+    """The objective of these settings."""
+    divergence = divergence_of(settings.alpha, settings.top_k)
+    return Objective(
+        settings=settings,
+        loss=sdpo_per_token(divergence),
+        metrics=("divergence", *SAMPLED, *PAIRS, *SPREAD, "importance"),
+        make_updates=partial(make_updates, settings),
+        head_loss=partial(sequence_weighted_head, settings.importance_cap),
+        contexts=demonstration_contexts,
+        wording=EXAMPLE if settings.closing == "own" else ATTEMPTS,
+        divergence=divergence,
+        columns=(
+            *("accuracy", "teacher_accuracy", "response_tokens", "divergence"),
+            *("seconds_rollout", "seconds_teacher", "seconds_train"),
+        ),
+    )
+
+
+def make_updates(
+    settings: SdftConfig,
+    engine: Engine,
+    rollouts: RolloutBatch,
+    models: Models,
+    /,
+    *,
+    step: int,
+    timer: PhaseTimer,
+) -> tuple[list[Update], dict[str, float]]:
+    """The updates of a step, and the share of rollouts that have a teacher."""
+    with timer.phase("teacher"):
+        contexts = engine.teacher_contexts(rollouts, step)
+        given = engine.teacher_prompts.of_rollouts(rollouts.prompts, rollouts.group, contexts)
+        active = np.asarray([ids is not None for ids in given])
+        skip, prompts = settings.skip_first_tokens, [ids or [] for ids in given]
+        mini_batches = engine.split(
+            rollouts,
+            active=active,
+            worth=active & (rollouts.lengths > skip),
+            reduction=settings.reduction,
+            skip=skip,
         )
-        return experience, {
-            "response_tokens": float(np.mean(rollouts.lengths)),
-            "truncated": float(1.0 - np.mean(rollouts.stopped)),
-        }
+        shared = shared_inputs(engine, models) if mini_batches else None
+        # All passes of the teacher run before the first update: it may be the student.
+        inputs = [token_inputs(engine, rollouts, x, prompts, models, timer) for x in mini_batches]
+        updates = [
+            engine.update(x, _numbered(engine, x, known), shared, timer=timer)
+            for x, known in zip(mini_batches, inputs, strict=True)
+        ]
+        jax.block_until_ready(updates)
+    return updates, {"teacher_signal": float(np.mean(active))}
 
-    def _prompts(self, demonstrations: Sequence[Demonstration]) -> list[list[int] | None]:
-        """Each response's teacher prompt; None where nothing of the demonstration is left in it."""
-        hides, group = (
-            self._config.teacher.remove_thinking,
-            self._config.rollout.rollouts_per_prompt,
-        )
-        shown = [remove_thinking(d.response) if hides else d.response for d in demonstrations]
-        ids, survived = self._teacher_prompts(
-            [d.messages for d in demonstrations], [TeacherContext(text, None) for text in shown]
-        )
-        rows = [row if signal else None for row, signal in zip(ids, survived, strict=True)]
-        return [row for row in rows for _ in range(group)]
 
-    def wait(self) -> None:
-        """Nothing runs here."""
+def _numbered(
+    engine: Engine, mini_batch: MiniBatch, inputs: list[SdpoTokenInputs]
+) -> list[SdftTokenInputs]:
+    """The inputs with the number of each token's rollout, for weights of whole responses."""
 
-    def get_state(self) -> dict[str, Any]:
-        """Position in the demonstrations."""
-        return self._demonstrations.get_state()
+    def numbered(known: SdpoTokenInputs, packed: PackedBatch) -> SdftTokenInputs:
+        numbers = rollout_numbers(mini_batch.pairs, packed)
+        return SdftTokenInputs(known, engine.place(numbers, packed, np.int32))
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved position."""
-        self._demonstrations.set_state(state)
+    return [numbered(*x) for x in zip(inputs, mini_batch.micro_batches, strict=True)]

@@ -1,251 +1,214 @@
-"""From graded rollouts to what an update learns from: one class per objective.
+"""SDPO: the model, shown feedback or a successful sibling, teaches itself (arXiv 2601.20802).
 
-Each drops the rows that cannot move the parameters before any compute, and divides by a denominator
-that still knows them. A generation batch is cut into `mini_batches` by prompts; each makes one
-update.
+    graded rollouts -> contexts           a successful sibling's response, else the feedback
+                    -> teacher prompts    question and context, within a token budget
+                    -> hidden states      of the teacher, at the student's own response tokens
+                    -> inputs, weights    of each token; rows without a signal were dropped before
+                    -> update             divergence of student and teacher (equation 1)
+
+`make_updates` reads in that order. The switches of follow-up papers plug in from files of their
+own: `loss_weights` weighs whole rollouts, `credit` weighs tokens, `variants` makes the updates that
+are no plain distillation. With default settings none of them does anything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
-from sdpo_jax.config import Config
-from sdpo_jax.config.objectives import GrpoConfig, SdpoConfig
-from sdpo_jax.devices import Devices
-from sdpo_jax.losses.objectives import (
-    GrpoConstants,
-    GrpoTokens,
-    MixedConstants,
-    MixedTokens,
-    SdpoTokens,
+from sdpo_jax.config import Config, Problem, above, at_least, between, setting
+from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
+from sdpo_jax.losses.fused_linear import PerTokenLoss
+from sdpo_jax.losses.per_token import (
+    Divergence,
+    mixed_per_token,
+    sampled_token_sdpo,
+    sdpo_per_token,
 )
-from sdpo_jax.model import Params
-from sdpo_jax.objectives.contexts import Contexts
-from sdpo_jax.objectives.credit import (
-    entropy_weighted,
-    log_ratios,
-    own_reduction,
-    token_advantages,
-    worth_computing,
-)
-from sdpo_jax.objectives.loss_weights import (
-    LossWeights,
-    graded_advantages,
-    make_loss_weights,
-    weighs,
-)
-from sdpo_jax.objectives.per_token import BY_ADVANTAGE, is_mixed
-from sdpo_jax.rollouts.diagnostics import gap_agreement, verdicts
+from sdpo_jax.losses.reference_kl import with_reference_kl
+from sdpo_jax.losses.token_stats import TokenStats
+from sdpo_jax.losses.weights import disagreement_weights
+from sdpo_jax.objectives.credit import BY_ADVANTAGE, CreditConfig, is_mixed, worth_computing
+from sdpo_jax.objectives.grpo import GrpoConfig, surrogate
+from sdpo_jax.objectives.loss_weights import make_loss_weights
+from sdpo_jax.objectives.variants import advantage_updates, weighted_update
+from sdpo_jax.rollouts.diagnostics import demonstration_overlap
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
-from sdpo_jax.training.batch import BatchLayout, MicroBatchPlan, make_tokens
-from sdpo_jax.training.scoring import Scorer
-from sdpo_jax.training.teacher_pass import TeacherOutputs, TeacherPass
-from sdpo_jax.training.token_metrics import agreement_shares
-from sdpo_jax.training.updates import (
-    MiniBatch,
-    Update,
-    in_order,
-    make_update,
-    split_mini_batches,
-    with_outcomes,
-)
+from sdpo_jax.teacher.context import TeacherContext
+from sdpo_jax.teacher.contexts import SiblingContexts
+from sdpo_jax.training.engine import Engine, Models
+from sdpo_jax.training.objective import Objective
+from sdpo_jax.training.step import Update
+from sdpo_jax.training.teacher_pass import shared_inputs, token_inputs
+from sdpo_jax.training.token_metrics import AGREEMENT, PAIRS, SAMPLED, SPREAD
 
 
-class SdpoUpdates:
-    """Contexts, the teacher's forward pass, and the tokens to distil, to reinforce, or both."""
+@dataclass(frozen=True)
+class SdpoConfig(CreditConfig):
+    """Self-distillation from feedback and successful siblings (arXiv 2601.20802)."""
 
-    def __init__(
-        self,
-        config: Config,
-        objective: SdpoConfig,
-        contexts: Contexts,
-        teacher_pass: TeacherPass,
-        scorer: Scorer,
-        devices: Devices,
-    ):
-        self.contexts = contexts
-        self._config, self._objective = config, objective
-        self._teacher_pass, self._scorer, self._devices = teacher_pass, scorer, devices
-        self._form = teacher_pass.form
+    has_teacher = True
 
-    def __call__(
-        self,
-        experience: RolloutBatch,
-        params: Params,
-        teacher_params: Params,
-        *,
-        step: int,
-        clock: PhaseTimer,
-    ) -> tuple[list[Update], dict[str, float]]:
-        """Updates of one generation batch, and how much of it had a teacher signal."""
-        objective = self._objective
-        with clock.phase("teacher"):
-            prompts, metrics = self.contexts(experience, step)
-            has_teacher = np.asarray([ids is not None for ids in prompts])
-            shares = make_loss_weights(self._config, objective, experience, has_teacher, step)
-            parts = split_mini_batches(
-                self._config,
-                experience,
-                shares.counted,
-                worth_computing(objective, shares),
-                objective.reduction,
-                self._form,
-                skip=objective.skip_first_tokens,
-            )
-            # Where a rollout without a context is computed, its teacher reads the plain question.
-            asked = [ids or experience.prompt_ids[i] for i, ids in enumerate(prompts)]
-            sides: list[TeacherOutputs] = []
-            if objective.credit != "fixed_negative":
-                sides = self._teacher_pass.sides(
-                    experience, parts, asked, teacher_params, params, clock
-                )
-            if objective.credit in BY_ADVANTAGE:
-                updates, more = self._by_advantage(experience, parts, sides, has_teacher, shares)
-                metrics |= more
-            else:
-                updates = [
-                    self._by_divergence(experience, part, side, has_teacher, shares)
-                    for part, side in zip(parts, sides, strict=True)
-                ]
-            jax.block_until_ready(updates)
-        return updates, metrics
+    name: Literal["sdpo"] = "sdpo"
+    alpha: float = setting(0.5, between(0, 1))
+    """0: KL(teacher || student); 1: KL(student || teacher); between: generalized Jensen-Shannon."""
+    top_k: int = setting(0, at_least(0))
+    """Compare on the student's likeliest tokens, the rest in one bucket (the paper: 100 or 20); 0
+    compares the whole vocabulary, which the fused head affords."""
+    importance_cap: float = setting(2.0, above(0))
+    """Upper bound of the detached ratio of new to rollout probability, per token."""
 
-    def _by_divergence(
-        self,
-        experience: RolloutBatch,
-        part: MiniBatch,
-        side: TeacherOutputs,
-        has_teacher: NDArray[np.bool_],
-        shares: LossWeights,
-    ) -> Update:
-        """Credit for candidates or sampled tokens, which the loss itself makes."""
-        objective, devices = self._objective, self._devices
-        judged = verdicts(experience.outcomes, shares.distil != 0)
-        distil = own_reduction(objective, experience, part, has_teacher, shares)
-        weights = [np.full(len(x), distil[i]) for x, i in zip(part.weights, part.rows, strict=True)]
-        if objective.token_weights == "teacher_entropy":
-            scores = self._scorer.of_teacher(part, *side)
-            counts = [w * (x > 0) for w, x in zip(weights, part.weights, strict=True)]
-            weights = entropy_weighted(counts, scores, beta=objective.token_weight_beta)
-        if not is_mixed(objective):
-            if weighs(objective):
-                pairs = zip(part.weights, weights, strict=True)
-                part = part._replace(weights=[a * b for a, b in pairs])
-            placed = in_order(part, side.tokens)
-            update = make_update(part, placed, side.constants, self._form, devices)
-            return with_outcomes(update, part, judged, devices)
-        rows = [(len(experience.response_ids[i]), i) for i in part.rows]
-        repeated = [np.full(n, shares.reinforce[i]) for n, i in rows]
-        advantages = [np.full(n, shares.advantages[i]) for n, i in rows]
+    @property
+    def depends_on_steps(self) -> bool:
+        """Whether the distillation's coefficient falls over the last steps."""
+        return self.distillation_decay_steps > 0
 
-        def mixed(known: SdpoTokens, micro_batch: MicroBatchPlan) -> MixedTokens:
-            place = partial(make_tokens, micro_batch=micro_batch, devices=devices, dtype=np.float32)
-            assert known.old_log_probs is not None  # the teacher's pass always has them
-            grpo = GrpoTokens(known.targets, known.old_log_probs, place(advantages))
-            return MixedTokens(known, grpo, place(weights), place(repeated))
+    def check(self, config: Config) -> Iterator[Problem]:
+        """Yields what leaves the teacher without a context, and switches that do not combine."""
+        yield from self._check_context(config)
+        yield from self.check_credit(config)
+        if self.credit == "token" and self.alpha != 1:
+            expected = '1 with credit "token": only it has that form'
+            yield Problem("objective.alpha", expected, ("objective.credit",))
+        if self.credit == "token" and self.top_k:
+            expected = '0 with credit "token": it has no support'
+            yield Problem("objective.top_k", expected, ("objective.credit",))
 
-        tokens = [mixed(*x) for x in zip(side.tokens, part.micro_batches, strict=True)]
-        constants = MixedConstants(side.constants, GrpoConstants(side.constants.temperature))
-        update = make_update(part, in_order(part, tokens), constants, self._form, devices)
-        return with_outcomes(update, part, judged, devices)
+    def _check_context(self, config: Config) -> Iterator[Problem]:
+        teacher = config.teacher
+        if teacher.demonstration == "none" and not teacher.feedback:
+            expected = '"first", "shortest" or "random", or teacher.feedback = true: '
+            expected += "the teacher would see what the student sees"
+            yield Problem("teacher.demonstration", expected, ("teacher.feedback",))
+        shows_siblings = teacher.demonstration != "none" and teacher.exclude_own_success
+        if shows_siblings and config.rollout.rollouts_per_prompt < 2:
+            expected = "at least 2 (a demonstration is a sibling's), "
+            expected += 'or teacher.demonstration = "none"'
+            others = ("teacher.demonstration", "teacher.exclude_own_success")
+            yield Problem("rollout.rollouts_per_prompt", expected, others)
 
-    def _by_advantage(
-        self,
-        experience: RolloutBatch,
-        parts: list[MiniBatch],
-        sides: list[TeacherOutputs],
-        has_teacher: NDArray[np.bool_],
-        shares: LossWeights,
-    ) -> tuple[list[Update], dict[str, float]]:
-        """Credit that is known before the loss."""
-        updates: list[Update] = []
-        gaps: list[NDArray[np.float32]] = []
-        agreeing = np.zeros(4)
-        judged = verdicts(experience.outcomes, shares.distil != 0)
-        for number, part in enumerate(parts):
-            gap = None
-            if sides:
-                scores = self._scorer.of_teacher(part, *sides[number])
-                gap = log_ratios(scores.log_probs, [experience.log_probs[i] for i in part.rows])
-                gaps += gap
-                active = [x * (w > 0) for x, w in zip(gap, part.weights, strict=True)]
-                agreeing += gap_agreement(active, judged[part.rows])
-            distil = own_reduction(self._objective, experience, part, has_teacher, shares)
-            advantages = token_advantages(
-                self._config, self._objective, experience, part, gap, distil, shares
-            )
-            temperature = self._config.rollout.temperature
-            updates.append(
-                grpo_update(experience, part, advantages, temperature, self._form, self._devices)
-            )
-        if not gaps:
-            return updates, {}
-        mean = float(np.mean(np.concatenate(gaps)))
-        return updates, {"teacher_gap": mean, **agreement_shares(agreeing)}
+    def check_vocabulary(self, size: int) -> Iterator[Problem]:
+        """Yields a support that is larger than the vocabulary."""
+        if self.top_k > size:
+            expected = f"at most {size}, the model's vocabulary; 0 compares all of it"
+            yield Problem("objective.top_k", expected)
 
 
-class GrpoUpdates:
-    """Group-relative advantages on every token of a response."""
-
-    def __init__(self, config: Config, objective: GrpoConfig, devices: Devices, form: BatchLayout):
-        self._config, self._objective = config, objective
-        self._devices, self._form = devices, form
-
-    def __call__(
-        self,
-        experience: RolloutBatch,
-        params: Params,
-        teacher_params: Params,
-        *,
-        step: int,
-        clock: PhaseTimer,
-    ) -> tuple[list[Update], dict[str, float]]:
-        """Updates of one generation batch, and how much of it had an advantage."""
-        del params, teacher_params, step
-        with clock.phase("advantages"):
-            advantages = graded_advantages(experience)
-            active, signal = np.ones(len(advantages), np.bool_), advantages != 0.0
-            # A KL moves rollouts without an advantage, too.
-            worth = active if self._objective.reference_kl > 0 else signal
-            parts = split_mini_batches(
-                self._config, experience, active, worth, self._objective.reduction, self._form
-            )
-            updates = [self._update(experience, part, advantages) for part in parts]
-        signal = signal[experience.graded]
-        return updates, {"advantage_signal": float(np.mean(signal)) if len(signal) else 0.0}
-
-    def _update(
-        self, experience: RolloutBatch, part: MiniBatch, advantages: NDArray[np.float32]
-    ) -> Update:
-        repeated = [np.full(len(experience.response_ids[i]), advantages[i]) for i in part.rows]
-        temperature = self._config.rollout.temperature
-        return grpo_update(experience, part, repeated, temperature, self._form, self._devices)
+def sdpo(settings: SdpoConfig) -> Objective:
+    """The objective of these settings."""
+    loss, metrics = _loss(settings)
+    if settings.reference_kl:
+        loss = with_reference_kl(loss, coefficient=settings.reference_kl)
+        metrics = (*metrics, "reference_kl")
+    return Objective(
+        settings=settings,
+        loss=loss,
+        metrics=metrics,
+        make_updates=partial(make_updates, settings),
+        contexts=SiblingContexts,
+        divergence=divergence_of(settings.alpha, settings.top_k),
+        reference_kl=settings.reference_kl,
+        columns=(
+            *("reward", "accuracy", "teacher_accuracy", "response_tokens", "divergence"),
+            *("teacher_signal", "seconds_rollout", "seconds_grade"),
+            *("seconds_teacher", "seconds_train"),
+        ),
+    )
 
 
-def grpo_update(
-    experience: RolloutBatch,
-    part: MiniBatch,
-    advantages: Sequence[NDArray[np.float32]],
-    temperature: float,
-    form: BatchLayout,
-    devices: Devices,
-) -> Update:
-    """An update by advantages, `[|y|]` for each of the part's rows."""
-    responses = [experience.response_ids[i] for i in part.rows]
-    old = [experience.log_probs[i] for i in part.rows]
-
-    def tokens(micro_batch: MicroBatchPlan) -> GrpoTokens:
-        place = partial(make_tokens, micro_batch=micro_batch, devices=devices)
-        return GrpoTokens(
-            targets=place(responses, dtype=np.int32),
-            old_log_probs=place(old, dtype=np.float32),
-            advantages=place(advantages, dtype=np.float32),
+def make_updates(
+    settings: SdpoConfig,
+    engine: Engine,
+    rollouts: RolloutBatch,
+    models: Models,
+    /,
+    *,
+    step: int,
+    timer: PhaseTimer,
+) -> tuple[list[Update], dict[str, float]]:
+    """The updates of a step, and how much of it has a teacher signal."""
+    with timer.phase("teacher"):
+        contexts = engine.teacher_contexts(rollouts, step)
+        given = engine.teacher_prompts.of_rollouts(rollouts.prompts, rollouts.group, contexts)
+        has_teacher = np.asarray([ids is not None for ids in given])
+        weights = make_loss_weights(engine.config, settings, rollouts, has_teacher, step)
+        mini_batches = engine.split(
+            rollouts,
+            active=weights.active,
+            worth=worth_computing(settings, weights),
+            reduction=settings.reduction,
+            skip=settings.skip_first_tokens,
         )
+        # Where a rollout without a context is computed, its teacher reads the plain question.
+        prompts = [ids or rollouts.prompt_ids[i] for i, ids in enumerate(given)]
+        needs_teacher = settings.credit != "fixed_negative" and bool(mini_batches)
+        shared: Any = shared_inputs(engine, models) if needs_teacher else None
+        # All passes of the teacher run before the first update: it may be the student.
+        inputs = [
+            token_inputs(engine, rollouts, x, prompts, models, timer) if needs_teacher else None
+            for x in mini_batches
+        ]
+        jax.block_until_ready(inputs)
+    metrics = _context_metrics(engine, rollouts, contexts, int(has_teacher.sum()))
+    reference = models.reference if settings.reference_kl else None
+    known = (settings, engine, rollouts, has_teacher, weights, reference, timer)
+    if settings.credit in BY_ADVANTAGE:
+        updates, more = advantage_updates(*known, mini_batches, inputs, shared)
+        return updates, metrics | more
+    pairs = zip(mini_batches, inputs, strict=True)
+    return [weighted_update(*known, x, tokens or [], shared) for x, tokens in pairs], metrics
 
-    constants = GrpoConstants(jnp.float32(temperature))
-    return make_update(part, tokens, constants, form, devices)
+
+def _context_metrics(
+    engine: Engine,
+    rollouts: RolloutBatch,
+    contexts: list[TeacherContext | None],
+    with_teacher: int,
+) -> dict[str, float]:
+    shown = [context for context in contexts if context is not None]
+    count = max(1, int(rollouts.graded.sum()))
+    return {
+        "teacher_signal": with_teacher / count,
+        "shown/demonstration": sum(c.demonstration is not None for c in shown) / count,
+        "shown/feedback": sum(c.feedback is not None for c in shown) / count,
+        **demonstration_overlap(rollouts.response_ids, contexts, engine.tokenizer),
+    }
+
+
+def _loss(settings: SdpoConfig) -> tuple[PerTokenLoss, tuple[str, ...]]:
+    """The loss of a token with every switch, and the token metrics that are reported."""
+    clipped = surrogate(GrpoConfig())
+    if settings.credit in BY_ADVANTAGE:
+        return clipped, (*SAMPLED, "ratio", "clipped")
+    options: dict[str, Any] = {"importance_cap": settings.importance_cap}
+    metrics = ("divergence", *SAMPLED, *PAIRS, "ratio", AGREEMENT)
+    if settings.token_weights == "disagreement":
+        options["weigh"], metrics = partial(_disagreement, settings), (*metrics, "weight")
+    if settings.credit == "token":
+        loss = sampled_token_sdpo(**options)
+    else:
+        divergence = divergence_of(settings.alpha, settings.top_k)
+        loss, metrics = sdpo_per_token(divergence, **options), (*metrics, *SPREAD)
+    if is_mixed(settings):
+        loss = mixed_per_token(loss, clipped)
+        metrics = (*metrics, "clipped", "first_active", "second_active")
+    return loss, metrics
+
+
+def divergence_of(alpha: float, top_k: int) -> Divergence:
+    """The divergence over the vocabulary, or over the student's `top_k` likeliest tokens."""
+    if top_k:
+        return partial(top_k_loss, alpha=alpha, k=top_k, add_tail=True)
+    return partial(full_vocabulary_loss, alpha=alpha)
+
+
+def _disagreement(settings: SdpoConfig, stats: TokenStats) -> jax.Array:
+    return disagreement_weights(
+        stats.jsd,
+        beta=settings.token_weight_beta,
+        max_reduction=settings.disagreement_reduction,
+    )

@@ -11,17 +11,18 @@ reader's light or dark mode.
 
 import math
 import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdpo_jax.errors import UserError
+from sdpo_jax.evaluation.metric_table import metric_of
+from sdpo_jax.reports.plot import Axis, Frame, coordinates, nice_ticks
 from sdpo_jax.run.metrics import read_metrics
 
-USAGE = "python -m sdpo_jax.reports.curves OUT.svg [--metric accuracy] NAME=FILE[,FILE...] ..."
-WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 64, 84, 44, 56
+FRAME = Frame(720, 400, 64, 84, 44, 56, left_gap=10, tick_drop=20, label_rise=12)
 LETTER = 8
 """Width of a letter of the legend, at most."""
 NAME_HEIGHT = 17
@@ -35,7 +36,6 @@ COLOURS = (
     ("#a3711f", "#e3bd62"),
 )
 """Of each curve, on light and on dark ground."""
-LABELS = {"accuracy": "held-out accuracy", "teacher_accuracy": "teacher accuracy"}
 
 
 class Point(NamedTuple):
@@ -53,25 +53,6 @@ class Curve(NamedTuple):
     name: str
     points: list[Point]
     seeds: int
-
-
-class Axis(NamedTuple):
-    """A range of values with its ticks, laid over a range of pixels."""
-
-    low: float
-    high: float
-    ticks: list[float]
-    start: float
-    stop: float
-    is_log: bool = False
-
-    def place(self, value: float) -> float:
-        """The pixel of a value."""
-        low, high = self.low, self.high
-        if self.is_log:
-            value, low, high = math.log(value), math.log(low), math.log(high)
-        share = (value - low) / (high - low)
-        return self.start + share * (self.stop - self.start)
 
 
 def evaluations(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
@@ -126,26 +107,13 @@ def read_curve(name: str, files: Sequence[str], metric: str) -> Curve:
     return curve
 
 
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round values that cover low to high, both ends included."""
-    raw = (high - low) / count or 1.0
-    scale = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * scale for m in (1, 2, 2.5, 5, 10) if m * scale >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
-
-
 def axes_for(curves: Sequence[Curve]) -> tuple[Axis, Axis]:
     """The axes that hold every curve; the vertical one starts at 0 unless values are negative."""
     points = [point for curve in curves for point in curve.points]
     most = max(max(p.generations for p in points), 1)
-    x = nice_ticks(0, most, 6)
-    y = nice_ticks(min(0.0, *(p.low for p in points)), max(p.high for p in points), 5)
-    return (
-        # The last tick may lie beyond the data: horizontally that would be empty space.
-        Axis(0, most, [t for t in x if t <= most], LEFT, WIDTH - RIGHT),
-        Axis(y[0], y[-1], y, HEIGHT - BOTTOM, TOP),
-    )
+    low, high = min(0.0, *(p.low for p in points)), max(p.high for p in points)
+    x = FRAME.horizontal(0, most, nice_ticks(0, most, 6))
+    return x, FRAME.vertical(nice_ticks(low, high, 5))
 
 
 def draw(curves: Sequence[Curve], metric: str, *, across: str = "generations") -> str:
@@ -153,12 +121,12 @@ def draw(curves: Sequence[Curve], metric: str, *, across: str = "generations") -
     if len(curves) > len(COLOURS):
         raise UserError(f"{len(curves)} curves; expected at most {len(COLOURS)} in one picture")
     x, y = axes_for(curves)
-    is_share = metric in LABELS and y.high <= 1.0
-    label = LABELS.get(metric, metric.replace("_", " "))
+    shown = metric_of(metric)
+    is_share = shown.is_share and y.high <= 1.0
     seeds = sorted({curve.seeds for curve in curves})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     note = f"mean of {count} seeds; band: smallest to largest" if seeds[-1] > 1 else ""
-    return picture(curves, x, y, label, note, is_share=is_share, across=across)
+    return picture(curves, x, y, shown.label, note, is_share=is_share, across=across)
 
 
 def picture(
@@ -174,18 +142,20 @@ def picture(
     """The SVG of curves on given axes, with a label on the left and a note on the right."""
     title = f"{label} of {', '.join(curve.name for curve in curves)} against {across}"
     # A long name stands beside its line, not beyond the picture's edge.
-    width = WIDTH + max(0, max(LETTER * len(curve.name) for curve in curves) + 14 - RIGHT)
+    longest = max(len(curve.name) for curve in curves)
+    width = FRAME.width + max(0, LETTER * longest + 14 - FRAME.right)
+    end = FRAME.width - FRAME.right
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {FRAME.height}" role="img">',
         f"<title>{escape(title)}</title>",
         _style(len(curves)),
-        f'<rect class="ground" width="{width}" height="{HEIGHT}" rx="8"/>',
-        f'<text class="label" x="{LEFT}" y="26">{escape(label)}</text>',
-        *_grid(x, y, is_share, across),
+        f'<rect class="ground" width="{width}" height="{FRAME.height}" rx="8"/>',
+        f'<text class="label" x="{FRAME.left}" y="26">{escape(label)}</text>',
+        *FRAME.grid(x, y, across, share=is_share),
         *(_band(i, curve, x, y) for i, curve in enumerate(curves) if curve.seeds > 1),
         *(_line(i, curve, x, y) for i, curve in enumerate(curves)),
         *_names(curves, x, y),
-        *([f'<text x="{WIDTH - RIGHT}" y="26" text-anchor="end">{note}</text>'] if note else []),
+        *([f'<text x="{end}" y="26" text-anchor="end">{note}</text>'] if note else []),
         "</svg>",
     ]
     return "\n".join([*lines, ""])
@@ -210,38 +180,15 @@ def _style(count: int) -> str:
     return f"<style>{fixed}{light}@media(prefers-color-scheme:dark){{{dark}}}</style>"
 
 
-def _grid(x: Axis, y: Axis, is_share: bool, across: str) -> list[str]:
-    out: list[str] = []
-    for tick in y.ticks:
-        at = f"{y.place(tick):.1f}"
-        text = f"{100 * tick:.0f} %" if is_share else f"{tick:g}"
-        out.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
-        out.append(f'<text x="{LEFT - 10}" y="{at}" dy="4" text-anchor="end">{text}</text>')
-    for tick in x.ticks:
-        at = f"{x.place(tick):.1f}"
-        out.append(
-            f'<text x="{at}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:,.0f}</text>'
-        )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(
-        f'<text x="{middle:g}" y="{HEIGHT - 12}" text-anchor="middle">{escape(across)}</text>'
-    )
-    return out
-
-
-def _pairs(places: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-
-
 def _line(index: int, curve: Curve, x: Axis, y: Axis) -> str:
     places = [(x.place(p.generations), y.place(p.mean)) for p in curve.points]
-    return f'<polyline class="line line{index}" points="{_pairs(places)}"/>'
+    return f'<polyline class="line line{index}" points="{coordinates(places)}"/>'
 
 
 def _band(index: int, curve: Curve, x: Axis, y: Axis) -> str:
     there = [(x.place(p.generations), y.place(p.high)) for p in curve.points]
     back = [(x.place(p.generations), y.place(p.low)) for p in reversed(curve.points)]
-    return f'<polygon class="band band{index}" points="{_pairs(there + back)}"/>'
+    return f'<polygon class="band band{index}" points="{coordinates(there + back)}"/>'
 
 
 def _names(curves: Sequence[Curve], x: Axis, y: Axis) -> list[str]:
@@ -261,23 +208,23 @@ def _names(curves: Sequence[Curve], x: Axis, y: Axis) -> list[str]:
     return out
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Reads the words of the command line and writes the picture.
+def main(argv: Sequence[str]) -> None:
+    """Parses the command line and writes the picture.
 
     Raises:
-      UserError: words or files that do not fit.
+      UserError: a file does not fit.
     """
-    words, metric = list(arguments), "accuracy"
-    if "--metric" in words:
-        at = words.index("--metric")
-        metric = (words[at + 1 : at + 2] or [""])[0]
-        del words[at : at + 2]
-    out, specs = Path(words[0] if words else ""), words[1:]
-    if not metric or out.suffix != ".svg" or not specs or not all("=" in s for s in specs):
-        raise UserError(f"expected `{USAGE}`")
+    parser = ArgumentParser(prog="python -m sdpo_jax.reports.curves")
+    parser.add_argument("out", metavar="OUT.svg", type=Path)
+    parser.add_argument("--metric", default="accuracy")
+    parser.add_argument("curves", metavar="NAME=FILE[,FILE...]", nargs="+")
+    arguments = parser.parse_args(argv)
+    out, metric = arguments.out, arguments.metric
+    if out.suffix != ".svg" or not all("=" in text for text in arguments.curves):
+        parser.error("expected a file with .svg, then NAME=FILE[,FILE...] ...")
     curves: list[Curve] = []
-    for spec in specs:
-        name, _, files = spec.partition("=")
+    for text in arguments.curves:
+        name, _, files = text.partition("=")
         curves.append(read_curve(name, files.split(","), metric))
     out.write_text(draw(curves, metric), encoding="utf-8")
     print(f"wrote {out}: {', '.join(f'{c.name} ({c.seeds} run(s))' for c in curves)}")

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from sdpo_jax.reports.curves import Axis, nice_ticks
+from sdpo_jax.reports.plot import Axis, Frame, coordinates, nice_ticks
 
-WIDTH, HEIGHT = 420, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 34
+FRAME = Frame(420, 240, 56, 14, 12, 34, left_gap=8, tick_drop=16, label_rise=3)
 MOST_POINTS = 200
 
 Points = Sequence[tuple[float, float]]
@@ -61,8 +60,8 @@ def panel(title: str, series: Sequence[Series], *, x_label: str, share: bool = F
     label = f"{title}: {ends}"
     lines = [
         f'<figure class="panel"><figcaption>{escape(title)}</figcaption>',
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">',
-        *_grid(x, y, x_label, share),
+        f'<svg viewBox="0 0 {FRAME.width} {FRAME.height}" role="img" aria-label="{escape(label)}">',
+        *FRAME.grid(x, y, x_label, share=share),
         *(line for s in drawn for line in _line(s, x, y, share)),
         "</svg></figure>",
     ]
@@ -74,43 +73,18 @@ def _axes(series: Sequence[Series], share: bool) -> tuple[Axis, Axis]:
     ys = [y for s in series for _, y in s.points]
     most = max(max(xs), 1e-9)
     low = 0.0 if share or 0.0 <= min(ys) <= 0.5 * max(ys) else min(ys)
-    ticks = nice_ticks(low, max(ys), 4)
-    return (
-        Axis(0, most, [t for t in nice_ticks(0, most, 4) if t <= most], LEFT, WIDTH - RIGHT),
-        Axis(ticks[0], ticks[-1], ticks, HEIGHT - BOTTOM, TOP),
-    )
+    x = FRAME.horizontal(0, most, nice_ticks(0, most, 4))
+    return x, FRAME.vertical(nice_ticks(low, max(ys), 4))
 
 
 def _text(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3g}"
 
 
-def _grid(x: Axis, y: Axis, x_label: str, share: bool) -> list[str]:
-    out: list[str] = []
-    digits = max(0, math.ceil(-math.log10(100 * (y.ticks[1] - y.ticks[0])) - 1e-9))
-    for tick in y.ticks:
-        at, text = f"{y.place(tick):.1f}", f"{100 * tick:.{digits}f} %" if share else f"{tick:g}"
-        out.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
-        out.append(f'<text x="{LEFT - 8}" y="{at}" dy="4" text-anchor="end">{text}</text>')
-    for tick in x.ticks:
-        text, at = f"{tick:,.0f}" if x.high > 8 else f"{tick:g}", f"{x.place(tick):.1f}"
-        # The last one may lie at the edge, where half of it would be cut off.
-        anchor = "end" if x.place(tick) > WIDTH - 40 else "middle"
-        out.append(
-            f'<text x="{at}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{text}</text>'
-        )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(
-        f'<text x="{middle:g}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    return out
-
-
 def _line(series: Series, x: Axis, y: Axis, share: bool) -> list[str]:
     places = [(x.place(a), y.place(b)) for a, b in series.points]
     kind = f"run{series.colour}{' dashed' if series.dashed else ''}"
-    pairs = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-    out = [f'<polyline class="{kind}" points="{pairs}"/>']
+    out = [f'<polyline class="{kind}" points="{coordinates(places)}"/>']
     for (a, b), (at, value) in zip(places, series.points, strict=True):
         text = f"{100 * value:.1f} %" if share else _text(value)
         told = escape(f"{series.name}: {text} at {_text(at)}")

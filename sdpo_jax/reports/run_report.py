@@ -9,51 +9,26 @@ steps' phases, without initialisation, evaluation and checkpoints, as in figure 
 import os
 import statistics
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from sdpo_jax.errors import UserError
+from sdpo_jax.evaluation.metric_table import METRICS, duration, text_of
 from sdpo_jax.reports.heatmap import HEATMAP
 from sdpo_jax.reports.page import page, write_page
 from sdpo_jax.reports.panels import Points, Series, panel, rolling_mean
-from sdpo_jax.run.console import duration, number, percent
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.run_directory import CONFIG, read_summary
 
-USAGE = "sdpo report RUN_DIR [RUN_DIR ...] [--out FILE.html]"
 MOST_RUNS = 6
 """As many as there are colours."""
 SMOOTHED = 5
 """Steps of a rolling mean, as in the paper's figure 10."""
 INSIDE = ("seconds_grade",)
 """Phases that lie inside others."""
-SHARES = (
-    *("accuracy", "teacher_accuracy", "success", "truncated", "teacher_signal", "clipped"),
-    *("divergence_top20_tokens", "same_token", "gap_agreement/success"),
-)
-DASHED = ("teacher_entropy", "gap_agreement/failure")
-STEP_PANELS = {
-    "Reward of the batch": ("reward",),
-    "Response length, tokens": ("response_tokens",),
-    "Truncated responses": ("truncated",),
-    "Responses with a signal": ("teacher_signal", "advantage_signal"),
-    "Loss": ("loss",),
-    "Divergence of student and teacher (JSD)": ("jsd",),
-    "99th percentile of the tokens' divergence": ("divergence_p99",),
-    "Divergence on the 20 tokens with most of it": ("divergence_top20_tokens",),
-    "Tokens where both have the same likeliest": ("same_token",),
-    "Teacher for successes (dashed: against failures)": (
-        "gap_agreement/success",
-        "gap_agreement/failure",
-    ),
-    "Entropy, student (dashed: teacher)": ("student_entropy", "teacher_entropy"),
-    "Gradient norm": ("grad_norm",),
-    "Clipped tokens": ("clipped",),
-    "Accuracy on demonstrations' tokens": ("token_accuracy",),
-}
 
 
 class Run(NamedTuple):
@@ -67,22 +42,17 @@ class Run(NamedTuple):
     summary: dict[str, Any] | None
 
 
-def main(words: Sequence[str]) -> None:
-    """Reads the words of the command line and writes the page.
+def write_report(folders: Sequence[Path], out: Path | None = None) -> None:
+    """Writes the page of one run or of several, by default into the first folder.
 
     Raises:
-      UserError: words that do not fit, or a folder without a run.
+      UserError: too many runs or one twice, another name than `.html`, or a folder without a run.
     """
-    rest, out = list(words), None
-    if "--out" in rest:
-        at = rest.index("--out")
-        out = Path((rest[at + 1 : at + 2] or [""])[0])
-        del rest[at : at + 2]
-    if not rest or any(w.startswith("-") for w in rest) or (out and out.suffix != ".html"):
-        raise UserError(f"expected `{USAGE}`")
-    if len(set(rest)) != len(rest) or len(rest) > MOST_RUNS:
-        raise UserError(f"expected different runs, at most {MOST_RUNS}: `{USAGE}`")
-    runs = [read_run(Path(word)) for word in rest]
+    if out and out.suffix != ".html":
+        raise UserError(f"--out {out}: expected the name of a file with .html")
+    if len(set(folders)) != len(folders) or len(folders) > MOST_RUNS:
+        raise UserError(f"expected different runs, at most {MOST_RUNS}")
+    runs = [read_run(folder) for folder in folders]
     if out and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     name = "report.html" if len(runs) == 1 else "comparison.html"
@@ -241,18 +211,20 @@ def _against_steps(run: Run, metric: str, kind: str) -> Points:
 
 def _training_panels(runs: Sequence[Run]) -> str:
     figures: list[str] = []
-    for title, metrics in STEP_PANELS.items():
+    for title in dict.fromkeys(m.panel for m in METRICS.values() if m.panel):
+        shown = {name: metric for name, metric in METRICS.items() if metric.panel == title}
         series = [
             Series(
-                f"{run.name}, {metric.replace('_', ' ')}",
-                _against_steps(run, metric, "train"),
+                f"{run.name}, {metric.label}",
+                _against_steps(run, name, "train"),
                 i,
-                dashed=metric in DASHED,
+                dashed=metric.dashed,
             )
             for i, run in enumerate(runs)
-            for metric in metrics
+            for name, metric in shown.items()
         ]
-        figures.append(panel(title, series, x_label="steps", share=metrics[0] in SHARES))
+        share = all(metric.is_share for metric in shown.values())
+        figures.append(panel(title, series, x_label="steps", share=share))
     return f'<p class="soft">Means of {SMOOTHED} steps.</p>' + _grid(figures, "no step yet")
 
 
@@ -283,10 +255,7 @@ def _before_and_after(runs: Sequence[Run]) -> str:
 
 
 def _value(name: str, value: Any) -> str:
-    if not isinstance(value, int | float):
-        return "-"
-    show: Callable[[float], str] = percent if name.split("/")[0] in SHARES else number
-    return escape(show(value))
+    return escape(text_of(name, value)) if isinstance(value, int | float) else "-"
 
 
 def _phases(runs: Sequence[Run]) -> str:

@@ -12,24 +12,21 @@ shown the context that `[teacher]` describes.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sdpo_jax.config import Config
-from sdpo_jax.data.pipeline import prompt_batches
-from sdpo_jax.environments.base import Environment, Prompt
-from sdpo_jax.environments.grading import refuse_failures
-from sdpo_jax.errors import UserError
+from sdpo_jax.environments.base import Environment, not_graded
 from sdpo_jax.model import Params
-from sdpo_jax.objectives.contexts import Contexts
 from sdpo_jax.objectives.loss_weights import graded_advantages
 from sdpo_jax.reports.token_records import Responses, TokenRecord, token_records
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.rollout_batch import RolloutBatch, draw, make_rollout_setup
-from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch
+from sdpo_jax.rollouts.sources import GradedRollouts
+from sdpo_jax.run.checkpoint import Restored
+from sdpo_jax.run.components import RunComponents, make_trainer
+from sdpo_jax.run.restore import restore_run
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
-from sdpo_jax.teacher.prompts import TeacherPrompts
+from sdpo_jax.teacher.contexts import SiblingContexts, context_seed
 from sdpo_jax.tokens import Tokenizer
 from sdpo_jax.training.trainer import Trainer
 
@@ -45,13 +42,13 @@ class Shown(NamedTuple):
 
 
 def token_batch(
-    run: RunRef, parts: Mapping[str, Any], *, prompts: int, top: int
+    run: RunRef, components: RunComponents, *, prompts: int, top: int
 ) -> list[dict[str, Any]]:
     """Samples the next batch of a run and compares student and teacher on it.
 
     Args:
       run: and which of its checkpoints.
-      parts: what `load_parts` returns.
+      components: of the run.
       prompts: at most so many of the batch's prompts, the first ones.
       top: alternatives per token of student and of teacher.
 
@@ -61,26 +58,15 @@ def token_batch(
     Raises:
       UserError: the run has no such checkpoint, or its environment fails too often.
     """
-    trainer = Trainer(
-        run.config,
-        parts["model"],
-        parts["tokenizer"],
-        parts["environment"],
-        parts["demonstrations"],
-    )
-    with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        restored = trainer.restore(checkpoints, parts["params"], run.step)
-    if restored is None:
-        raise UserError(
-            f"{run.folder} has no checkpoint yet; expected at least one (checkpoint.every_steps)"
-        )
-    return batch_of(trainer, restored, parts, run=str(run.folder), prompts=prompts, top=top)
+    trainer = make_trainer(run.config, components)
+    restored = restore_run(trainer, run, components.params)
+    return batch_of(trainer, restored, components, run=str(run.folder), prompts=prompts, top=top)
 
 
 def batch_of(
     trainer: Trainer,
     restored: Restored,
-    parts: Mapping[str, Any],
+    components: RunComponents,
     *,
     run: str,
     prompts: int,
@@ -91,19 +77,16 @@ def batch_of(
     Raises:
       UserError: the environment fails too often.
     """
-    config, tokenizer = trainer.config, trainer.tokenizer
+    config, tokenizer, step = trainer.config, trainer.tokenizer, restored.step + 1
     student = trainer.student(restored.state)
-    asked = _next_prompts(config, parts["environment"], restored)[:prompts]
-    experience = _sampled(trainer, parts["environment"], student, asked, restored.step + 1)
-    shown = teacher_prompts(
-        config, experience, tokenizer, restored.step + 1, restored.extra.get("host", {})
-    )
+    batch = _rollouts(trainer, restored, components.environment, student, prompts)
+    shown = _shown(trainer, restored, batch, step)
     records = token_records(
-        parts["model"],
+        components.model,
         student,
         _teacher_weights(trainer, restored, student),
-        Responses(experience.prompt_ids, shown.prompt_ids, experience.response_ids),
-        form=trainer.form,
+        Responses(batch.prompt_ids, shown.prompt_ids, batch.response_ids),
+        form=trainer.layout,
         devices=trainer.devices,
         temperature=config.rollout.temperature,
         top=top,
@@ -118,35 +101,29 @@ def batch_of(
         "temperature": config.rollout.temperature,
         "stop_ids": list(tokenizer.stop_ids),
     }
-    return [head, *response_rows(experience, shown, records, tokenizer)]
+    return [head, *response_rows(batch, shown, records, tokenizer)]
 
 
-def _sampled(
-    trainer: Trainer, environment: Environment, student: Params, asked: list[Prompt], step: int
+def _rollouts(
+    trainer: Trainer, restored: Restored, environment: Environment, student: Params, prompts: int
 ) -> RolloutBatch:
-    """Graded rollouts, as the step draws them."""
-    config = trainer.config
-    experience, _ = draw(
-        make_rollout_setup(config, trainer.tokenizer, environment),
-        trainer.sampler,
-        student,
-        asked,
-        seed=config.seed,
-        step=step,
-        clock=PhaseTimer(),
-    ).finish(PhaseTimer())
-    limit = config.environment.max_failed_share
-    refuse_failures(experience.prompts, experience.outcomes, limit, f"step {step}")
-    return experience
+    """The first rollouts of the next batch; under `sft`, to the environment's first prompts."""
+    source = trainer.source
+    if trainer.config.objective.samples:
+        source.set_state(restored.extra["data"])
+    else:
+        source = GradedRollouts(trainer.config, environment, trainer.tokenizer, trainer.sampler)
+    return source(student, restored.step + 1, PhaseTimer(), first=prompts)[0]
 
 
-def _next_prompts(config: Config, environment: Environment, restored: Restored) -> list[Prompt]:
-    """Those of the step after the checkpoint; under `sft` the first ones of the environment."""
-    size = config.rollout.prompts_per_step
-    batches = prompt_batches(environment.train, batch_size=size, seed=config.seed)
-    if config.objective.samples:
-        batches.set_state(restored.extra["data"])
-    return next(batches)
+def _shown(trainer: Trainer, restored: Restored, batch: RolloutBatch, step: int) -> Shown:
+    """What the teacher of each rollout reads, by the rule of training."""
+    trainer.set_host_state(restored.extra.get("host", {}))
+    build = trainer.contexts or SiblingContexts(trainer.config.teacher)
+    seed = context_seed(trainer.config.seed, step)
+    contexts = build(batch.prompts, batch.group, batch.outcomes, batch.texts, seed=seed)
+    prompts = trainer.teacher_prompts.of_rollouts(batch.prompts, batch.group, contexts)
+    return Shown(contexts, prompts)
 
 
 def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:
@@ -157,35 +134,21 @@ def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> l
     return [teacher, student] if trainer.teacher.logits is not None else [teacher]
 
 
-def teacher_prompts(
-    config: Config,
-    experience: RolloutBatch,
-    tokenizer: Tokenizer,
-    step: int,
-    host_state: Mapping[str, Any] = MappingProxyType({}),
-) -> Shown:
-    """Contexts of all rows, and the ids of their re-prompts as training renders them.
-
-    `host_state` is the checkpoint's: successes that the run remembers may be shown.
-    """
-    contexts = Contexts(config, TeacherPrompts(config.teacher, tokenizer), tokenizer)
-    contexts.set_state(host_state.get("successes", {}))
-    chosen = contexts.choose(experience, step)
-    return Shown(chosen, contexts.render(experience, chosen))
-
-
 def response_rows(
-    experience: RolloutBatch, shown: Shown, records: Sequence[TokenRecord], tokenizer: Tokenizer
+    batch: RolloutBatch, shown: Shown, records: Sequence[TokenRecord], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """The lines about the responses, in the order of the batch.
 
     `advantage` of a token is SDPO's, log q / p, null without a context; `grpo_advantage` of a row
-    is GRPO's, reward minus the mean of its siblings.
+    is GRPO's, reward minus the mean of its siblings. Where nothing is graded (`sdft`), it is 0.
     """
-    grpo, known = graded_advantages(experience), dict[int, str]()
+    if not batch.outcomes:
+        nothing = not_graded("nothing grades the answers to demonstrations")
+        batch = batch._replace(outcomes=[nothing] * len(batch.texts))
+    grpo, known = graded_advantages(batch), dict[int, str]()
     rows: list[dict[str, Any]] = []
-    for i, (outcome, record) in enumerate(zip(experience.outcomes, records, strict=True)):
-        prompt, context = experience.prompts[i // experience.group], shown.contexts[i]
+    for i, (outcome, record) in enumerate(zip(batch.outcomes, records, strict=True)):
+        prompt, context = batch.prompts[i // batch.group], shown.contexts[i]
         ids = shown.prompt_ids[i]
         rows.append(
             {
@@ -193,7 +156,7 @@ def response_rows(
                 "row": i,
                 "prompt_id": prompt.id,
                 "prompt": [dict(message) for message in prompt.messages],
-                "response": experience.texts[i],
+                "response": batch.texts[i],
                 "reward": float(outcome.reward),
                 "passed": bool(outcome.passed),
                 "graded": outcome.graded,

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_jax.devices import Devices
-from sdpo_jax.losses.chunked_head import head_logits
-from sdpo_jax.losses.vocabulary import log_softmax, shape_logits
+from sdpo_jax.losses.fused_linear import head_logits
+from sdpo_jax.losses.vocabulary import log_softmax, scale_logits
 from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import TeacherLogits
 from sdpo_jax.training.batch import (
@@ -142,7 +142,7 @@ def compare(
       ids [C, 1 + K · number of models] int32, and [log p] or [log p, log q] of the same shape.
     """
     logits = [
-        shape_logits(head_logits(h.reshape(-1, h.shape[-1]), w), temperature=temperature)
+        scale_logits(head_logits(h.reshape(-1, h.shape[-1]), w), temperature=temperature)
         for h, w in zip(hidden, heads, strict=True)
     ]
     if len(logits) > 1:

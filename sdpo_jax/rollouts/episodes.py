@@ -1,12 +1,12 @@
-"""Episodes: the model answers, the environment answers in text, and so on until it is over.
+"""Episodes: the model responds, the environment replies in text, and so on until the episode ends.
 
     turn 1      `G` responses to each prompt, as without episodes
     between     what the chat template writes around the environment's text (`turns.py`)
     turn 2 ...  the episodes that go on, each as a prompt of its own, with all its ids so far
 
-An episode ends where the environment says so or cannot judge, after `max_turns`, and with a
-response that was cut at the token limit: an end of turn that the model did not write is nothing
-to go on from. One that is over costs no further sampling.
+An episode ends where the environment says so or cannot grade, after `max_turns`, and with a
+response that was cut at the token limit: the model cannot continue after an end of turn that it did
+not write. An episode that is over costs no further sampling.
 
 Cost: a later turn runs its conversation through the model once more (prefill), where an engine
 that kept the keys and values of turn 1 would only run what is new; and each row has a prefix of its
@@ -17,22 +17,25 @@ A draw depends on (seed, step, prompt, sibling, turn, position) and on the conve
 not on which other episodes go on.
 """
 
-from collections.abc import Callable, Sequence
+import base64
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_jax.distributed import all_processes
 from sdpo_jax.environments.base import Outcome, Prompt, Step, not_graded
+from sdpo_jax.errors import UserError
 from sdpo_jax.rollouts.generate import Turn
 from sdpo_jax.rollouts.sampler import HostRollouts, OnDone
 from sdpo_jax.rollouts.turns import ids_between
 from sdpo_jax.tokens import Tokenizer, start_of
 
-Judge = Callable[[list[int], list[str], list[bool]], list[Step]]
-"""`judge(rows, responses, truncated)`: the next step of each of these rows of all `P·G`."""
+Grader = Callable[[list[int], list[str], list[bool]], list[Step]]
+"""`grade(rows, responses, truncated)`: the next step of each of these rows of all `P·G`."""
 
 
 class Sample(Protocol):
@@ -53,7 +56,7 @@ class Sample(Protocol):
 
 
 class Limits(NamedTuple):
-    """Of episodes."""
+    """Limits of episodes."""
 
     turns: int
     observation_tokens: int
@@ -68,8 +71,8 @@ class Episode:
         """Nothing sampled yet."""
         self.prompt, self.prompt_ids = prompt, prompt_ids
         self.ids: list[int] = []
-        self.own = np.zeros(0, np.bool_)
-        """Whether the model wrote it."""
+        self.response_mask = np.zeros(0, np.bool_)
+        """Which of the ids the model wrote."""
         self.log_probs = np.zeros(0, np.float32)
         """Of the sampling distribution; 0 where the model did not write."""
         self.steps: list[Step] = []
@@ -83,14 +86,14 @@ class Episode:
         return len(self.steps)
 
     @property
-    def own_tokens(self) -> int:
-        """Tokens that the model wrote."""
-        return int(self.own.sum())
+    def sampled_tokens(self) -> int:
+        """Number of tokens that the model wrote."""
+        return int(self.response_mask.sum())
 
     @property
-    def own_ids(self) -> list[int]:
-        """What the model wrote, without what stands between its turns."""
-        return [i for i, own in zip(self.ids, self.own.tolist(), strict=True) if own]
+    def sampled_ids(self) -> list[int]:
+        """The tokens that the model wrote, without those between its turns."""
+        return [i for i, sampled in zip(self.ids, self.response_mask, strict=True) if sampled]
 
     @property
     def outcome(self) -> Outcome:
@@ -111,108 +114,108 @@ class Episode:
         return step.observation is not None and step.outcome.graded and self.stopped
 
     def write(self, ids: Sequence[int], log_probs: NDArray[np.float32] | None) -> None:
-        """Appends ids; they are the model's own if they have log-probs."""
-        own = log_probs is not None
+        """Appends ids; those with log-probs are the ones that the model wrote."""
+        sampled = log_probs is not None
         self.ids += ids
-        self.own = np.append(self.own, np.full(len(ids), own))
+        self.response_mask = np.append(self.response_mask, np.full(len(ids), sampled))
         zeros = np.zeros(len(ids), np.float32)
-        self.log_probs = np.append(self.log_probs, log_probs if own else zeros)
+        self.log_probs = np.append(self.log_probs, log_probs if sampled else zeros)
 
 
-class Player:
-    """Plays the episodes of prompts to their end."""
+def run_episodes(
+    sample: Sample,
+    grade: Grader,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    *,
+    group: int,
+    first_prompt: int = 0,
+    prompt_rows: int = 1,
+) -> list[Episode]:
+    """Runs `group` episodes of each prompt to their end; row `n` belongs to prompt `n // group`.
 
-    def __init__(self, sample: Sample, judge: Judge, tokenizer: Tokenizer, limits: Limits):
-        """Binds what the turns need.
+    Args:
+      sample: draws responses.
+      grade: calls the environment, for rows as they finish, while the device goes on.
+      tokenizer: decodes responses and writes what stands between turns.
+      limits: of turns and tokens.
+      prompts: [P].
+      prompt_ids: [P], rendered.
+      group: `G`.
+      first_prompt: see `Sampler.__call__`, as is `prompt_rows`.
+      prompt_rows: of the first turn.
 
-        Args:
-          sample: draws responses.
-          judge: asks the environment; called for rows as they are done, while the device goes on.
-          tokenizer: decodes responses and writes what stands between turns.
-          limits: of turns and tokens.
-        """
-        self._sample, self._judge, self._tokenizer = sample, judge, tokenizer
-        self._limits = limits
+    Raises:
+      UserError: the environment raised, or the chat template cannot go on (`ids_between`).
+    """
+    pairs = zip(prompts, prompt_ids, strict=True)
+    rows = [Episode(prompt, ids) for prompt, ids in pairs for _ in range(group)]
+    given = {"group": group, "first_prompt": first_prompt, "prompt_rows": prompt_rows}
+    first = partial(sample, prompt_ids, turn=None, **given)
+    _run_turn(rows, list(range(len(rows))), first, grade, tokenizer)
+    size = min(limits.slots or len(rows), len(rows))
+    for number in range(1, limits.turns):
+        members = [i for i, row in enumerate(rows) if row.goes_on]
+        _reply([rows[i] for i in members], tokenizer, limits.observation_tokens)
+        for start in range(0, len(members), size):
+            batch = members[start : start + size]
+            prompt_of = [first_prompt + i // group for i in batch]
+            turn = Turn(prompt_of, [i % group for i in batch], number)
+            later = _later_turn(sample, rows, batch, turn, size)
+            _run_turn(rows, batch, later, grade, tokenizer)
+    return rows
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        *,
-        group: int,
-        first_prompt: int = 0,
-        prompt_rows: int = 1,
-    ) -> list[Episode]:
-        """`group` episodes of each prompt; row `n` belongs to prompt `n // group`.
 
-        Args:
-          prompts: [P].
-          prompt_ids: [P], rendered.
-          group: `G`.
-          first_prompt: see `Sampler.__call__`, as is `prompt_rows`.
-          prompt_rows: of the first turn.
+def _later_turn(
+    sample: Sample, rows: list[Episode], members: list[int], turn: Turn, size: int
+) -> Callable[..., HostRollouts]:
+    """Draws a later turn of these rows, in one of few sizes up to `size`, each a program."""
+    while -(-size // 2) >= len(members) and size > 1:
+        size = -(-size // 2)
+    ids = [[*rows[i].prompt_ids, *rows[i].ids] for i in members]
+    return partial(sample, ids, turn=turn, group=1, first_prompt=0, prompt_rows=size)
 
-        Raises:
-          UserError: the environment raised, or the chat template cannot go on (`ids_between`).
-        """
-        asked = zip(prompts, prompt_ids, strict=True)
-        rows = [Episode(prompt, ids) for prompt, ids in asked for _ in range(group)]
-        given = {"group": group, "first_prompt": first_prompt, "prompt_rows": prompt_rows}
-        first = partial(self._sample, prompt_ids, turn=None, **given)
-        self._turn(rows, list(range(len(rows))), first)
-        size = min(self._limits.slots or len(rows), len(rows))
-        for number in range(1, self._limits.turns):
-            members = [i for i, row in enumerate(rows) if row.goes_on]
-            self._answer([rows[i] for i in members])
-            for start in range(0, len(members), size):
-                batch = members[start : start + size]
-                prompt_of = [first_prompt + i // group for i in batch]
-                turn = Turn(prompt_of, [i % group for i in batch], number)
-                self._later(rows, batch, turn, size)
-        return rows
 
-    def _later(self, rows: list[Episode], members: list[int], turn: Turn, size: int) -> None:
-        """A later turn of these rows, in one of few sizes, each a program, up to `size`."""
-        while -(-size // 2) >= len(members) and size > 1:
-            size = -(-size // 2)
-        ids = [[*rows[i].prompt_ids, *rows[i].ids] for i in members]
-        given = {"group": 1, "first_prompt": 0, "prompt_rows": size}
-        self._turn(rows, members, partial(self._sample, ids, turn=turn, **given))
+def _run_turn(
+    rows: list[Episode],
+    members: list[int],
+    draw: Callable[..., HostRollouts],
+    grade: Grader,
+    tokenizer: Tokenizer,
+) -> None:
+    """Draws, grades and records one turn of the rows `members`."""
+    done: dict[int, tuple[str, Step]] = {}
 
-    def _turn(
-        self, rows: list[Episode], members: list[int], draw: Callable[..., HostRollouts]
-    ) -> None:
-        """Draws, judges and writes down one turn of the rows `members`."""
-        done: dict[int, tuple[str, Step]] = {}
+    def grade_finished(which: list[int], rollouts: HostRollouts) -> None:
+        texts = [tokenizer.decode(rollouts.response(i)) for i in which]
+        cut = [not rollouts.stopped[i] for i in which]
+        steps = grade([members[i] for i in which], texts, cut)
+        done.update(zip(which, zip(texts, steps, strict=True), strict=True))
 
-        def tell(which: list[int], rollouts: HostRollouts) -> None:
-            texts = [self._tokenizer.decode(rollouts.response(i)) for i in which]
-            cut = [not rollouts.stopped[i] for i in which]
-            steps = self._judge([members[i] for i in which], texts, cut)
-            done.update(zip(which, zip(texts, steps, strict=True), strict=True))
+    rollouts = draw(on_done=grade_finished)
+    if late := [i for i in range(len(members)) if i not in done]:
+        grade_finished(late, rollouts)
+    outcomes = agreed([done[i][1].outcome for i in range(len(members))])
+    for i, (member, outcome) in enumerate(zip(members, outcomes, strict=True)):
+        row, (text, step) = rows[member], done[i]
+        row.write(rollouts.response(i), rollouts.log_probs[i, : rollouts.lengths[i]])
+        row.response, row.stopped = text, bool(rollouts.stopped[i])
+        row.steps.append(step._replace(outcome=outcome))
 
-        rollouts = draw(on_done=tell)
-        if late := [i for i in range(len(members)) if i not in done]:
-            tell(late, rollouts)
-        outcomes = agreed([done[i][1].outcome for i in range(len(members))])
-        for i, (member, outcome) in enumerate(zip(members, outcomes, strict=True)):
-            row, (text, step) = rows[member], done[i]
-            row.write(rollouts.response(i), rollouts.log_probs[i, : rollouts.lengths[i]])
-            row.response, row.stopped = text, bool(rollouts.stopped[i])
-            row.steps.append(step._replace(outcome=outcome))
 
-    def _answer(self, rows: list[Episode]) -> None:
-        """Writes what stands between the last turn of each row and its next."""
-        tokenizer, limit = self._tokenizer, self._limits.observation_tokens
-        known: dict[tuple[Prompt | str, ...], list[int]] = {}
-        for row in rows:
-            step = row.steps[-1]
-            seen = start_of(step.observation or "", tokenizer, limit) + step.instruction
-            row.observations.append(seen)
-            key = (row.prompt.id, *row.observations)
-            if key not in known:
-                known[key] = ids_between(tokenizer, row.prompt.messages, row.observations)
-            row.write(known[key], None)
+def _reply(rows: list[Episode], tokenizer: Tokenizer, max_tokens: int) -> None:
+    """Writes what stands between the last turn of each row and its next."""
+    known: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        step = row.steps[-1]
+        seen = start_of(step.observation or "", tokenizer, max_tokens) + step.instruction
+        row.observations.append(seen)
+        key = (row.prompt.id, *row.observations)
+        if key not in known:
+            known[key] = ids_between(tokenizer, row.prompt.messages, row.observations)
+        row.write(known[key], None)
 
 
 def agreed(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -227,3 +230,51 @@ def agreed(outcomes: Sequence[Outcome]) -> list[Outcome]:
         elsewhere if outcome.graded and not ok else outcome
         for outcome, ok in zip(outcomes, everywhere, strict=True)
     ]
+
+
+def episodes_to_state(prompts: Sequence[Prompt], rows: Sequence[Episode]) -> dict[str, Any]:
+    """Sampled single turns, JSON-serialisable, at most 8 bytes a token."""
+    return {
+        "prompts": [prompt.id for prompt in prompts],
+        "lengths": [len(row.ids) for row in rows],
+        "stopped": [row.stopped for row in rows],
+        "ids": _compress(np.concatenate([np.asarray(row.ids, "<i4") for row in rows])),
+        "log_probs": _compress(np.concatenate([row.log_probs for row in rows]).astype("<f4")),
+    }
+
+
+def episodes_from_state(
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    group: int,
+    state: Mapping[str, Any],
+    tokenizer: Tokenizer,
+) -> list[Episode]:
+    """Undoes `episodes_to_state`; the episodes are not graded.
+
+    Raises:
+      UserError: the state belongs to other prompts.
+    """
+    if [prompt.id for prompt in prompts] != state["prompts"]:
+        raise UserError(
+            "the checkpoint holds rollouts of other prompts than those that come next: "
+            f"{state['prompts'][:3]}, ... and {[p.id for p in prompts[:3]]}, ...; restore the "
+            "environment's prompts and the seed, or start in a new run directory"
+        )
+    pairs = zip(prompts, prompt_ids, strict=True)
+    rows = [Episode(prompt, ids) for prompt, ids in pairs for _ in range(group)]
+    ends = np.cumsum(state["lengths"])[:-1]
+    ids = np.split(_decompress(state["ids"], "<i4"), ends)
+    log_probs = np.split(_decompress(state["log_probs"], "<f4").astype(np.float32), ends)
+    for row, sampled, log_prob, stopped in zip(rows, ids, log_probs, state["stopped"], strict=True):
+        row.write(sampled.tolist(), log_prob)
+        row.response, row.stopped = tokenizer.decode(sampled.tolist()), stopped
+    return rows
+
+
+def _compress(values: NDArray[Any]) -> str:
+    return base64.b64encode(zlib.compress(values.tobytes())).decode("ascii")
+
+
+def _decompress(text: str, dtype: str) -> NDArray[Any]:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)

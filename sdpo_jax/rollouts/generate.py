@@ -7,7 +7,7 @@
 A slot whose rollout has ended takes the next one inside the loop (`refill`); nothing is prefilled
 there, since rollouts of a prompt share its keys and values and its last hidden state. Slots write
 their tokens' keys and values to one place of a ring that all share, so that the write is one slice,
-in place; a slot sees as many of the latest places as its rollout has tokens.
+in place; a slot sees as many of the latest positions as its rollout has tokens.
 
 The draw of a token is a pure function of (seed, step, prompt, sibling, turn, position): keys
 are folded, never split, so neither slots, cache sizes nor shards change what is sampled. Everything
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.model import Model, Params, Prefix, SuffixCache
-from sdpo_jax.rollouts.draw import Filters, draw
+from sdpo_jax.rollouts.token_sampling import Filters, sample_tokens
 
 
 class Rollouts(NamedTuple):
@@ -34,13 +34,13 @@ class Rollouts(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """What the loop carries: `B` slots, a cache of `C` places."""
+    """What the loop carries: `B` slots, a cache of `C` positions."""
 
     rollout: jax.Array  # [B] int32, which row of the rollouts; N where the slot is idle
     step: jax.Array  # [B] int32, tokens that the slot's rollout has
     hidden: jax.Array  # [B, D], predicts its next token
-    cache: SuffixCache  # [L, B, H, C, d]; inside the loop as `Model.enter` leaves it
-    written: jax.Array  # [1] int32, places written so far; the next is `written % C`
+    cache: SuffixCache  # [L, B, H, C, d]; inside the loop as `Model.to_decode_layout` leaves it
+    written: jax.Array  # [1] int32, positions written so far; the next is `written % C`
     started: jax.Array  # [1] int32, rollouts that have had a slot
     decoded: jax.Array  # [1] int32, passes of the loop
     rollouts: Rollouts
@@ -102,8 +102,8 @@ def turn_keys(seed: jax.Array, step: jax.Array, turn: Turn) -> jax.Array:
     return jax.vmap(one)(turn.prompts, turn.siblings)
 
 
-def begin(model: Model, job: Job, slots: int, places: int, max_tokens: int) -> Slots:
-    """The first rollouts in their slots, and an empty cache of `places`."""
+def begin(model: Model, job: Job, slots: int, cache_size: int, max_tokens: int) -> Slots:
+    """The first rollouts in their slots, and an empty cache of `cache_size`."""
     n = job.keys.shape[0]
     first = jnp.arange(slots, dtype=jnp.int32)
     rollout = jnp.where(first < job.wanted, first, n)
@@ -113,7 +113,7 @@ def begin(model: Model, job: Job, slots: int, places: int, max_tokens: int) -> S
         rollout,
         jnp.zeros((slots,), jnp.int32),
         job.prefix.last_hidden[first // group],
-        model.suffix_cache(slots, places),
+        model.suffix_cache(slots, cache_size),
         written=one,
         started=jnp.minimum(one + slots, job.wanted),
         decoded=one,
@@ -128,26 +128,26 @@ def begin(model: Model, job: Job, slots: int, places: int, max_tokens: int) -> S
 
 def advance(model: Model, params: Params, job: Job, slots: Slots, plan: Plan) -> Slots:
     """Decodes until every rollout is done, or one has filled the cache or this is as long as it."""
-    n, places = job.keys.shape[0], slots.cache.keys.shape[3]
-    head, pause = model.head(params), slots.decoded + places
-    params, prefix, cache = model.enter(params, job.prefix, slots.cache)
+    n, cache_size = job.keys.shape[0], slots.cache.keys.shape[3]
+    head, pause = model.head(params), slots.decoded + cache_size
+    params, prefix, cache = model.to_decode_layout(params, job.prefix, slots.cache)
 
     def unfinished(s: Slots) -> jax.Array:
         live = s.rollout < n
-        full = jnp.any(live & (s.step >= places))
+        full = jnp.any(live & (s.step >= cache_size))
         return jnp.any(live) & ~full & (s.decoded < pause)[0]
 
     def one_token(s: Slots) -> Slots:
         row = jnp.minimum(s.rollout, n - 1)
         logits = jnp.matmul(s.hidden, head, preferred_element_type=jnp.float32)
         keys = jax.vmap(jax.random.fold_in)(job.keys[row], s.step)
-        tokens, log_probs = draw(keys, logits, job.filters)
+        tokens, log_probs = sample_tokens(keys, logits, job.filters)
         stop = jnp.any(tokens[:, None] == job.stop_ids[None], axis=-1)
         rollouts = _record(s, tokens, log_probs, stop)
-        place = (s.written % places)[0]
+        write_index = (s.written % cache_size)[0]
         prompts = None if plan.grouped else row // (n // job.prefix.lengths.shape[0])
         hidden, cache = model.decode(
-            params, prefix, s.cache, tokens, s.step, place, prompts=prompts
+            params, prefix, s.cache, tokens, s.step, write_index, prompts=prompts
         )
         s = s._replace(hidden=hidden, cache=cache, rollouts=rollouts, step=s.step + 1)
         s = s._replace(written=s.written + 1, decoded=s.decoded + 1)
@@ -157,7 +157,7 @@ def advance(model: Model, params: Params, job: Job, slots: Slots, plan: Plan) ->
         return s._replace(rollout=jnp.where(ended, n, s.rollout))
 
     slots = jax.lax.while_loop(unfinished, one_token, slots._replace(cache=cache))
-    return slots._replace(cache=model.leave(slots.cache))
+    return slots._replace(cache=model.from_decode_layout(slots.cache))
 
 
 def _record(s: Slots, tokens: jax.Array, log_probs: jax.Array, stop: jax.Array) -> Rollouts:
@@ -185,13 +185,13 @@ def _refill(job: Job, s: Slots, ended: jax.Array) -> Slots:
     )
 
 
-def resize(slots: Slots, keep: jax.Array | None, places: int) -> Slots:
-    """Grows the cache to `places`, and keeps only some slots.
+def resize(slots: Slots, keep: jax.Array | None, cache_size: int) -> Slots:
+    """Grows the cache to `cache_size`, and keeps only some slots.
 
     Args:
       slots: as they are.
       keep: [B'] int32, which slots; -1 makes an idle one. None keeps all.
-      places: not fewer than now.
+      cache_size: not fewer than now.
     """
     now = slots.cache.keys.shape[3]
     n = slots.rollouts.lengths.shape[0]
@@ -200,7 +200,7 @@ def resize(slots: Slots, keep: jax.Array | None, places: int) -> Slots:
         # The latest place comes last, so that the ring goes on behind it.
         x = jnp.roll(x, -(slots.written % now)[0], axis=3)
         x = x if keep is None else x[:, keep]
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, places - now), (0, 0)])
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, cache_size - now), (0, 0)])
 
     cache = SuffixCache(ring(slots.cache.keys), ring(slots.cache.values))
     slots = slots._replace(cache=cache, written=jnp.full_like(slots.written, now))

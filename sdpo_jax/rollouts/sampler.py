@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from sdpo_jax.data.packing import bucket, pad_rows, size_bucket
 from sdpo_jax.devices import ROWS, Devices
 from sdpo_jax.model import Model, Params, Prefix, SuffixCache
-from sdpo_jax.rollouts.draw import Filters
 from sdpo_jax.rollouts.generate import (
     Job,
     Plan,
@@ -33,6 +32,7 @@ from sdpo_jax.rollouts.generate import (
     rollout_keys,
     turn_keys,
 )
+from sdpo_jax.rollouts.token_sampling import Filters
 
 SMALLEST_CACHE = 64
 
@@ -111,14 +111,14 @@ class Sampler:
         job, state = self._shardings()
         self._begin = devices.jit(
             self._prefill_and_begin,
-            static_argnames=("group", "slots", "places", "max_tokens"),
+            static_argnames=("group", "slots", "cache_size", "max_tokens"),
             out_shardings=(job, state),
         )
         self._advance = devices.jit(
             self._advance_shards, static_argnames="plan", donate_argnums=2, out_shardings=state
         )
         self._resize = devices.jit(
-            self._resize_shards, static_argnames="places", out_shardings=state
+            self._resize_shards, static_argnames="cache_size", out_shardings=state
         )
 
     def __call__(
@@ -181,43 +181,44 @@ class Sampler:
             None if turn is None else _padded(turn, len(lengths)),
             group=group,
             slots=slots,
-            places=sizes[0],
+            cache_size=sizes[0],
             max_tokens=max_tokens,
         )
         n = len(prompts) * group
-        tell = None if on_done is None else _Tell(on_done, n)
+        finished = None if on_done is None else _FinishedRows(on_done, n)
         plan = Plan(max_tokens, grouped=slots == capacity, refill=slots < capacity)
-        state = self._decode(params, job, state, plan, tell)
+        state = self._decode(params, job, state, plan, finished)
         out = self._host(state, n)
-        if tell is not None:
-            tell(out, np.ones(capacity, np.bool_))
+        if finished is not None:
+            finished.report(out, np.ones(capacity, np.bool_))
         return out
 
     def _decode(
-        self, params: Params, job: Job, state: Slots, plan: Plan, tell: "_Tell | None"
+        self, params: Params, job: Job, state: Slots, plan: Plan, finished: "_FinishedRows | None"
     ) -> Slots:
         """Calls the compiled loop until all rollouts are done."""
         sizes, shards = cache_sizes(plan.max_tokens), self._devices.row_shards
         count = self._devices.fetch(job.wanted)
         while True:
             state = self._advance(params, job, state, plan=plan)
-            if tell is not None:
-                tell.now()
+            if finished is not None:
+                finished.report_held()
             view = self._devices.fetch((state.rollout, state.step, state.started))
             rollout, step = (x.reshape(shards, -1) for x in view[:2])
             live = rollout < len(job.keys) // shards
             if not live.any():
                 return state
-            if tell is not None:
-                tell.next(self._host(state, tell.count), _done(rollout, view[2], job.keys.size))
-            places = state.cache.keys.shape[3]
-            if (live & (step >= places)).any():
-                places = sizes[sizes.index(places) + 1]
+            if finished is not None:
+                done = _done(rollout, view[2], job.keys.size)
+                finished.hold(self._host(state, finished.count), done)
+            cache_size = state.cache.keys.shape[3]
+            if (live & (step >= cache_size)).any():
+                cache_size = sizes[sizes.index(cache_size) + 1]
             keep = None if (view[2] < count).any() else _slots_to_keep(live)
-            if keep is not None or places > state.cache.keys.shape[3]:
+            if keep is not None or cache_size > state.cache.keys.shape[3]:
                 plan = plan._replace(grouped=plan.grouped and keep is None)
                 keep = None if keep is None else self._devices.put_rows(keep)
-                state = self._resize(state, keep, places=places)
+                state = self._resize(state, keep, cache_size=cache_size)
 
     def _host(self, state: Slots, count: int) -> HostRollouts:
         *rollouts, decoded = self._devices.fetch((*state.rollouts, state.decoded))
@@ -237,7 +238,7 @@ class Sampler:
         *,
         group: int,
         slots: int,
-        places: int,
+        cache_size: int,
         max_tokens: int,
     ) -> tuple[Job, Slots]:
         shards = self._devices.row_shards
@@ -249,7 +250,7 @@ class Sampler:
         real = (lengths > 0).astype(jnp.int32).reshape(shards, -1)
         job = Job(prefix, keys, jnp.sum(real, axis=-1) * group, stop_ids, filters)
         start = self._on_shards(
-            lambda job: begin(self._model, job, slots // shards, places, max_tokens),
+            lambda job: begin(self._model, job, slots // shards, cache_size, max_tokens),
             job_specs(job),
         )
         return job, start(job)
@@ -263,8 +264,8 @@ class Sampler:
         )
         return run(params, job, slots)
 
-    def _resize_shards(self, slots: Slots, keep: jax.Array | None, *, places: int) -> Slots:
-        return self._on_shards(partial(resize, places=places), SLOTS, ROWS)(slots, keep)
+    def _resize_shards(self, slots: Slots, keep: jax.Array | None, *, cache_size: int) -> Slots:
+        return self._on_shards(partial(resize, cache_size=cache_size), SLOTS, ROWS)(slots, keep)
 
     @staticmethod
     def _on_shards(function: Any, *specs: Any) -> Any:
@@ -313,28 +314,28 @@ def _done(rollout: NDArray[np.int32], started: NDArray[np.int32], rows: int) -> 
     return done.reshape(shards * per_shard)
 
 
-class _Tell:
+class _FinishedRows:
     """Tells the caller of rows that are done, each once, after the device has gone on."""
 
     def __init__(self, on_done: OnDone, count: int):
         self._on_done, self.count = on_done, count
-        self._told = np.zeros(count, np.bool_)
-        self._next: tuple[HostRollouts, NDArray[np.bool_]] | None = None
+        self._reported = np.zeros(count, np.bool_)
+        self._held: tuple[HostRollouts, NDArray[np.bool_]] | None = None
 
-    def next(self, rollouts: HostRollouts, done: NDArray[np.bool_]) -> None:
+    def hold(self, rollouts: HostRollouts, done: NDArray[np.bool_]) -> None:
         """What `now` is to tell."""
-        self._next = rollouts, done
+        self._held = rollouts, done
 
-    def now(self) -> None:
+    def report_held(self) -> None:
         """Tells what was kept for now."""
-        if self._next is not None:
-            self(*self._next)
-            self._next = None
+        if self._held is not None:
+            self.report(*self._held)
+            self._held = None
 
-    def __call__(self, rollouts: HostRollouts, done: NDArray[np.bool_]) -> None:
+    def report(self, rollouts: HostRollouts, done: NDArray[np.bool_]) -> None:
         """Tells of those among `done` that it has not told of."""
-        rows = np.flatnonzero(done[: self.count] & ~self._told)
-        self._told[rows] = True
+        rows = np.flatnonzero(done[: self.count] & ~self._reported)
+        self._reported[rows] = True
         if len(rows):
             self._on_done(rows.tolist(), rollouts)
 

@@ -1,14 +1,11 @@
-"""The training loop: steps, evaluation, metrics, checkpoints.
+"""The training loop: steps, evaluations, metrics, checkpoints, resuming.
 
-`train(config, model, params, tokenizer, environment)` is the whole program; the command line is a
-thin shell over it.
+`TrainingLoop(config, components).steps()` runs a recipe; `sdpo_jax.api` and the commands drive it.
 """
 
-import contextlib
-import dataclasses
-import signal
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,203 +16,260 @@ import jax.numpy as jnp
 
 from sdpo_jax.compilation import CompileCounter
 from sdpo_jax.config import Config
-from sdpo_jax.data.jsonl import Demonstration
-from sdpo_jax.distributed import any_process, is_leader, of_leader
-from sdpo_jax.environments.base import Environment
+from sdpo_jax.distributed import any_process, of_leader
 from sdpo_jax.errors import UserError
-from sdpo_jax.model import Model, Params
-from sdpo_jax.run import run_directory
+from sdpo_jax.evaluation.evaluator import Evaluator
+from sdpo_jax.model import Params
+from sdpo_jax.run import run_directory, summary
+from sdpo_jax.run.callbacks import Callbacks, Metrics
 from sdpo_jax.run.checkpoint import Checkpoints
-from sdpo_jax.run.console import Console, batch_arithmetic, generations_per_step
-from sdpo_jax.run.metrics import MetricsLog
-from sdpo_jax.run.run_ref import Best, best_of
-from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.lora import checksum
-from sdpo_jax.training.state import TrainState, to_saved
-from sdpo_jax.training.trainer import LoadParams, Trainer
+from sdpo_jax.run.components import RunComponents, make_trainer
+from sdpo_jax.run.console import Console, generations_per_step
+from sdpo_jax.run.evaluate import evaluate, make_evaluator
+from sdpo_jax.run.reporter import Nowhere, Reporter, introduce, open_log, show_summary
+from sdpo_jax.run.restore import restore
+from sdpo_jax.run.saver import Progress, Saver
+from sdpo_jax.run.summary import Summary
+from sdpo_jax.training.trainer import Trainer
 
 
-def train(
-    config: Config,
-    model: Model,
-    params: Params | LoadParams,
-    tokenizer: Tokenizer,
-    environment: Environment,
-    *,
-    demonstrations: Sequence[Demonstration] = (),
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Runs a recipe in `config.run_dir`, from the folder's last checkpoint if there is one.
+class StepResult(NamedTuple):
+    """One training step."""
 
-    Args:
-      config: the recipe; `run_dir` must be set.
-      model: pure functions, see `sdpo_jax.model`.
-      params: initial weights, or a function that loads them: it is called only where they are
-        needed, and the run holds no second copy of what it returns.
-      tokenizer: see `sdpo_jax.tokens`.
-      environment: prompts and grader.
-      demonstrations: for `sft` and `sdft`.
-      console: where to report; plain lines on standard output by default.
-
-    Returns:
-      The summary: evaluation `before` and `after`, `steps`, `generations`, `seconds`, `complete`;
-      `best`, step and accuracy, unless no step that is saved was better than the start;
-      under `compilation` what this process compiled, not what it resumed from.
-
-    Raises:
-      UserError: bad input, a folder with another recipe, or updates that stay non-finite.
-    """
-    run_dir = Path(config.run_dir)
-    console = console or Console(config.objective.name, steps=config.train.steps, live=False)
-    with ExitStack() as stack:
-        stack.enter_context(console)
-        counter = stack.enter_context(CompileCounter())
-        if jax.process_index() == 0:
-            run_directory.check(run_dir, config)  # before a lock is left in a stranger's folder
-            stack.enter_context(run_directory.locked(run_dir))
-            run_directory.claim(run_dir, config)
-            run_directory.reopen(run_dir)
-        trainer = Trainer(config, model, tokenizer, environment, demonstrations)
-        checkpoints = stack.enter_context(
-            Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep, warn=console.note)
-        )
-        load_params = params if callable(params) else lambda: params
-        return _run(config, trainer, load_params, checkpoints, console, counter, run_dir)
+    step: int
+    """Steps done so far, this one included."""
+    metrics: Metrics
+    """As in `metrics.jsonl`."""
+    evaluation: Metrics | None
+    """Metrics on held-out prompts, where the schedule has an evaluation after this step."""
 
 
-def _run(
-    config: Config,
-    trainer: Trainer,
-    load_params: LoadParams,
-    checkpoints: Checkpoints,
-    console: Console,
-    counter: CompileCounter,
-    run_dir: Path,
-) -> dict[str, Any]:
-    began = time.perf_counter()
-    _introduce(config, trainer, console, run_dir)
-    first, state, before, spent = _start(config, trainer, load_params, checkpoints, console)
-    base = None if state.base is None else checksum(state.base)
-    with _open_log(run_dir, first) as log, _stop_signals() as stop_asked:
-        report = _Reporter(log, console, counter)
-        if before is None:
-            before = trainer.evaluate(state, 0)
-            report.evaluation(0, before)
-        saver = _Saver(trainer, checkpoints, before, base=base, began=began - spent)
-        after, step, stopping = before, first, False
-        while step < config.train.steps and not stopping:
-            step += 1
-            state, row = trainer.step(state, step)
-            report.step(step, row)
-            _stop_if_not_finite(config, row, step)
-            last = step == config.train.steps
-            every = config.evaluation.every_steps
-            if last or (every and step % every == 0):
-                after = trainer.evaluate(state, step)
-                report.evaluation(step, after)
-                saver.evaluated(step, after)
-            stopping = any_process(stop_asked())
-            saver(step, state, now=last or stopping)
-            checkpoints.poll()
-            report.compilation(step)
-    checkpoints.finish()
-    if first == config.train.steps:
-        after = trainer.evaluate(state, first)
-    summary = _summary(config, step, before, after, saver.seconds())
-    summary |= {"compilation": counter.total()._asdict(), "best": saver.kept()}
-    _finish(config, summary, console, run_dir)
-    return summary
+class EvaluationResult(NamedTuple):
+    """Held-out accuracy and what else an evaluation measures."""
+
+    step: int
+    metrics: Metrics
 
 
-def _introduce(config: Config, trainer: Trainer, console: Console, run_dir: Path) -> None:
-    taught = config.objective.learns_from == "demonstrations"
-    task = config.data.source if taught else config.environment.kind
-    console.header(
-        training=f"{config.objective.name} on {task}, model {config.model.path} "
-        f"with {trainer.size / 1e6:.2f} M parameters",
-        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        run_dir=str(run_dir),
-        batch=batch_arithmetic(config),
-    )
+def never() -> bool:
+    """Nobody asks the run to stop."""
+    return False
 
 
-class _Saver:
-    """Knows when a checkpoint is due, which one is to stay, and what lies beside the arrays.
-
-    Whether an evaluation is the best so far is for the first process to say: where grades differ
-    between processes, each would wait for the others in another place.
-    """
+class TrainingLoop:
+    """A run in `config.run_dir`: goes on from its last checkpoint, or from what is in memory."""
 
     def __init__(
         self,
-        trainer: Trainer,
-        checkpoints: Checkpoints,
-        before: dict[str, float],
+        config: Config,
+        components: RunComponents,
         *,
-        base: int | None,
-        began: float,
+        callbacks: Callbacks | None = None,
+        console: Console | None = None,
     ):
-        self._settings, self._folder = trainer.config.checkpoint, Path(trainer.config.run_dir)
-        self._trainer, self._checkpoints = trainer, checkpoints
-        self._before, self._base, self._began = before, base, began
-        best = best_of(self._folder, {0, *checkpoints.steps()}) if is_leader() else None
-        self._best = best or Best(0, -1.0)
+        """Loads nothing and writes nothing.
 
-    def seconds(self) -> float:
-        """Spent so far, by earlier processes too."""
-        return time.perf_counter() - self._began
+        Args:
+          config: the recipe; `run_dir` must be set.
+          components: model, environment, ...
+          callbacks: functions to call on the way.
+          console: prints the progress; None prints nothing.
+        """
+        self._config, self._components = config, components
+        self._run_dir, self._callbacks = Path(config.run_dir), callbacks or Callbacks()
+        silent = Console(config.objective.name, steps=config.train.steps, stream=Nowhere())
+        self._console, self._warn = console or silent, console and console.note
+        self._trainer: Trainer | None = None
+        self._evaluator: Evaluator | None = None
+        self._progress: Progress | None = None
+        self._summary: Summary | None = None
+        self._is_running = False
 
-    def evaluated(self, step: int, evaluation: dict[str, float]) -> None:
-        """Notes an evaluation; one of no prompts has no accuracy."""
-        accuracy = evaluation.get("accuracy", -1.0)
-        if of_leader(accuracy > self._best.accuracy):
-            self._best = Best(step, accuracy)
+    def train(self, stop: Callable[[], bool] = never) -> Summary:
+        """Exhausts `steps`; at once the stored summary, if the run is complete.
 
-    def __call__(self, step: int, state: TrainState, *, now: bool) -> None:
-        """Saves a step if it is due, is the best so far, or `now`."""
-        best = self._best.step if self._settings.keep_best else None
-        if not (now or step == best or step % self._settings.every_steps == 0):
+        Raises:
+          UserError: as `steps`.
+        """
+        for _ in self.steps(stop):
+            pass
+        assert self._summary is not None
+        return self._summary
+
+    def steps(self, stop: Callable[[], bool] = never) -> Iterator[StepResult]:
+        """Trains; yields each step once its evaluation and its checkpoint are on their way.
+
+        Left early, it waits for a checkpoint that is being written and keeps the state in memory:
+        the next call goes on with the next step. Another process goes on from the last checkpoint.
+
+        Args:
+          stop: asked after each step, on every process; True saves the step and ends.
+
+        Raises:
+          UserError: bad input, a folder with another recipe, or updates that stay non-finite.
+        """
+        if self._is_running:
+            raise UserError(f"{self._run_dir}: `steps` is running already; close that iterator")
+        finished = summary.read(self._run_dir)
+        if finished is not None and finished.steps >= self._config.train.steps:
+            if jax.process_index() == 0:
+                run_directory.claim(self._run_dir, self._config)
+            self._summary = finished
             return
-        extra = {
-            "data": self._trainer.source.get_state(),
-            "host": self._trainer.host_state(),
-            "base": self._base,
-            "before": self._before,
-            "seconds": self.seconds(),
-        }
-        self._checkpoints.save(step, to_saved(state), extra, also=best)
+        self._is_running = True
+        try:
+            yield from self._locked_steps(stop)
+        except GeneratorExit:
+            raise
+        except BaseException:  # a failed step has given its arrays away, and moved the data on
+            self._trainer = self._evaluator = self._progress = None
+            raise
+        finally:
+            self._is_running = False
 
-    def kept(self) -> dict[str, Any] | None:
-        """The best evaluation of all, the start's included, if its step is saved."""
-        return self._best._asdict() if self._best.step in self._checkpoints.steps() else None
+    def student(self) -> Params:
+        """The current weights of the student, adapters merged."""
+        trainer, progress = self._current()
+        return trainer.student(progress.state)
 
+    def evaluate(self) -> EvaluationResult:
+        """Evaluates the student as it is now; leaves the run as it was."""
+        trainer, progress = self._current()
+        return EvaluationResult(progress.step, self._evaluate(trainer, progress))
 
-class _Start(NamedTuple):
-    """Where a run begins or goes on."""
+    def _evaluate(self, trainer: Trainer, progress: Progress) -> Metrics:
+        if self._evaluator is None:
+            self._evaluator = make_evaluator(trainer, self._components.environment)
+        return evaluate(trainer, self._evaluator, progress.state, progress.step)
 
-    step: int
-    state: TrainState
-    before: dict[str, float] | None  # the evaluation of step 0, where there has been one
-    seconds: float  # spent by earlier processes
+    def _current(self) -> tuple[Trainer, Progress]:
+        """What is in memory, else what the last checkpoint holds, else the start."""
+        if self._trainer is None or self._progress is None:
+            with self._checkpoints() as checkpoints:
+                return self._begin(checkpoints)
+        return self._trainer, self._progress
 
+    def _checkpoints(self) -> Checkpoints:
+        warn = self._warn or logging.getLogger("sdpo_jax").warning
+        keep = self._config.checkpoint.keep
+        return Checkpoints(self._run_dir / "checkpoints", keep=keep, warn=warn)
 
-def _start(
-    config: Config,
-    trainer: Trainer,
-    load_params: LoadParams,
-    checkpoints: Checkpoints,
-    console: Console,
-) -> _Start:
-    restored = trainer.restore(checkpoints, load_params)
-    if restored is None:
-        state = trainer.initial_state(load_params())
-        _refuse_weights_that_are_not_finite(trainer.student(state), config.model.path)
-        return _Start(0, state, None, 0.0)
-    trainer.source.set_state(restored.extra["data"])
-    trainer.set_host_state(restored.extra.get("host", {}))
-    console.note(f"resumed   from step {restored.step}")
-    extra = restored.extra
-    return _Start(restored.step, restored.state, extra["before"], extra["seconds"])
+    def _begin(self, checkpoints: Checkpoints) -> tuple[Trainer, Progress]:
+        """Makes the trainer where there is none, and restores the last checkpoint, if any."""
+        if self._trainer is None:
+            self._trainer = make_trainer(self._config, self._components)
+        trainer, load_params = self._trainer, self._components.params
+        restored = restore(trainer, checkpoints, load_params)
+        if restored is None:
+            state = trainer.initial_state(load_params())
+            _refuse_weights_that_are_not_finite(trainer.student(state), self._config.model.path)
+            self._progress = Progress(0, state, None, None, 0.0)
+        else:
+            extra = restored.extra
+            trainer.source.set_state(extra["data"])
+            trainer.set_host_state(extra.get("host", {}))
+            before, seconds = extra["before"], extra["seconds"]
+            self._progress = Progress(
+                restored.step, restored.state, before, None, seconds, resumed=True
+            )
+        return trainer, self._progress
+
+    def _locked_steps(self, stop: Callable[[], bool]) -> Iterator[StepResult]:
+        config, run_dir, console = self._config, self._run_dir, self._console
+        with ExitStack() as stack:
+            stack.enter_context(console)
+            counter = stack.enter_context(CompileCounter())
+            if jax.process_index() == 0:
+                run_directory.check(run_dir, config)  # before a lock is left in a foreign folder
+                stack.enter_context(run_directory.locked(run_dir))
+                run_directory.claim(run_dir, config)
+            checkpoints = stack.enter_context(self._checkpoints())
+            began = time.perf_counter()
+            trainer, progress = self._start(checkpoints)
+            log = stack.enter_context(open_log(run_dir, progress.step))
+            report = Reporter(log, console, counter, self._callbacks)
+            if progress.before is None:
+                progress.before = self._evaluate(trainer, progress)
+                report.evaluation(0, progress.before)
+            began -= progress.seconds
+            saver = Saver(trainer, checkpoints, progress, self._callbacks, began=began)
+            stack.callback(saver.finish)
+            first, stopping = progress.step, False
+            for step in range(first + 1, config.train.steps + 1):
+                result = self._step(trainer, progress, step, report, saver)
+                last = step == config.train.steps
+                stopping = any_process(stop())
+                saver(now=last or stopping)
+                report.compilation(step)
+                if last or stopping:
+                    self._finish(progress, saver, counter)
+                yield result
+                if stopping:
+                    return
+            if first == config.train.steps:  # killed between its last checkpoint and its summary
+                progress.after = self._evaluate(trainer, progress)
+                self._finish(progress, saver, counter)
+
+    def _start(self, checkpoints: Checkpoints) -> tuple[Trainer, Progress]:
+        """The trainer and the progress that the run goes on from."""
+        saved = of_leader(max(checkpoints.steps(), default=0))
+        if self._progress is not None and self._progress.step < saved:
+            self._progress = None  # another process went on in the meantime
+        if self._trainer is None:
+            self._trainer = make_trainer(self._config, self._components)
+        introduce(self._config, self._trainer, self._console)
+        if self._progress is None:
+            self._begin(checkpoints)
+        assert self._progress is not None
+        if self._progress.resumed:
+            self._console.note(f"resumed   from step {self._progress.step}")
+            self._progress.resumed = False
+        return self._trainer, self._progress
+
+    def _step(
+        self,
+        trainer: Trainer,
+        progress: Progress,
+        step: int,
+        report: Reporter,
+        saver: Saver,
+    ) -> StepResult:
+        config, evaluation = self._config, None
+        progress.state, row = trainer.step(progress.state, step)
+        progress.step = step
+        report.step(step, row)
+        _stop_if_not_finite(config, row, step)
+        every = config.evaluation.every_steps
+        if step == config.train.steps or (every and step % every == 0):
+            progress.after = evaluation = self._evaluate(trainer, progress)
+            report.evaluation(step, evaluation)
+            saver.evaluated(step, evaluation)
+        return StepResult(step, row, evaluation)
+
+    def _finish(self, progress: Progress, saver: Saver, counter: CompileCounter) -> None:
+        """Waits for the last checkpoint, then reports the result."""
+        saver.finish()
+        config, step, before = self._config, progress.step, progress.before or {}
+        self._summary = Summary(
+            objective=config.objective.name,
+            complete=step == config.train.steps,
+            steps=step,
+            generations=step * generations_per_step(config),
+            seconds=saver.seconds(),
+            before=before,
+            after=before if progress.after is None else progress.after,
+            best=saver.kept(),
+            compilation=counter.total(),
+        )
+        if not self._summary.complete:
+            note = f"stopped   after step {step}; saved. The same command goes on."
+            self._console.note(note)
+        else:
+            if jax.process_index() == 0:
+                summary.write(self._run_dir, self._summary, config)
+            show_summary(config, self._summary, self._console)
+        if self._callbacks.on_end is not None:
+            self._callbacks.on_end(self._summary)
 
 
 def _refuse_weights_that_are_not_finite(params: Params, path: str) -> None:
@@ -230,129 +284,10 @@ def _refuse_weights_that_are_not_finite(params: Params, path: str) -> None:
         )
 
 
-def _summary(
-    config: Config, step: int, before: dict[str, float], after: dict[str, float], seconds: float
-) -> dict[str, Any]:
-    return {
-        "objective": config.objective.name,
-        "complete": step == config.train.steps,
-        "steps": step,
-        "generations": step * generations_per_step(config),
-        "seconds": seconds,
-        "before": before,
-        "after": after,
-        "config": dataclasses.asdict(config),
-    }
-
-
-def _finish(config: Config, summary: dict[str, Any], console: Console, run_dir: Path) -> None:
-    if not summary["complete"]:
-        console.note(f"stopped   after step {summary['steps']}; saved. The same command goes on.")
-        return
-    if jax.process_index() == 0:
-        run_directory.write_summary(run_dir, summary)
-    show_summary(config, summary, console, run_dir)
-
-
-def show_summary(config: Config, summary: dict[str, Any], console: Console, run_dir: Path) -> None:
-    """Prints before and after, where the run lies, and what to try next."""
-    next_ones, best = next_steps(config, run_dir), summary.get("best")
-    if best is not None and best["step"] < summary["steps"]:
-        told = f"{100 * best['accuracy']:.1f} % after step {best['step']}"
-        next_ones.insert(0, f"sdpo eval {run_dir}@best   # {told}, the highest; it is kept")
-    console.summary(summary["before"], summary["after"], str(run_dir), next_ones)
-
-
-def next_steps(config: Config, run_dir: Path) -> list[str]:
-    """Commands that make sense after this run."""
-    steps = [f"sdpo eval {run_dir}", f"sdpo report {run_dir}   # curves and times as one page"]
-    steps.append(f"sdpo heatmap {run_dir}   # what the teacher says of each token")
-    steps.append(f"tensorboard --logdir {run_dir}/tensorboard")
-    requests = config.model.path == "nano" and config.environment.kind == "tool_calls"
-    if config.objective.name == "sdpo" and requests:
-        steps.insert(0, "sdpo train configs/nano_grpo.toml   # the baseline on the same budget")
-    if config.objective.name == "sdft" and requests:
-        steps.insert(
-            0, "sdpo train configs/nano_sft.toml   # the baseline on the same demonstrations"
-        )
-    if config.objective.learns_from == "demonstrations":
-        steps.append(f"sdpo train RECIPE --model.path {run_dir}   # a second stage from here")
-    return [*steps, f"sdpo convert {run_dir} OUT   # weights in Hugging Face layout"]
-
-
-def _open_log(run_dir: Path, first: int) -> Any:
-    if jax.process_index() == 0:
-        return MetricsLog(run_dir, first)
-    return _NoLog()
-
-
-class _NoLog:
-    """The log of every process but the first."""
-
-    def __enter__(self) -> "_NoLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del error
-
-    def write(self, kind: str, step: int, values: Any) -> None:
-        """Writes nothing."""
-        del kind, step, values
-
-
-class _Reporter:
-    """Rows to the log and to the console; compiled programs to the console alone.
-
-    A resumed run compiles what the uninterrupted one had in memory, and their rows are the same.
-    """
-
-    def __init__(self, log: Any, console: Console, counter: CompileCounter):
-        self._log, self._console, self._counter = log, console, counter
-        self._told = False
-
-    def step(self, step: int, row: dict[str, Any]) -> None:
-        self._log.write("train", step, row)
-        self._console.step({"step": step, **row})
-
-    def evaluation(self, step: int, row: dict[str, Any]) -> None:
-        self._log.write("eval", step, row)
-        self._console.evaluation({"step": step, **row})
-
-    def compilation(self, step: int) -> None:
-        """Tells of the first step, with all that went before it; then of steps that compiled."""
-        new = self._counter.since_mark()
-        if new.programs_compiled or not self._told:
-            self._console.compilation(step, *new)
-        self._told = True
-
-
-def _stop_if_not_finite(config: Config, row: dict[str, Any], step: int) -> None:
+def _stop_if_not_finite(config: Config, row: Mapping[str, Any], step: int) -> None:
     if row["skipped"] >= config.optimizer.max_skipped_updates:
         raise UserError(
             f"step {step}: {row['skipped']} updates in a row were not finite and were skipped "
             f"(optimizer.max_skipped_updates = {config.optimizer.max_skipped_updates}). Lower "
             f"optimizer.learning_rate = {config.optimizer.learning_rate}; checkpoints are kept."
         )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """The first SIGINT or SIGTERM asks for a stop after the step; the second ends at once."""
-    asked: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        del frame
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # Not the main thread: signals are somebody else's.
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What a complete checkpoint step says of itself: every array, every file, with its hash."""
+"""The manifest of a complete checkpoint: its arrays and its files, with their hashes."""
 
 import json
 import os
@@ -15,7 +15,7 @@ class Damaged(Exception):
 
 
 def numbered(directory: Path) -> list[int]:
-    """Directories with a number for a name, whoever made them, ascending."""
+    """Numbers of all directories that have a number as their name, ascending."""
     if not directory.is_dir():
         return []
     numbers = [path for path in directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
@@ -23,7 +23,7 @@ def numbered(directory: Path) -> list[int]:
 
 
 def complete(directory: Path) -> list[int]:
-    """Steps with a manifest, ascending; their files are not verified."""
+    """Steps that have a manifest, ascending; their files are not verified."""
     return [step for step in numbered(directory) if (directory / str(step) / MANIFEST).exists()]
 
 
@@ -62,7 +62,7 @@ def write_manifest(path: Path, step: int, arrays: dict[str, Any]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote: `arrays` and `files`.
+    """Reads `arrays` and `files` of a manifest.
 
     Raises:
         Damaged: the file is missing, cut off or altered.
@@ -79,10 +79,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """Reads every file of a step.
+    """Compares every file of a step with the manifest.
 
     Raises:
-        Damaged: with the first one that is not what the manifest says.
+        Damaged: names the first file that differs.
     """
     for name, expected in read_manifest(path / MANIFEST)["files"].items():
         file = path / name

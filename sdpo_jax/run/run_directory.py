@@ -1,8 +1,8 @@
-"""A run's folder: one run, one recipe, one process group at a time.
+"""The folder of a run: one run, one recipe, one job at a time.
 
 config.toml      the resolved recipe
 metrics.jsonl    one JSON object per step and per evaluation
-summary.json     before, after, totals; its presence means that the run is complete
+summary.json     before, after, totals; written when all steps are done
 tensorboard/     the same metrics as curves
 checkpoints/     Orbax
 """
@@ -31,11 +31,11 @@ def claim(run_dir: Path, config: Config) -> None:
     """
     check(run_dir, config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(run_dir / CONFIG, to_toml(config))
+    write_atomically(run_dir / CONFIG, to_toml(config))
 
 
 def check(run_dir: Path, config: Config) -> None:
-    """Refuses a folder that is not this run's; changes nothing, and leaves no lock in it.
+    """Refuses the folder of another run; changes nothing and leaves no lock in it.
 
     Raises:
       UserError: the folder holds another recipe, or files that no run has written.
@@ -58,7 +58,7 @@ def check(run_dir: Path, config: Config) -> None:
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Holds the folder for this process; the operating system lets go of it when the process ends.
+    """Locks the folder for this process; the operating system unlocks it when the process ends.
 
     Raises:
       UserError: another process trains there.
@@ -87,17 +87,17 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def reopen(run_dir: Path) -> None:
-    """Takes back that the run is complete, for one that is given more steps."""
+    """Deletes the summary, once a run that was given more steps has saved one of them."""
     (run_dir / SUMMARY).unlink(missing_ok=True)
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Marks the run complete."""
-    write_whole(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file completely or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""How a command names a run and one of its checkpoints: `DIR`, `DIR@best`, `DIR@STEP`."""
+"""References to a run and one of its checkpoints: `DIR`, `DIR@best`, `DIR@STEP`."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -14,13 +14,13 @@ from sdpo_jax.run.run_directory import CONFIG
 
 
 class RunRef(NamedTuple):
-    """A run that a command was given."""
+    """A run, its recipe and one of its checkpoints."""
 
     folder: Path
     config: Config
-    """Its `mesh` may be made to fit the devices that are here."""
+    """The run's recipe; a caller may replace `mesh` by one that fits its own devices."""
     step: int | None
-    """Of a checkpoint; None for the last one."""
+    """The checkpoint's step; None for the last one."""
 
 
 class Best(NamedTuple):
@@ -30,19 +30,19 @@ class Best(NamedTuple):
     accuracy: float
 
 
-def find(text: str) -> RunRef:
-    """The run and the checkpoint that `DIR`, `DIR@best` or `DIR@STEP` names.
+def find_run(text: str) -> RunRef:
+    """Finds the run and the checkpoint that `DIR`, `DIR@best` or `DIR@STEP` refers to.
 
     Raises:
       UserError: there is no run, or no such checkpoint of it.
     """
     folder, which = _split(text)
-    config = config_of(text)
+    config = run_config(text)
     return RunRef(folder, config, None if which is None else _step(folder, which))
 
 
-def config_of(text: str) -> Config:
-    """Of the run that `find` takes from the same text; its checkpoints need not be there any more.
+def run_config(text: str) -> Config:
+    """The recipe of the run that `text` refers to; its checkpoints may be deleted already.
 
     Raises:
       UserError: there is no run.
@@ -56,14 +56,14 @@ def config_of(text: str) -> Config:
     return replace(load_recipe(folder / CONFIG), run_dir=str(folder))
 
 
-def names_a_run(text: str) -> bool:
-    """Whether there is a run at this path; `nano` is the embedded model, whatever lies there."""
-    # A run in a folder `nano` would otherwise be its own model, for ever.
+def is_run(text: str) -> bool:
+    """Whether `text` refers to a run; `nano` is always the embedded model."""
+    # Otherwise a run in a folder `nano` would be its own start model: an endless recursion.
     return text != "nano" and (_split(text)[0] / CONFIG).is_file()
 
 
-def best_of(folder: Path, steps: Collection[int]) -> Best | None:
-    """The evaluation of one of these steps with the highest accuracy, the first of equals."""
+def best_evaluation(folder: Path, steps: Collection[int]) -> Best | None:
+    """The evaluation with the highest accuracy among those of `steps`; the first of equals."""
     log = folder / METRICS_FILE
     found = [
         Best(row["step"], row["accuracy"])
@@ -74,7 +74,7 @@ def best_of(folder: Path, steps: Collection[int]) -> Best | None:
 
 
 def _split(text: str) -> tuple[Path, str | None]:
-    """Folder and what stands behind the last `@`; a folder's own name may hold one."""
+    """Splits at the last `@`, unless the whole text is the name of a folder."""
     name, sign, which = text.rpartition("@")
     if not sign or Path(text).is_dir():
         return Path(text), None
@@ -90,7 +90,7 @@ def _step(folder: Path, which: str) -> int:
         raise UserError(
             f"{folder}@{which}: expected @best or @STEP with a step that is saved: {there}"
         )
-    best = best_of(folder, saved)
+    best = best_evaluation(folder, saved)
     if best is None:
         raise UserError(
             f"{folder}@best: expected an evaluation of a step that is saved ({there}); there is "

@@ -1,8 +1,9 @@
-"""Teacher contexts to token ids: re-prompt, fit, render; each distinct prompt once."""
+"""Writes teacher prompts and renders them to token ids, each distinct prompt once."""
 
 from collections.abc import Mapping, Sequence
 
 from sdpo_jax.config import TeacherConfig
+from sdpo_jax.environments.base import Prompt
 from sdpo_jax.teacher.context import (
     ATTEMPTS,
     TeacherContext,
@@ -42,3 +43,20 @@ class TeacherPrompts:
                 known[key] = (ids, fitted.context is not None)
             rendered.append(known[key])
         return [ids for ids, _ in rendered], [shown for _, shown in rendered]
+
+    def of_rollouts(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        contexts: Sequence[TeacherContext | None],
+    ) -> list[list[int] | None]:
+        """Ids of each rollout's teacher prompt, `[N]`; None where nothing of a context is left."""
+        rows = [i for i, context in enumerate(contexts) if context is not None]
+        ids, survived = self(
+            [prompts[i // group].messages for i in rows],
+            [context for context in contexts if context is not None],
+        )
+        rendered: list[list[int] | None] = [None] * len(contexts)
+        for i, row, signal in zip(rows, ids, survived, strict=True):
+            rendered[i] = row if signal else None
+        return rendered

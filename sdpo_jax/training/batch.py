@@ -1,8 +1,12 @@
-"""From ragged rollouts to the fixed shapes of the compiled step. Host-side numpy.
+"""From ragged rollouts to the fixed shapes of the compiled update. Host-side numpy.
 
-A pair is a prompt followed by a response. The teacher's pairs are the same responses after other
-prompts; both passes lay the pairs of a bin out in their own way and read the predictions in the
-same order, so that student and teacher meet at `[d, n, c]`.
+    split_mini_batches    the rows of each optimiser update, their weights, and how they are packed
+    repack                other prompts (the teacher's) before the same responses, in the same order
+    make_sequences        a packed micro-batch as device arrays
+    place_tokens          ragged values of the response tokens as a device array [D, n, c]
+
+A pair is a prompt followed by a response. Student and teacher pack the pairs of a micro-batch each
+in their own rows and read the predictions in the same order, so that both meet at `[d, n, c]`.
 """
 
 from collections.abc import Sequence
@@ -12,18 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdpo_jax.data.packing import (
+    PACKED_ROWS,
+    SHARED_PROMPTS,
     PackedBatch,
+    Packing,
     Pair,
-    lay_end_to_end,
-    lay_in_rows,
-    shared_prompts,
     size_bucket,
-    spread,
-    spread_rows,
 )
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.reductions import sequence_mean_weights, token_mean_weights
 from sdpo_jax.model import Blocks
+from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.training.step import Sequences
 
 Reduction = Literal["token_mean", "sequence_mean"]
@@ -33,21 +36,78 @@ class BatchLayout(NamedTuple):
     """How pairs become rows of tokens."""
 
     share_prompts: bool
-    """End to end, a prompt once for all its siblings; else in packed rows, apart by segment."""
+    """Pack end to end, a prompt once for all its siblings; else in rows, apart by segment ids."""
     micro_batch_tokens: int
-    """Of the student's pass, for each shard of the rows."""
+    """Tokens of the student's pass on each shard of the rows."""
     head_chunk_tokens: int
-    """For each shard of the rows, too."""
+    """Tokens on each shard whose logits exist at a time."""
     shards: int
 
+    @property
+    def packing(self) -> Packing:
+        """The functions that pack."""
+        return SHARED_PROMPTS if self.share_prompts else PACKED_ROWS
 
-class MicroBatchPlan(NamedTuple):
-    """Which pairs run together, and where the tokens of their responses stand."""
 
-    members: list[list[int]]  # for each shard, indices of its pairs
-    chunks: int  # `n`
-    chunk_tokens: int  # `c`, of each shard
-    filled: int  # chunks that hold tokens
+class MiniBatch(NamedTuple):
+    """The rows of one optimiser update that are worth computing, packed, with their weights."""
+
+    rows: list[int]  # indices in the rollout batch
+    pairs: list[Pair]  # prompts and responses of the student
+    micro_batches: list[PackedBatch]
+    weights: list[NDArray[np.float32]]  # [|y|] for each row
+    denominator: float  # of the reduction
+    graded_rows: NDArray[np.intp]  # of the rollout batch: all rows that the denominator knows
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of prompts and responses, without padding."""
+        return token_count(self.pairs)
+
+
+def split_mini_batches(
+    rollouts: RolloutBatch,
+    mini_batches: int,
+    layout: BatchLayout,
+    *,
+    active: NDArray[np.bool_],
+    worth: NDArray[np.bool_],
+    reduction: Reduction,
+    skip: int = 0,
+) -> list[MiniBatch]:
+    """Splits a rollout batch by prompts into optimiser updates; an empty one makes no update.
+
+    Args:
+      rollouts: `N` rows; those that could not be graded are absent: no denominator knows them.
+      mini_batches: optimiser updates.
+      layout: how rows are packed.
+      active: [N], rows that count in the reduction.
+      worth: [N], rows to compute. A row that is active but not worth computing has no gradient.
+      reduction: see `reduction_weights`.
+      skip: first tokens of each response that are left out.
+    """
+    total, found, graded = len(rollouts.texts), list[MiniBatch](), rollouts.graded
+    size = total // mini_batches
+    for start in range(0, total, size):
+        block = start + np.flatnonzero(graded[start : start + size])
+        kept = np.flatnonzero(worth[block] & active[block])
+        if len(kept) == 0:
+            continue
+        lengths, mask = rollouts.lengths[block], response_mask(rollouts, block)
+        weights, denominator = reduction_weights(
+            lengths, active[block], int(lengths.max()), reduction, mask, skip
+        )
+        rows = block[kept].tolist()
+        pairs = [Pair(rollouts.prompt_ids[i], rollouts.response_ids[i]) for i in rows]
+        ragged = [weights[i, : lengths[i]] for i in kept]
+        packed = split_micro_batches(pairs, layout)
+        found.append(MiniBatch(rows, pairs, packed, ragged, denominator, block))
+    return found
+
+
+def response_mask(rollouts: RolloutBatch, rows: NDArray[np.intp]) -> list[NDArray[np.bool_]] | None:
+    """Which response tokens of these rows the model wrote; None: all of them."""
+    return None if rollouts.response_mask is None else [rollouts.response_mask[i] for i in rows]
 
 
 def reduction_weights(
@@ -55,18 +115,18 @@ def reduction_weights(
     active: NDArray[np.bool_],
     max_tokens: int,
     reduction: Reduction,
-    own: Sequence[NDArray[np.bool_]] | None = None,
+    response_mask: Sequence[NDArray[np.bool_]] | None = None,
     skip: int = 0,
 ) -> tuple[NDArray[np.float32], float]:
     """Weight of each token `[N, T]` and the denominator, over all rows of an update.
 
     Inactive rows (no teacher signal) have weight 0; `sequence_mean` still counts them in the
-    denominator. `own` says which tokens of each row the model wrote; no other token counts, nor do
-    the first `skip` of each row's own (SDFT, arXiv 2601.19897).
+    denominator. `response_mask` marks the tokens of each row that the model wrote; no other token
+    counts, nor do the first `skip` that it wrote (SDFT, arXiv 2601.19897).
     """
     mask = (np.arange(max_tokens)[None] < lengths[:, None]) & active[:, None]
-    if own is not None:
-        for line, written in zip(mask, own, strict=True):
+    if response_mask is not None:
+        for line, written in zip(mask, response_mask, strict=True):
             line[: len(written)] &= written
     mask &= np.cumsum(mask, axis=1) > skip
     reduce = token_mean_weights if reduction == "token_mean" else sequence_mean_weights
@@ -74,8 +134,8 @@ def reduction_weights(
     return np.asarray(weights), float(denominator)
 
 
-def plan(pairs: Sequence[Pair], form: BatchLayout) -> list[MicroBatchPlan]:
-    """Cuts an update's pairs, in the student's form, into micro-batches of shards.
+def split_micro_batches(pairs: Sequence[Pair], layout: BatchLayout) -> list[PackedBatch]:
+    """Packs an update's pairs into as few micro-batches as the token limit allows.
 
     Raises:
       ValueError: a prompt is empty: nothing would predict the first token of its response.
@@ -83,90 +143,89 @@ def plan(pairs: Sequence[Pair], form: BatchLayout) -> list[MicroBatchPlan]:
     for number, pair in enumerate(pairs):
         if not pair.prompt:
             raise ValueError(f"pair {number} has an empty prompt, expected at least one token")
-    room = form.micro_batch_tokens * form.shards
-    # Fewer would not do.
-    count = max(1, min(len(pairs), -(-_tokens(pairs, form) // room)))
+    room, packing, shards = (
+        layout.micro_batch_tokens * layout.shards,
+        layout.packing,
+        layout.shards,
+    )
+    # No packing needs fewer micro-batches than this lower bound.
+    count = max(1, min(len(pairs), -(-packing.fewest_tokens(pairs) // room)))
     while True:
-        bins = _spread(pairs, count * form.shards, form)
-        cuts = [bins[i : i + form.shards] for i in range(0, len(bins), form.shards)]
-        laid = [_lay(pairs, members, form) for members in cuts]
-        # One sequence longer than the limit is no reason to go on cutting.
-        if count >= len(pairs) or max(x.tokens.size for x in laid) <= room:
-            return [
-                _in_chunks(x, members, form)
-                for x, members in zip(laid, cuts, strict=True)
-                if any(members)
-            ]
+        bins = packing.assign_bins(pairs, count * shards)
+        cuts = [bins[i : i + shards] for i in range(0, len(bins), shards)]
+        packed = [packing.pack(pairs, members) for members in cuts]
+        # A single sequence longer than the limit does not get shorter by further cuts.
+        if count >= len(pairs) or max(x.tokens.size for x in packed) <= room:
+            return [_with_chunks(x, layout) for x in packed if any(x.members)]
         count += 1
 
 
-def _tokens(pairs: Sequence[Pair], form: BatchLayout) -> int:
-    """At least this many are computed, padding aside."""
-    if form.share_prompts:
-        prompts = sum(len(pairs[group[0]].prompt) for group in shared_prompts(pairs))
-        return prompts + sum(max(0, len(response) - 1) for _, response in pairs)
-    return sum(len(prompt) + len(response) for prompt, response in pairs)
-
-
-def _width(pairs: Sequence[Pair]) -> int:
-    return size_bucket(max((len(p) + len(r) for p, r in pairs), default=1))
-
-
-def _spread(pairs: Sequence[Pair], bins: int, form: BatchLayout) -> list[list[int]]:
-    if form.share_prompts:
-        return spread(pairs, bins=bins)
-    return spread_rows(pairs, width=_width(pairs), bins=bins)
-
-
-def _lay(pairs: Sequence[Pair], members: Sequence[Sequence[int]], form: BatchLayout) -> PackedBatch:
-    bins = [[pairs[i] for i in shard] for shard in members]
-    if form.share_prompts:
-        return lay_end_to_end(bins)
-    return lay_in_rows(bins, width=_width(pairs))
-
-
-def _in_chunks(laid: PackedBatch, members: list[list[int]], form: BatchLayout) -> MicroBatchPlan:
-    """Room for every response token, in chunks that follow from the shape alone."""
-    most = max(len(take) for take in laid.take)
-    size = laid.tokens.size // form.shards
+def _with_chunks(packed: PackedBatch, layout: BatchLayout) -> PackedBatch:
+    """Chooses the head's chunks: room for every response token, from the packed shape alone."""
+    most = max(len(targets) for targets in packed.target_positions)
+    size = packed.tokens.size // layout.shards
     room = size if most <= size else size_bucket(most)
-    chunk = min(room, form.head_chunk_tokens)
-    return MicroBatchPlan(members, -(-room // chunk), chunk, -(-most // chunk))
+    chunk = min(room, layout.head_chunk_tokens)
+    return packed._replace(chunks=-(-room // chunk), chunk_tokens=chunk, filled=-(-most // chunk))
 
 
-def make_sequences(
-    pairs: Sequence[Pair], micro_batch: MicroBatchPlan, form: BatchLayout, devices: Devices
-) -> Sequences:
-    """Tokens, attention and places of prediction of one micro-batch, on the devices."""
-    laid = _lay(pairs, micro_batch.members, form)
-    if laid.table is None:
-        attention = devices.put_rows(laid.segments)
-    else:
-        attention = Blocks(devices.put_rows(laid.table), devices.put_rows(laid.blocks))
-    take = _fill(micro_batch, laid.take, np.int32)
+def repack(pairs: Sequence[Pair], packed: PackedBatch, layout: BatchLayout) -> PackedBatch:
+    """Packs other prompts before the same responses: same members, same places `[d, n, c]`."""
+    chunks = {"chunks": packed.chunks, "chunk_tokens": packed.chunk_tokens, "filled": packed.filled}
+    return layout.packing.pack(pairs, packed.members)._replace(**chunks)
+
+
+def make_sequences(packed: PackedBatch, devices: Devices) -> Sequences:
+    """Tokens, attention and target positions of one micro-batch, on the devices."""
     put = devices.put_rows
-    return Sequences(put(laid.tokens), put(laid.positions), attention, put(take))
+    if packed.table is None:
+        attention = put(packed.segments)
+    else:
+        attention = Blocks(put(packed.table), put(packed.blocks))
+    targets = put(_fill(packed, packed.target_positions, np.int32))
+    return Sequences(put(packed.tokens), put(packed.positions), attention, targets)
 
 
-def make_tokens(
-    per_pair: Sequence[Any], micro_batch: MicroBatchPlan, dtype: Any, devices: Devices
-) -> Any:
-    """Ragged per-token values of all pairs to `[D, n, c]`, zero beyond the data."""
+def place_tokens(per_pair: Sequence[Any], packed: PackedBatch, dtype: Any, devices: Devices) -> Any:
+    """Ragged per-token values of all pairs to a device array `[D, n, c]`, zero beyond the data."""
     shards = [
         np.concatenate([np.asarray(per_pair[i], dtype) for i in members] or [np.zeros(0, dtype)])
-        for members in micro_batch.members
+        for members in packed.members
     ]
-    return devices.put_rows(_fill(micro_batch, shards, dtype))
+    return devices.put_rows(_fill(packed, shards, dtype))
 
 
-def rollout_numbers(pairs: Sequence[Pair], micro_batch: MicroBatchPlan) -> list[NDArray[np.int32]]:
-    """Of each token the number of its rollout in its shard, from 1 on; 0 in other micro-batches."""
-    number = {i: n for shard in micro_batch.members for n, i in enumerate(shard, 1)}
+def rows_of_tokens(
+    pairs: Sequence[Pair], packed: PackedBatch, array: Any
+) -> dict[int, NDArray[np.float32]]:
+    """Values `[D, n, c]` of a micro-batch as ragged values of each pair; undoes `place_tokens`."""
+    found: dict[int, NDArray[np.float32]] = {}
+    values = np.asarray(array, np.float32)
+    for line, members in zip(values.reshape(len(values), -1), packed.members, strict=True):
+        start = 0
+        for member in members:
+            end = start + len(pairs[member].response)
+            found[member] = line[start:end]
+            start = end
+    return found
+
+
+def rollout_numbers(pairs: Sequence[Pair], packed: PackedBatch) -> list[NDArray[np.int32]]:
+    """For each token the number of its rollout in its shard, from 1 on.
+
+    The number is 0 for pairs of other micro-batches.
+    """
+    number = {i: n for shard in packed.members for n, i in enumerate(shard, 1)}
     return [np.full(len(p.response), number.get(i, 0), np.int32) for i, p in enumerate(pairs)]
 
 
-def _fill(micro_batch: MicroBatchPlan, shards: Sequence[Any], dtype: Any) -> Any:
-    out = np.zeros((len(shards), micro_batch.chunks * micro_batch.chunk_tokens), dtype)
+def token_count(pairs: Sequence[Pair]) -> int:
+    """Tokens of prompts and responses, without padding."""
+    return sum(len(prompt) + len(response) for prompt, response in pairs)
+
+
+def _fill(packed: PackedBatch, shards: Sequence[Any], dtype: Any) -> Any:
+    out = np.zeros((len(shards), packed.chunks * packed.chunk_tokens), dtype)
     for line, values in zip(out, shards, strict=True):
         line[: len(values)] = values
-    return out.reshape(len(shards), micro_batch.chunks, micro_batch.chunk_tokens)
+    return out.reshape(len(shards), packed.chunks, packed.chunk_tokens)

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and the optimiser that moves it."""
+"""The train state, its optimizer and its placement on the devices."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,7 +12,6 @@ import optax
 from flax import struct
 
 from sdpo_jax.config import Config, OptimizerConfig
-from sdpo_jax.config.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.devices import Devices
 from sdpo_jax.model import Model, Params
 from sdpo_jax.teacher.weights import Teacher, ema, float32_copy, frozen, live, trust_region
@@ -46,14 +45,14 @@ def from_saved(saved: Mapping[str, Any]) -> TrainState:
     return TrainState(**saved)
 
 
-class Copies(NamedTuple):
+class ExtraWeights(NamedTuple):
     """Which further copies of the model's weights a run keeps, in float32."""
 
     previous: bool = False
     reference: bool = False
 
 
-NO_COPIES = Copies()
+NO_EXTRA_WEIGHTS = ExtraWeights()
 
 
 def make_parameters(config: Config) -> Parameters:
@@ -87,8 +86,8 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.Gradien
 
 
 def make_teacher(config: Config) -> Teacher | None:
-    """The teacher's weights as the recipe wants them; None for objectives without a teacher."""
-    if not isinstance(config.objective, SdpoConfig | SdftConfig):
+    """How the teacher's weights follow the student's; None for objectives without a teacher."""
+    if not config.objective.has_teacher:
         return None
     if base_is_teacher(config):
         return live()
@@ -102,17 +101,18 @@ def make_teacher(config: Config) -> Teacher | None:
     return kinds[config.teacher.weights]
 
 
-def make_copies(config: Config) -> Copies:
-    """The teacher before this one for a return, the initial model for a KL to it.
+def make_extra_weights(config: Config, reference_kl: float) -> ExtraWeights:
+    """The previous teacher for a rollback, the initial model for a KL to it.
 
     A frozen teacher, and the base of adapters, are the initial model already.
     """
-    objective, teacher = config.objective, config.teacher
-    is_sdpo = isinstance(objective, SdpoConfig)
-    returns = is_sdpo and teacher.weights == "refreshed" and teacher.return_drop > 0
-    anchored = isinstance(objective, SdpoConfig | GrpoConfig) and objective.reference_kl > 0
-    is_there = config.lora.rank > 0 or (is_sdpo and teacher.weights in ("frozen", "trust_region"))
-    return Copies(returns, anchored and not is_there)
+    teacher, settings = config.teacher, config.objective
+    is_graded = settings.learns_from == "rollouts" and settings.has_teacher
+    returns = is_graded and teacher.weights == "refreshed" and teacher.return_drop > 0
+    is_there = config.lora.rank > 0 or (
+        settings.has_teacher and teacher.weights in ("frozen", "trust_region")
+    )
+    return ExtraWeights(returns, reference_kl > 0 and not is_there)
 
 
 def reference_params(config: Config, state: TrainState) -> Params:
@@ -121,8 +121,8 @@ def reference_params(config: Config, state: TrainState) -> Params:
         return state.reference
     if state.base is not None:
         return state.base
-    stands = config.teacher.weights in ("frozen", "trust_region")
-    return state.teacher if stands else None
+    is_initial = config.teacher.weights in ("frozen", "trust_region")
+    return state.teacher if is_initial else None
 
 
 def base_is_teacher(config: Config) -> bool:
@@ -136,7 +136,7 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
     parameters: Parameters,
-    copies: Copies = NO_COPIES,
+    extra: ExtraWeights = NO_EXTRA_WEIGHTS,
 ) -> TrainState:
     """A `NamedSharding` for every array of the state; moments lie like their parameters."""
     key = jax.random.key(0)
@@ -158,25 +158,13 @@ def state_shardings(
         whole if keeps_weights else None,
         devices.replicated,
         base=None if jax.eval_shape(parameters.base, shapes) is None else whole,
-        previous=whole if copies.previous else None,
-        reference=whole if copies.reference else None,
+        previous=whole if extra.previous else None,
+        reference=whole if extra.reference else None,
     )
 
 
-def _copies_of(shardings: TrainState) -> Copies:
-    return Copies(shardings.previous is not None, shardings.reference is not None)
-
-
-def create_state(
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    teacher: Teacher | None,
-    shardings: TrainState,
-    parameters: Parameters,
-    seed: int,
-) -> TrainState:
-    """The state at step 0, each array where it belongs. `params` stay the caller's."""
-    return state_maker(optimizer, teacher, shardings, parameters)(params, seed)
+def _extra_weights_of(shardings: TrainState) -> ExtraWeights:
+    return ExtraWeights(shardings.previous is not None, shardings.reference is not None)
 
 
 def state_maker(
@@ -185,9 +173,12 @@ def state_maker(
     shardings: TrainState,
     parameters: Parameters,
 ) -> Callable[[Params, int], TrainState]:
-    """`create_state` of `(params, seed)` for many starts: compiled once."""
+    """`(params, seed) -> state` at step 0, for many starts: compiled once.
+
+    Each array lies where it belongs. `params` stay the caller's.
+    """
     create = jax.jit(
-        partial(_create, optimizer, teacher, parameters, _copies_of(shardings)),
+        partial(_create, optimizer, teacher, parameters, _extra_weights_of(shardings)),
         out_shardings=shardings,
     )
     return lambda params, seed: create(np.uint32(seed), params)
@@ -202,7 +193,9 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of what a checkpoint holds: all but `base`. No array exists."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    create = partial(_create, optimizer, teacher, parameters, _copies_of(shardings), np.uint32(0))
+    create = partial(
+        _create, optimizer, teacher, parameters, _extra_weights_of(shardings), np.uint32(0)
+    )
     state = jax.eval_shape(create, shapes)
 
     def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -215,7 +208,7 @@ def _create(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
     parameters: Parameters,
-    copies: Copies,
+    extra: ExtraWeights,
     seed: Any,
     params: Params,
 ) -> TrainState:
@@ -227,6 +220,6 @@ def _create(
         None if teacher is None else teacher.init(parameters.merged(base, trained)),
         jnp.zeros((), jnp.int32),
         base,
-        float32_copy(params) if copies.previous else None,
-        float32_copy(params) if copies.reference else None,
+        float32_copy(params) if extra.previous else None,
+        float32_copy(params) if extra.reference else None,
     )

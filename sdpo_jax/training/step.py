@@ -1,16 +1,16 @@
-"""One update, compiled: the algorithm on arrays.
+"""One optimizer update, compiled: the algorithm on arrays.
 
-    teacher_forward   h_t = the teacher's hidden states at the student's tokens, after the re-prompt
-    gradient          student forward, chunked head (divergence and gradient) of a micro-batch;
+    forward           hidden states at the response tokens, without a gradient (the teacher's)
+    gradient          student forward, fused head (loss and gradient) of a micro-batch;
                       `accumulate` adds it to those before
-    finish            one AdamW update with what has been accumulated
-    follow            the teacher moves towards the student, once per generation batch
+    finish            one optimizer update with what has been accumulated
+    update_teacher    the teacher moves towards the student, once per generation batch
 
-Tokens of a micro-batch lie in rows or bins `[B, S]` (`sdpo_jax.data.packing`); response tokens in
-`[D, n, c]`: shards of the rows, chunks of the head, tokens of a chunk, of which the first `chunks`
-are filled. That number is traced, so the head is paid for the tokens that are there. Loss and
-metrics are sums with weights, divided once: the result does not depend on how rows were cut into
-micro-batches, nor on the mesh.
+Tokens of a micro-batch lie in rows `[B, S]` (`sdpo_jax.data.packing`); response tokens in
+`[D, n, c]`: shards of the rows, chunks of the head, tokens of a chunk. The first `chunks` of the
+`n` chunks are filled; that number is traced, so the head is paid for the tokens that are there.
+Loss and metrics are sums with weights, divided once: the result does not depend on how rows were
+cut into micro-batches, nor on the mesh.
 
 Departures from the paper: none in the objective. The old log-probs are the sampler's own; the
 sampler and the trainer run the same model code on the same weights, so the paper's correction
@@ -19,7 +19,7 @@ between two engines has nothing to correct.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,12 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from sdpo_jax.devices import ROWS
-from sdpo_jax.losses.chunked_head import PerTokenLoss, chunked_head
+from sdpo_jax.losses.fused_linear import PerTokenLoss, fused_linear_loss
 from sdpo_jax.model import Blocks, Model, Params
 from sdpo_jax.teacher.weights import Teacher
 from sdpo_jax.training.lora import Parameters
 from sdpo_jax.training.state import TrainState
-from sdpo_jax.training.token_metrics import Tokens, add_up, condense, sampled, zeros
+from sdpo_jax.training.token_metrics import Tokens, add_up, condense, zeros
 
 
 class Sequences(NamedTuple):
@@ -41,30 +41,34 @@ class Sequences(NamedTuple):
     tokens: jax.Array  # [B, S] int32
     positions: jax.Array  # [B, S] int32
     attention: jax.Array | Blocks  # segments [B, S] int32, 0 is padding; or shared prompts
-    take: jax.Array  # [D, n, c] int32, place among the shard's tokens, row after row
+    target_positions: jax.Array  # [D, n, c] int32, place in the shard's rows, one after the other
 
 
 class MicroBatch(NamedTuple):
     """What one pass forward and backward learns from."""
 
     sequences: Sequences
+    targets: jax.Array  # [D, n, c] int32, the response tokens
     weights: jax.Array  # [D, n, c] float32, 0 where there is no token
-    tokens: Any  # a NamedTuple of sdpo_jax.losses.objectives with leading [D, n, c]
+    inputs: Any  # the loss's inputs for each token, a NamedTuple of arrays that lead with [D, n, c]
     chunks: jax.Array  # [] int32, how many of the n hold tokens
     outcomes: jax.Array | None = None
-    """[D, n, c] int32, the number of a token's rollout in its shard, from 1 on, negative where the
-    rollout failed; 0 where there is none, or nobody to agree with. For diagnostics alone."""
+    """[D, n, c] int32, the number of a token's rollout in its shard, from 1 on; negative where the
+    rollout failed, 0 where there is no rollout or none that is distilled. For metrics alone."""
 
 
-class Batch(NamedTuple):
-    """What one update learns from."""
+class Update(NamedTuple):
+    """What one optimiser update learns from."""
 
     micro_batches: list[MicroBatch]
-    denominator: jax.Array  # [] float32, of the reduction, over the whole batch
+    denominator: jax.Array  # [] float32, of the reduction, over all micro-batches
+    shared: Any  # the loss's inputs that all tokens share
+    token_count: int
+    """Tokens of prompts and responses, without padding."""
 
 
 class Sums(NamedTuple):
-    """What micro-batches add up to."""
+    """Sums over the tokens of micro-batches."""
 
     gradient: Params
     metrics: dict[str, jax.Array]  # over active tokens, [] but for those of `token_sums`
@@ -83,26 +87,31 @@ class Metrics(NamedTuple):
     skipped: jax.Array  # [] int32, consecutive skipped updates
 
 
-def at_predictions(model: Model, params: Params, sequences: Sequences) -> jax.Array:
+def hidden_at_targets(model: Model, params: Params, sequences: Sequences) -> jax.Array:
     """Hidden states `[D, n, c, width]` that predict the response tokens."""
-    tokens, positions, attention, take = sequences
-    places = take.reshape(take.shape[0], -1)
-    hidden = model.hidden(params, tokens, positions, attention, take=places)
-    return hidden.reshape(*take.shape, -1)
+    tokens, positions, attention, targets = sequences
+    places = targets.reshape(targets.shape[0], -1)
+    hidden = model.hidden(params, tokens, positions, attention, target_positions=places)
+    return hidden.reshape(*targets.shape, -1)
+
+
+HeadLoss: TypeAlias = Callable[..., tuple[jax.Array, Any]]
+"""`fused_linear_loss`, or a function with its arguments: sums the losses of tokens."""
 
 
 def head_on_shards(
-    summed: Callable[..., tuple[jax.Array, Any]], rows: Any, head: jax.Array, whole: Any
+    head_loss: HeadLoss, rows: Any, head: jax.Array, replicated: Any
 ) -> tuple[jax.Array, Any]:
-    """`chunked_head` on each shard of the rows alone, with the head `[D, V]` gathered once.
+    """`head_loss` on each shard of the rows alone, with the head `[D, V]` gathered once.
 
     Left to XLA, every chunk would gather the head anew, twice, and sum its gradient over the
-    shards. `rows` are its hidden states, aux and weights; `whole` its constants and `filled`.
+    shards. `rows` are its hidden states, inputs and weights; `replicated` the shared inputs and the
+    number of filled chunks.
     """
 
-    def local(rows: Any, head: jax.Array, whole: Any) -> tuple[jax.Array, Any]:
-        (hidden, aux, weights), (constants, filled) = rows, whole
-        return summed(hidden, head, aux, weights, constants=constants, filled=filled)
+    def local(rows: Any, head: jax.Array, replicated: Any) -> tuple[jax.Array, Any]:
+        (hidden, aux, weights), (constants, filled) = rows, replicated
+        return head_loss(hidden, head, aux, weights, constants=constants, filled=filled)
 
     def on_shard(*arguments: Any) -> tuple[jax.Array, Any]:
         total, metrics = local(*arguments)
@@ -110,82 +119,80 @@ def head_on_shards(
 
     mesh = jax.sharding.get_abstract_mesh()
     if not {"data", "fsdp"} <= set(mesh.axis_names) - set(mesh.manual_axes):
-        return local(rows, head, whole)
+        return local(rows, head, replicated)
     return jax.shard_map(
         on_shard,
         in_specs=(ROWS, P(), P()),
         out_specs=(P(), ROWS),
         axis_names={"data", "fsdp"},
-    )(rows, jax.lax.with_sharding_constraint(head, P(None, "tensor")), whole)
+    )(rows, jax.lax.with_sharding_constraint(head, P(None, "tensor")), replicated)
 
 
-def teacher_forward(model: Model, params: Params, sequences: Sequences) -> jax.Array:
-    """The teacher's hidden states at the student's tokens, `[D, n, c, width]`.
+def forward(model: Model, params: Params, sequences: Sequences) -> jax.Array:
+    """Hidden states at the response tokens, `[D, n, c, width]`, without a gradient.
 
-    Forward only, no logits: they are made a chunk at a time inside the loss. Run once per
+    No logits: they are made a chunk at a time inside the loss. The teacher's forward runs once per
     generation batch, however many updates follow.
     """
-    return jax.lax.stop_gradient(at_predictions(model, params, sequences))
+    return jax.lax.stop_gradient(hidden_at_targets(model, params, sequences))
 
 
-class TrainStep(NamedTuple):
-    """The programs of an update; `train_step` runs them."""
+class UpdatePrograms(NamedTuple):
+    """The compiled programs of an update; `run_update` calls them."""
 
     gradient: Callable[[Params, Params, MicroBatch, Any], Sums]
-    """`gradient(params, base, micro_batch, constants) -> sums` of a micro-batch that is alone."""
+    """`gradient(params, base, micro_batch, shared) -> sums` of the only micro-batch."""
     start: Callable[[Params], Sums]
     """`start(params) -> sums` of zeros."""
     accumulate: Callable[[Sums, Params, Params, MicroBatch, Any], Sums]
-    """`accumulate(sums (donated), params, base, micro_batch, constants) -> sums`."""
+    """`accumulate(sums (donated), params, base, micro_batch, shared) -> sums`."""
     finish: Callable[[TrainState, Sums, jax.Array], tuple[TrainState, Metrics]]
     """`finish(state (donated), sums (donated), denominator) -> (state, metrics)`."""
 
 
-def train_step(
-    programs: TrainStep, state: TrainState, batch: Batch, constants: Any
+def run_update(
+    programs: UpdatePrograms, state: TrainState, update: Update
 ) -> tuple[TrainState, Metrics]:
     """One update: the gradient of all micro-batches, then the optimiser. `state` is used up."""
-    whole = (state.params, state.base)
-    if len(batch.micro_batches) == 1:  # spares two passes over an array the size of the weights
-        sums = programs.gradient(*whole, batch.micro_batches[0], constants)
-        return programs.finish(state, sums, batch.denominator)
+    params, shared = (state.params, state.base), update.shared
+    if len(update.micro_batches) == 1:  # spares two passes over an array the size of the weights
+        sums = programs.gradient(*params, update.micro_batches[0], shared)
+        return programs.finish(state, sums, update.denominator)
     sums = programs.start(state.params)
-    for micro_batch in batch.micro_batches:
-        sums = programs.accumulate(sums, *whole, micro_batch, constants)
-    return programs.finish(state, sums, batch.denominator)
+    for micro_batch in update.micro_batches:
+        sums = programs.accumulate(sums, *params, micro_batch, shared)
+    return programs.finish(state, sums, update.denominator)
 
 
-def make_train_step(
+def make_update_programs(
     model: Model,
     per_token_loss: PerTokenLoss,
     metric_names: Sequence[str],
     optimizer: optax.GradientTransformation,
     parameters: Parameters,
     *,
-    summed: Callable[..., tuple[jax.Array, Any]] = chunked_head,
-) -> TrainStep:
-    """The functions of an update, not yet compiled; see `chunked_head` for the loss.
-
-    `summed` takes the place of `chunked_head`, with its arguments.
-    """
+    head_loss: HeadLoss = fused_linear_loss,
+) -> UpdatePrograms:
+    """The functions of an update, not yet compiled; see `fused_linear_loss` for the loss."""
 
     def loss_of(
-        trained: Params, base: Params, micro_batch: MicroBatch, constants: Any
+        trained: Params, base: Params, micro_batch: MicroBatch, shared: Any
     ) -> tuple[jax.Array, Any]:
         params = parameters.forward(base, trained)
-        hidden = at_predictions(model, params, micro_batch.sequences)
+        hidden = hidden_at_targets(model, params, micro_batch.sequences)
         piece = micro_batch.weights.shape[2]
         flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
         weights = flat(micro_batch.weights)
         total, metrics = head_on_shards(
-            partial(summed, per_token_loss, chunk=piece, block=piece),
-            (flat(hidden), flat(micro_batch.tokens), weights),
+            partial(head_loss, per_token_loss, chunk=piece, block=piece),
+            (flat(hidden), flat(micro_batch.inputs), weights),
             model.head(params),
-            (constants, micro_batch.chunks),
+            (shared, micro_batch.chunks),
         )
         active, metrics = weights > 0, jax.lax.stop_gradient(metrics)
-        known = flat(sampled(micro_batch.tokens)), micro_batch.outcomes, model.vocabulary
-        sums = add_up(metric_names, Tokens(metrics, active, *known))
+        targets = flat(micro_batch.targets)
+        tokens = Tokens(metrics, active, targets, micro_batch.outcomes, model.vocabulary)
+        sums = add_up(metric_names, tokens)
         return total, (sums, jnp.sum(active.astype(jnp.float32)))
 
     def start(trained: Params) -> Sums:
@@ -193,15 +200,15 @@ def make_train_step(
         metrics = zeros(metric_names, model.vocabulary)
         return Sums(jax.tree.map(jnp.zeros_like, trained), metrics, zero, zero)
 
-    def gradient(trained: Params, base: Params, micro_batch: MicroBatch, constants: Any) -> Sums:
+    def gradient(trained: Params, base: Params, micro_batch: MicroBatch, shared: Any) -> Sums:
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (metrics, tokens)), found = gradient_of(trained, base, micro_batch, constants)
+        (loss, (metrics, tokens)), found = gradient_of(trained, base, micro_batch, shared)
         return Sums(found, metrics, tokens, loss)
 
     def accumulate(
-        sums: Sums, trained: Params, base: Params, micro_batch: MicroBatch, constants: Any
+        sums: Sums, trained: Params, base: Params, micro_batch: MicroBatch, shared: Any
     ) -> Sums:
-        return jax.tree.map(jnp.add, sums, gradient(trained, base, micro_batch, constants))
+        return jax.tree.map(jnp.add, sums, gradient(trained, base, micro_batch, shared))
 
     def finish(state: TrainState, sums: Sums, denominator: jax.Array) -> Any:
         denominator = jnp.maximum(denominator, 1.0)
@@ -212,7 +219,7 @@ def make_train_step(
             condense(sums.metrics), sums.tokens, loss, norm, finite, state.skipped
         )
 
-    return TrainStep(gradient, start, accumulate, finish)
+    return UpdatePrograms(gradient, start, accumulate, finish)
 
 
 def _update(
@@ -237,7 +244,7 @@ def _update(
     return state, norm, finite
 
 
-def follow(
+def update_teacher(
     teacher: Teacher, parameters: Parameters, state: TrainState, any_finite: jax.Array
 ) -> TrainState:
     """Moves the teacher once; not after a batch in which no update was finite."""

@@ -1,11 +1,11 @@
-"""How far the teacher's weights stand from the student's: their divergence without a context.
+"""Divergence between the student's and the teacher's weights on the same prompt, without a context.
 
     mean over tokens of D(p(. | x, y_<t), q(. | x, y_<t)),  q with the teacher's weights
 
-Both read the plain question and the student's own answer, so that what is left is the lag of the
-weights: the part of the training's divergence that no context causes. It takes two forward passes,
-and is therefore measured at evaluations alone, on some of their answers. Validated against numpy
-(tests/test_student_teacher_kl.py).
+Both read the plain question and the student's own answer, so that only the difference of the
+weights is left: the part of the training's divergence that no context causes. It takes two forward
+passes, and is therefore measured at evaluations alone, on some of their answers. Validated against
+numpy (tests/test_student_teacher_kl.py).
 """
 
 from collections.abc import Sequence
@@ -15,44 +15,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.config import Config
-from sdpo_jax.config.objectives import SdftConfig, SdpoConfig
-from sdpo_jax.devices import Devices
-from sdpo_jax.losses.chunked_head import PerTokenLoss, chunked_head
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens, sdpo_per_token
-from sdpo_jax.model import Model, Params
-from sdpo_jax.objectives.per_token import divergence_of
-from sdpo_jax.training.batch import (
-    BatchLayout,
-    MicroBatchPlan,
-    Pair,
-    make_sequences,
-    make_tokens,
-    plan,
+from sdpo_jax.losses.fused_linear import PerTokenLoss, fused_linear_loss
+from sdpo_jax.losses.per_token import (
+    Divergence,
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    sdpo_per_token,
 )
-from sdpo_jax.training.step import head_on_shards, teacher_forward
+from sdpo_jax.model import Params
+from sdpo_jax.training.batch import PackedBatch, Pair, make_sequences, split_micro_batches
+from sdpo_jax.training.engine import Engine
+from sdpo_jax.training.step import head_on_shards
 
 
 class StudentTeacherKl:
-    """The compiled passes, and what they are of."""
+    """The compiled measurement, in the objective's own divergence and temperature."""
 
-    def __init__(
-        self,
-        config: Config,
-        objective: SdpoConfig | SdftConfig,
-        model: Model,
-        devices: Devices,
-        form: BatchLayout,
-    ):
-        """The divergence, and the temperature, are those of the training."""
-        self._devices, self._form = devices, form
-        self._temperature = jnp.float32(config.rollout.temperature)
-        in_region = config.teacher.weights == "trust_region"
-        self._coefficient = jnp.float32(config.teacher.trust_region) if in_region else None
-        loss = sdpo_per_token(divergence_of(objective))
-        self._apart = devices.jit(partial(_apart, loss), out_shardings=devices.replicated)
-        self._forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)
-        self._head = devices.jit(model.head, out_shardings=devices.head)
+    def __init__(self, engine: Engine, divergence: Divergence):
+        self._engine = engine
+        teacher = engine.config.teacher
+        in_region = teacher.weights == "trust_region"
+        self._coefficient = jnp.float32(teacher.trust_region) if in_region else None
+        loss = partial(_sum, sdpo_per_token(divergence))
+        self._sum = engine.devices.jit(loss, out_shardings=engine.devices.replicated)
 
     def __call__(
         self,
@@ -61,42 +46,43 @@ class StudentTeacherKl:
         prompts: Sequence[list[int]],
         responses: Sequence[Sequence[int]],
     ) -> dict[str, float]:
-        """`student_teacher_kl` in nats, over all tokens of the responses, one for each prompt."""
+        """`student_teacher_kl` in nats, a mean over all tokens of the responses."""
         pairs = [Pair(*x) for x in zip(prompts, map(list, responses), strict=True)]
-        heads = [self._head(x) for x in (student, teacher)]
-        found = [self._of(pairs, x, (student, teacher), heads) for x in plan(pairs, self._form)]
-        total = sum(float(x) for x in self._devices.fetch(found))
+        heads = [self._engine.head(x) for x in (student, teacher)]
+        packed = split_micro_batches(pairs, self._engine.layout)
+        found = [self._of(pairs, x, (student, teacher), heads) for x in packed]
+        total = sum(float(x) for x in self._engine.devices.fetch(found))
         return {"student_teacher_kl": total / max(1, sum(len(p.response) for p in pairs))}
 
     def _of(
         self,
         pairs: list[Pair],
-        micro_batch: MicroBatchPlan,
+        packed: PackedBatch,
         weights: tuple[Params, Params],
         heads: list[jax.Array],
     ) -> jax.Array:
         """[], the sum of a micro-batch."""
-        sequences = make_sequences(pairs, micro_batch, self._form, self._devices)
-        place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
-        student, teacher = (self._forward(x, sequences) for x in weights)
+        engine = self._engine
+        sequences = make_sequences(packed, engine.devices)
+        student, teacher = (engine.forward(x, sequences) for x in weights)
+        # With a trust region the teacher mixes both models: the other one is the student itself.
         live = None if self._coefficient is None else (student, heads[0])
-        tokens = SdpoTokens(
+        inputs = SdpoTokenInputs(
             teacher,
-            place([p.response for p in pairs], dtype=np.int32),
-            live_hidden=live and live[0],  # the student itself, where the teacher mixes both
+            engine.place([p.response for p in pairs], packed, np.int32),
+            live_hidden=live and live[0],
         )
-        constants = SdpoConstants(heads[1], self._temperature, live and live[1], self._coefficient)
-        there = place([np.ones(len(p.response)) for p in pairs], dtype=np.bool_)
-        chunks = jnp.int32(micro_batch.filled)
-        return self._apart(student, heads[0], tokens, constants, there, chunks)
+        shared = SdpoSharedInputs(heads[1], engine.temperature, live and live[1], self._coefficient)
+        there = engine.place([np.ones(len(p.response)) for p in pairs], packed, np.bool_)
+        return self._sum(student, heads[0], inputs, shared, there, jnp.int32(packed.filled))
 
 
-def _apart(
+def _sum(
     loss: PerTokenLoss,
     hidden: jax.Array,
     head: jax.Array,
-    tokens: SdpoTokens,
-    constants: SdpoConstants,
+    inputs: SdpoTokenInputs,
+    shared: SdpoSharedInputs,
     there: jax.Array,
     chunks: jax.Array,
 ) -> jax.Array:
@@ -104,9 +90,9 @@ def _apart(
     flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
     piece, weights = there.shape[2], jnp.zeros(there.size, jnp.float32)
     _, metrics = head_on_shards(
-        partial(chunked_head, loss, chunk=piece, block=piece),
-        (flat(hidden), flat(tokens), weights),
+        partial(fused_linear_loss, loss, chunk=piece, block=piece),
+        (flat(hidden), flat(inputs), weights),
         head,
-        (constants, chunks),
+        (shared, chunks),
     )
     return jnp.sum(jnp.where(flat(there), metrics["divergence"], 0.0))

@@ -1,143 +1,89 @@
-"""The teacher's forward over the student's own responses, and the update that distils it."""
+"""The teacher's forward pass over the student's own responses.
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+shared_inputs    the teacher's head, and with a trust region the student's
+token_inputs     the teacher's hidden states at each response token, after the teacher's prompt
+teacher_scores   log-probabilities and entropies of the teacher, for weights known before the loss
+"""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.config import Config
-from sdpo_jax.devices import Devices
-from sdpo_jax.losses.objectives import SdpoConstants, SdpoTokens
-from sdpo_jax.losses.sequence_importance import SdftTokens
-from sdpo_jax.model import Params
+from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs
+from sdpo_jax.losses.reference_kl import ScoreSharedInputs, ScoreTokenInputs
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.training.batch import (
-    BatchLayout,
-    MicroBatchPlan,
+    MiniBatch,
+    PackedBatch,
     Pair,
     make_sequences,
-    make_tokens,
-    rollout_numbers,
+    repack,
+    token_count,
 )
-from sdpo_jax.training.step import Sequences
-from sdpo_jax.training.updates import MiniBatch, Update, in_order, make_update, token_count
-
-TeacherForward = Callable[[Params, Sequences], jax.Array]
-"""`(params, sequences) -> [D, n, c, width]`, compiled: `step.teacher_forward` of a model."""
-
-TeacherHead = Callable[[Params], jax.Array]
-"""`params -> [width, V]`, compiled, as the loss wants the head to lie."""
+from sdpo_jax.training.engine import Engine, Models, Scores
 
 
-class TeacherOutputs(NamedTuple):
-    """What the teacher knows of one part."""
-
-    tokens: list[Any]  # of each micro-batch, `SdpoTokens` or `SdftTokens`
-    constants: SdpoConstants
+def _in_trust_region(engine: Engine) -> bool:
+    return engine.config.teacher.weights == "trust_region"
 
 
-class TeacherPass:
-    """Re-scores responses after other prompts; knows nothing of where those come from."""
+def shared_inputs(engine: Engine, models: Models) -> SdpoSharedInputs:
+    """The loss's inputs that all tokens share."""
+    head, teacher = engine.head(models.teacher), engine.config.teacher
+    if not _in_trust_region(engine):
+        return SdpoSharedInputs(head, engine.temperature)
+    coefficient = jnp.float32(teacher.trust_region)
+    return SdpoSharedInputs(head, engine.temperature, engine.head(models.student), coefficient)
 
-    def __init__(
-        self,
-        config: Config,
-        devices: Devices,
-        form: BatchLayout,
-        forward: TeacherForward,
-        head: TeacherHead,
-        *,
-        number_rollouts: bool = False,
-    ):
-        """With `number_rollouts` the tokens are `SdftTokens`, for weights of whole responses."""
-        self.form, self._number_rollouts = form, number_rollouts
-        self._config, self._devices = config, devices
-        self._forward, self._head = forward, head
 
-    def __call__(
-        self,
-        experience: RolloutBatch,
-        parts: Sequence[MiniBatch],
-        prompts: Sequence[list[int] | None],
-        teacher_params: Params,
-        params: Params,
-        clock: PhaseTimer,
-    ) -> list[Update]:
-        """One update for each part; arguments as in `sides`."""
-        sides = self.sides(experience, parts, prompts, teacher_params, params, clock)
-        updates = [
-            make_update(part, in_order(part, side.tokens), side.constants, self.form, self._devices)
-            for part, side in zip(parts, sides, strict=True)
-        ]
-        jax.block_until_ready(updates)
-        return updates
+def token_inputs(
+    engine: Engine,
+    rollouts: RolloutBatch,
+    mini_batch: MiniBatch,
+    prompts: Sequence[Sequence[int]],
+    models: Models,
+    timer: PhaseTimer,
+) -> list[SdpoTokenInputs]:
+    """The teacher's hidden states and the response tokens of each micro-batch.
 
-    def sides(
-        self,
-        experience: RolloutBatch,
-        parts: Sequence[MiniBatch],
-        prompts: Sequence[list[int] | None],
-        teacher_params: Params,
-        params: Params,
-        clock: PhaseTimer,
-    ) -> list[TeacherOutputs]:
-        """What the teacher knows of each part's tokens.
+    All passes of a step run before its first update: the teacher may be the student.
 
-        All passes run before the first update: the teacher may be the student.
+    Args:
+      engine: the compiled forward.
+      rollouts: the responses.
+      mini_batch: its rows.
+      prompts: ids of each rollout's teacher prompt, `[N]`.
+      models: the student's weights are read with a trust region, whose teacher mixes both.
+      timer: counts the teacher's tokens.
+    """
+    pairs = [Pair(prompts[i], rollouts.response_ids[i]) for i in mini_batch.rows]
+    timer.count("teacher", token_count(pairs))
+    old = [rollouts.log_probs[i] for i in mini_batch.rows]
 
-        Args:
-          experience: the responses.
-          parts: their rows that are worth computing.
-          prompts: ids of each row's teacher prompt, `[N]`; those of the parts' rows exist.
-          teacher_params: the teacher's weights.
-          params: the student's; read with a trust region, whose teacher mixes both.
-          clock: counts the teacher's tokens.
-        """
-        weights = [teacher_params]
-        if self._config.teacher.weights == "trust_region":
-            weights.append(params)
-        heads = [self._head(x) for x in weights] if parts else []
-        return [self._side(experience, part, prompts, weights, heads, clock) for part in parts]
+    def inputs(packed: PackedBatch) -> SdpoTokenInputs:
+        sequences = make_sequences(repack(pairs, packed, engine.layout), engine.devices)
+        live = engine.forward(models.student, sequences) if _in_trust_region(engine) else None
+        return SdpoTokenInputs(
+            teacher_hidden=engine.forward(models.teacher, sequences),
+            targets=engine.targets(mini_batch, packed),
+            old_log_probs=engine.place(old, packed, np.float32),
+            live_hidden=live,
+        )
 
-    def _side(
-        self,
-        experience: RolloutBatch,
-        part: MiniBatch,
-        prompts: Sequence[list[int] | None],
-        weights: list[Params],
-        heads: list[jax.Array],
-        clock: PhaseTimer,
-    ) -> TeacherOutputs:
-        pairs = [
-            Pair(ids, experience.response_ids[i])
-            for i in part.rows
-            if (ids := prompts[i]) is not None
-        ]
-        clock.count("teacher", token_count(pairs))
-        old = [experience.log_probs[i] for i in part.rows]
+    return [inputs(packed) for packed in mini_batch.micro_batches]
 
-        def tokens(micro_batch: MicroBatchPlan) -> SdpoTokens | SdftTokens:
-            sequences = make_sequences(pairs, micro_batch, self.form, self._devices)
-            place = partial(make_tokens, micro_batch=micro_batch, devices=self._devices)
-            hidden = [self._forward(x, sequences) for x in weights]
-            distilled = SdpoTokens(
-                teacher_hidden=hidden[0],
-                targets=place([p.response for p in pairs], dtype=np.int32),
-                old_log_probs=place(old, dtype=np.float32),
-                live_hidden=hidden[1] if len(hidden) > 1 else None,
-            )
-            if not self._number_rollouts:
-                return distilled
-            numbers = rollout_numbers(pairs, micro_batch)
-            return SdftTokens(distilled, place(numbers, dtype=np.int32))
 
-        temperature = jnp.float32(self._config.rollout.temperature)
-        constants = SdpoConstants(heads[0], temperature)
-        if len(heads) > 1:
-            coefficient = jnp.float32(self._config.teacher.trust_region)
-            constants = SdpoConstants(heads[0], temperature, heads[1], coefficient)
-        return TeacherOutputs([tokens(x) for x in part.micro_batches], constants)
+def teacher_scores(
+    engine: Engine,
+    mini_batch: MiniBatch,
+    inputs: Sequence[SdpoTokenInputs],
+    shared: SdpoSharedInputs,
+) -> Scores:
+    """The probabilities that the teacher, or the trust region around it, gives a mini-batch."""
+    rest = ScoreSharedInputs(shared.temperature, shared.live_head, shared.coefficient)
+    tokens = [ScoreTokenInputs(x.targets, x.live_hidden) for x in inputs]
+    hidden: list[jax.Array] = [x.teacher_hidden for x in inputs]
+    return engine.scores(mini_batch, tokens, hidden, shared.teacher_head, rest)

@@ -1,7 +1,7 @@
-"""A `refreshed` teacher of a run: the schedule's decisions, carried out on the state."""
+"""Carries out the decisions of a `refreshed` teacher's schedule on the train state."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -11,11 +11,11 @@ from sdpo_jax.teacher.schedule import Observed, RefreshSchedule
 from sdpo_jax.teacher.weights import Teacher
 from sdpo_jax.training.lora import Parameters
 from sdpo_jax.training.state import TrainState
-from sdpo_jax.training.step import follow
+from sdpo_jax.training.step import update_teacher
 
 
-class Refreshes:
-    """Moves the teacher, keeps the one before it where it may come back."""
+class TeacherRefresh:
+    """Applies refresh and rollback decisions to the train state."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Refreshes:
         }
 
     def __call__(
-        self, state: TrainState, row: dict[str, Any], *, moved: bool
+        self, state: TrainState, row: Mapping[str, float], *, moved: bool
     ) -> tuple[TrainState, dict[str, float]]:
         """After a step with metrics `row`: the state, and what was decided."""
         observed = None
@@ -52,7 +52,7 @@ class Refreshes:
 
 def refresh(teacher: Teacher, parameters: Parameters, state: TrainState) -> TrainState:
     """The teacher moves towards the student; the old one is kept where there is room for it."""
-    moved = follow(teacher, parameters, state, jnp.array(True))
+    moved = update_teacher(teacher, parameters, state, jnp.array(True))
     return moved if state.previous is None else moved.replace(previous=state.teacher)
 
 

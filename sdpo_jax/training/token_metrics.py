@@ -1,13 +1,13 @@
-"""Sums over tokens that are no means: how the divergence is spread, and whether it takes sides.
+"""Token metrics: means, and those that are no means.
 
-    divergence_histogram   [BINS]  tokens by the size of their divergence
-    divergence_by_token    [V]     the divergence of all tokens of an id
+    divergence_histogram   [BINS]  number of tokens by the size of their divergence
+    divergence_by_token    [V]     summed divergence of all tokens with an id
     gap_agreement          [4]     rollouts whose sum of log q(y_t) - log p(y_t) fits their outcome
 
-They add up over micro-batches and shards of the rows as every metric does; what is no sum, a
-quantile or the largest entries, is read off the sums of an update. In reports of collapse the
-divergence is concentrated on a few kinds of tokens before accuracy falls (StableSDPO, arXiv
-2607.01763); a teacher whose sign opposes the outcome unlearns what is right (RLSD).
+They add up over micro-batches and shards of the rows as every metric does; quantiles and largest
+entries are read off the sums of an update. In reports of collapse the divergence is concentrated on
+a few kinds of tokens before accuracy falls (StableSDPO, arXiv 2607.01763); a teacher whose sign
+opposes the outcome unlearns what is right (RLSD).
 
 Only tokens that are distilled count, and rollouts by those of their tokens. Validated against numpy
 (tests/test_token_metrics.py).
@@ -21,10 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.losses.objectives import MixedTokens
-from sdpo_jax.losses.sequence_importance import SdftTokens
-
 HISTOGRAM, BY_TOKEN, AGREEMENT = "divergence_histogram", "divergence_by_token", "gap_agreement"
+
+SAMPLED = ("log_prob", "student_entropy")
+"""Metrics of the sampled token, which every loss has."""
+PAIRS = ("teacher_entropy", "forward_kl", "reverse_kl", "jsd", "teacher_log_prob", "same_token")
+"""Metrics that compare student and teacher."""
+SPREAD = (HISTOGRAM, BY_TOKEN)
+"""Metrics of a divergence, which is nowhere negative; the sampled token's estimate may be."""
+
+_DISTILLED: tuple[str, ...] = ("divergence", "weight", *PAIRS)
+_POLICY_GRADIENT: tuple[str, ...] = ("clipped",)
 
 BINS = 256
 LOWEST = -24
@@ -150,10 +157,16 @@ def agreement_shares(counts: Any) -> dict[str, float]:
     return {n: float(a / b) for n, a, b in zip(names, agreeing, all_of, strict=True) if b > 0}
 
 
-def sampled(tokens: Any) -> jax.Array:
-    """The sampled tokens' ids, of what any objective knows of its tokens."""
-    if isinstance(tokens, MixedTokens):
-        return sampled(tokens.second)
-    if isinstance(tokens, SdftTokens):
-        return sampled(tokens.distilled)
-    return tokens.targets
+def means(sums: Mapping[str, float], tokens: float) -> dict[str, float]:
+    """Means of metrics over the tokens at which each is defined.
+
+    In a mix of two losses, metrics of the distillation are means over the distilled tokens, those
+    of the policy gradient over its own; `distilled` and `policy_gradient` are the shares of tokens.
+    """
+    if "first_active" not in sums:
+        return {name: total / tokens for name, total in sums.items()}
+    counts: dict[str, float] = dict.fromkeys(_DISTILLED, max(1.0, sums["first_active"]))
+    counts |= dict.fromkeys(_POLICY_GRADIENT, max(1.0, sums["second_active"]))
+    row = {name: total / counts.get(name, tokens) for name, total in sums.items()}
+    row["distilled"], row["policy_gradient"] = row.pop("first_active"), row.pop("second_active")
+    return row

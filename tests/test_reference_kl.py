@@ -8,26 +8,26 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.losses.anchor import (
-    AnchoredConstants,
-    AnchoredTokens,
-    ScoreConstants,
-    ScoreTokens,
-    anchored_per_token,
-    score_per_token,
-)
-from sdpo_jax.losses.chunked_head import chunked_head
 from sdpo_jax.losses.distillation import full_vocabulary_loss
-from sdpo_jax.losses.objectives import (
-    GrpoConstants,
-    GrpoTokens,
-    MixedConstants,
-    MixedTokens,
-    SdpoConstants,
-    SdpoTokens,
+from sdpo_jax.losses.fused_linear import fused_linear_loss
+from sdpo_jax.losses.per_token import (
+    GrpoSharedInputs,
+    GrpoTokenInputs,
+    MixedSharedInputs,
+    MixedTokenInputs,
+    SdpoSharedInputs,
+    SdpoTokenInputs,
     grpo_per_token,
     mixed_per_token,
     sdpo_per_token,
+)
+from sdpo_jax.losses.reference_kl import (
+    ReferenceKlSharedInputs,
+    ReferenceKlTokenInputs,
+    ScoreSharedInputs,
+    ScoreTokenInputs,
+    score_per_token,
+    with_reference_kl,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -43,7 +43,7 @@ HEAT = jnp.float32(TEMPERATURE)
 
 
 def grpo_tokens():
-    return GrpoTokens(jnp.asarray(TARGETS), jnp.asarray(OLD), jnp.asarray(ADVANTAGES))
+    return GrpoTokenInputs(jnp.asarray(TARGETS), jnp.asarray(OLD), jnp.asarray(ADVANTAGES))
 
 
 def log_probs(hidden):
@@ -52,15 +52,15 @@ def log_probs(hidden):
 
 def summed(loss, tokens, constants, hidden, chunk=4):
     weights = jnp.ones(TOKENS)
-    return chunked_head(
+    return fused_linear_loss(
         loss, hidden, jnp.asarray(HEAD), tokens, weights, chunk=chunk, constants=constants
     )
 
 
-def test_the_anchor_adds_the_estimate_and_its_gradient():
-    tokens = AnchoredTokens(grpo_tokens(), jnp.asarray(TARGETS), jnp.asarray(REFERENCE))
-    constants = AnchoredConstants(GrpoConstants(HEAT), HEAT)
-    anchored = anchored_per_token(GRPO, coefficient=BETA)
+def test_a_reference_kl_adds_the_estimate_and_its_gradient():
+    tokens = ReferenceKlTokenInputs(grpo_tokens(), jnp.asarray(TARGETS), jnp.asarray(REFERENCE))
+    constants = ReferenceKlSharedInputs(GrpoSharedInputs(HEAT), HEAT)
+    anchored = with_reference_kl(GRPO, coefficient=BETA)
     value = lambda h: summed(anchored, tokens, constants, h)  # noqa: E731
     alone = lambda h: summed(GRPO, tokens.objective, constants.objective, h)  # noqa: E731
     (total, metrics), gradient = jax.value_and_grad(value, has_aux=True)(jnp.asarray(HIDDEN))
@@ -79,14 +79,16 @@ def test_the_anchor_adds_the_estimate_and_its_gradient():
 
 def test_a_negative_coefficient_is_refused():
     with pytest.raises(ValueError, match="coefficient must be at least 0, got -1"):
-        anchored_per_token(GRPO, coefficient=-1.0)
+        with_reference_kl(GRPO, coefficient=-1.0)
 
 
 @pytest.mark.parametrize("share", [None, 0.0, 0.4, 1.0])
 def test_scores_are_the_log_probabilities_of_one_model_or_of_a_mixture(share):
-    tokens = ScoreTokens(jnp.asarray(TARGETS), None if share is None else jnp.asarray(LIVE))
+    tokens = ScoreTokenInputs(jnp.asarray(TARGETS), None if share is None else jnp.asarray(LIVE))
     rest = () if share is None else (jnp.asarray(HEAD), jnp.float32(share))
-    _, found = summed(score_per_token(), tokens, ScoreConstants(HEAT, *rest), jnp.asarray(TEACHER))
+    _, found = summed(
+        score_per_token(), tokens, ScoreSharedInputs(HEAT, *rest), jnp.asarray(TEACHER)
+    )
     c = share or 0.0
     expected = tiny.log_softmax((1 - c) * log_probs(TEACHER) + c * log_probs(LIVE))
     chosen = expected[np.arange(TOKENS), TARGETS]
@@ -99,13 +101,13 @@ def test_scores_are_the_log_probabilities_of_one_model_or_of_a_mixture(share):
 def test_what_a_mix_gives_no_weight_is_not_read(garbage):
     distilled = np.array([1, 1, 0, 0, 1, 0], np.float32)
     loss = mixed_per_token(SDPO, GRPO)
-    constants = MixedConstants(SdpoConstants(jnp.asarray(HEAD), HEAT), GrpoConstants(HEAT))
+    constants = MixedSharedInputs(SdpoSharedInputs(jnp.asarray(HEAD), HEAT), GrpoSharedInputs(HEAT))
 
     def run(teacher, advantages):
-        sdpo = SdpoTokens(jnp.asarray(teacher), jnp.asarray(TARGETS), jnp.asarray(OLD))
+        sdpo = SdpoTokenInputs(jnp.asarray(teacher), jnp.asarray(TARGETS), jnp.asarray(OLD))
         grpo = grpo_tokens()._replace(advantages=jnp.asarray(advantages))
         weights = jnp.asarray(distilled)
-        tokens = MixedTokens(sdpo, grpo, weights, 1.0 - weights)
+        tokens = MixedTokenInputs(sdpo, grpo, weights, 1.0 - weights)
         value = lambda h: summed(loss, tokens, constants, h)  # noqa: E731
         return jax.value_and_grad(value, has_aux=True)(jnp.asarray(HIDDEN))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sdpo_jax.errors import UserError
-from sdpo_models.gguf_file import GgufFile
+from sdpo_models.gguf.file import GgufFile
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 """Values of `tokenizer.ggml.token_type` that matter here."""

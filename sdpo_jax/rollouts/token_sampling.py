@@ -24,7 +24,9 @@ class Filters(NamedTuple):
     min_p: jax.Array | None = None  # [] float32 in [0, 1]: at least this share of the likeliest
 
 
-def draw(keys: jax.Array, logits: jax.Array, filters: Filters) -> tuple[jax.Array, jax.Array]:
+def sample_tokens(
+    keys: jax.Array, logits: jax.Array, filters: Filters
+) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row; returns ids and log-probs under the sampling distribution.
 
     At temperature 0 it is the likeliest token, the first of equals, with the log-prob that it has
@@ -40,28 +42,28 @@ def draw(keys: jax.Array, logits: jax.Array, filters: Filters) -> tuple[jax.Arra
     """
     warm = filters.temperature > 0
     scaled = logits / jnp.where(warm, filters.temperature, 1.0)
-    scaled = jnp.where(_inside(scaled, filters), scaled, -jnp.inf)
+    scaled = jnp.where(_allowed(scaled, filters), scaled, -jnp.inf)
     top = jnp.max(scaled, axis=-1, keepdims=True)
     shares = jnp.exp(scaled - top)
     weights = jnp.where(warm, shares, (scaled == top).astype(shares.dtype))
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
     uniform = jnp.where(warm, uniform, 0.0)
     blocks = weights.reshape(len(weights), math.gcd(weights.shape[1], BLOCKS), -1)
-    block = pick(jnp.sum(blocks, axis=-1), uniform[:, 0])
+    block = pick_index(jnp.sum(blocks, axis=-1), uniform[:, 0])
     row = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    place = pick(row, uniform[:, 1])
+    place = pick_index(row, uniform[:, 1])
     # The chosen token's share is 1 where it is greedy: it has the top logit.
     share = jnp.take_along_axis(row, place[:, None], axis=-1)[:, 0]
     log_probs = jnp.log(share) - jnp.log(jnp.sum(shares, axis=-1))
     return block * row.shape[1] + place, log_probs
 
 
-def pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+def pick_index(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The first of `weights: [N, K]` whose cumulative share exceeds `uniform: [N]`; [N] int32.
 
     Never one of weight zero, whatever the rounding of the sums.
 
-    >>> pick(jnp.array([[0.0, 1.0, 0.0, 3.0]] * 3), jnp.array([0.0, 0.24, 0.26])).tolist()
+    >>> pick_index(jnp.array([[0.0, 1.0, 0.0, 3.0]] * 3), jnp.array([0.0, 0.24, 0.26])).tolist()
     [1, 1, 3]
     """
     sums = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
@@ -69,20 +71,20 @@ def pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     return jnp.argmax(sums > target[:, None], axis=-1).astype(jnp.int32)
 
 
-def _inside(scaled: jax.Array, filters: Filters) -> jax.Array:
-    inside = jnp.ones((1, 1), bool)
+def _allowed(scaled: jax.Array, filters: Filters) -> jax.Array:
+    allowed = jnp.ones((1, 1), bool)
     if filters.min_p is not None:
         least = jnp.max(scaled, axis=-1, keepdims=True) + jnp.log(filters.min_p)
-        inside &= scaled >= least
+        allowed &= scaled >= least
     if filters.top_p is None and filters.top_k is None:
-        return inside
+        return allowed
     ordered = jnp.sort(scaled, axis=-1, descending=True)
     if filters.top_k is not None:
         last = jnp.minimum(filters.top_k, scaled.shape[-1]) - 1
-        inside &= scaled >= jax.lax.dynamic_index_in_dim(ordered, last, axis=-1)
+        allowed &= scaled >= jax.lax.dynamic_index_in_dim(ordered, last, axis=-1)
     if filters.top_p is not None:
-        inside &= scaled >= _last_of_nucleus(ordered, filters.top_p)
-    return inside
+        allowed &= scaled >= _last_of_nucleus(ordered, filters.top_p)
+    return allowed
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:

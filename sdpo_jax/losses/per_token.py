@@ -1,9 +1,9 @@
-"""The objectives as per-token losses for `chunked_head`.
+"""The objectives as per-token losses for `fused_linear_loss`.
 
 Each factory takes the hyper-parameters and returns `loss(logits[C, V], tokens, constants)`; the
 arrays that it reads are named by a NamedTuple, whose fields of None may stay so. The student's
-logits, and the teacher's, are capped where the model caps them and divided by the temperature that
-the rollouts were drawn at, so that log-probabilities are those of the sampler.
+logits, and the teacher's, are divided by the temperature that the rollouts were drawn at, so that
+log-probabilities are those of the sampler.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import check_same_shape, where_active
-from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, head_logits
 from sdpo_jax.losses.distillation import sampled_token_loss
 from sdpo_jax.losses.divergences import entropy
+from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, head_logits
 from sdpo_jax.losses.likelihood import cross_entropy
 from sdpo_jax.losses.policy_gradient import clip_ratio, policy_gradient_loss, reference_kl
 from sdpo_jax.losses.tiles import by_rows
 from sdpo_jax.losses.token_stats import TokenStats, same_likeliest, token_stats
 from sdpo_jax.losses.vocabulary import (
     log_softmax,
+    scale_logits,
     select_targets,
-    shape_logits,
     trust_region_logits,
     vocabulary_max,
 )
@@ -39,8 +39,8 @@ Weigh: TypeAlias = Callable[[TokenStats], jax.Array]
 divided by it afterwards: the metric `weight` has their sum, and the loss is linear in them."""
 
 
-class SdpoTokens(NamedTuple):
-    """What SDPO knows of each token."""
+class SdpoTokenInputs(NamedTuple):
+    """Inputs of the SDPO loss with one entry per token."""
 
     teacher_hidden: jax.Array  # [M, D], the teacher's final hidden states at the same tokens
     targets: jax.Array  # [M] integer, the sampled tokens
@@ -48,8 +48,8 @@ class SdpoTokens(NamedTuple):
     live_hidden: jax.Array | None = None  # [M, D], the student's own after the teacher's prompt
 
 
-class SdpoConstants(NamedTuple):
-    """What SDPO knows besides."""
+class SdpoSharedInputs(NamedTuple):
+    """Inputs of the SDPO loss that all tokens share."""
 
     teacher_head: jax.Array  # [D, V]
     temperature: jax.Array  # [] float32
@@ -57,8 +57,8 @@ class SdpoConstants(NamedTuple):
     coefficient: jax.Array | None = None  # [] float32, of the trust region
 
 
-class GrpoTokens(NamedTuple):
-    """What GRPO knows of each token."""
+class GrpoTokenInputs(NamedTuple):
+    """Inputs of the GRPO loss with one entry per token."""
 
     targets: jax.Array  # [M] integer
     old_log_probs: jax.Array  # [M]
@@ -66,29 +66,29 @@ class GrpoTokens(NamedTuple):
     reference_log_probs: jax.Array | None = None  # [M], for a KL to a reference
 
 
-class GrpoConstants(NamedTuple):
-    """What GRPO knows besides."""
+class GrpoSharedInputs(NamedTuple):
+    """Inputs of the GRPO loss that all tokens share."""
 
     temperature: jax.Array  # [] float32
 
 
-class SftTokens(NamedTuple):
-    """What SFT knows of each token."""
+class SftTokenInputs(NamedTuple):
+    """Inputs of the SFT loss with one entry per token."""
 
     targets: jax.Array  # [M] integer
 
 
-class MixedTokens(NamedTuple):
-    """What a sum of two objectives knows of each token."""
+class MixedTokenInputs(NamedTuple):
+    """Inputs of a weighted sum of two losses with one entry per token."""
 
-    first: Any  # tokens of the first objective
+    first: Any  # token inputs of the first loss
     second: Any
     first_weights: jax.Array  # [M]: 1 - λ, a route, a gate, a schedule
     second_weights: jax.Array  # [M]
 
 
-class MixedConstants(NamedTuple):
-    """What a sum of two objectives knows besides."""
+class MixedSharedInputs(NamedTuple):
+    """Inputs of a weighted sum of two losses that all tokens share."""
 
     first: Any
     second: Any
@@ -99,7 +99,6 @@ def sdpo_per_token(
     *,
     importance_cap: float | None = None,
     weigh: Weigh | None = None,
-    soft_cap: float | None = None,
     vocabulary_axis: str | None = None,
 ) -> PerTokenLoss:
     """min(π/π_old, cap) · weigh(by-products) · divergence(student, teacher).
@@ -108,21 +107,21 @@ def sdpo_per_token(
         divergence: bind the same `vocabulary_axis` in it.
         importance_cap: 2 in the paper; needs `old_log_probs`. None: no importance weight.
         weigh: weights from what the pass sees, such as `disagreement_weights` of `jsd`.
-        soft_cap: of the model's logits.
         vocabulary_axis: mesh axis that cuts V inside `shard_map`.
 
     Returns:
-        PerTokenLoss of SdpoTokens and SdpoConstants. Metrics: divergence, those of `TokenStats`,
-        same_token (see `same_likeliest`), and where they apply ratio (new to rollout probability,
-        before the cap) and weight.
+        PerTokenLoss of SdpoTokenInputs and SdpoSharedInputs. Metrics: divergence, those of
+        `TokenStats`, same_token (see `same_likeliest`), and where they apply ratio (new to rollout
+        probability, before the cap) and weight.
 
     Source: equation 1 of arXiv 2601.20802, with the importance weight of its code.
 
     >>> from functools import partial
     >>> from sdpo_jax.losses.distillation import full_vocabulary_loss
     >>> loss = sdpo_per_token(partial(full_vocabulary_loss, alpha=0.5))
-    >>> tokens = SdpoTokens(jnp.eye(2), jnp.array([0, 1]))
-    >>> value, metrics = loss(jnp.zeros((2, 2)), tokens, SdpoConstants(jnp.eye(2), jnp.array(1.0)))
+    >>> tokens = SdpoTokenInputs(jnp.eye(2), jnp.array([0, 1]))
+    >>> shared = SdpoSharedInputs(jnp.eye(2), jnp.array(1.0))
+    >>> value, metrics = loss(jnp.zeros((2, 2)), tokens, shared)
     >>> print(f"{value[0]:.4f} {metrics['teacher_entropy'][0]:.4f}")
     0.0285 0.5822
     """
@@ -131,22 +130,21 @@ def sdpo_per_token(
         del targets
         return divergence(student, teacher)
 
-    return _distillation(estimate, importance_cap, weigh, soft_cap, vocabulary_axis)
+    return _distillation(estimate, importance_cap, weigh, vocabulary_axis)
 
 
-def sampled_token_per_token(
+def sampled_token_sdpo(
     *,
     importance_cap: float | None = None,
     weigh: Weigh | None = None,
-    soft_cap: float | None = None,
     vocabulary_axis: str | None = None,
 ) -> PerTokenLoss:
     """`sdpo_per_token` with `sampled_token_loss` in place of a divergence; `divergence` is it.
 
     Source: the SDPO code with `full_logit_distillation: False` (arXiv 2601.20802, equation 2).
 
-    >>> tokens, loss = SdpoTokens(jnp.eye(2), jnp.array([0, 1])), sampled_token_per_token()
-    >>> value, _ = loss(jnp.zeros((2, 2)), tokens, SdpoConstants(jnp.eye(2), jnp.array(1.0)))
+    >>> tokens, loss = SdpoTokenInputs(jnp.eye(2), jnp.array([0, 1])), sampled_token_sdpo()
+    >>> value, _ = loss(jnp.zeros((2, 2)), tokens, SdpoSharedInputs(jnp.eye(2), jnp.array(1.0)))
     >>> print(f"{value[0]:.4f}")
     0.2633
     """
@@ -159,7 +157,7 @@ def sampled_token_per_token(
         )
         return sampled_token_loss(log_prob, teacher_log_prob)
 
-    return _distillation(estimate, importance_cap, weigh, soft_cap, vocabulary_axis)
+    return _distillation(estimate, importance_cap, weigh, vocabulary_axis)
 
 
 def grpo_per_token(
@@ -168,26 +166,27 @@ def grpo_per_token(
     clip_high: float,
     dual_clip: float,
     kl_coefficient: float = 0.0,
-    soft_cap: float | None = None,
     vocabulary_axis: str | None = None,
 ) -> PerTokenLoss:
     """`policy_gradient_loss` of the sampled token, + β · `reference_kl` where β > 0.
 
     Returns:
-        PerTokenLoss of GrpoTokens and GrpoConstants. Metrics: log_prob, student_entropy, ratio,
-        clipped (1 where held back), reference_kl if there is one. Source: 2.1 of arXiv 2601.20802.
+        PerTokenLoss of GrpoTokenInputs and GrpoSharedInputs. Metrics: log_prob, student_entropy,
+        ratio, clipped (1 where clipping acts), reference_kl if there is one.
+
+    Source: section 2.1 of arXiv 2601.20802.
 
     >>> loss = grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
-    >>> tokens = GrpoTokens(jnp.array([0]), jnp.log(jnp.array([0.25])), jnp.array([1.0]))
-    >>> print(f"{loss(jnp.zeros((1, 2)), tokens, GrpoConstants(jnp.array(1.0)))[0][0]:.2f}")
+    >>> tokens = GrpoTokenInputs(jnp.array([0]), jnp.log(jnp.array([0.25])), jnp.array([1.0]))
+    >>> print(f"{loss(jnp.zeros((1, 2)), tokens, GrpoSharedInputs(jnp.array(1.0)))[0][0]:.2f}")
     -1.28
     """
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
 
     def of_rows(
-        logits: jax.Array, tokens: GrpoTokens, constants: GrpoConstants
+        logits: jax.Array, tokens: GrpoTokenInputs, constants: GrpoSharedInputs
     ) -> tuple[jax.Array, Metrics]:
-        logits = shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
+        logits = scale_logits(logits, temperature=constants.temperature)
         metrics = _sampled(logits, tokens.targets, vocabulary_axis)
         log_prob, old, advantages = metrics["log_prob"], tokens.old_log_probs, tokens.advantages
         value = policy_gradient_loss(log_prob, old, advantages, **clips)
@@ -206,26 +205,26 @@ def grpo_per_token(
 def sft_per_token(
     *,
     label_smoothing: float = 0.0,
-    soft_cap: float | None = None,
     vocabulary_axis: str | None = None,
 ) -> PerTokenLoss:
     """`cross_entropy` of the target, at temperature 1.
 
     Returns:
-        PerTokenLoss of SftTokens. Metrics: log_prob, student_entropy, correct (1 where no token is
-        likelier than the target).
+        PerTokenLoss of SftTokenInputs. Metrics: log_prob, student_entropy, correct (1 where no
+        token is likelier than the target).
 
     Source: the SFT baseline of SDFT, arXiv 2601.19897.
 
-    >>> value, metrics = sft_per_token()(jnp.zeros((1, 4)), SftTokens(jnp.array([0])), None)
+    >>> value, metrics = sft_per_token()(jnp.zeros((1, 4)), SftTokenInputs(jnp.array([0])), None)
     >>> print(f"{value[0]:.4f}", metrics["correct"].tolist())
     1.3863 [True]
     """
     axis = vocabulary_axis
 
-    def loss(logits: jax.Array, tokens: SftTokens, constants: None) -> tuple[jax.Array, Metrics]:
+    def loss(
+        logits: jax.Array, tokens: SftTokenInputs, constants: None
+    ) -> tuple[jax.Array, Metrics]:
         del constants
-        logits = shape_logits(logits, soft_cap=soft_cap)
         value = cross_entropy(
             logits, tokens.targets, label_smoothing=label_smoothing, vocabulary_axis=axis
         )
@@ -241,25 +240,25 @@ def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
     """w_1 · first + w_2 · second, with weights per token: a mix, a route, a gate or a schedule.
 
     SDPO with 1 - λ and GRPO with λ is the paper's mix of advantages; 0/1 weights from
-    `outcome_routing` distil failures and reinforce successes. What an objective knows of a token
-    that it has no weight at may be anything: it is not read.
+    `outcome_routing` train failures with SDPO and successes with GRPO. Where a loss has weight 0,
+    its inputs are not read and may hold anything.
 
     Returns:
-        PerTokenLoss of MixedTokens and MixedConstants. Metrics: those of both, 0 where their
-        objective has no weight (of a shared name the first's, else the second's), first_loss and
+        PerTokenLoss of MixedTokenInputs and MixedSharedInputs. Metrics: those of both, 0 where
+        their loss has no weight (of a shared name the first's, else the second's), first_loss and
         second_loss, first_active and second_active.
 
     Source: equation 3 of arXiv 2601.20802; SRPO, arXiv 2604.02288; SDPG, arXiv 2606.04036.
 
-    >>> tokens = SftTokens(jnp.array([0]))
-    >>> both = MixedTokens(tokens, tokens, jnp.array([0.5]), jnp.array([2.0]))
+    >>> tokens = SftTokenInputs(jnp.array([0]))
+    >>> both = MixedTokenInputs(tokens, tokens, jnp.array([0.5]), jnp.array([2.0]))
     >>> loss = mixed_per_token(sft_per_token(), sft_per_token())
-    >>> print(f"{loss(jnp.zeros((1, 2)), both, MixedConstants(None, None))[0][0]:.4f}")
+    >>> print(f"{loss(jnp.zeros((1, 2)), both, MixedSharedInputs(None, None))[0][0]:.4f}")
     1.7329
     """
 
     def loss(
-        logits: jax.Array, tokens: MixedTokens, constants: MixedConstants
+        logits: jax.Array, tokens: MixedTokenInputs, constants: MixedSharedInputs
     ) -> tuple[jax.Array, Metrics]:
         first_weights, second_weights = tokens.first_weights, tokens.second_weights
         actives = first_weights != 0.0, second_weights != 0.0
@@ -303,14 +302,13 @@ def _distillation(
     estimate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     importance_cap: float | None,
     weigh: Weigh | None,
-    soft_cap: float | None,
     vocabulary_axis: str | None,
 ) -> PerTokenLoss:
     def of_rows(
-        logits: jax.Array, rows: _Rows, constants: SdpoConstants
+        logits: jax.Array, rows: _Rows, constants: SdpoSharedInputs
     ) -> tuple[jax.Array, Metrics]:
-        student = shape_logits(logits, temperature=constants.temperature, soft_cap=soft_cap)
-        teacher = jax.lax.stop_gradient(_teacher_logits(rows, constants, soft_cap))
+        student = scale_logits(logits, temperature=constants.temperature)
+        teacher = jax.lax.stop_gradient(_teacher_logits(rows, constants))
         value = estimate(student, teacher, rows.targets)
         p, q = (log_softmax(x, vocabulary_axis=vocabulary_axis) for x in (student, teacher))
         products = token_stats(p, q, rows.targets, vocabulary_axis=vocabulary_axis)
@@ -322,7 +320,7 @@ def _distillation(
         return value, metrics | {name: weight.metric for name, weight in weights.items()}
 
     def loss(
-        logits: jax.Array, tokens: SdpoTokens, constants: SdpoConstants
+        logits: jax.Array, tokens: SdpoTokenInputs, constants: SdpoSharedInputs
     ) -> tuple[jax.Array, Metrics]:
         live, live_head = tokens.live_hidden, constants.live_head
         if live is not None and (live_head is None or constants.coefficient is None):
@@ -362,8 +360,8 @@ def _weights(
     return weights
 
 
-def _teacher_logits(rows: _Rows, constants: SdpoConstants, soft_cap: float | None) -> jax.Array:
-    shaped = partial(shape_logits, temperature=constants.temperature, soft_cap=soft_cap)
+def _teacher_logits(rows: _Rows, constants: SdpoSharedInputs) -> jax.Array:
+    shaped = partial(scale_logits, temperature=constants.temperature)
     if rows.live_logits is None or constants.coefficient is None:
         return shaped(rows.teacher_logits)
     pair = shaped(rows.teacher_logits), shaped(rows.live_logits)

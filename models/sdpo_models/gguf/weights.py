@@ -17,7 +17,7 @@ from sdpo_jax.errors import UserError
 from sdpo_models.architecture import Architecture
 from sdpo_models.checkpoint_files import Planned
 from sdpo_models.families import FAMILIES, is_transposed, tensor_names
-from sdpo_models.gguf_file import GgufFile
+from sdpo_models.gguf.file import GgufFile
 from sdpo_models.rope import inverse_frequencies, read_scaling
 from sdpo_models.transformer import parameter_table
 

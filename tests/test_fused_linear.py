@@ -1,4 +1,4 @@
-"""The chunked head is the plain head, for any chunk, padding and mesh, and [M, V] never exists."""
+"""The fused linear loss is the plain loss of all logits, for any chunk, padding and mesh."""
 
 import re
 from functools import partial
@@ -13,15 +13,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from sdpo_jax.losses.chunked_head import chunked_head, head_logits
 from sdpo_jax.losses.distillation import full_vocabulary_loss, sdpo_loss
+from sdpo_jax.losses.fused_linear import fused_linear_loss, head_logits
 from sdpo_jax.losses.likelihood import sft_loss
-from sdpo_jax.losses.objectives import (
-    GrpoConstants,
-    GrpoTokens,
-    SdpoConstants,
-    SdpoTokens,
-    SftTokens,
+from sdpo_jax.losses.per_token import (
+    GrpoSharedInputs,
+    GrpoTokenInputs,
+    SdpoSharedInputs,
+    SdpoTokenInputs,
+    SftTokenInputs,
     grpo_per_token,
     sdpo_per_token,
     sft_per_token,
@@ -63,17 +63,20 @@ def problem(name, tokens=M, dtype: Any = np.float32, width=D, vocabulary=V) -> A
     old = log_probs + 0.4 * normal(tokens)
     temperature = jnp.asarray(1.3, jnp.float64 if dtype == np.float64 else jnp.float32)
     if name.startswith("sdpo"):
-        constants = SdpoConstants(normal(width, vocabulary), temperature)
-        aux = SdpoTokens(normal(tokens, width), targets, old)
+        constants = SdpoSharedInputs(normal(width, vocabulary), temperature)
+        aux = SdpoTokenInputs(normal(tokens, width), targets, old)
     elif name == "grpo":
-        aux, constants = GrpoTokens(targets, old, normal(tokens)), GrpoConstants(temperature)
+        aux, constants = (
+            GrpoTokenInputs(targets, old, normal(tokens)),
+            GrpoSharedInputs(temperature),
+        )
     else:
-        aux, constants = SftTokens(targets), None
+        aux, constants = SftTokenInputs(targets), None
     return hidden, head, aux, weights, constants
 
 
 def all_logits_at_once(per_token_loss, hidden, head, aux, weights, *, chunk, constants=None):
-    """What `chunked_head` returns, by plain autodiff."""
+    """What `fused_linear_loss` returns, by plain autodiff."""
     del chunk
     aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
     loss, metrics = per_token_loss(head_logits(hidden, head), aux, constants)
@@ -103,14 +106,14 @@ def assert_close(got, want, tolerance):
 @pytest.mark.parametrize("chunk", [1, 7, 16, 48, 1000])
 def test_equals_plain_autodiff_for_any_chunk_size(name, chunk):
     arrays = problem(name)
-    got = run(chunked_head, name, *arrays, chunk=chunk)
+    got = run(fused_linear_loss, name, *arrays, chunk=chunk)
     assert_close(got, run(all_logits_at_once, name, *arrays, chunk=chunk), FLOAT32)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_equals_plain_autodiff_to_the_last_digits_in_float64(x64, name):
     arrays = problem(name, dtype=np.float64)
-    got = run(chunked_head, name, *arrays, chunk=7)
+    got = run(fused_linear_loss, name, *arrays, chunk=7)
     assert_close(got, run(all_logits_at_once, name, *arrays, chunk=7), 1e-12)
 
 
@@ -121,7 +124,7 @@ def test_gradient_matches_finite_differences(x64, name):
         aux = aux._replace(old_log_probs=jnp.full(5, -30.0))
 
     def loss(hidden, head):
-        return chunked_head(
+        return fused_linear_loss(
             OBJECTIVES[name], hidden, head, aux, weights, chunk=2, constants=constants
         )[0]
 
@@ -132,7 +135,7 @@ def test_gradient_matches_finite_differences(x64, name):
 @pytest.mark.parametrize("tokens, chunk", [(1, 4), (17, 16), (47, 8)])
 def test_a_ragged_last_chunk_changes_nothing(name, tokens, chunk):
     arrays = problem(name, tokens=tokens)
-    got = run(chunked_head, name, *arrays, chunk=chunk)
+    got = run(fused_linear_loss, name, *arrays, chunk=chunk)
     assert_close(got, run(all_logits_at_once, name, *arrays, chunk=chunk), FLOAT32)
 
 
@@ -140,9 +143,11 @@ def test_a_ragged_last_chunk_changes_nothing(name, tokens, chunk):
 def test_value_without_gradient_is_the_same(name):
     hidden, head, aux, weights, constants = problem(name)
     (want, metrics), _ = run(
-        chunked_head, name, hidden, head, aux, weights, constants, chunk=7, scale=1.0
+        fused_linear_loss, name, hidden, head, aux, weights, constants, chunk=7, scale=1.0
     )
-    got = chunked_head(OBJECTIVES[name], hidden, head, aux, weights, chunk=7, constants=constants)
+    got = fused_linear_loss(
+        OBJECTIVES[name], hidden, head, aux, weights, chunk=7, constants=constants
+    )
     assert_close(got, (want, metrics), 1e-6)
 
 
@@ -156,10 +161,10 @@ def test_a_token_of_weight_zero_is_exactly_absent(name, garbage):
         lambda x: x.at[rows].set(-1 if x.dtype == jnp.int32 else garbage), (hidden, aux)
     )
     (value, _), gradients = run(
-        chunked_head, name, spoilt[0], head, spoilt[1], weights, constants, chunk=16
+        fused_linear_loss, name, spoilt[0], head, spoilt[1], weights, constants, chunk=16
     )
     (want, _), want_gradients = run(
-        chunked_head, name, hidden, head, aux, weights, constants, chunk=16
+        fused_linear_loss, name, hidden, head, aux, weights, constants, chunk=16
     )
     assert_close((value, gradients), (want, want_gradients), 1e-7)
     np.testing.assert_array_equal(gradients[0][rows], 0.0)
@@ -168,7 +173,14 @@ def test_a_token_of_weight_zero_is_exactly_absent(name, garbage):
 def test_all_weights_zero_is_a_finite_zero():
     hidden, head, aux, weights, constants = problem("sdpo_jsd")
     (value, _), gradients = run(
-        chunked_head, "sdpo_jsd", hidden, head, aux, jnp.zeros_like(weights), constants, chunk=16
+        fused_linear_loss,
+        "sdpo_jsd",
+        hidden,
+        head,
+        aux,
+        jnp.zeros_like(weights),
+        constants,
+        chunk=16,
     )
     assert value == 0.0
     for gradient in gradients:
@@ -181,7 +193,7 @@ def test_everything_but_hidden_and_head_is_detached(name):
 
     def loss(arrays):
         hidden, head, aux, weights, constants = arrays
-        total, metrics = chunked_head(
+        total, metrics = fused_linear_loss(
             OBJECTIVES[name], hidden, head, aux, weights, chunk=16, constants=constants
         )
         return 0.0 * total + sum(jnp.sum(x) for x in metrics.values())
@@ -189,7 +201,7 @@ def test_everything_but_hidden_and_head_is_detached(name):
     metrics_only = jax.grad(loss, allow_int=True)((hidden, head, aux, weights, constants))
 
     def total(aux, weights, constants):
-        return chunked_head(
+        return fused_linear_loss(
             OBJECTIVES[name], hidden, head, aux, weights, chunk=16, constants=constants
         )[0]
 
@@ -204,14 +216,14 @@ def test_bfloat16_hidden_and_float32_head(name):
     hidden, head, aux, weights, constants = problem(name)
     low = hidden.astype(jnp.bfloat16)
     (value, metrics), (hidden_grad, head_grad) = run(
-        chunked_head, name, low, head, aux, weights, constants, chunk=16
+        fused_linear_loss, name, low, head, aux, weights, constants, chunk=16
     )
     assert value.dtype == jnp.float32 and hidden_grad.dtype == jnp.bfloat16
     assert head_grad.dtype == jnp.float32
     assert all(x.dtype == jnp.float32 for x in metrics.values())
     rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
     (want, _), (_, want_head) = run(
-        chunked_head, name, low.astype(jnp.float32), rounded, aux, weights, constants, chunk=16
+        fused_linear_loss, name, low.astype(jnp.float32), rounded, aux, weights, constants, chunk=16
     )
     np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-5)
     # The logits' gradient is rounded to bfloat16 once, 2^-9, before an exact sum over tokens.
@@ -227,7 +239,7 @@ def test_head_gradient_accumulates_in_float32():
 
     def total(head):
         hidden = jnp.ones((tokens, 1), jnp.bfloat16)
-        return chunked_head(first_logit, hidden, head, (), jnp.ones(tokens), chunk=1)[0]
+        return fused_linear_loss(first_logit, hidden, head, (), jnp.ones(tokens), chunk=1)[0]
 
     assert jax.grad(total)(jnp.ones((1, 2)))[0, 0] == tokens
 
@@ -236,7 +248,7 @@ def test_sdpo_per_token_is_sdpo_loss_with_both_logits_divided_by_the_temperature
     hidden, head, aux, _, constants = problem("sdpo_jsd")
     mask = jnp.array(np.random.default_rng(1).integers(0, 2, size=(4, 12)))
     weights, denominator = token_mean_weights(mask)
-    total, metrics = chunked_head(
+    total, metrics = fused_linear_loss(
         OBJECTIVES["sdpo_jsd"],
         hidden,
         head,
@@ -264,7 +276,7 @@ def test_grpo_per_token_is_grpo_loss():
     advantages, mask = jnp.array([1.0, -1.0, 0.5, 0.0]), jnp.ones((4, 12))
     aux = aux._replace(advantages=jnp.repeat(advantages, 12))
     weights, denominator = token_mean_weights(mask)
-    total, metrics = chunked_head(
+    total, metrics = fused_linear_loss(
         OBJECTIVES["grpo"], hidden, head, aux, weights.reshape(-1), chunk=16, constants=constants
     )
     log_probs = select_targets(log_softmax(hidden @ head / constants.temperature), aux.targets)
@@ -293,7 +305,7 @@ def test_sft_per_token_is_sft_loss_under_either_reduction():
             / 4,
         ),
     ]:
-        total, metrics = chunked_head(
+        total, metrics = fused_linear_loss(
             OBJECTIVES["sft"], hidden, head, aux, weights.reshape(-1), chunk=16
         )
         np.testing.assert_allclose(total / denominator, want, rtol=1e-5)
@@ -306,7 +318,7 @@ def test_vmap_and_scan_change_nothing():
 
     def one(head, part):
         hidden, aux, weights = part
-        return chunked_head(OBJECTIVES["sft"], hidden, head, aux, weights, chunk=4)[0]
+        return fused_linear_loss(OBJECTIVES["sft"], hidden, head, aux, weights, chunk=4)[0]
 
     def by_scan(head):
         return jax.lax.scan(lambda c, x: (c + one(head, x), None), jnp.zeros(()), parts)[0]
@@ -340,8 +352,8 @@ def put_on_mesh(arrays):
         return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(place, spec)), tree)
 
     hidden, head, aux, weights, constants = arrays
-    if isinstance(constants, SdpoConstants):
-        constants = SdpoConstants(
+    if isinstance(constants, SdpoSharedInputs):
+        constants = SdpoSharedInputs(
             put(P(None, "tensor"), constants.teacher_head), put(P(), constants.temperature)
         )
     tokens = put(P("fsdp"), (hidden, aux, weights))
@@ -359,7 +371,7 @@ def sizes_moved(text):
 @pytest.mark.parametrize("name", ["sdpo_jsd", "grpo", "sft"])
 def test_sharded_equals_unsharded_and_no_token_and_no_logits_move(name):
     arrays = sharded_problem(name)
-    compute = jax.jit(partial(run, chunked_head, name, chunk=64))
+    compute = jax.jit(partial(run, fused_linear_loss, name, chunk=64))
     sharded = put_on_mesh(arrays)
     compiled = compute.lower(*sharded).compile()
     assert_close(compiled(*sharded), run(all_logits_at_once, name, *arrays, chunk=64), 2e-6)
@@ -381,7 +393,7 @@ def test_under_shard_map_the_head_gradient_crosses_devices_once():
         axis_names={"fsdp"},
     )
     def local(hidden, head, aux, weights, constants):
-        total, metrics = chunked_head(
+        total, metrics = fused_linear_loss(
             OBJECTIVES[name], hidden, head, aux, weights, chunk=16, constants=constants
         )
         return jax.lax.psum(total, "fsdp"), metrics
@@ -416,7 +428,7 @@ def test_chunks_that_are_not_filled_are_not_read_and_the_rest_is_as_it_was(name,
     def compute(function, hidden, aux, weights, **filled):
         return run(function, name, hidden, head, aux, weights, constants, chunk=chunk, **filled)
 
-    chunked = tiny.quick_jit(partial(compute, chunked_head, block=block))
+    chunked = tiny.quick_jit(partial(compute, fused_linear_loss, block=block))
     plain = tiny.quick_jit(partial(compute, all_logits_at_once))
     for filled in range(4):
         read = jnp.asarray(in_first_chunks(filled, chunk=chunk, block=block))
@@ -440,8 +452,8 @@ def test_filled_chunks_have_the_same_value_without_gradient():
     hidden, head, aux, weights, _ = problem("sft")
     kept = jnp.where(in_first_chunks(2, chunk=16, block=8), weights, 0.0)
     how: Any = {"chunk": 16, "filled": jnp.int32(2)}
-    got = jax.jit(partial(chunked_head, OBJECTIVES["sft"], **how))(hidden, head, aux, kept)
-    want, _ = run(chunked_head, "sft", hidden, head, aux, kept, None, scale=1.0, **how)
+    got = jax.jit(partial(fused_linear_loss, OBJECTIVES["sft"], **how))(hidden, head, aux, kept)
+    want, _ = run(fused_linear_loss, "sft", hidden, head, aux, kept, None, scale=1.0, **how)
     assert_close(got, want, 1e-6)
 
 
@@ -449,7 +461,7 @@ def test_the_size_of_blocks_changes_nothing():
     arrays = problem("sft", tokens=47)
     want = run(all_logits_at_once, "sft", *arrays, chunk=12)
     for block in (12, 5, 1):  # a whole chunk; what does not divide it; none at all
-        assert_close(run(chunked_head, "sft", *arrays, chunk=12, block=block), want, FLOAT32)
+        assert_close(run(fused_linear_loss, "sft", *arrays, chunk=12, block=block), want, FLOAT32)
 
 
 def test_a_block_for_each_shard_and_filled_chunks_move_no_token_either():
@@ -460,7 +472,7 @@ def test_a_block_for_each_shard_and_filled_chunks_move_no_token_either():
     assert read.reshape(4, -1).sum(axis=1).tolist() == [32] * 4 and read[:32].all()
     arrays = hidden, head, aux, jnp.where(read, weights, 0.0), constants
     sharded = put_on_mesh(arrays)
-    compute = jax.jit(partial(run, chunked_head, name, chunk=64, block=16))
+    compute = jax.jit(partial(run, fused_linear_loss, name, chunk=64, block=16))
     compiled = compute.lower(*sharded, filled=jnp.int32(filled)).compile()
     got = compiled(*sharded, filled=jnp.int32(filled))
     (value, metrics), gradients = run(all_logits_at_once, name, *arrays, chunk=64)
@@ -474,7 +486,7 @@ def test_all_logits_never_exist():
     tokens, chunk, width, vocabulary = 4096, 64, 8, 1024
     arrays = problem("sdpo_jsd", tokens=tokens, width=width, vocabulary=vocabulary)
     bytes_of = {}
-    for function in (chunked_head, all_logits_at_once):
+    for function in (fused_linear_loss, all_logits_at_once):
         compute = jax.jit(partial(run, function, "sdpo_jsd", chunk=chunk))
         compiled = compute.lower(*arrays).compile()
         memory: Any = compiled.memory_analysis()
@@ -484,16 +496,16 @@ def test_all_logits_never_exist():
             str(compiled.as_text()),
         )
         assert bool(exists) == (function is all_logits_at_once)
-    assert bytes_of[chunked_head] < 4 * tokens * vocabulary / 4 < bytes_of[all_logits_at_once]
+    assert bytes_of[fused_linear_loss] < 4 * tokens * vocabulary / 4 < bytes_of[all_logits_at_once]
 
 
 def test_four_head_matmuls_for_student_and_teacher_and_two_without_gradient():
     hidden, head, aux, weights, constants = problem("sdpo_jsd")
     # Lowered, not traced: of the forms for each platform one is left.
-    whole = partial(run, chunked_head, "sdpo_jsd", chunk=16)
+    whole = partial(run, fused_linear_loss, "sdpo_jsd", chunk=16)
     text = jax.jit(whole).lower(hidden, head, aux, weights, constants).as_text()
     assert text.count("stablehlo.dot_general") == 4
-    value = partial(chunked_head, OBJECTIVES["sdpo_jsd"], chunk=16, constants=constants)
+    value = partial(fused_linear_loss, OBJECTIVES["sdpo_jsd"], chunk=16, constants=constants)
     compiled = jax.jit(value).lower(hidden, head, aux, weights).compile()
     text = str(compiled.as_text())
     assert f"[{D},{V}]" in text and len(re.findall(r" dot\(|custom-call\(", text)) <= 2
@@ -503,10 +515,10 @@ def test_shapes_are_checked():
     hidden, head, aux, weights, _ = problem("sft")
     loss = OBJECTIVES["sft"]
     with pytest.raises(ValueError, match=r"hidden \[48, 6\] and head \[5, 23\]"):
-        chunked_head(loss, hidden, head[:5], aux, weights, chunk=8)
+        fused_linear_loss(loss, hidden, head[:5], aux, weights, chunk=8)
     with pytest.raises(ValueError, match=r"expected weights \[48\], got \[47\]"):
-        chunked_head(loss, hidden, head, aux, weights[:47], chunk=8)
+        fused_linear_loss(loss, hidden, head, aux, weights[:47], chunk=8)
     with pytest.raises(ValueError, match=r"aux\.targets must lead with 48 tokens, got \[7\]"):
-        chunked_head(loss, hidden, head, SftTokens(aux.targets[:7]), weights, chunk=8)
+        fused_linear_loss(loss, hidden, head, SftTokenInputs(aux.targets[:7]), weights, chunk=8)
     with pytest.raises(ValueError, match="48 and 0"):
-        chunked_head(loss, hidden, head, aux, weights, chunk=0)
+        fused_linear_loss(loss, hidden, head, aux, weights, chunk=0)

@@ -3,7 +3,7 @@
 Forward and gradient of a chunk are computed together, while its logits are there. What is kept is
 the gradient of the hidden states `[M, D]` and one accumulated gradient of the head `[D, V]`; the
 backward pass multiplies both by the incoming scalar. Student and teacher then cost four head
-matmuls, where recomputation (`checkpointed_head`) costs six.
+matmuls, where recomputation (`checkpointed_linear_loss`) costs six.
 
 Chunks are strided: of the tokens in blocks of b, chunk i of n holds the blocks i, i + n, i + 2n and
 so on. A token axis that is sharded over a mesh stays sharded inside each chunk, so no token moves,
@@ -18,8 +18,8 @@ that it was given as `vocabulary_axis`; the head's gradient stays local to its s
 hidden states is summed over the axis once, after the last chunk.
 
 The gradient is exact for any per-token loss and any scale of the result. Reverse mode only: forward
-mode (`jvp`) and second derivatives are not defined. Validated against `checkpointed_head`, plain
-autodiff over all logits and finite differences (tests/test_chunked_head.py).
+mode (`jvp`) and second derivatives are not defined. Validated against `checkpointed_linear_loss`,
+plain autodiff over all logits and finite differences (tests/test_fused_linear.py).
 """
 
 import math
@@ -53,7 +53,7 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return _product("md,dv->mv", hidden, head)
 
 
-def chunked_head(
+def fused_linear_loss(
     per_token_loss: PerTokenLoss,
     hidden: jax.Array,
     head: jax.Array,
@@ -85,7 +85,7 @@ def chunked_head(
 
     >>> square = lambda logits, aux, constants: (jnp.sum(logits**2, axis=-1), {})
     >>> hidden, head = jnp.ones((3, 2)), jnp.ones((2, 4))
-    >>> print(chunked_head(square, hidden, head, None, jnp.ones(3), chunk=2)[0])
+    >>> print(fused_linear_loss(square, hidden, head, None, jnp.ones(3), chunk=2)[0])
     48.0
     """
     _check(hidden, head, aux, weights, chunk)
@@ -95,7 +95,7 @@ def chunked_head(
     return _chunked(per_token_loss, cut, hidden, head, *detached, filled)
 
 
-def checkpointed_head(
+def checkpointed_linear_loss(
     per_token_loss: PerTokenLoss,
     hidden: jax.Array,
     head: jax.Array,
@@ -106,9 +106,9 @@ def checkpointed_head(
 ) -> tuple[jax.Array, Metrics]:
     """The loss of each token, [M], recomputing a chunk's logits in the backward pass.
 
-    Six head matmuls where `chunked_head` has four, plain autodiff otherwise: differentiable in
+    Six head matmuls where `fused_linear_loss` has four, plain autodiff otherwise: differentiable in
     whatever the loss is, token by token. For losses that are no sum over tokens, such as a ratio
-    of whole rollouts (GSPO), and as the reference of `chunked_head`. Arguments as there.
+    of whole rollouts (GSPO), and as the reference of `fused_linear_loss`. Arguments as there.
 
     Returns:
         Unweighted losses [M], and metrics of [M] each.
@@ -117,7 +117,8 @@ def checkpointed_head(
 
     >>> def first(logits, aux, constants):
     ...     return logits[:, 0], {}
-    >>> checkpointed_head(first, jnp.ones((3, 2)), jnp.ones((2, 4)), None, chunk=2)[0].tolist()
+    >>> hidden, head = jnp.ones((3, 2)), jnp.ones((2, 4))
+    >>> checkpointed_linear_loss(first, hidden, head, None, chunk=2)[0].tolist()
     [2.0, 2.0, 2.0]
     """
     _check(hidden, head, aux, jnp.zeros(hidden.shape[:1]), chunk)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 from sdpo_jax.errors import UserError
 from sdpo_models.architecture import from_hugging_face
 from sdpo_models.checkpoint_files import write_shards
-from sdpo_models.gguf_file import GgufFile
-from sdpo_models.gguf_tokenizer import build_tokenizer, special_ids, stop_ids
-from sdpo_models.gguf_weights import planned_tensors, to_config
+from sdpo_models.gguf.file import GgufFile
+from sdpo_models.gguf.tokenizer import build_tokenizer, special_ids, stop_ids
+from sdpo_models.gguf.weights import planned_tensors, to_config
 from sdpo_models.hugging_face import MAX_SHARD_BYTES
 from sdpo_models.tokenizer import ChatTokenizer
 

@@ -1,11 +1,11 @@
-"""Any objective held near a reference, and the log-probabilities that this needs of it.
+"""KL penalty to a reference policy, for any per-token loss.
 
-    anchored_per_token    loss + β · KL(π ‖ π_ref), the KL estimated at the sampled token
-    score_per_token       log p(y_t) and entropy of one model alone, for `chunked_head`
+    with_reference_kl    loss + β · KL(π ‖ π_ref), the KL estimated at the sampled token
+    score_per_token       log p(y_t) and entropy of one model alone, for `fused_linear_loss`
 
 The reference reads the student's own prompt, without any context: SDPG (arXiv 2606.04036) finds
 that lengths shrink without it. The estimate is GRPO's (arXiv 2402.03300, equation 4). Validated
-against plain autodiff of the formula (tests/test_anchor.py).
+against plain autodiff of the formula (tests/test_reference_kl.py).
 """
 
 from functools import partial
@@ -13,53 +13,52 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sdpo_jax.losses.chunked_head import Metrics, PerTokenLoss, head_logits
 from sdpo_jax.losses.divergences import entropy
+from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, head_logits
 from sdpo_jax.losses.policy_gradient import reference_kl
 from sdpo_jax.losses.tiles import by_rows
 from sdpo_jax.losses.vocabulary import (
     log_softmax,
+    scale_logits,
     select_targets,
-    shape_logits,
     trust_region_logits,
 )
 
 
-class AnchoredTokens(NamedTuple):
-    """What an anchored objective knows of each token."""
+class ReferenceKlTokenInputs(NamedTuple):
+    """Inputs of a loss with a reference KL, one entry per token."""
 
     objective: Any  # tokens of the objective
     targets: jax.Array  # [M] integer, the sampled tokens
     reference_log_probs: jax.Array  # [M]
 
 
-class AnchoredConstants(NamedTuple):
-    """What an anchored objective knows besides."""
+class ReferenceKlSharedInputs(NamedTuple):
+    """Inputs of a loss with a reference KL that all tokens share."""
 
     objective: Any
     temperature: jax.Array  # [] float32
 
 
-class ScoreTokens(NamedTuple):
-    """What a score knows of each token."""
+class ScoreTokenInputs(NamedTuple):
+    """Inputs of `score_per_token` with one entry per token."""
 
     targets: jax.Array  # [M] integer
     live_hidden: jax.Array | None = None  # [M, D], of a trust region's other model
 
 
-class ScoreConstants(NamedTuple):
-    """What a score knows besides."""
+class ScoreSharedInputs(NamedTuple):
+    """Inputs of `score_per_token` that all tokens share."""
 
     temperature: jax.Array  # [] float32
     live_head: jax.Array | None = None  # [D, V]
     coefficient: jax.Array | None = None  # [] float32
 
 
-def anchored_per_token(
+def with_reference_kl(
     objective: PerTokenLoss,
     *,
     coefficient: float,
-    soft_cap: float | None = None,
     vocabulary_axis: str | None = None,
 ) -> PerTokenLoss:
     """`objective`, any per-token loss, + β · `reference_kl` of the sampled token.
@@ -67,28 +66,29 @@ def anchored_per_token(
     Args:
         objective: as the last two arguments, see `sdpo_per_token`.
         coefficient: β, at least 0.
-        soft_cap: of the model's logits.
         vocabulary_axis: as there.
 
     Returns:
-        PerTokenLoss of AnchoredTokens, AnchoredConstants; one more metric, reference_kl, in nats.
+        PerTokenLoss of ReferenceKlTokenInputs and ReferenceKlSharedInputs; one more metric,
+        reference_kl, in nats.
 
     Source: equation 4 of arXiv 2402.03300; beside a distillation, SDPG, arXiv 2606.04036.
 
-    >>> from sdpo_jax.losses.objectives import SftTokens, sft_per_token
-    >>> loss = anchored_per_token(sft_per_token(), coefficient=1.0)
-    >>> tokens = AnchoredTokens(SftTokens(jnp.array([0])), jnp.array([0]), jnp.array([-1.0]))
-    >>> value, more = loss(jnp.zeros((1, 2)), tokens, AnchoredConstants(None, jnp.array(1.0)))
+    >>> from sdpo_jax.losses.per_token import SftTokenInputs, sft_per_token
+    >>> loss = with_reference_kl(sft_per_token(), coefficient=1.0)
+    >>> y, reference = jnp.array([0]), jnp.array([-1.0])
+    >>> tokens = ReferenceKlTokenInputs(SftTokenInputs(y), y, reference)
+    >>> value, more = loss(jnp.zeros((1, 2)), tokens, ReferenceKlSharedInputs(None, jnp.array(1.0)))
     >>> print(f"{value[0]:.4f} {more['reference_kl'][0]:.4f}")
     0.7358 0.0426
     """
     if not coefficient >= 0.0:
         raise ValueError(f"coefficient must be at least 0, got {coefficient}")
-    kl = partial(_reference_kl, soft_cap=soft_cap, vocabulary_axis=vocabulary_axis)
+    kl = partial(_reference_kl, vocabulary_axis=vocabulary_axis)
     kl = partial(by_rows, kl, vocabulary_axis=vocabulary_axis)
 
     def loss(
-        logits: jax.Array, tokens: AnchoredTokens, constants: AnchoredConstants
+        logits: jax.Array, tokens: ReferenceKlTokenInputs, constants: ReferenceKlSharedInputs
     ) -> tuple[jax.Array, Metrics]:
         value, metrics = objective(logits, tokens.objective, constants.objective)
         apart, _ = kl(logits, tokens._replace(objective=None), constants.temperature)
@@ -99,39 +99,36 @@ def anchored_per_token(
 
 def _reference_kl(
     logits: jax.Array,
-    tokens: AnchoredTokens,
+    tokens: ReferenceKlTokenInputs,
     temperature: jax.Array,
     *,
-    soft_cap: float | None,
     vocabulary_axis: str | None,
 ) -> tuple[jax.Array, Metrics]:
-    logits = shape_logits(logits, temperature=temperature, soft_cap=soft_cap)
+    logits = scale_logits(logits, temperature=temperature)
     log_probs = log_softmax(logits, vocabulary_axis=vocabulary_axis)
     chosen = select_targets(log_probs, tokens.targets, vocabulary_axis=vocabulary_axis)
     return reference_kl(chosen, tokens.reference_log_probs), {}
 
 
-def score_per_token(
-    *, soft_cap: float | None = None, vocabulary_axis: str | None = None
-) -> PerTokenLoss:
+def score_per_token(*, vocabulary_axis: str | None = None) -> PerTokenLoss:
     """The value is log p(y_t) of a model, or of the trust region between two; no gradient meant.
 
     Returns:
-        PerTokenLoss of ScoreTokens and ScoreConstants. Metrics: log_prob, entropy, in nats.
+        PerTokenLoss of ScoreTokenInputs and ScoreSharedInputs. Metrics: log_prob, entropy, in nats.
 
     Source: log q(y_t) of equation 2 and the mixture of equation 10, arXiv 2601.20802.
 
-    >>> loss, constants = score_per_token(), ScoreConstants(jnp.array(1.0))
-    >>> print(f"{loss(jnp.zeros((1, 4)), ScoreTokens(jnp.array([2])), constants)[0][0]:.4f}")
+    >>> loss, constants = score_per_token(), ScoreSharedInputs(jnp.array(1.0))
+    >>> print(f"{loss(jnp.zeros((1, 4)), ScoreTokenInputs(jnp.array([2])), constants)[0][0]:.4f}")
     -1.3863
     """
     axis = vocabulary_axis
 
     def of_rows(
-        logits: jax.Array, rows: tuple[jax.Array, jax.Array | None], constants: ScoreConstants
+        logits: jax.Array, rows: tuple[jax.Array, jax.Array | None], constants: ScoreSharedInputs
     ) -> tuple[jax.Array, Metrics]:
         targets, live = rows
-        shaped = partial(shape_logits, temperature=constants.temperature, soft_cap=soft_cap)
+        shaped = partial(scale_logits, temperature=constants.temperature)
         logits = shaped(logits)
         if live is not None and constants.coefficient is not None:
             logits = trust_region_logits(logits, shaped(live), constants.coefficient)
@@ -140,7 +137,7 @@ def score_per_token(
         return chosen, {"log_prob": chosen, "entropy": entropy(log_probs, vocabulary_axis=axis)}
 
     def loss(
-        logits: jax.Array, tokens: ScoreTokens, constants: ScoreConstants
+        logits: jax.Array, tokens: ScoreTokenInputs, constants: ScoreSharedInputs
     ) -> tuple[jax.Array, Metrics]:
         live = None
         if tokens.live_hidden is not None and constants.live_head is not None:
