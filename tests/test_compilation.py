@@ -1,4 +1,4 @@
-"""Compiled programs: a run repeated compiles nothing, and who may say where they are kept."""
+"""A repeated run compiles nothing, and settings of JAX take precedence over the default cache."""
 
 import io
 import json

@@ -2,7 +2,7 @@
 
 Advantages from a teacher are log q(y_t) - log π(y_t) of the rollout's own log-probabilities, known
 before the first update; from the second mini-batch on the surrogate's ratio corrects for the rest.
-Log-ratios are clipped to ±20. Validated against numpy (tests/test_token_credit.py).
+Log-ratios are clipped to ±20. Validated against numpy (tests/test_loss_weights.py).
 """
 
 from collections.abc import Iterator, Sequence
