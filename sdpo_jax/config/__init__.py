@@ -201,7 +201,7 @@ class DataConfig:
 
     source: str = "tool_call_corpus"
     """`tool_call_corpus` (generated; the nano model's own pre-training text),
-    `tool_call_corpus_with_asides` (the same, where a model without a context first talks),
+    `tool_call_corpus_with_preamble` (the same, where a model without a context first talks),
     `environment` (an accepted answer to each training prompt, where the environment has one:
     `tool_calls`, `bfcl`) or a JSONL file with `prompt` and `response` in each row."""
     rows_per_step: int = setting(64, at_least(1))

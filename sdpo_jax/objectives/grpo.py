@@ -25,8 +25,8 @@ from sdpo_jax.config import (
     setting,
 )
 from sdpo_jax.losses.fused_linear import PerTokenLoss
+from sdpo_jax.losses.kl_penalty import with_reference_kl
 from sdpo_jax.losses.per_token import GrpoSharedInputs, GrpoTokenInputs, grpo_per_token
-from sdpo_jax.losses.reference_kl import with_reference_kl
 from sdpo_jax.model import Params
 from sdpo_jax.objectives.loss_weights import graded_advantages
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
