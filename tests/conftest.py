@@ -18,6 +18,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sdpo-jax-tests-")
 import hypothesis
 import jax
 import pytest
+from jax_versions import enable_x64
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
@@ -82,5 +83,5 @@ def pytest_xdist_auto_num_workers():
 @pytest.fixture
 def x64():
     """float64 for the length of one test."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
