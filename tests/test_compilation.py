@@ -1,4 +1,4 @@
-"""Compiled programs: a run repeated compiles nothing, and who may say where they are kept."""
+"""A repeated run compiles nothing, and settings of JAX take precedence over the default cache."""
 
 import io
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from sdpo_jax.compilation import Compilation, CompileCounter, persistent_cache
 from sdpo_jax.rollouts.phase_timer import is_time
@@ -38,12 +39,17 @@ def settings():
 
 @pytest.fixture(autouse=True)
 def no_settings_of_jax(monkeypatch):
+    """Without the folder of conftest.py, and without the environment's."""
     for name in [*OURS, "jax_enable_compilation_cache"]:
         monkeypatch.delenv(name.upper(), raising=False)
+    folder = settings()[FOLDER]
+    jax.config.update(FOLDER, None)
+    compilation_cache.reset_cache()
     before = settings()
-    assert before[FOLDER] is None
     yield
     assert settings() == before
+    jax.config.update(FOLDER, folder)
+    compilation_cache.reset_cache()
 
 
 def refuse(text):

@@ -5,8 +5,8 @@ import pytest
 
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import answers_of
-from sdpo_jax.environments.mcq import Mcq, Question
-from sdpo_jax.environments.tool_calls import ToolCalls
+from sdpo_jax.environments.kinds.mcq import Mcq, Question
+from sdpo_jax.environments.kinds.tool_calls import ToolCalls
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.measures import (
     Graded,

@@ -33,13 +33,11 @@ from sdpo_jax.reports.token_batch import (
 )
 from sdpo_jax.reports.token_records import TokenRecord
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
-from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.checkpoint import Checkpoints, Restored
 from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
-from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.state import to_saved
 
 TOKENIZER = tiny.ByteTokenizer()
@@ -87,11 +85,9 @@ def make_config(run_dir, name="sdpo", weights="ema"):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    with quick.programs(tmp_path_factory.mktemp("compiled")), pytest.MonkeyPatch.context() as patch:
-        # A sampler keeps nothing but its programs, so that all trainers may share one.
-        sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        patch.setattr(trainer_module, "Sampler", lambda *_, **options: sampler)
+def quick_programs():
+    """One device, cheap compilation, one sampler."""
+    with quick.programs(sampler_of=(MODEL, TOKENIZER.stop_ids)):
         yield
 
 

@@ -29,8 +29,9 @@ ROWS = Responses(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    with quick.programs(tmp_path_factory.mktemp("compiled")):
+def quick_programs():
+    """One device and cheap compilation."""
+    with quick.programs():
         yield
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import pytest
+import quick
 import tiny
 
 from sdpo_jax.config import OptimizerConfig, RolloutConfig, TeacherConfig, TrainConfig
@@ -19,7 +20,6 @@ from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.recipes import default_config
-from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.trainer import Trainer
 
 TOKENIZER = tiny.ByteTokenizer()
@@ -64,9 +64,7 @@ def only_first_question(name, number):
 @pytest.fixture(scope="module", autouse=True)
 def quick_programs():
     """One device and cheap compilation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
-        patch.setattr(jax, "jit", tiny.quick_jit)
+    with quick.programs():
         yield
 
 

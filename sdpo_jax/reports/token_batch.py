@@ -90,7 +90,7 @@ def batch_of(
         devices=trainer.devices,
         temperature=config.rollout.temperature,
         top=top,
-        mix=None if trainer.teacher is None else trainer.teacher.logits,
+        coefficient=None if trainer.teacher is None else trainer.teacher.coefficient,
     )
     head = {
         "kind": "batch",
@@ -131,7 +131,7 @@ def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> l
     teacher = trainer.teacher_params(restored.state, student)
     if trainer.teacher is None or teacher is None:
         return [student]
-    return [teacher, student] if trainer.teacher.logits is not None else [teacher]
+    return [teacher, student] if trainer.teacher.coefficient is not None else [teacher]
 
 
 def response_rows(

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.fused_linear import head_logits
-from sdpo_jax.losses.vocabulary import log_softmax, scale_logits
+from sdpo_jax.losses.vocabulary import log_softmax, scale_logits, trust_region_logits
 from sdpo_jax.model import Model, Params
-from sdpo_jax.teacher.weights import TeacherLogits
 from sdpo_jax.training.batch import (
     BatchLayout,
     PackedBatch,
@@ -79,25 +78,25 @@ def token_records(
     devices: Devices,
     temperature: float,
     top: int,
-    mix: TeacherLogits | None = None,
+    coefficient: float | None = None,
 ) -> list[TokenRecord]:
     """Runs student and teacher on the same responses.
 
     Args:
       model: pure functions.
       student: its weights.
-      teacher: weights of the teacher; with `mix`, also the student's own as the second entry.
+      teacher: weights of the teacher; two, the student's own last, in a trust region.
       responses: ids of prompts, re-prompts and responses.
       layout: how sequences are packed, as in training.
       devices: the mesh.
-      temperature: of the rollouts, so that log-probabilities are those of the sampler.
-      top: K, at most the size of the vocabulary.
-      mix: `Teacher.logits`: logits of a trust-region teacher from the two.
+      temperature: of the rollouts; log-probabilities are those of the sampler.
+      top: K; a smaller vocabulary gives all of it.
+      coefficient: `Teacher.coefficient`, the student's share in a trust region.
 
     Returns:
       One record per response, in order.
     """
-    programs = _programs(model, devices, min(top, model.vocabulary), mix)
+    programs = _programs(model, devices, min(top, model.vocabulary), coefficient)
     records: list[TokenRecord | None] = [None] * len(responses.responses)
     for with_teacher in (True, False):
         rows = [
@@ -112,11 +111,13 @@ def token_records(
     return [record for record in records if record is not None]
 
 
-def _programs(model: Model, devices: Devices, top: int, mix: TeacherLogits | None) -> Programs:
+def _programs(model: Model, devices: Devices, top: int, coefficient: float | None) -> Programs:
     return Programs(
         devices.jit(partial(forward, model), out_shardings=devices.rows),
         devices.jit(model.head, out_shardings=devices.head),
-        devices.jit(partial(compare, top=top, mix=mix), out_shardings=devices.replicated),
+        devices.jit(
+            partial(compare, top=top, coefficient=coefficient), out_shardings=devices.replicated
+        ),
     )
 
 
@@ -127,18 +128,18 @@ def compare(
     temperature: jax.Array,
     *,
     top: int,
-    mix: TeacherLogits | None = None,
+    coefficient: float | None = None,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Candidates of one chunk of `C` tokens, with log-probabilities under student and teacher.
 
     Args:
-      hidden: final hidden states, [..., D] each: the student's; the teacher's, one or, with `mix`,
-        two. Leading axes multiply to C.
+      hidden: final hidden states, [..., D] each: the student's; the teacher's, one or, with
+        `coefficient`, two. Leading axes multiply to C.
       heads: [D, V] each, in the same order.
       targets: [...] int32, the sampled tokens.
       temperature: [] float32.
       top: K.
-      mix: see `token_records`.
+      coefficient: see `token_records`.
 
     Returns:
       ids [C, 1 + K · number of models] int32, and [log p] or [log p, log q] of the same shape.
@@ -148,7 +149,10 @@ def compare(
         for h, w in zip(hidden, heads, strict=True)
     ]
     if len(logits) > 1:
-        logits = [logits[0], logits[1] if mix is None else mix(logits[1], logits[2])]
+        teacher = (
+            logits[1] if coefficient is None else trust_region_logits(*logits[1:], coefficient)
+        )
+        logits = [logits[0], teacher]
     log_probs = [log_softmax(z) for z in logits]
     likeliest = [jax.lax.top_k(x, top)[1] for x in log_probs]
     ids = jnp.concatenate([targets.reshape(-1, 1), *likeliest], axis=1)  # [C, 1 + K · models]
