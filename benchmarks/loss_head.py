@@ -44,12 +44,13 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdpo_jax import (
+from sdpo_jax.losses import (
     SdpoSharedInputs,
     SdpoTokenInputs,
+    Vocabulary,
     checkpointed_linear_loss,
-    full_vocabulary_loss,
     fused_linear_loss,
+    generalized_jsd,
     sdpo_per_token,
 )
 from sdpo_jax.losses.fused_linear import head_logits
@@ -79,8 +80,9 @@ FORMS: dict[str, Callable[..., Any]] = {
 
 def loss_of(form: str, chunk: int, axis: str | None = None) -> Callable[..., Any]:
     """`(hidden, head, teacher_hidden, teacher_head, targets, weights) -> weighted sum`."""
-    divergence = partial(full_vocabulary_loss, alpha=0.5, vocabulary_axis=axis)
-    per_token = sdpo_per_token(divergence, vocabulary_axis=axis)
+    vocabulary = Vocabulary(axis)
+    divergence = partial(generalized_jsd, alpha=0.5, vocabulary=vocabulary)
+    per_token = sdpo_per_token(divergence, vocabulary=vocabulary)
 
     def loss(hidden: Any, head: Any, teacher: Any, teacher_head: Any, targets: Any, weights: Any):
         tokens, constants = (

@@ -38,7 +38,8 @@ from jax.sharding import AxisType, Mesh
 
 from sdpo_jax.config import OptimizerConfig
 from sdpo_jax.devices import AXES, Devices
-from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
+from sdpo_jax.losses.distillation import top_k_loss
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.rollouts.generate import Plan
 from sdpo_jax.rollouts.sampler import Sampler
@@ -224,7 +225,7 @@ def train_programs(topology: str, a: Architecture, t: Training) -> Mapping[str, 
 
 def _loss(t: Training) -> Any:
     """As in configs/qwen3_8b_sdpo.toml."""
-    divergence = partial(full_vocabulary_loss, alpha=0.5)
+    divergence = partial(generalized_jsd, alpha=0.5)
     if t.top_k:
         divergence = partial(top_k_loss, alpha=0.5, k=t.top_k, add_tail=True)
     return sdpo_per_token(divergence, importance_cap=2.0)

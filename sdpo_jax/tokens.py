@@ -1,4 +1,4 @@
-"""What the engine asks of a tokenizer. Sampled ids are never tokenised again."""
+"""What the engine asks of a tokenizer. Sampled ids are never tokenized again."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol

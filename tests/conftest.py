@@ -1,9 +1,15 @@
-"""Every test runs on eight faked CPU devices, dtypes promote strictly and ranks not at all."""
+"""Every test runs on eight faked CPU devices, dtypes promote strictly and ranks not at all.
+
+Compiled programs are kept in pytest's cache folder, which the workers of a run share: a program
+that several tests build is compiled once, and in the next run not at all. `--cache-clear` deletes
+them.
+"""
 
 import atexit
 import os
 import shutil
 import tempfile
+import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Commands that tests run keep compiled programs; not in the cache of whoever runs the tests.
@@ -18,11 +24,26 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+KEEP_SECONDS = 7 * 24 * 3600
+
 
 def pytest_configure(config):
     """A warning that our own code causes is an error; other packages' are their own affair."""
     config.addinivalue_line("filterwarnings", "error:::sdpo_jax")
     config.addinivalue_line("filterwarnings", "error:::sdpo_models")
+    # JAX_COMPILATION_CACHE_DIR names another folder; `-p no:cacheprovider` keeps nothing.
+    if jax.config.jax_compilation_cache_dir is None and hasattr(config, "cache"):
+        keep_programs(config.cache.mkdir("compiled"))
+
+
+def keep_programs(folder):
+    """Compiled programs are written there and read from there; those older than a week are deleted."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        for path in folder.iterdir():
+            if time.time() - path.stat().st_mtime > KEEP_SECONDS:
+                path.unlink()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.hookimpl(optionalhook=True)

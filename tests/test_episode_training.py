@@ -13,7 +13,7 @@ import tiny
 from sdpo_jax.training.updates import split_mini_batches
 from test_episodes import ARCHITECTURE, MODEL, PROMPTS, Tokenizer
 
-from sdpo_jax.cli import load_parts
+from sdpo_jax.api import load_components
 from sdpo_jax.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -27,8 +27,9 @@ from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.objectives.sdpo import GrpoUpdates
 from sdpo_jax.rollouts.phase_timer import PhaseTimer, is_time
 from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw
-from sdpo_jax.run import loop
-from sdpo_jax.run.console import COLUMNS, Console
+from sdpo_jax.run.components import RunComponents
+from sdpo_jax.run.console import Console
+from sdpo_jax.run.loop import TrainingLoop
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_jax.training import trainer as trainer_module
@@ -183,11 +184,12 @@ class Crash(Exception):
 
 def run(config, model, weights, tokenizer, environment):
     """Rows of the run's log without times; one device, compiled cheaply."""
-    console = Console(COLUMNS["sdpo"], steps=2, stream=io.StringIO(), live=False)
+    console = Console(["reward"], steps=2, stream=io.StringIO(), live=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)
-        loop.train(config, model, weights, tokenizer, environment, console=console)
+        components = RunComponents(model, weights, tokenizer, environment)
+        TrainingLoop(config, components, console=console).train()
     rows = read_metrics(Path(config.run_dir) / METRICS_FILE)
     return [{k: v for k, v in row.items() if not is_time(k)} for row in rows]
 
@@ -223,10 +225,10 @@ def test_the_embedded_model_trains_on_retries_and_feedback_helps_it(tmp_path):
     options = """--rollout.max-turns 2 --train.steps 2 --rollout.prompts-per-step 4
         --evaluation.prompts 8 --evaluation.every-steps 0"""
     config = load_recipe("configs/nano.toml", options.split())
-    parts = load_parts(config)
-    weights = lambda: jax.device_get(parts["params"]())  # noqa: E731, from all devices to the one
+    parts = load_components(config)
+    weights = lambda: jax.device_get(parts.params())  # noqa: E731, from all devices to the one
     config = replace(config, run_dir=str(tmp_path))
-    rows = run(config, parts["model"], weights, parts["tokenizer"], parts["environment"])
+    rows = run(config, parts.model, weights, parts.tokenizer, parts.environment)
     assert [(row["kind"], row["step"]) for row in rows] == [
         ("eval", 0),
         ("train", 1),

@@ -28,8 +28,9 @@ from sdpo_jax.config import (
     setting,
 )
 from sdpo_jax.config.checks import problems
-from sdpo_jax.config.environments import CodeEnvironment, ToolCallsEnvironment
 from sdpo_jax.config.resolved import differences, fingerprint, flatten, to_toml
+from sdpo_jax.environments.kinds.code import CodeConfig
+from sdpo_jax.environments.kinds.tool_calls import ToolCallsConfig
 from sdpo_jax.errors import UserError
 from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.run.recipes import KINDS, default_config, load_recipe
@@ -143,7 +144,7 @@ def test_values_land_where_they_are_named(tmp_path: Path):
     assert config.seed == 3
     assert config.objective == GrpoConfig(clip_low=0.1)
     assert type(config.optimizer.learning_rate) is float
-    assert config.environment == ToolCallsEnvironment(families=("a", "b"))
+    assert config.environment == ToolCallsConfig(families=("a", "b"))
     assert config.teacher.feedback is False
 
 
@@ -245,7 +246,7 @@ def test_options_replace_the_values_of_the_recipe(tmp_path: Path):
         objective=SdpoConfig(alpha=1.0),
         train=TrainConfig(steps=40),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
-        environment=ToolCallsEnvironment(families=("a", "b")),
+        environment=ToolCallsConfig(families=("a", "b")),
         teacher=TeacherConfig(feedback=False, remove_thinking=False),
     )
     assert config == expected
@@ -256,7 +257,7 @@ def test_an_option_may_choose_the_objective_or_empty_a_list(tmp_path: Path):
     for words in (["--environment.families"], ["--environment.families="]):
         config = load_recipe(path, ["--objective.name", "grpo", *words])
         assert config.objective == GrpoConfig()
-        assert config.environment == ToolCallsEnvironment()
+        assert config.environment == ToolCallsConfig()
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ UNSOUND = [
         "evaluation.prompts: 257, expected at most e",
     ),
     (
-        default_config(environment=ToolCallsEnvironment(train_prompts=8)),
+        default_config(environment=ToolCallsConfig(train_prompts=8)),
         "rollout.prompts_per_step: 16, expecte",
     ),
     (
@@ -468,7 +469,7 @@ ROUND_TRIPS = [
         run_dir='C:\\runs\\"ä"\t\x7f\u2028 #',
         seed=7,
         objective=GrpoConfig(clip_low=1e-7),
-        environment=ToolCallsEnvironment(families=("a", 'b"', "")),
+        environment=ToolCallsConfig(families=("a", 'b"', "")),
         optimizer=OptimizerConfig(learning_rate=1e22, clip_norm=float("inf")),
         teacher=TeacherConfig(feedback=False),
     ),
@@ -550,8 +551,8 @@ NOT_RESUMABLE = [
     default_config(evaluation=EvaluationConfig(samples_per_prompt=4)),
     default_config(train=TrainConfig(mini_batches=2)),
     default_config(data=DataConfig(source="x.jsonl")),
-    default_config(environment=CodeEnvironment()),
-    default_config(environment=CodeEnvironment(mounts=("/opt/site-packages",))),
+    default_config(environment=CodeConfig()),
+    default_config(environment=CodeConfig(mounts=("/opt/site-packages",))),
     default_config(optimizer=OptimizerConfig(schedule="cosine")),
     default_config(optimizer=OptimizerConfig(schedule="cosine"), train=TrainConfig(steps=61)),
 ]

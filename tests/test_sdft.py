@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 import tiny
 
 from sdpo_jax.config import (
@@ -36,7 +37,6 @@ from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.context import EXAMPLE, TeacherContext, fit_reprompt
 from sdpo_jax.teacher.prompts import TeacherPrompts
-from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.batch import reduction_weights
 from sdpo_jax.training.step import train_step
 from sdpo_jax.training.trainer import Trainer
@@ -72,9 +72,7 @@ class Environment:
 @pytest.fixture(scope="module", autouse=True)
 def quick_programs():
     """One device and cheap compilation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
-        patch.setattr(jax, "jit", tiny.quick_jit)
+    with quick.programs():
         yield
 
 

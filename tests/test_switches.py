@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import quick
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 
 from sdpo_jax.config import (
     LoraConfig,
@@ -63,26 +63,10 @@ class Judge:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    """Cheap compilation, once for each program; one sampler; one device unless a test says so."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
-        patch.setattr(jax, "jit", tiny.quick_jit)
-        sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        patch.setattr(trainer_module, "Sampler", lambda *_, **options: sampler)
+def quick_programs():
+    """Cheap compilation; one sampler; one device unless a test says so."""
+    with quick.programs(sampler_of=(MODEL, TOKENIZER.stop_ids)):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def configured(objective=None, teacher=None, **sections):

@@ -10,13 +10,13 @@ from one_update import ALPHA, ARCHITECTURE, GROUP, SIGNAL, TEMPERATURE, TOKENIZE
 from sdpo_jax.objectives.per_token import grpo_loss_of, sdft_loss_of, sdpo_loss_of
 
 from sdpo_jax.environments.base import Outcome, not_graded
+from sdpo_jax.losses.kl_penalty import ReferenceKlTokenInputs
 from sdpo_jax.losses.per_token import (
     GrpoTokenInputs,
     MixedTokenInputs,
     SdpoTokenInputs,
     SftTokenInputs,
 )
-from sdpo_jax.losses.reference_kl import ReferenceKlTokenInputs
 from sdpo_jax.losses.sequence_importance import SdftTokenInputs
 from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.rollouts.diagnostics import gap_agreement, verdicts

@@ -29,8 +29,9 @@ ROWS = Responses(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    with quick.programs(tmp_path_factory.mktemp("compiled")):
+def quick_programs():
+    """One device and cheap compilation."""
+    with quick.programs():
         yield
 
 
@@ -40,7 +41,9 @@ def records_of(teacher=(TEACHER,), mix=None, share_prompts=True, shards=1):
         STUDENT,
         teacher,
         ROWS,
-        form=BatchLayout(share_prompts, micro_batch_tokens=32, head_chunk_tokens=4, shards=shards),
+        layout=BatchLayout(
+            share_prompts, micro_batch_tokens=32, head_chunk_tokens=4, shards=shards
+        ),
         devices=tiny.make_devices(data=shards),
         temperature=TEMPERATURE,
         top=TOP,
@@ -109,7 +112,7 @@ def test_a_teacher_that_is_the_student_with_the_same_prompt_has_no_advantage():
         STUDENT,
         [STUDENT],
         rows,
-        form=BatchLayout(True, micro_batch_tokens=4096, head_chunk_tokens=64, shards=1),
+        layout=BatchLayout(True, micro_batch_tokens=4096, head_chunk_tokens=64, shards=1),
         devices=tiny.make_devices(),
         temperature=1.0,
         top=TOP,

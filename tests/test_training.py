@@ -12,14 +12,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import pytest
+import quick
 import tiny
 
 from sdpo_jax.config import OptimizerConfig, RolloutConfig, TeacherConfig, TrainConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.objectives import GrpoConfig, SdpoConfig
-from sdpo_jax.run.console import COLUMNS, Console
+from sdpo_jax.run.console import Console
 from sdpo_jax.run.recipes import default_config
-from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.trainer import Trainer
 
 TOKENIZER = tiny.ByteTokenizer()
@@ -64,9 +64,7 @@ def only_first_question(name, number):
 @pytest.fixture(scope="module", autouse=True)
 def quick_programs():
     """One device and cheap compilation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
-        patch.setattr(jax, "jit", tiny.quick_jit)
+    with quick.programs():
         yield
 
 
@@ -138,7 +136,8 @@ def test_a_batch_without_any_signal_changes_no_bit_of_the_state(name, verdict, s
     assert_equal(jax.device_get(state), before)
     # Such a row has no loss; it is shown all the same.
     shown = io.StringIO()
-    Console(COLUMNS[name], steps=3, stream=shown).step({"step": 2, **row})
+    columns = trainer_of(name)[0].objective.columns
+    Console(columns, steps=3, stream=shown).step({"step": 2, **row})
     assert "step 2/3" in shown.getvalue()
     state, row = step(name, state, 3, mixed)
     assert row["updates"] == 1 and differ(state.params, before.params)

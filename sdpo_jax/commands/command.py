@@ -81,7 +81,8 @@ def _overview(commands: Sequence[Command]) -> str:
     return "\n".join(["usage: sdpo COMMAND ...", "", *lines, "", _NOTES])
 
 
-_NOTES = """`sdpo COMMAND --help` lists the options of a command, `sdpo train RECIPE --help` all settings.
+_NOTES = """`sdpo COMMAND --help` lists the options of a command.
+`sdpo train RECIPE --help` lists every setting of a recipe.
 
 Recipes lie in configs/. A run lies in runs/RECIPE unless --run-dir names another folder. eval,
 heatmap and convert use the last checkpoint of a run; RUN_DIR@best is the one with the highest

@@ -142,8 +142,8 @@ class Evaluator:
         shown: list[TeacherContext] = [c for c in contexts if c is not None]
         ids, _ = self._teacher_prompts([p.messages for p in prompts], shown)
         answers = self._sample_rows(params, prompts, ids, TEACHER_STREAM + step)
-        demonstrated = [context.demonstration is not None for context in shown]
-        return teacher_measures(graded, answers, rows, demonstrated, len(self._prompts))
+        kinds = [context.kind for context in shown]
+        return teacher_measures(graded, answers, rows, kinds, len(self._prompts))
 
     def _with_demonstrations(self) -> list[Prompt]:
         """Held-out prompts as a context builder sees those of training."""

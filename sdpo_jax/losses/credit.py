@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from sdpo_jax.losses.arrays import check_floating, check_rank, check_same_shape, loss_dtype
 from sdpo_jax.losses.divergences import floored
 from sdpo_jax.losses.reductions import divide
-from sdpo_jax.losses.vocabulary import vocabulary_sum
+from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary
 
 
 def distillation_advantages(
@@ -56,7 +56,7 @@ def candidate_loss(
     student_log_probs: jax.Array,
     advantages: jax.Array,
     *,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
     """-Σ_v π(v) A(v): credit for every candidate at every position (the logit level).
 
@@ -65,7 +65,7 @@ def candidate_loss(
     Args:
         student_log_probs: [..., V] or [..., K].
         advantages: the same shape; receive no gradient.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        vocabulary: how V lies on the devices.
 
     Returns:
         [...].
@@ -80,7 +80,7 @@ def candidate_loss(
     check_floating(student_log_probs=student_log_probs, advantages=advantages)
     dtype = loss_dtype(student_log_probs, advantages)
     probs = jnp.exp(student_log_probs.astype(dtype))
-    return -vocabulary_sum(probs * jax.lax.stop_gradient(advantages).astype(dtype), vocabulary_axis)
+    return -vocabulary.sum(probs * jax.lax.stop_gradient(advantages).astype(dtype))
 
 
 def score_function_loss(log_probs: jax.Array, advantages: jax.Array) -> jax.Array:

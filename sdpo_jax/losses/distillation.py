@@ -5,81 +5,44 @@ distributions after the same prefix of the student's sample. The prefix is taken
 is differentiated through the next-token distributions alone. SDFT (arXiv 2601.19897) is the same
 loss with a demonstration as context.
 
-One function per estimator, each with values per token:
+One function per estimator, from log-probabilities to values per token:
 
-    full_vocabulary_loss   the divergence itself; the default
+    generalized_jsd        over the whole vocabulary; the default (`divergences`)
     top_k_loss             on the student's k likeliest tokens; `support_loss` on any support
     sampled_token_loss     on the sampled token alone; its gradient is that of the reverse KL
 
-Divide both logits by the rollout temperature before they come here (`scale_logits`).
+`sdpo_loss` takes logits. Divide both by the rollout temperature first (`scale_logits`).
 """
-
-from collections.abc import Callable
 
 import jax
 
 from sdpo_jax.losses.arrays import check_rank, check_same_shape, check_vocabulary, where_active
 from sdpo_jax.losses.credit import distillation_advantages, score_function_loss
-from sdpo_jax.losses.divergences import divergence_terms, generalized_jsd
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.reductions import LossOutput, token_mean, weighted
 from sdpo_jax.losses.support import support_log_probs, top_k_log_probs
-from sdpo_jax.losses.vocabulary import log_softmax, vocabulary_sum
-
-
-def full_vocabulary_loss(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
-    *,
-    alpha: float,
-    transform_terms: Callable[[jax.Array], jax.Array] | None = None,
-    vocabulary_axis: str | None = None,
-) -> jax.Array:
-    """Σ_v of `divergence_terms` over the whole vocabulary: D_α(π, sg q) per token.
-
-    Args:
-        student_logits: [..., V], unnormalised.
-        teacher_logits: [..., V], unnormalised; receives no gradient.
-        alpha: 0: KL(teacher ‖ student); 1: KL(student ‖ teacher); between: `generalized_jsd`.
-        transform_terms: changes the summands [..., V] before the sum, as `clip_entries` does.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
-
-    Returns:
-        [...].
-
-    Source: equation 1 of arXiv 2601.20802.
-
-    >>> same = jnp.array([[1.0, 2.0, 3.0]])
-    >>> full_vocabulary_loss(same, same + 5.0, alpha=0.5).tolist()
-    [0.0]
-    """
-    check_vocabulary(student_logits=student_logits, teacher_logits=teacher_logits)
-    student, teacher = (
-        log_softmax(x, vocabulary_axis=vocabulary_axis) for x in (student_logits, teacher_logits)
-    )
-    terms = divergence_terms(student, teacher, alpha=alpha)
-    terms = terms if transform_terms is None else transform_terms(terms)
-    return vocabulary_sum(terms, vocabulary_axis)
+from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary, log_softmax
 
 
 def top_k_loss(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
+    student_log_probs: jax.Array,
+    teacher_log_probs: jax.Array,
     *,
     alpha: float,
     k: int,
     add_tail: bool,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
     """D_α on the student's k likeliest tokens and, with `add_tail`, one bucket for the rest.
 
     Args:
-        student_logits: [..., V], unnormalised.
-        teacher_logits: [..., V], unnormalised; receives no gradient.
-        alpha: which divergence, see `full_vocabulary_loss`.
+        student_log_probs: [..., V], from `log_softmax`.
+        teacher_log_probs: [..., V]; receives no gradient.
+        alpha: which divergence, see `generalized_jsd`.
         k: in [1, V]; 100 or 20 in the paper.
         add_tail: keep the remaining mass as a bucket (a lower bound of the full divergence), or
             renormalise without it.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        vocabulary: how V lies on the devices.
 
     Returns:
         [...].
@@ -91,45 +54,46 @@ def top_k_loss(
     0.5108
     """
     support = top_k_log_probs(
-        student_logits, teacher_logits, k=k, add_tail=add_tail, vocabulary_axis=vocabulary_axis
+        student_log_probs, teacher_log_probs, k=k, add_tail=add_tail, vocabulary=vocabulary
     )
     return generalized_jsd(support.student, support.teacher, alpha=alpha)
 
 
 def support_loss(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
+    student_log_probs: jax.Array,
+    teacher_log_probs: jax.Array,
     indices: jax.Array,
     *,
     alpha: float,
     add_tail: bool,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
-    """D_α on a given support, such as the teacher's: `top_k_indices(teacher_logits, k=20)`.
+    """D_α on a given support, such as the teacher's: `top_k_indices(teacher_log_probs, k=20)`.
 
     Args:
-        student_logits: [..., V], unnormalised.
-        teacher_logits: [..., V], unnormalised; receives no gradient.
+        student_log_probs: [..., V], from `log_softmax`.
+        teacher_log_probs: [..., V]; receives no gradient.
         indices: [..., K] integer, distinct along the last axis.
-        alpha: which divergence, see `full_vocabulary_loss`.
+        alpha: which divergence, see `generalized_jsd`.
         add_tail: keep the remaining mass as a bucket, or renormalise without it.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        vocabulary: how V lies on the devices.
 
     Returns:
         [...].
 
     Source: on the teacher's support, OPSD (arXiv 2601.18734).
 
-    >>> from sdpo_jax import top_k_indices
-    >>> student, teacher = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[2.0, 1.0, 0.0]])
+    >>> from sdpo_jax.losses import log_softmax, top_k_indices
+    >>> logits = jnp.array([[0.0, 1.0, 2.0]])
+    >>> student, teacher = log_softmax(logits), log_softmax(-logits)
     >>> indices = top_k_indices(teacher, k=2)
     >>> print(f"{support_loss(student, teacher, indices, alpha=0.0, add_tail=False)[0]:.4f}")
     0.4621
     """
-    check_vocabulary(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_vocabulary(student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs)
     student, teacher = (
-        support_log_probs(x, indices, add_tail=add_tail, vocabulary_axis=vocabulary_axis)
-        for x in (student_logits, teacher_logits)
+        support_log_probs(x, indices, add_tail=add_tail, vocabulary=vocabulary)
+        for x in (student_log_probs, teacher_log_probs)
     )
     return generalized_jsd(student, teacher, alpha=alpha)
 
@@ -174,7 +138,7 @@ def sdpo_loss(
         student_logits: [B, T, V], unnormalised, at the positions that predict the response tokens.
         teacher_logits: [B, T, V], of the same tokens after the teacher's prompt; no gradient.
         mask: [B, T], nonzero on response tokens (EOS included) of rows that have a teacher.
-        alpha: which divergence, see `full_vocabulary_loss`.
+        alpha: which divergence, see `generalized_jsd`.
         weights: [B, T], for instance `truncated_importance_weights`; detached.
 
     Returns:
@@ -190,5 +154,5 @@ def sdpo_loss(
     check_rank(3, student_logits=student_logits)
     check_same_shape(mask=mask, tokens=student_logits[..., 0])
     student, teacher = (where_active(mask, x) for x in (student_logits, teacher_logits))
-    per_token = full_vocabulary_loss(student, teacher, alpha=alpha)
+    per_token = generalized_jsd(log_softmax(student), log_softmax(teacher), alpha=alpha)
     return token_mean(weighted(per_token, weights, mask), mask)

@@ -7,14 +7,17 @@
 * Log-probabilities are floored at -1e4. An impossible token (`-inf`, or a mask of -1e9) then
   contributes a finite amount with a finite gradient; no probability that float64 can tell from zero
   is touched.
-* `vocabulary_axis` names the mesh axis of an enclosing `shard_map` that cuts the vocabulary.
+* Inside a `shard_map` that cuts V, pass `vocabulary=Vocabulary("name of the mesh axis")`.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import check_vocabulary, loss_dtype
-from sdpo_jax.losses.vocabulary import vocabulary_sum
+from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary
 
 FLOOR = -1e4
 
@@ -23,14 +26,14 @@ def forward_kl(
     student_log_probs: jax.Array,
     teacher_log_probs: jax.Array,
     *,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
     """KL(teacher ‖ student) = Σ_v e^T (T - S).
 
     Args:
         student_log_probs: [..., V].
         teacher_log_probs: [..., V]; receives no gradient.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        vocabulary: how V lies on the devices.
 
     Returns:
         [...].
@@ -42,21 +45,21 @@ def forward_kl(
     0.3681
     """
     terms = divergence_terms(student_log_probs, teacher_log_probs, alpha=0.0)
-    return vocabulary_sum(terms, vocabulary_axis)
+    return vocabulary.sum(terms)
 
 
 def reverse_kl(
     student_log_probs: jax.Array,
     teacher_log_probs: jax.Array,
     *,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
     """KL(student ‖ teacher) = Σ_v e^S (S - T).
 
     Args:
         student_log_probs: [..., V].
         teacher_log_probs: [..., V]; receives no gradient.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        vocabulary: how V lies on the devices.
 
     Returns:
         [...].
@@ -68,7 +71,7 @@ def reverse_kl(
     0.5108
     """
     terms = divergence_terms(student_log_probs, teacher_log_probs, alpha=1.0)
-    return vocabulary_sum(terms, vocabulary_axis)
+    return vocabulary.sum(terms)
 
 
 def generalized_jsd(
@@ -76,7 +79,8 @@ def generalized_jsd(
     teacher_log_probs: jax.Array,
     *,
     alpha: float,
-    vocabulary_axis: str | None = None,
+    transform_terms: Callable[[jax.Array], jax.Array] | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
     """(1 - α) KL(S ‖ M) + α KL(T ‖ M) with the mixture M = log[(1 - α) e^S + α e^T].
 
@@ -88,7 +92,8 @@ def generalized_jsd(
         student_log_probs: [..., V].
         teacher_log_probs: [..., V]; receives no gradient.
         alpha: a Python float in [0, 1].
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        transform_terms: changes the summands [..., V] before the sum, as `clip_entries` does.
+        vocabulary: how V lies on the devices.
 
     Returns:
         [...].
@@ -100,7 +105,8 @@ def generalized_jsd(
     0.1017
     """
     terms = divergence_terms(student_log_probs, teacher_log_probs, alpha=alpha)
-    return vocabulary_sum(terms, vocabulary_axis)
+    terms = terms if transform_terms is None else transform_terms(terms)
+    return vocabulary.sum(terms)
 
 
 def divergence_terms(
@@ -118,22 +124,19 @@ def divergence_terms(
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    student, teacher = _prepare(student_log_probs, teacher_log_probs)
+    student, teacher = as_log_probs(student_log_probs, teacher_log_probs)
     if alpha == 0.0:
         return jnp.exp(teacher) * (teacher - student)
     if alpha == 1.0:
         return jnp.exp(student) * (student - teacher)
-    student_ratio, teacher_ratio = _log_ratios_to_mixture(student, teacher, alpha)
-    return (1.0 - alpha) * jnp.exp(student) * student_ratio + alpha * jnp.exp(
-        teacher
-    ) * teacher_ratio
+    return _mixture_terms(alpha, student, teacher)
 
 
 def clip_entries(terms: jax.Array, bound: float) -> jax.Array:
     """min(term, bound) per vocabulary entry: no single token can dominate a divergence.
 
     The clipped sum is no divergence any more and can be negative. For the `transform_terms` of
-    `full_vocabulary_loss`.
+    `generalized_jsd`.
 
     Args:
         terms: [..., V], from `divergence_terms`.
@@ -152,7 +155,7 @@ def clip_entries(terms: jax.Array, bound: float) -> jax.Array:
     return jnp.minimum(terms, bound)
 
 
-def entropy(log_probs: jax.Array, *, vocabulary_axis: str | None = None) -> jax.Array:
+def entropy(log_probs: jax.Array, *, vocabulary: Vocabulary = WHOLE) -> jax.Array:
     """-Σ_v p log p, with 0 log 0 = 0. `[..., V] -> [...]`.
 
     Source: Shannon; in nats.
@@ -162,7 +165,7 @@ def entropy(log_probs: jax.Array, *, vocabulary_axis: str | None = None) -> jax.
     """
     check_vocabulary(log_probs=log_probs)
     log_probs = floored(log_probs.astype(loss_dtype(log_probs)))
-    return -vocabulary_sum(jnp.exp(log_probs) * log_probs, vocabulary_axis)
+    return -vocabulary.sum(jnp.exp(log_probs) * log_probs)
 
 
 def floored(log_probs: jax.Array) -> jax.Array:
@@ -174,11 +177,47 @@ def floored(log_probs: jax.Array) -> jax.Array:
     return jnp.maximum(log_probs, FLOOR)
 
 
-def _prepare(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
+def as_log_probs(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Check both `[..., V]`, make them float32 or wider, floor them, and detach the teacher.
+
+    >>> [x.tolist() for x in as_log_probs(jnp.array([0.0, -jnp.inf]), jnp.array([-1e9, 0.0]))]
+    [[0.0, -10000.0], [-10000.0, 0.0]]
+    """
     check_vocabulary(student_log_probs=student, teacher_log_probs=teacher)
     dtype = loss_dtype(student, teacher)
     teacher = jax.lax.stop_gradient(teacher)
     return floored(student.astype(dtype)), floored(teacher.astype(dtype))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _mixture_terms(alpha: float, student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """(1 - α) e^S (S - M) + α e^T (T - M) per entry; the derivative by S is the first summand.
+
+    The other parts of the derivative cancel, since e^M = (1 - α) e^S + α e^T.
+    """
+    of_student, of_teacher = mixture_summands(alpha, student, teacher)
+    return of_student + of_teacher
+
+
+@_mixture_terms.defjvp
+def _mixture_terms_jvp(
+    alpha: float, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    of_student, of_teacher = mixture_summands(alpha, *primals)
+    return of_student + of_teacher, of_student * tangents[0]  # the teacher is detached
+
+
+def mixture_summands(
+    alpha: float, student: jax.Array, teacher: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(1 - α) e^S (S - M) and α e^T (T - M) per entry, for 0 < α < 1 and floored S and T.
+
+    >>> [x.tolist() for x in mixture_summands(0.5, jnp.zeros(1), jnp.zeros(1))]
+    [[-0.0], [-0.0]]
+    """
+    student_ratio, teacher_ratio = _log_ratios_to_mixture(student, teacher, alpha)
+    of_student = (1.0 - alpha) * jnp.exp(student) * student_ratio
+    return of_student, alpha * jnp.exp(teacher) * teacher_ratio
 
 
 def _log_ratios_to_mixture(

@@ -6,7 +6,7 @@
 
 All take `[B, T, D]` hidden states at the positions that predict the response tokens, and the head
 `[D, V]`. The gradient reaches hidden states and head through `LossOutput.total`; `per_token` and
-the metrics, `[B, T]` each, are detached. Anything else that `objectives` offers goes through
+the metrics, `[B, T]` each, are detached. The other losses of `per_token` go through
 `fused_linear_loss` in the same way.
 """
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import check_rank, check_same_shape, loss_dtype, where_active
 from sdpo_jax.losses.credit import spread
-from sdpo_jax.losses.distillation import full_vocabulary_loss
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, fused_linear_loss
 from sdpo_jax.losses.per_token import (
     GrpoSharedInputs,
@@ -61,7 +61,7 @@ def sdpo_from_hidden(
         teacher_head: [D, V].
         targets: [B, T] integer, the sampled tokens; for the metrics alone.
         mask: [B, T], nonzero on response tokens of rows that have a teacher.
-        alpha: which divergence, see `full_vocabulary_loss`.
+        alpha: which divergence, see `generalized_jsd`.
         chunk: how many tokens may have logits at a time.
         weights: [B, T] or [B], detached.
         temperature: of the sampler, for both logits.
@@ -73,7 +73,7 @@ def sdpo_from_hidden(
     >>> loss, _ = sdpo_from_hidden(h, head, h, head, y, jnp.ones((1, 2)), alpha=0.5, chunk=1)
     """
     check_same_shape(head=head, teacher_head=teacher_head)
-    loss = sdpo_per_token(partial(full_vocabulary_loss, alpha=alpha))
+    loss = sdpo_per_token(partial(generalized_jsd, alpha=alpha))
     tokens = SdpoTokenInputs(teacher_hidden, targets)
     constants = SdpoSharedInputs(teacher_head, jnp.asarray(temperature))
     return _reduced(loss, hidden, head, tokens, constants, mask, weights, reduction, chunk)

@@ -14,8 +14,8 @@ them.
 
 A sharded vocabulary needs nothing under `jit`. Inside a `shard_map` over its axis (and over the
 token axes), with the `check_vma` that is on by default, the per-token loss reduces over the axis
-that it was given as `vocabulary_axis`; the head's gradient stays local to its shard, that of the
-hidden states is summed over the axis once, after the last chunk.
+of its `Vocabulary`; the head's gradient stays local to its shard, that of the hidden states is
+summed over the axis once, after the last chunk.
 
 The gradient is exact for any per-token loss and any scale of the result. Reverse mode only: forward
 mode (`jvp`) and second derivatives are not defined. Validated against `checkpointed_linear_loss`,
@@ -31,6 +31,8 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import check_floating, loss_dtype
+from sdpo_jax.losses.compat import axes_of, mark_varying, output_types, varying_axes
+from sdpo_jax.losses.vocabulary import trust_region_logits
 
 BLOCK = 8
 
@@ -51,6 +53,25 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     dtype('float32')
     """
     return _product("md,dv->mv", hidden, head)
+
+
+def with_live_model(
+    logits: jax.Array,
+    live_hidden: jax.Array | None,
+    live_head: jax.Array | None,
+    coefficient: jax.Array | None,
+) -> jax.Array:
+    """`trust_region_logits` of [M, V] and of a live model's [M, D] · [D, V]; without one, [M, V].
+
+    >>> one = jnp.ones((1, 1))
+    >>> with_live_model(one, 3 * one, one, 0.5).tolist(), with_live_model(one, None, None, None)
+    ([[2.0]], Array([[1.]], dtype=float32))
+    """
+    if live_hidden is None:
+        return logits
+    if live_head is None or coefficient is None:
+        raise ValueError("live_hidden needs live_head and coefficient, got None")
+    return trust_region_logits(logits, head_logits(live_hidden, live_head), coefficient)
 
 
 def fused_linear_loss(
@@ -222,7 +243,7 @@ def _forward(
         # The value leaves as an output: whether it differs between devices is the loss's affair.
         return (rows, head_grad), (value, metrics)
 
-    zeros = _vary(jnp.zeros(head.shape, loss_dtype(hidden)), _varying(hidden))
+    zeros = mark_varying(jnp.zeros(head.shape, loss_dtype(hidden)), varying_axes(hidden))
     carry, out = _each_chunk(step, (_cut(hidden, cut), zeros), cut.chunks, filled)
     (rows, head_grad), (totals, metrics) = carry, out
     if filled is not None:  # what was not computed holds hidden states, not their gradient
@@ -252,8 +273,8 @@ def _each_chunk(step: Any, carry: Any, count: int, filled: jax.Array | None) -> 
     """`lax.scan` over chunk indices; with `filled`, over the first of them, the rest left 0."""
     if filled is None:
         return jax.lax.scan(step, carry, jnp.arange(count))
-    _, shapes = jax.eval_shape(step, carry, jnp.zeros((), jnp.int32))
-    out = jax.tree.map(partial(_empty, count), shapes)
+    _, types = output_types(step, carry, jnp.zeros((), jnp.int32))
+    out = jax.tree.map(partial(_empty, count), types)
 
     def body(index: jax.Array, both: tuple[Any, Any]) -> tuple[Any, Any]:
         carry, out = both
@@ -264,9 +285,7 @@ def _each_chunk(step: Any, carry: Any, count: int, filled: jax.Array | None) -> 
 
 
 def _empty(count: int, like: Any) -> jax.Array:
-    kind = like.manual_axis_type  # None outside a mesh
-    axes = frozenset[str]() if kind is None else kind.varying
-    return _vary(jnp.zeros((count, *like.shape), like.dtype), axes)
+    return mark_varying(jnp.zeros((count, *like.shape), like.dtype), axes_of(like))
 
 
 def _vary_alike(tree: Any, others: Any) -> Any:
@@ -276,17 +295,8 @@ def _vary_alike(tree: Any, others: Any) -> Any:
     devices once, by the transpose of this mark. So is that of hidden states that are the same on
     all shards of the vocabulary. `others` count for the axes and keep their own marks.
     """
-    axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves((tree, others))))
-    return jax.tree.map(lambda x: _vary(x, axes), tree)
-
-
-def _varying(x: jax.Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    missing = tuple(sorted(axes - _varying(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    axes = frozenset[str]().union(*(varying_axes(x) for x in jax.tree.leaves((tree, others))))
+    return jax.tree.map(lambda x: mark_varying(x, axes), tree)
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

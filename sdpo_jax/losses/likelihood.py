@@ -4,12 +4,11 @@ SDFT itself is `sdpo_loss` with a demonstration in the teacher's context and `sk
 """
 
 import jax
-import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import check_rank, check_same_shape, check_vocabulary, where_active
 from sdpo_jax.losses.divergences import floored
 from sdpo_jax.losses.reductions import LossOutput, token_mean, weighted
-from sdpo_jax.losses.vocabulary import log_softmax, select_targets, vocabulary_sum
+from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary, log_softmax, select_targets
 
 
 def cross_entropy(
@@ -17,7 +16,7 @@ def cross_entropy(
     targets: jax.Array,
     *,
     label_smoothing: float = 0.0,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
     """-(1 - ε) log p(y) - (ε / V) Σ_v log p(v), with log p = log softmax(logits), in float32.
 
@@ -25,7 +24,7 @@ def cross_entropy(
         logits: [..., V], unnormalised.
         targets: [...], integer.
         label_smoothing: ε in [0, 1).
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        vocabulary: how V lies on the devices.
 
     Returns:
         [...].
@@ -35,14 +34,34 @@ def cross_entropy(
     >>> print(f"{cross_entropy(jnp.zeros(4), jnp.array(2)):.4f}")
     1.3863
     """
+    log_probs = log_softmax(logits, vocabulary=vocabulary)
+    return cross_entropy_of(
+        log_probs, targets, label_smoothing=label_smoothing, vocabulary=vocabulary
+    )
+
+
+def cross_entropy_of(
+    log_probs: jax.Array,
+    targets: jax.Array,
+    *,
+    label_smoothing: float,
+    vocabulary: Vocabulary,
+) -> jax.Array:
+    """`cross_entropy` from log-probabilities [..., V], for callers that have them.
+
+    >>> log_probs, y = jnp.log(jnp.array([0.25, 0.75])), jnp.array(0)
+    >>> loss = cross_entropy_of(log_probs, y, label_smoothing=0.0, vocabulary=WHOLE)
+    >>> print(f"{loss:.4f}")
+    1.3863
+    """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-    log_probs = floored(log_softmax(logits, vocabulary_axis=vocabulary_axis))
-    loss = -select_targets(log_probs, targets, vocabulary_axis=vocabulary_axis)
+    log_probs = floored(log_probs)
+    loss = -select_targets(log_probs, targets, vocabulary=vocabulary)
     if label_smoothing == 0.0:
         return loss
-    size = vocabulary_sum(jnp.ones((logits.shape[-1],), log_probs.dtype), vocabulary_axis)
-    uniform = -vocabulary_sum(log_probs, vocabulary_axis) / size
+    size = log_probs.shape[-1] * vocabulary.shards
+    uniform = -vocabulary.sum(log_probs) / size
     return (1.0 - label_smoothing) * loss + label_smoothing * uniform
 
 

@@ -1,8 +1,8 @@
-"""The objectives as per-token losses for `fused_linear_loss`.
+"""SDPO, GRPO, SFT and their sums as per-token losses for `fused_linear_loss`.
 
-Each factory takes the hyper-parameters and returns `loss(logits[C, V], tokens, constants)`; the
-arrays that it reads are named by a NamedTuple, whose fields of None may stay so. The student's
-logits, and the teacher's, are divided by the temperature that the rollouts were drawn at, so that
+Each factory takes hyper-parameters and returns `loss(logits[C, V], tokens, constants)`, where
+`tokens` and `constants` are NamedTuples of arrays; fields that are None by default may stay so.
+The student's logits, and the teacher's, are divided by the temperature of the sampler, so that
 log-probabilities are those of the sampler.
 """
 
@@ -16,26 +16,31 @@ import jax.numpy as jnp
 from sdpo_jax.losses.arrays import check_same_shape, where_active
 from sdpo_jax.losses.distillation import sampled_token_loss
 from sdpo_jax.losses.divergences import entropy
-from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, head_logits
-from sdpo_jax.losses.likelihood import cross_entropy
+from sdpo_jax.losses.fused_linear import (
+    Metrics,
+    PerTokenLoss,
+    head_logits,
+    with_live_model,
+)
+from sdpo_jax.losses.likelihood import cross_entropy_of
 from sdpo_jax.losses.policy_gradient import clip_ratio, policy_gradient_loss, reference_kl
 from sdpo_jax.losses.tiles import by_rows
 from sdpo_jax.losses.token_stats import TokenStats, same_likeliest, token_stats
 from sdpo_jax.losses.vocabulary import (
+    WHOLE,
+    Vocabulary,
     log_softmax,
     scale_logits,
     select_targets,
-    trust_region_logits,
-    vocabulary_max,
 )
 from sdpo_jax.losses.weights import probability_ratio, truncated_importance_weights
 
 Divergence: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(student_logits[C, V], teacher_logits[C, V]) -> [C]`: `full_vocabulary_loss` or `top_k_loss`
+"""`(student_log_probs[C, V], teacher_log_probs[C, V]) -> [C]`: `generalized_jsd` or `top_k_loss`
 with their hyper-parameters bound by `functools.partial`."""
 
 Weigh: TypeAlias = Callable[[TokenStats], jax.Array]
-"""`(token_stats of [C] each) -> weights[C]`, detached. Weights that need a mean over the batch are
+"""`(TokenStats of [C] each) -> weights[C]`, detached. Weights that need a mean over the batch are
 divided by it afterwards: the metric `weight` has their sum, and the loss is linear in them."""
 
 
@@ -99,15 +104,15 @@ def sdpo_per_token(
     *,
     importance_cap: float | None = None,
     weigh: Weigh | None = None,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> PerTokenLoss:
-    """min(π/π_old, cap) · weigh(by-products) · divergence(student, teacher).
+    """min(π/π_old, cap) · weigh(token statistics) · divergence(student, teacher).
 
     Args:
-        divergence: bind the same `vocabulary_axis` in it.
+        divergence: see `Divergence`; bind the same `vocabulary` in it.
         importance_cap: 2 in the paper; needs `old_log_probs`. None: no importance weight.
-        weigh: weights from what the pass sees, such as `disagreement_weights` of `jsd`.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        weigh: weights from the token statistics, such as `disagreement_weights` of `jsd`.
+        vocabulary: how V lies on the devices.
 
     Returns:
         PerTokenLoss of SdpoTokenInputs and SdpoSharedInputs. Metrics: divergence, those of
@@ -117,8 +122,8 @@ def sdpo_per_token(
     Source: equation 1 of arXiv 2601.20802, with the importance weight of its code.
 
     >>> from functools import partial
-    >>> from sdpo_jax.losses.distillation import full_vocabulary_loss
-    >>> loss = sdpo_per_token(partial(full_vocabulary_loss, alpha=0.5))
+    >>> from sdpo_jax.losses import generalized_jsd
+    >>> loss = sdpo_per_token(partial(generalized_jsd, alpha=0.5))
     >>> tokens = SdpoTokenInputs(jnp.eye(2), jnp.array([0, 1]))
     >>> shared = SdpoSharedInputs(jnp.eye(2), jnp.array(1.0))
     >>> value, metrics = loss(jnp.zeros((2, 2)), tokens, shared)
@@ -130,14 +135,14 @@ def sdpo_per_token(
         del targets
         return divergence(student, teacher)
 
-    return _distillation(estimate, importance_cap, weigh, vocabulary_axis)
+    return _distillation(estimate, importance_cap, weigh, vocabulary)
 
 
 def sampled_token_sdpo(
     *,
     importance_cap: float | None = None,
     weigh: Weigh | None = None,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> PerTokenLoss:
     """`sdpo_per_token` with `sampled_token_loss` in place of a divergence; `divergence` is it.
 
@@ -150,14 +155,10 @@ def sampled_token_sdpo(
     """
 
     def estimate(student: jax.Array, teacher: jax.Array, targets: jax.Array) -> jax.Array:
-        axis = vocabulary_axis
-        log_prob, teacher_log_prob = (
-            select_targets(log_softmax(x, vocabulary_axis=axis), targets, vocabulary_axis=axis)
-            for x in (student, teacher)
-        )
-        return sampled_token_loss(log_prob, teacher_log_prob)
+        pair = (select_targets(x, targets, vocabulary=vocabulary) for x in (student, teacher))
+        return sampled_token_loss(*pair)
 
-    return _distillation(estimate, importance_cap, weigh, vocabulary_axis)
+    return _distillation(estimate, importance_cap, weigh, vocabulary)
 
 
 def grpo_per_token(
@@ -166,7 +167,7 @@ def grpo_per_token(
     clip_high: float,
     dual_clip: float,
     kl_coefficient: float = 0.0,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> PerTokenLoss:
     """`policy_gradient_loss` of the sampled token, + β · `reference_kl` where β > 0.
 
@@ -187,7 +188,8 @@ def grpo_per_token(
         logits: jax.Array, tokens: GrpoTokenInputs, constants: GrpoSharedInputs
     ) -> tuple[jax.Array, Metrics]:
         logits = scale_logits(logits, temperature=constants.temperature)
-        metrics = _sampled(logits, tokens.targets, vocabulary_axis)
+        log_probs = log_softmax(logits, vocabulary=vocabulary)
+        metrics = _sampled(log_probs, tokens.targets, vocabulary)
         log_prob, old, advantages = metrics["log_prob"], tokens.old_log_probs, tokens.advantages
         value = policy_gradient_loss(log_prob, old, advantages, **clips)
         metrics["ratio"] = probability_ratio(log_prob, old)
@@ -199,13 +201,13 @@ def grpo_per_token(
             raise ValueError(f"kl_coefficient {kl_coefficient} needs reference_log_probs, got None")
         return value, metrics
 
-    return partial(by_rows, of_rows, vocabulary_axis=vocabulary_axis)
+    return partial(by_rows, of_rows, vocabulary=vocabulary)
 
 
 def sft_per_token(
     *,
     label_smoothing: float = 0.0,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> PerTokenLoss:
     """`cross_entropy` of the target, at temperature 1.
 
@@ -219,21 +221,20 @@ def sft_per_token(
     >>> print(f"{value[0]:.4f}", metrics["correct"].tolist())
     1.3863 [True]
     """
-    axis = vocabulary_axis
 
-    def loss(
+    def of_rows(
         logits: jax.Array, tokens: SftTokenInputs, constants: None
     ) -> tuple[jax.Array, Metrics]:
         del constants
-        value = cross_entropy(
-            logits, tokens.targets, label_smoothing=label_smoothing, vocabulary_axis=axis
+        log_probs = log_softmax(logits, vocabulary=vocabulary)
+        value = cross_entropy_of(
+            log_probs, tokens.targets, label_smoothing=label_smoothing, vocabulary=vocabulary
         )
-        metrics = _sampled(logits, tokens.targets, axis)
-        best = vocabulary_max(log_softmax(logits, vocabulary_axis=axis), axis)
-        metrics["correct"] = metrics["log_prob"] >= best
+        metrics = _sampled(log_probs, tokens.targets, vocabulary)
+        metrics["correct"] = metrics["log_prob"] >= vocabulary.max(log_probs)
         return value, metrics
 
-    return loss
+    return partial(by_rows, of_rows, vocabulary=vocabulary)
 
 
 def mixed_per_token(first: PerTokenLoss, second: PerTokenLoss) -> PerTokenLoss:
@@ -281,19 +282,17 @@ def _known(tokens: Any, active: jax.Array) -> Any:
     return jax.tree.map(partial(where_active, active), tokens)
 
 
-def _sampled(logits: jax.Array, targets: jax.Array, vocabulary_axis: str | None) -> Metrics:
-    log_probs = log_softmax(logits, vocabulary_axis=vocabulary_axis)
+def _sampled(log_probs: jax.Array, targets: jax.Array, vocabulary: Vocabulary) -> Metrics:
     return {
-        "log_prob": select_targets(log_probs, targets, vocabulary_axis=vocabulary_axis),
-        "student_entropy": entropy(log_probs, vocabulary_axis=vocabulary_axis),
+        "log_prob": select_targets(log_probs, targets, vocabulary=vocabulary),
+        "student_entropy": entropy(log_probs, vocabulary=vocabulary),
     }
 
 
 class _Rows(NamedTuple):
-    """What a distillation loss knows of each row besides the student's logits."""
+    """What a distillation loss reads of each row besides the student's logits."""
 
-    teacher_logits: jax.Array  # [C, V], as the head gives them
-    live_logits: jax.Array | None  # [C, V]
+    teacher_logits: jax.Array  # [C, V]
     targets: jax.Array  # [C]
     old_log_probs: jax.Array | None  # [C]
 
@@ -302,19 +301,22 @@ def _distillation(
     estimate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     importance_cap: float | None,
     weigh: Weigh | None,
-    vocabulary_axis: str | None,
+    vocabulary: Vocabulary,
 ) -> PerTokenLoss:
+    """`estimate` takes both log-probabilities, [C, V], and the targets, [C]."""
+
     def of_rows(
         logits: jax.Array, rows: _Rows, constants: SdpoSharedInputs
     ) -> tuple[jax.Array, Metrics]:
-        student = scale_logits(logits, temperature=constants.temperature)
-        teacher = jax.lax.stop_gradient(_teacher_logits(rows, constants))
-        value = estimate(student, teacher, rows.targets)
-        p, q = (log_softmax(x, vocabulary_axis=vocabulary_axis) for x in (student, teacher))
-        products = token_stats(p, q, rows.targets, vocabulary_axis=vocabulary_axis)
-        same = same_likeliest(student, teacher, vocabulary_axis=vocabulary_axis)
-        metrics = {"divergence": value, **products._asdict(), "same_token": same}
-        weights = _weights(products, rows.old_log_probs, importance_cap, weigh)
+        scaled = partial(scale_logits, temperature=constants.temperature)
+        pair = scaled(logits), jax.lax.stop_gradient(scaled(rows.teacher_logits))
+        log_probs = [log_softmax(x, vocabulary=vocabulary) for x in pair]
+        value = estimate(*log_probs, rows.targets)
+        stats = token_stats(*log_probs, rows.targets, vocabulary=vocabulary)
+        # Of the logits, not the log-probabilities: the softmaxes have two of the maxima already.
+        same = same_likeliest(*pair, vocabulary=vocabulary)
+        metrics = {"divergence": value, **stats._asdict(), "same_token": same}
+        weights = _weights(stats, rows.old_log_probs, importance_cap, weigh)
         for weight in weights.values():
             value = value * weight.by
         return value, metrics | {name: weight.metric for name, weight in weights.items()}
@@ -322,16 +324,12 @@ def _distillation(
     def loss(
         logits: jax.Array, tokens: SdpoTokenInputs, constants: SdpoSharedInputs
     ) -> tuple[jax.Array, Metrics]:
-        live, live_head = tokens.live_hidden, constants.live_head
-        if live is not None and (live_head is None or constants.coefficient is None):
-            raise ValueError("live_hidden needs live_head and coefficient, got None")
-        rows = _Rows(
-            head_logits(tokens.teacher_hidden, constants.teacher_head),
-            None if live is None or live_head is None else head_logits(live, live_head),
-            tokens.targets,
-            tokens.old_log_probs,
+        teacher = head_logits(tokens.teacher_hidden, constants.teacher_head)
+        teacher = with_live_model(
+            teacher, tokens.live_hidden, constants.live_head, constants.coefficient
         )
-        return by_rows(of_rows, logits, rows, constants, vocabulary_axis=vocabulary_axis)
+        rows = _Rows(teacher, tokens.targets, tokens.old_log_probs)
+        return by_rows(of_rows, logits, rows, constants, vocabulary=vocabulary)
 
     return loss
 
@@ -342,7 +340,7 @@ class _Weight(NamedTuple):
 
 
 def _weights(
-    products: TokenStats,
+    stats: TokenStats,
     old_log_probs: jax.Array | None,
     importance_cap: float | None,
     weigh: Weigh | None,
@@ -351,18 +349,10 @@ def _weights(
     if importance_cap is not None:
         if old_log_probs is None:
             raise ValueError(f"importance_cap {importance_cap} needs old_log_probs, got None")
-        pair = products.log_prob, old_log_probs
+        pair = stats.log_prob, old_log_probs
         capped = truncated_importance_weights(*pair, cap=importance_cap)
         weights["ratio"] = _Weight(capped, probability_ratio(*pair))
     if weigh is not None:
-        given = jax.lax.stop_gradient(weigh(products))
+        given = jax.lax.stop_gradient(weigh(stats))
         weights["weight"] = _Weight(given, given)
     return weights
-
-
-def _teacher_logits(rows: _Rows, constants: SdpoSharedInputs) -> jax.Array:
-    shaped = partial(scale_logits, temperature=constants.temperature)
-    if rows.live_logits is None or constants.coefficient is None:
-        return shaped(rows.teacher_logits)
-    pair = shaped(rows.teacher_logits), shaped(rows.live_logits)
-    return trust_region_logits(*pair, constants.coefficient)

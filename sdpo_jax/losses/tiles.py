@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary
+
 Metrics: TypeAlias = dict[str, jax.Array]
 
 RowLoss: TypeAlias = Callable[[jax.Array, Any, Any], tuple[jax.Array, Metrics]]
@@ -31,7 +33,7 @@ def by_rows(
     rows: Any,
     constants: Any,
     *,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> tuple[jax.Array, Metrics]:
     """`loss(logits, rows, constants)`; differentiable in `logits` alone, in reverse mode.
 
@@ -40,13 +42,13 @@ def by_rows(
         logits: [C, V].
         rows: pytree of arrays with leading axis C, detached.
         constants: pytree that all rows see, detached.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`: then all rows go at once.
+        vocabulary: how V lies on the devices; where a mesh axis cuts it, all rows go at once.
 
     >>> square = lambda logits, rows, constants: (jnp.sum(logits**2, axis=-1), {})
     >>> by_rows(square, jnp.ones((2, 3)), None, None)[0].tolist()
     [3.0, 3.0]
     """
-    if vocabulary_axis is not None:  # a collective a tile would cost more than the cache saves
+    if vocabulary.axis is not None:  # a collective a tile would cost more than the cache saves
         return loss(logits, rows, constants)
     return _by_rows(loss, logits, *jax.lax.stop_gradient((rows, constants)))
 

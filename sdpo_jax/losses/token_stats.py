@@ -1,7 +1,7 @@
-"""What one look at both distributions tells, besides the loss: for metrics and for weights.
+"""Per-token statistics of both distributions (entropies, KLs, log-probs), for metrics and weights.
 
-All are reductions of the same two arrays of log-probabilities, so that next to a loss they cost no
-second pass over the vocabulary, and those that nobody reads are dropped by the compiler.
+All are reductions of the two arrays of log-probabilities that the loss reads, too: one softmax per
+distribution serves both, and the compiler drops the statistics that nobody reads.
 """
 
 from typing import NamedTuple
@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.divergences import entropy, forward_kl, generalized_jsd, reverse_kl
-from sdpo_jax.losses.vocabulary import select_targets, vocabulary_max
+from sdpo_jax.losses.divergences import as_log_probs, mixture_summands
+from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary, select_targets
 
 
 class TokenStats(NamedTuple):
@@ -30,7 +30,7 @@ def token_stats(
     teacher_log_probs: jax.Array,
     targets: jax.Array,
     *,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> TokenStats:
     """Entropies, divergences and the sampled token's log-probabilities, all detached.
 
@@ -38,7 +38,7 @@ def token_stats(
         student_log_probs: [..., V].
         teacher_log_probs: [..., V].
         targets: [...] integer, the sampled tokens.
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        vocabulary: how V lies on the devices.
 
     Returns:
         TokenStats of [...] each.
@@ -51,21 +51,23 @@ def token_stats(
     0.6931 0.0000 -0.6931
     """
     pair = jax.lax.stop_gradient((student_log_probs, teacher_log_probs))
-    student, teacher = pair
-    axis = vocabulary_axis
+    log_prob, teacher_log_prob = (select_targets(x, targets, vocabulary=vocabulary) for x in pair)
+    student, teacher = as_log_probs(*pair)
+    p, q, sums = jnp.exp(student), jnp.exp(teacher), vocabulary.sum
+    of_student, of_teacher = mixture_summands(0.5, student, teacher)
     return TokenStats(
-        student_entropy=entropy(student, vocabulary_axis=axis),
-        teacher_entropy=entropy(teacher, vocabulary_axis=axis),
-        forward_kl=forward_kl(*pair, vocabulary_axis=axis),
-        reverse_kl=reverse_kl(*pair, vocabulary_axis=axis),
-        jsd=generalized_jsd(*pair, alpha=0.5, vocabulary_axis=axis),
-        log_prob=select_targets(student, targets, vocabulary_axis=axis),
-        teacher_log_prob=select_targets(teacher, targets, vocabulary_axis=axis),
+        student_entropy=-sums(p * student),
+        teacher_entropy=-sums(q * teacher),
+        forward_kl=sums(q * (teacher - student)),
+        reverse_kl=sums(p * (student - teacher)),
+        jsd=sums(of_student + of_teacher),
+        log_prob=log_prob,
+        teacher_log_prob=teacher_log_prob,
     )
 
 
 def same_likeliest(
-    student_logits: jax.Array, teacher_logits: jax.Array, *, vocabulary_axis: str | None = None
+    student_logits: jax.Array, teacher_logits: jax.Array, *, vocabulary: Vocabulary = WHOLE
 ) -> jax.Array:
     """1 where one token is the likeliest to both, else 0; of several that tie, any one will do.
 
@@ -75,7 +77,7 @@ def same_likeliest(
     Args:
         student_logits: [..., V], or log-probabilities.
         teacher_logits: [..., V].
-        vocabulary_axis: mesh axis that cuts V inside `shard_map`.
+        vocabulary: how V lies on the devices.
 
     Returns:
         [...], detached, in the dtype of the student's.
@@ -85,6 +87,6 @@ def same_likeliest(
     [1.0, 0.0]
     """
     student, teacher = jax.lax.stop_gradient((student_logits, teacher_logits))
-    best = teacher >= vocabulary_max(teacher, vocabulary_axis)[..., None]
-    among = vocabulary_max(jnp.where(best, student, -jnp.inf), vocabulary_axis)
-    return (among >= vocabulary_max(student, vocabulary_axis)).astype(student.dtype)
+    best = teacher >= vocabulary.max(teacher)[..., None]
+    among = vocabulary.max(jnp.where(best, student, -jnp.inf))
+    return (among >= vocabulary.max(student)).astype(student.dtype)

@@ -1,9 +1,11 @@
 """Logits and log-probabilities over the vocabulary, whole or cut over a mesh axis.
 
 Under `jit` a sharded vocabulary needs nothing: the compiler adds the collectives. Inside a
-`shard_map` that cuts the vocabulary, pass the name of its mesh axis as `vocabulary_axis`; each
+`shard_map` that cuts the vocabulary, pass `vocabulary=Vocabulary("name of the mesh axis")`; each
 device then holds `[..., V / n]` consecutive entries and these functions reduce over the devices.
 """
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +13,59 @@ import jax.numpy as jnp
 from sdpo_jax.losses.arrays import check_floating, check_integer, check_vocabulary, loss_dtype
 
 
-def vocabulary_sum(x: jax.Array, vocabulary_axis: str | None = None) -> jax.Array:
-    """Σ_v x, `[..., V] -> [...]`.
+@dataclass(frozen=True)
+class Vocabulary:
+    """How the last axis of logits, V, lies on the devices: whole, or cut over a mesh axis.
 
-    >>> vocabulary_sum(jnp.array([[1.0, 2.0]])).tolist()
+    A static value: hashable, no arrays. `Vocabulary("tensor")` is for code inside a `shard_map`
+    that cuts V over the mesh axis "tensor".
+
+    Source: the class names a layout; it holds for every equation of arXiv 2601.20802.
+
+    >>> Vocabulary().sum(jnp.array([[1.0, 2.0]])).tolist()
     [3.0]
     """
-    total = jnp.sum(x, axis=-1)
-    return total if vocabulary_axis is None else jax.lax.psum(total, vocabulary_axis)
+
+    axis: str | None = None
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """Σ_v x, `[..., V] -> [...]`."""
+        total = jnp.sum(x, axis=-1)
+        return total if self.axis is None else jax.lax.psum(total, self.axis)
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """max_v x, detached, `[..., V] -> [...]`."""
+        largest = jnp.max(jax.lax.stop_gradient(x), axis=-1)
+        return largest if self.axis is None else jax.lax.pmax(largest, self.axis)
+
+    @property
+    def shards(self) -> int:
+        """How many devices share one vocabulary."""
+        # The sum of a Python number is the size of the axis, in every version of jax.
+        return 1 if self.axis is None else int(jax.lax.psum(1, self.axis))
+
+    def offset(self, x: jax.Array) -> jax.Array:
+        """The id of this device's first entry, of `x: [..., V]`; int32 []."""
+        if self.axis is None:
+            return jnp.zeros((), jnp.int32)
+        return jax.lax.axis_index(self.axis) * x.shape[-1]
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """`[..., K] -> [..., shards · K]`, the same on every device."""
+        if self.axis is None:
+            return x
+        own = jnp.arange(self.shards, dtype=jnp.int32) == jax.lax.axis_index(self.axis)
+        own = own.reshape((1,) * (x.ndim - 1) + (-1, 1))
+        # A sum over devices, not `all_gather`, whose result counts as different on each device.
+        spread = jax.lax.psum(jnp.where(own, x[..., None, :], jnp.zeros((), x.dtype)), self.axis)
+        return spread.reshape(*x.shape[:-1], -1)
 
 
-def vocabulary_max(x: jax.Array, vocabulary_axis: str | None = None) -> jax.Array:
-    """max_v x, detached, `[..., V] -> [...]`.
-
-    >>> vocabulary_max(jnp.array([[1.0, 2.0]])).tolist()
-    [2.0]
-    """
-    largest = jnp.max(jax.lax.stop_gradient(x), axis=-1)
-    return largest if vocabulary_axis is None else jax.lax.pmax(largest, vocabulary_axis)
+WHOLE = Vocabulary()
+"""Every device holds all V entries of its rows, or the compiler sees to the collectives."""
 
 
-def log_normalizer(logits: jax.Array, *, vocabulary_axis: str | None = None) -> jax.Array:
-    """Return log Σ_v e^z, in float32 or wider; [..., V] to [...].
-
-    >>> print(f"{log_normalizer(jnp.zeros(4)):.4f}")
-    1.3863
-    """
-    check_vocabulary(logits=logits)
-    logits = logits.astype(loss_dtype(logits))
-    largest = vocabulary_max(logits, vocabulary_axis)
-    total = vocabulary_sum(jnp.exp(logits - largest[..., None]), vocabulary_axis)
-    return jnp.log(total) + largest
-
-
-def log_softmax(logits: jax.Array, *, vocabulary_axis: str | None = None) -> jax.Array:
+def log_softmax(logits: jax.Array, *, vocabulary: Vocabulary = WHOLE) -> jax.Array:
     """Return z - log Σ_v e^z over the last axis, in float32 or wider; [..., V] to [..., V].
 
     Source: section 1 of arXiv 2601.20802: policies are softmaxes of logits.
@@ -54,8 +75,8 @@ def log_softmax(logits: jax.Array, *, vocabulary_axis: str | None = None) -> jax
     """
     check_vocabulary(logits=logits)
     logits = logits.astype(loss_dtype(logits))
-    shifted = logits - vocabulary_max(logits, vocabulary_axis)[..., None]
-    total = vocabulary_sum(jnp.exp(shifted), vocabulary_axis)
+    shifted = logits - vocabulary.max(logits)[..., None]
+    total = vocabulary.sum(jnp.exp(shifted))
     return shifted - jnp.log(total)[..., None]
 
 
@@ -112,7 +133,7 @@ def trust_region_logits(
 
 
 def select_targets(
-    log_probs: jax.Array, targets: jax.Array, *, vocabulary_axis: str | None = None
+    log_probs: jax.Array, targets: jax.Array, *, vocabulary: Vocabulary = WHOLE
 ) -> jax.Array:
     """Return `log_probs[..., targets]`; [..., V] and integer [...] to [...].
 
@@ -133,17 +154,16 @@ def select_targets(
         )
     targets = targets.astype(jnp.int32)  # uint8 would count to 255 and start again
     counter = jax.lax.broadcasted_iota(jnp.int32, log_probs.shape, log_probs.ndim - 1)
-    counter = counter + _offset(log_probs, vocabulary_axis)
+    counter = counter + vocabulary.offset(log_probs)
     zero = jnp.zeros((), log_probs.dtype)
-    return vocabulary_sum(
-        jnp.where(counter == targets[..., None], log_probs, zero), vocabulary_axis
-    )
+    return vocabulary.sum(jnp.where(counter == targets[..., None], log_probs, zero))
 
 
-def top_k_indices(logits: jax.Array, *, k: int, vocabulary_axis: str | None = None) -> jax.Array:
+def top_k_indices(logits: jax.Array, *, k: int, vocabulary: Vocabulary = WHOLE) -> jax.Array:
     """Ids of the k largest entries, largest first; of equal ones the smaller id. int32 [..., k].
 
-    Compared in the dtype that they come in: bfloat16 has many ties, and all of them go by id.
+    Logits and their log-probabilities have one order, so either may come. They are compared in the
+    dtype that they come in: bfloat16 has many ties, and all of them go by id.
 
     Source: `distillation_topk` of the SDPO code (arXiv 2601.20802).
 
@@ -151,26 +171,24 @@ def top_k_indices(logits: jax.Array, *, k: int, vocabulary_axis: str | None = No
     [1, 2]
     """
     check_vocabulary(logits=logits)
-    shards = 1 if vocabulary_axis is None else jax.lax.axis_size(vocabulary_axis)
     size = logits.shape[-1]
-    if not 1 <= k <= size * shards:
-        raise ValueError(f"k must lie in [1, {size * shards}] (the vocabulary), got {k}")
+    whole = size * vocabulary.shards
+    if not 1 <= k <= whole:
+        raise ValueError(f"k must lie in [1, {whole}] (the vocabulary), got {k}")
     logits = jax.lax.stop_gradient(logits)
     # -0.0 and 0.0 are equal, which `top_k` does not know.
     logits = jnp.where(logits == 0, jnp.zeros((), logits.dtype), logits)
     values, ids = jax.lax.top_k(logits, min(k, size))
-    if vocabulary_axis is None:
+    if vocabulary.axis is None:
         return ids
-    ids = ids + _offset(logits, vocabulary_axis)
-    values, ids = (_gather(x, vocabulary_axis) for x in (values, ids))
+    ids = ids + vocabulary.offset(logits)
+    values, ids = vocabulary.gather(values), vocabulary.gather(ids)
     # Shards lie in the order of their ids, so ties still go to the smaller id.
     best = jax.lax.top_k(values, k)[1]
     return jnp.take_along_axis(ids, best, axis=-1)
 
 
-def take_entries(
-    x: jax.Array, indices: jax.Array, *, vocabulary_axis: str | None = None
-) -> jax.Array:
+def take_entries(x: jax.Array, indices: jax.Array, *, vocabulary: Vocabulary = WHOLE) -> jax.Array:
     """Return `x[..., indices]`, [..., V] and integer [..., K] to [..., K].
 
     >>> take_entries(jnp.array([[5.0, 6.0, 7.0]]), jnp.array([[2, 0]])).tolist()
@@ -182,26 +200,9 @@ def take_entries(
             f"indices must have the shape of the logits but for the last axis, got indices "
             f"{list(indices.shape)} and logits {list(x.shape)}"
         )
-    if vocabulary_axis is None:
+    if vocabulary.axis is None:
         return jnp.take_along_axis(x, indices, axis=-1)
-    local = indices.astype(jnp.int32) - _offset(x, vocabulary_axis)
+    local = indices.astype(jnp.int32) - vocabulary.offset(x)
     mine = (local >= 0) & (local < x.shape[-1])
     found = jnp.take_along_axis(x, jnp.clip(local, 0, x.shape[-1] - 1), axis=-1)
-    return jax.lax.psum(jnp.where(mine, found, jnp.zeros((), x.dtype)), vocabulary_axis)
-
-
-def _offset(x: jax.Array, vocabulary_axis: str | None) -> jax.Array:
-    """The id of this device's first entry."""
-    if vocabulary_axis is None:
-        return jnp.zeros((), jnp.int32)
-    return jax.lax.axis_index(vocabulary_axis) * x.shape[-1]
-
-
-def _gather(x: jax.Array, vocabulary_axis: str) -> jax.Array:
-    """`[..., K] -> [..., n · K]`, the same on every device, and known to be so."""
-    shards = jax.lax.axis_size(vocabulary_axis)
-    own = jnp.arange(shards, dtype=jnp.int32) == jax.lax.axis_index(vocabulary_axis)
-    own = own.reshape((1,) * (x.ndim - 1) + (shards, 1))
-    # A sum over devices, not `all_gather`, whose result counts as different on each device.
-    spread = jax.lax.psum(jnp.where(own, x[..., None, :], jnp.zeros((), x.dtype)), vocabulary_axis)
-    return spread.reshape(*x.shape[:-1], -1)
+    return jax.lax.psum(jnp.where(mine, found, jnp.zeros((), x.dtype)), vocabulary.axis)

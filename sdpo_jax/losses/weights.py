@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from sdpo_jax.losses.arrays import (
     check_floating,
@@ -193,7 +194,7 @@ def outcome_routing(passed: jax.Array, has_teacher: jax.Array) -> Routes:
 
 
 def positive_only(advantages: jax.Array) -> jax.Array:
-    """1 where the advantage is positive, else 0: distill only what the verifier prefers.
+    """1 where the advantage is positive, else 0: distill only rollouts that the verifier prefers.
 
     Source: the gate of SDPG, arXiv 2606.04036. Any shape.
 
@@ -204,10 +205,10 @@ def positive_only(advantages: jax.Array) -> jax.Array:
     return (advantages > 0.0).astype(loss_dtype(advantages))
 
 
-def skip_first_tokens(mask: jax.Array, count: int) -> jax.Array:
+def skip_first_tokens(mask: ArrayLike, count: int) -> jax.Array:
     """The mask without the first `count` active tokens of each row, `[B, T] -> [B, T]`.
 
-    There the demonstration's style is copied first.
+    The first tokens of a response are where a student copies its demonstration's style.
 
     Source: SDFT, arXiv 2601.19897.
 
@@ -216,6 +217,7 @@ def skip_first_tokens(mask: jax.Array, count: int) -> jax.Array:
     """
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}")
+    mask = jnp.asarray(mask)  # host arrays are welcome
     check_rank(2, mask=mask)
     nth = jnp.cumsum(mask.astype(bool).astype(jnp.int32), axis=1)
     return jnp.where(nth > count, mask, jnp.zeros_like(mask))

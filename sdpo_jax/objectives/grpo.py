@@ -25,8 +25,8 @@ from sdpo_jax.config import (
     setting,
 )
 from sdpo_jax.losses.fused_linear import PerTokenLoss
+from sdpo_jax.losses.kl_penalty import with_reference_kl
 from sdpo_jax.losses.per_token import GrpoSharedInputs, GrpoTokenInputs, grpo_per_token
-from sdpo_jax.losses.reference_kl import with_reference_kl
 from sdpo_jax.model import Params
 from sdpo_jax.objectives.loss_weights import graded_advantages
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
@@ -44,11 +44,14 @@ class GrpoConfig(ObjectiveConfig):
 
     name: Literal["grpo"] = "grpo"
     clip_low: float = setting(0.2, PROPER_SHARE)
+    """The ratio of new to rollout probability is clipped below 1 - clip_low ..."""
     clip_high: float = setting(0.28, above(0))
+    """... and above 1 + clip_high."""
     dual_clip: float = setting(3.0, above(1))
+    """Bound of the ratio where the advantage is negative (arXiv 1912.09729)."""
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
     reference_kl: float = setting(0.0, at_least(0))
-    """Coefficient of the KL to the initial model, on every token that counts (arXiv 2402.03300)."""
+    """Coefficient of the KL to the initial model, on every active token (arXiv 2402.03300)."""
 
     def check(self, config: Config) -> Iterator[Problem]:
         """Yields a group of one, which has no advantage."""

@@ -20,15 +20,16 @@ import jax
 import numpy as np
 
 from sdpo_jax.config import Config, Problem, above, at_least, between, setting
-from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
+from sdpo_jax.losses.distillation import top_k_loss
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.fused_linear import PerTokenLoss
+from sdpo_jax.losses.kl_penalty import with_reference_kl
 from sdpo_jax.losses.per_token import (
     Divergence,
     mixed_per_token,
     sampled_token_sdpo,
     sdpo_per_token,
 )
-from sdpo_jax.losses.reference_kl import with_reference_kl
 from sdpo_jax.losses.token_stats import TokenStats
 from sdpo_jax.losses.weights import disagreement_weights
 from sdpo_jax.objectives.credit import BY_ADVANTAGE, CreditConfig, is_mixed, worth_computing
@@ -55,7 +56,7 @@ class SdpoConfig(CreditConfig):
 
     name: Literal["sdpo"] = "sdpo"
     alpha: float = setting(0.5, between(0, 1))
-    """0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon."""
+    """0: KL(teacher || student); 1: KL(student || teacher); between: generalized Jensen-Shannon."""
     top_k: int = setting(0, at_least(0))
     """Compare on the student's likeliest tokens, the rest in one bucket (the paper: 100 or 20); 0
     compares the whole vocabulary, which the fused head affords."""
@@ -203,7 +204,7 @@ def divergence_of(alpha: float, top_k: int) -> Divergence:
     """The divergence over the vocabulary, or over the student's `top_k` likeliest tokens."""
     if top_k:
         return partial(top_k_loss, alpha=alpha, k=top_k, add_tail=True)
-    return partial(full_vocabulary_loss, alpha=alpha)
+    return partial(generalized_jsd, alpha=alpha)
 
 
 def _disagreement(settings: SdpoConfig, stats: TokenStats) -> jax.Array:

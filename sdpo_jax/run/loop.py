@@ -235,7 +235,8 @@ class TrainingLoop:
         saver: Saver,
     ) -> StepResult:
         config, evaluation = self._config, None
-        progress.state, row = trainer.step(progress.state, step)
+        on_rollouts = self._callbacks.on_rollouts
+        progress.state, row = trainer.step(progress.state, step, on_rollouts)
         progress.step = step
         report.step(step, row)
         _stop_if_not_finite(config, row, step)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import loss_dtype
-from sdpo_jax.losses.vocabulary import trust_region_logits
 
 Params = Any
 """A pytree of arrays."""
@@ -28,10 +27,6 @@ TeacherUpdate: TypeAlias = Callable[[Params, Params], Params]
 TeacherParams: TypeAlias = Callable[[Params, Params], Params]
 """`params(teacher, student) -> params`, the weights to run the teacher with."""
 
-TeacherLogits: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
-"""`logits(teacher_logits, student_logits) -> [..., V]`, both after the teacher's prompt; None: the
-teacher's own."""
-
 
 class Teacher(NamedTuple):
     """How the teacher's weights follow the student, as pure functions."""
@@ -39,7 +34,7 @@ class Teacher(NamedTuple):
     init: TeacherInit
     update: TeacherUpdate
     params: TeacherParams
-    logits: TeacherLogits | None = None
+    coefficient: float | None = None  # of `trust_region_logits`, which mixes in the student's
 
 
 def ema_update(teacher: Params, student: Params, rate: float | jax.Array) -> Params:
@@ -126,19 +121,17 @@ def live() -> Teacher:
 def trust_region(coefficient: float) -> Teacher:
     """Return the teacher that mixes the initial model's logits with the student's.
 
-    Both read the teacher's prompt: two forward passes, and `trust_region_logits` of the results.
+    Both models read the teacher's prompt in two forward passes; the loss mixes their logits, see
+    `trust_region_logits`.
 
     Source: equation 10 of arXiv 2601.20802, with a coefficient of 0.01.
 
-    >>> teacher = trust_region(0.25)
-    >>> teacher.logits(jnp.array([0.0, 4.0]), jnp.array([4.0, 0.0])).tolist()
-    [1.0, 3.0]
+    >>> trust_region(0.25).coefficient
+    0.25
     """
     if not 0.0 <= coefficient <= 1.0:
         raise ValueError(f"coefficient must lie in [0, 1], got {coefficient}")
-    return frozen()._replace(
-        logits=lambda reference, live: trust_region_logits(reference, live, coefficient)
-    )
+    return frozen()._replace(coefficient=coefficient)
 
 
 def float32_copy(params: Params) -> Params:

@@ -25,6 +25,7 @@ from sdpo_jax.data.packing import (
 )
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.reductions import sequence_mean_weights, token_mean_weights
+from sdpo_jax.losses.weights import skip_first_tokens
 from sdpo_jax.model import Blocks
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.training.step import Sequences
@@ -128,9 +129,8 @@ def reduction_weights(
     if response_mask is not None:
         for line, written in zip(mask, response_mask, strict=True):
             line[: len(written)] &= written
-    mask &= np.cumsum(mask, axis=1) > skip
     reduce = token_mean_weights if reduction == "token_mean" else sequence_mean_weights
-    weights, denominator = reduce(mask)
+    weights, denominator = reduce(skip_first_tokens(mask, skip))
     return np.asarray(weights), float(denominator)
 
 

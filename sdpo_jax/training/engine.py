@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sdpo_jax.config import Config
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.fused_linear import fused_linear_loss
-from sdpo_jax.losses.reference_kl import (
+from sdpo_jax.losses.kl_penalty import (
     ReferenceKlSharedInputs,
     ReferenceKlTokenInputs,
     ScoreSharedInputs,

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdpo_jax.losses.kl_penalty import ScoreSharedInputs, ScoreTokenInputs
 from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs
-from sdpo_jax.losses.reference_kl import ScoreSharedInputs, ScoreTokenInputs
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.training.batch import (

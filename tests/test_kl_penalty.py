@@ -10,6 +10,14 @@ import tiny
 
 from sdpo_jax.losses.distillation import full_vocabulary_loss
 from sdpo_jax.losses.fused_linear import fused_linear_loss
+from sdpo_jax.losses.kl_penalty import (
+    ReferenceKlSharedInputs,
+    ReferenceKlTokenInputs,
+    ScoreSharedInputs,
+    ScoreTokenInputs,
+    score_per_token,
+    with_reference_kl,
+)
 from sdpo_jax.losses.per_token import (
     GrpoSharedInputs,
     GrpoTokenInputs,
@@ -20,14 +28,6 @@ from sdpo_jax.losses.per_token import (
     grpo_per_token,
     mixed_per_token,
     sdpo_per_token,
-)
-from sdpo_jax.losses.reference_kl import (
-    ReferenceKlSharedInputs,
-    ReferenceKlTokenInputs,
-    ScoreSharedInputs,
-    ScoreTokenInputs,
-    score_per_token,
-    with_reference_kl,
 )
 
 RANDOM = np.random.default_rng(0)

@@ -6,7 +6,7 @@ from importlib import util
 
 import pytest
 
-from sdpo_jax.environments.math_answers import (
+from sdpo_jax.environments.kinds.math import (
     Math,
     Problem,
     load_math,

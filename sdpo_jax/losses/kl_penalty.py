@@ -5,7 +5,7 @@
 
 The reference reads the student's own prompt, without any context: SDPG (arXiv 2606.04036) finds
 that lengths shrink without it. The estimate is GRPO's (arXiv 2402.03300, equation 4). Validated
-against plain autodiff of the formula (tests/test_reference_kl.py).
+against plain autodiff of the formula (tests/test_kl_penalty.py).
 """
 
 from functools import partial
@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import jax
 
 from sdpo_jax.losses.divergences import entropy
-from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, head_logits
+from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, with_live_model
 from sdpo_jax.losses.policy_gradient import reference_kl
 from sdpo_jax.losses.tiles import by_rows
 from sdpo_jax.losses.vocabulary import (
+    WHOLE,
+    Vocabulary,
     log_softmax,
     scale_logits,
     select_targets,
-    trust_region_logits,
 )
 
 
@@ -59,14 +60,14 @@ def with_reference_kl(
     objective: PerTokenLoss,
     *,
     coefficient: float,
-    vocabulary_axis: str | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> PerTokenLoss:
     """`objective`, any per-token loss, + β · `reference_kl` of the sampled token.
 
     Args:
         objective: as the last two arguments, see `sdpo_per_token`.
         coefficient: β, at least 0.
-        vocabulary_axis: as there.
+        vocabulary: as there.
 
     Returns:
         PerTokenLoss of ReferenceKlTokenInputs and ReferenceKlSharedInputs; one more metric,
@@ -84,8 +85,8 @@ def with_reference_kl(
     """
     if not coefficient >= 0.0:
         raise ValueError(f"coefficient must be at least 0, got {coefficient}")
-    kl = partial(_reference_kl, vocabulary_axis=vocabulary_axis)
-    kl = partial(by_rows, kl, vocabulary_axis=vocabulary_axis)
+    kl = partial(_reference_kl, vocabulary=vocabulary)
+    kl = partial(by_rows, kl, vocabulary=vocabulary)
 
     def loss(
         logits: jax.Array, tokens: ReferenceKlTokenInputs, constants: ReferenceKlSharedInputs
@@ -102,15 +103,15 @@ def _reference_kl(
     tokens: ReferenceKlTokenInputs,
     temperature: jax.Array,
     *,
-    vocabulary_axis: str | None,
+    vocabulary: Vocabulary,
 ) -> tuple[jax.Array, Metrics]:
     logits = scale_logits(logits, temperature=temperature)
-    log_probs = log_softmax(logits, vocabulary_axis=vocabulary_axis)
-    chosen = select_targets(log_probs, tokens.targets, vocabulary_axis=vocabulary_axis)
+    log_probs = log_softmax(logits, vocabulary=vocabulary)
+    chosen = select_targets(log_probs, tokens.targets, vocabulary=vocabulary)
     return reference_kl(chosen, tokens.reference_log_probs), {}
 
 
-def score_per_token(*, vocabulary_axis: str | None = None) -> PerTokenLoss:
+def score_per_token(*, vocabulary: Vocabulary = WHOLE) -> PerTokenLoss:
     """The value is log p(y_t) of a model, or of the trust region between two; no gradient meant.
 
     Returns:
@@ -122,26 +123,24 @@ def score_per_token(*, vocabulary_axis: str | None = None) -> PerTokenLoss:
     >>> print(f"{loss(jnp.zeros((1, 4)), ScoreTokenInputs(jnp.array([2])), constants)[0][0]:.4f}")
     -1.3863
     """
-    axis = vocabulary_axis
 
     def of_rows(
-        logits: jax.Array, rows: tuple[jax.Array, jax.Array | None], constants: ScoreSharedInputs
+        logits: jax.Array, targets: jax.Array, temperature: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        targets, live = rows
-        shaped = partial(scale_logits, temperature=constants.temperature)
-        logits = shaped(logits)
-        if live is not None and constants.coefficient is not None:
-            logits = trust_region_logits(logits, shaped(live), constants.coefficient)
-        log_probs = log_softmax(logits, vocabulary_axis=axis)
-        chosen = select_targets(log_probs, targets, vocabulary_axis=axis)
-        return chosen, {"log_prob": chosen, "entropy": entropy(log_probs, vocabulary_axis=axis)}
+        log_probs = log_softmax(
+            scale_logits(logits, temperature=temperature), vocabulary=vocabulary
+        )
+        chosen = select_targets(log_probs, targets, vocabulary=vocabulary)
+        return chosen, {"log_prob": chosen, "entropy": entropy(log_probs, vocabulary=vocabulary)}
 
     def loss(
         logits: jax.Array, tokens: ScoreTokenInputs, constants: ScoreSharedInputs
     ) -> tuple[jax.Array, Metrics]:
-        live = None
-        if tokens.live_hidden is not None and constants.live_head is not None:
-            live = head_logits(tokens.live_hidden, constants.live_head)
-        return by_rows(of_rows, logits, (tokens.targets, live), constants, vocabulary_axis=axis)
+        logits = with_live_model(
+            logits, tokens.live_hidden, constants.live_head, constants.coefficient
+        )
+        return by_rows(
+            of_rows, logits, tokens.targets, constants.temperature, vocabulary=vocabulary
+        )
 
     return loss
