@@ -132,17 +132,17 @@ def test_the_first_update_in_plain_jax_is_the_engines(monkeypatch):
     assert max(jax.tree.leaves(moved)) > 5e-5
 
 
-def test_an_objective_of_ones_own_trains_and_resumes_exactly(tmp_path, monkeypatch):
+def test_an_objective_of_ones_own_trains_and_resumes_exactly(tmp_path):
     """Two steps in one go are a step, a stop and a step in another run of the same folder."""
     need("flax", "grain", "optax", "orbax", "transformers")
     import quick
 
     from sdpo_jax import api
+    from sdpo_jax.training import trainer
 
-    monkeypatch.setattr(api, "make_mesh", lambda config: tiny.make_devices().mesh)
     own = module_of("own_objective")
     settings = {"train.steps": 2, "rollout.prompts_per_step": PROMPTS}
-    with quick.programs(tmp_path / "programs"):
+    with quick.programs(api, trainer):
         whole = own.make_run(tmp_path / "whole", **settings)
         one, two = whole.steps()
         own.make_run(tmp_path / "parts", **settings).train(stop=lambda: True)
