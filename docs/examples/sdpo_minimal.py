@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdpo_jax.environments.tool_calls import ToolCalls
+from sdpo_jax.environments.kinds.tool_calls import ToolCalls
 from sdpo_models.hugging_face import load_architecture, load_params
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
