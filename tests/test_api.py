@@ -55,7 +55,7 @@ SIGNATURES = {
     "train": """(recipe: str | pathlib.Path | sdpo_jax.config.Config, **arguments: Any)
         -> sdpo_jax.run.summary.Summary""",
     "Run.train": "(self, stop: Callable[[], bool] = never) -> sdpo_jax.run.summary.Summary",
-    "Run.steps": "(self) -> Iterator[sdpo_jax.run.loop.StepResult]",
+    "Run.steps": "(self) -> Generator[sdpo_jax.run.loop.StepResult, None, None]",
     "Run.evaluate": "(self) -> sdpo_jax.run.loop.EvaluationResult",
 }
 FIELDS = {
@@ -159,6 +159,11 @@ def test_a_model_comes_with_params_and_tokenizer(tmp_path):
         load(make_config(tmp_path), environment=Toy(), model=MODEL)
 
 
+def test_an_environment_that_is_none_is_refused_with_what_it_lacks(tmp_path):
+    with pytest.raises(UserError, match=r"environment \(object\) has no train and no held_out"):
+        load(RECIPE, environment=object())
+
+
 # What a run returns
 
 
@@ -226,9 +231,9 @@ def test_a_loop_that_is_left_after_every_step_is_the_whole_run(whole, tmp_path):
 def test_a_loop_that_is_left_early_goes_on_in_another_process(whole, tmp_path):
     config, summary, _, params = whole
     broken = replace(config, run_dir=str(tmp_path), checkpoint=BASE.checkpoint)
-    for row in toy(broken).steps():
-        if row.step == 2:
-            break
+    steps = toy(broken).steps()
+    row = [next(steps), next(steps)][-1]
+    steps.close()
     assert saved_steps(broken) == [1, 2]  # whole, and nothing of step 3
     run = toy(broken)
     assert run.evaluate() == EvaluationResult(2, row.evaluation)

@@ -5,7 +5,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,7 @@ class TrainingLoop:
         assert self._summary is not None
         return self._summary
 
-    def steps(self, stop: Callable[[], bool] = never) -> Iterator[StepResult]:
+    def steps(self, stop: Callable[[], bool] = never) -> Generator[StepResult, None, None]:
         """Trains; yields each step once its evaluation and its checkpoint are on their way.
 
         Left early, it waits for a checkpoint that is being written and keeps the state in memory:
@@ -173,7 +173,7 @@ class TrainingLoop:
             )
         return trainer, self._progress
 
-    def _locked_steps(self, stop: Callable[[], bool]) -> Iterator[StepResult]:
+    def _locked_steps(self, stop: Callable[[], bool]) -> Generator[StepResult, None, None]:
         config, run_dir, console = self._config, self._run_dir, self._console
         with ExitStack() as stack:
             stack.enter_context(console)
