@@ -269,6 +269,13 @@ def test_one_iterator_at_a_time(tmp_path):
     assert next(run.steps()).step == 2
 
 
+def test_the_folder_of_another_recipe_is_refused(whole):
+    config = replace(whole[0], seed=1)
+    for use in (lambda run: run.params, lambda run: run.evaluate(), lambda run: run.train()):
+        with pytest.raises(UserError, match="holds a run of another recipe"):
+            use(toy(config))
+
+
 def test_nothing_is_printed_unless_asked_for(tmp_path, capfd):
     toy(make_config(tmp_path / "quiet"), **{"train.steps": 1}).train()
     out, err = capfd.readouterr()

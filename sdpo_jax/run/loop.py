@@ -145,6 +145,7 @@ class TrainingLoop:
     def _current(self) -> tuple[Trainer, Progress]:
         """What is in memory, else what the last checkpoint holds, else the start."""
         if self._trainer is None or self._progress is None:
+            run_directory.check(self._run_dir, self._config)
             with self._checkpoints() as checkpoints:
                 return self._begin(checkpoints)
         return self._trainer, self._progress
