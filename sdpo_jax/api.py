@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from sdpo_jax.config import Config
+from sdpo_jax.config.resolved import flatten
 from sdpo_jax.data.demonstrations import load_demonstrations
 from sdpo_jax.devices import Devices, fitting_mesh, make_mesh
 from sdpo_jax.environments.base import Environment
@@ -27,7 +28,7 @@ from sdpo_jax.environments.registry import make_environment
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Model, Params
 from sdpo_jax.run.callbacks import Callbacks, merge
-from sdpo_jax.run.components import RunComponents
+from sdpo_jax.run.components import RunComponents, objective_of
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.loop import EvaluationResult, StepResult, TrainingLoop, never
 from sdpo_jax.run.recipes import load_recipe, override_config
@@ -71,7 +72,8 @@ class Run:
         """Loads no weights and writes nothing; the arguments are those of `load`."""
         self._config = config
         if verbose is True:
-            verbose = Console(config.objective.name, steps=config.train.steps, live=False)
+            columns = objective_of(config, components).columns
+            verbose = Console(columns, steps=config.train.steps, live=False)
         self._loop = TrainingLoop(
             config,
             components,
@@ -293,7 +295,8 @@ def _load_model(config: Config, folder: Path) -> tuple[Architecture, Model]:
     """Architecture and model; settings that do not fit them are refused before weights are read."""
     architecture, objective = load_architecture(folder), config.objective
     for problem in objective.check_vocabulary(architecture.vocabulary):
-        raise UserError(f"{problem.key}: expected {problem.expected} ({config.model.path})")
+        value = flatten(config)[problem.key]
+        raise UserError(f"{problem.key} = {value}: expected {problem.expected}")
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[config.model.dtype]
     attention = config.model.attention
     if attention == "auto":

@@ -3,13 +3,15 @@
 import inspect
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import sdpo_jax
-from sdpo_jax import (
+import sdpo_jax.losses
+from sdpo_jax.losses import (
     GrpoSharedInputs,
     GrpoTokenInputs,
     MixedSharedInputs,
@@ -29,7 +31,7 @@ HEADS = {"chunk": 2}
 
 def head(function, hidden, weights_head, aux, *weights, **arguments):
     """A head with `sft_per_token`; `fused_linear_loss` takes weights besides."""
-    return function(sdpo_jax.sft_per_token(), hidden, weights_head, aux, *weights, **arguments)
+    return function(S.sft_per_token(), hidden, weights_head, aux, *weights, **arguments)
 
 
 def one_token(factory, logits=(2, 3), **tokens):
@@ -41,14 +43,14 @@ def one_token(factory, logits=(2, 3), **tokens):
 
 
 def grpo(logits=(2, 3), old=(2,), advantages=(2,), **arguments):
-    loss = sdpo_jax.grpo_per_token(**{**CLIPS, **arguments})
+    loss = S.grpo_per_token(**{**CLIPS, **arguments})
     tokens = GrpoTokenInputs(i((2,)), f(old), f(advantages))
     return loss(f(logits), tokens, GrpoSharedInputs(jnp.float32(1.0)))
 
 
 def mixed(first, second):
     tokens = MixedTokenInputs(SftTokenInputs(i((2,))), SftTokenInputs(i((2,))), f(first), f(second))
-    loss = sdpo_jax.mixed_per_token(sdpo_jax.sft_per_token(), sdpo_jax.sft_per_token())
+    loss = S.mixed_per_token(S.sft_per_token(), S.sft_per_token())
     return loss(f((2, 3)), tokens, MixedSharedInputs(None, None))
 
 
@@ -63,7 +65,7 @@ def sdpo_hidden(**arguments):
         "alpha": 0.5,
         "chunk": 1,
     }
-    return sdpo_jax.sdpo_from_hidden(**{**given, **arguments})
+    return S.sdpo_from_hidden(**{**given, **arguments})
 
 
 def grpo_hidden(**arguments):
@@ -77,7 +79,7 @@ def grpo_hidden(**arguments):
         "chunk": 1,
         **CLIPS,
     }
-    return sdpo_jax.grpo_from_hidden(**{**given, **arguments})
+    return S.grpo_from_hidden(**{**given, **arguments})
 
 
 def sft_hidden(**arguments):
@@ -88,7 +90,7 @@ def sft_hidden(**arguments):
         "mask": i((1, 2)),
         "chunk": 1,
     }
-    return sdpo_jax.sft_from_hidden(**{**given, **arguments})
+    return S.sft_from_hidden(**{**given, **arguments})
 
 
 def pairs(name, call, first="student_log_probs", second="teacher_log_probs"):
@@ -142,13 +144,14 @@ def smoothings(name, call):
 
 def two(name, call):
     """What every function of two equal shapes refuses."""
-    argument, other = tuple(inspect.signature(vars(sdpo_jax)[name]).parameters)[:2]
+    argument, other = tuple(inspect.signature(vars(S)[name]).parameters)[:2]
     return [(name, lambda: call(f((2, 3)), f((2, 4))), f"{argument} [2, 3], {other} [2, 4]")]
 
 
-S = sdpo_jax
-LOGITS = "student_logits", "teacher_logits"
-JSD = partial(S.full_vocabulary_loss, alpha=0.5)
+PUBLIC = {name: vars(room)[name] for room in (sdpo_jax, sdpo_jax.losses) for name in room.__all__}
+S = SimpleNamespace(**PUBLIC)
+
+JSD = partial(S.generalized_jsd, alpha=0.5)
 TOP = {"alpha": 0.5, "add_tail": True}
 
 CASES = [
@@ -159,12 +162,10 @@ CASES = [
     *alphas("generalized_jsd", lambda **x: S.generalized_jsd(f((3,)), f((3,)), **x)),
     *pairs("divergence_terms", partial(S.divergence_terms, alpha=1.0)),
     *alphas("divergence_terms", lambda **x: S.divergence_terms(f((3,)), f((3,)), **x)),
-    *pairs("full_vocabulary_loss", JSD, *LOGITS),
-    *alphas("full_vocabulary_loss", lambda **x: S.full_vocabulary_loss(f((3,)), f((3,)), **x)),
-    *pairs("top_k_loss", partial(S.top_k_loss, k=1, **TOP), *LOGITS),
+    *pairs("top_k_loss", partial(S.top_k_loss, k=1, **TOP)),
     *ks("top_k_loss", lambda **x: S.top_k_loss(f((2, 3)), f((2, 3)), **x, **TOP)),
     *alphas("top_k_loss", lambda **x: S.top_k_loss(f((3,)), f((3,)), k=1, add_tail=True, **x)),
-    *pairs("top_k_log_probs", partial(S.top_k_log_probs, k=1, add_tail=True), *LOGITS),
+    *pairs("top_k_log_probs", partial(S.top_k_log_probs, k=1, add_tail=True)),
     *ks("top_k_log_probs", lambda **x: S.top_k_log_probs(f((3,)), f((3,)), add_tail=True, **x)),
     *ks("top_k_indices", lambda **x: S.top_k_indices(f((3,)), **x)),
     ("top_k_indices", lambda: S.top_k_indices(i((3,)), k=1), "floating dtype, got logits int32"),
@@ -176,7 +177,7 @@ CASES = [
     ("support_log_probs", lambda: S.support_log_probs(f((2, 3)), i((3, 1)), add_tail=True),
      "got indices [3, 1] and logits [2, 3]"),
     ("support_log_probs", lambda: S.support_log_probs(i((2, 3)), i((2, 1)), add_tail=True),
-     "floating dtype, got logits int32"),
+     "floating dtype, got log_probs int32"),
     ("clip_entries", lambda: S.clip_entries(f((3,)), 0.0), "bound must be positive, got 0.0"),
     ("clip_entries", lambda: S.clip_entries(f((3,)), NAN), "bound must be positive, got nan"),
     ("entropy", lambda: S.entropy(i((3,))), "floating dtype, got log_probs int32"),
@@ -321,7 +322,7 @@ CASES = [
          S.fused_linear_loss, f((2, 4)), f((4, 3)), SftTokenInputs(i((2,))), f((3,)), chunk=1),
      "expected weights [2], got [3]"),
     ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD), logits=(2, 5)),
-     "student_logits [2, 5], teacher_logits [2, 3]"),
+     "student_log_probs [2, 5], teacher_log_probs [2, 3]"),
     ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD), targets=i((3,))), "targets [3]"),
     ("sdpo_per_token", lambda: one_token(S.sdpo_per_token(JSD, importance_cap=2.0)),
      "importance_cap 2.0 needs old_log_probs, got None"),
@@ -391,5 +392,5 @@ def test_bad_input_raises_while_tracing_and_is_named(name, call, message):
 
 
 def test_every_public_function_is_in_the_table():
-    functions = {name for name in sdpo_jax.__all__ if inspect.isfunction(vars(sdpo_jax)[name])}
+    functions = {name for name, x in PUBLIC.items() if inspect.isfunction(x)}
     assert functions == {name for name, _, _ in CASES} | set(UNCHECKED)

@@ -366,9 +366,7 @@ def test_a_run_of_a_pod_is_converted_on_one_device_without_its_environment(
     config = run_dir / "config.toml"
     config.write_text(config.read_text().replace("fsdp = 1\ntensor = 1", "fsdp = 32\ntensor = 2"))
     assert load_recipe(config).mesh.fsdp == 32
-    monkeypatch.setattr(
-        "sdpo_jax.environments.registry.make_environment", lambda _: pytest.fail("not needed")
-    )
+    monkeypatch.setattr("sdpo_jax.api.make_environment", lambda _: pytest.fail("not needed"))
     with pytest.raises(SystemExit) as exit_:
         main(["convert", str(run_dir), str(tmp_path / "out")])
     assert exit_.value.code == 0

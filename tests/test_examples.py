@@ -137,9 +137,12 @@ def test_an_objective_of_ones_own_trains_and_resumes_exactly(tmp_path):
     need("flax", "grain", "optax", "orbax", "transformers")
     import quick
 
+    from sdpo_jax import api
+    from sdpo_jax.training import trainer
+
     own = module_of("own_objective")
     settings = {"train.steps": 2, "rollout.prompts_per_step": PROMPTS}
-    with quick.programs(tmp_path / "programs"):
+    with quick.programs(api, trainer):
         whole = own.make_run(tmp_path / "whole", **settings)
         one, two = whole.steps()
         own.make_run(tmp_path / "parts", **settings).train(stop=lambda: True)

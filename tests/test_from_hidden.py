@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_versions import from_logits
 
-from sdpo_jax.losses.distillation import full_vocabulary_loss, sampled_token_loss, sdpo_loss
-from sdpo_jax.losses.divergences import clip_entries, divergence_terms
+from sdpo_jax.losses.distillation import sampled_token_loss, sdpo_loss
+from sdpo_jax.losses.divergences import clip_entries, divergence_terms, generalized_jsd
 from sdpo_jax.losses.from_hidden import grpo_from_hidden, sdpo_from_hidden, sft_from_hidden
 from sdpo_jax.losses.fused_linear import checkpointed_linear_loss, fused_linear_loss
 from sdpo_jax.losses.likelihood import sft_loss
@@ -140,18 +141,20 @@ def constants(temperature=1.0, **more):
     return SdpoSharedInputs(TEACHER_HEAD, jnp.float32(temperature), **more)
 
 
-JSD = partial(full_vocabulary_loss, alpha=0.5)
+JSD = partial(generalized_jsd, alpha=0.5)
 
 
 def test_both_logits_are_divided_by_the_temperature():
     """Law 8, and that a temperature of 1 changes nothing."""
     tokens = SdpoTokenInputs(TEACHER, TARGETS)
     _, metrics = one_pass(sdpo_per_token(JSD), tokens, constants(0.7))
-    want = JSD(HIDDEN @ HEAD / 0.7, TEACHER @ TEACHER_HEAD / 0.7)
+    want = from_logits(JSD, HIDDEN @ HEAD / 0.7, TEACHER @ TEACHER_HEAD / 0.7)
     np.testing.assert_allclose(metrics["loss"], want, atol=ROUNDING)
     _, metrics = one_pass(sdpo_per_token(JSD), tokens, constants())
     np.testing.assert_allclose(
-        metrics["loss"], JSD(HIDDEN @ HEAD, TEACHER @ TEACHER_HEAD), atol=ROUNDING
+        metrics["loss"],
+        from_logits(JSD, HIDDEN @ HEAD, TEACHER @ TEACHER_HEAD),
+        atol=ROUNDING,
     )
 
 
@@ -162,11 +165,13 @@ def test_a_trust_region_teacher_mixes_two_models_after_one_prompt():
     more = {"live_head": HEAD, "coefficient": jnp.float32(0.3)}
     _, metrics = one_pass(sdpo_per_token(JSD), tokens, constants(**more))
     teacher = trust_region_logits(TEACHER @ TEACHER_HEAD, live @ HEAD, 0.3)
-    np.testing.assert_allclose(metrics["loss"], JSD(HIDDEN @ HEAD, teacher), atol=ROUNDING)
+    np.testing.assert_allclose(
+        metrics["loss"], from_logits(JSD, HIDDEN @ HEAD, teacher), atol=ROUNDING
+    )
     for coefficient, hidden, head in ((0.0, TEACHER, TEACHER_HEAD), (1.0, live, HEAD)):
         more["coefficient"] = jnp.float32(coefficient)
         _, metrics = one_pass(sdpo_per_token(JSD), tokens, constants(**more))
-        want = JSD(HIDDEN @ HEAD, hidden @ head)
+        want = from_logits(JSD, HIDDEN @ HEAD, hidden @ head)
         np.testing.assert_allclose(metrics["loss"], want, atol=ROUNDING)
 
 
@@ -191,7 +196,7 @@ def test_weights_from_what_the_pass_sees_are_detached_and_reported():
     np.testing.assert_allclose(total, jnp.sum(want * metrics["divergence"]), rtol=ROUNDING)
 
     def weighted(hidden):
-        plain = JSD(hidden @ HEAD, TEACHER @ TEACHER_HEAD)
+        plain = from_logits(JSD, hidden @ HEAD, TEACHER @ TEACHER_HEAD)
         return jnp.sum(jax.lax.stop_gradient(want) * plain)
 
     got = jax.grad(lambda h: one_pass(sdpo_per_token(JSD, weigh=weigh), tokens, constants(), h)[0])
@@ -214,7 +219,7 @@ def test_a_mixture_is_the_weighted_sum_of_both():
     both = MixedSharedInputs(constants(), GrpoSharedInputs(jnp.float32(1.0)))
     tokens = MixedTokenInputs(first, second, WEIGHTS, 1.0 - WEIGHTS)
     _, metrics = one_pass(loss, tokens, both)
-    sdpo = JSD(HIDDEN @ HEAD, TEACHER @ TEACHER_HEAD)
+    sdpo = from_logits(JSD, HIDDEN @ HEAD, TEACHER @ TEACHER_HEAD)
     grpo = policy_gradient_loss(log_prob_of(HIDDEN, HEAD), OLD, advantages, **CLIPS)
     want = WEIGHTS * sdpo + (1.0 - WEIGHTS) * grpo
     np.testing.assert_allclose(metrics["loss"], want, atol=ROUNDING)

@@ -1,6 +1,5 @@
-"""The fused linear loss is the plain loss of all logits, for any chunk, padding and mesh."""
+"""The fused linear loss is the plain loss of all logits, for any chunk, padding and dtype."""
 
-import re
 from functools import partial
 from typing import Any
 
@@ -8,98 +7,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from jax_versions import quick_jit
+from linear_problem import (
+    CLIPS,
+    FLOAT32,
+    OBJECTIVES,
+    V,
+    all_logits_at_once,
+    assert_close,
+    in_first_chunks,
+    problem,
+    run,
+)
 
-from sdpo_jax.losses.distillation import full_vocabulary_loss, sdpo_loss
-from sdpo_jax.losses.fused_linear import fused_linear_loss, head_logits
+from sdpo_jax.losses.distillation import sdpo_loss
+from sdpo_jax.losses.fused_linear import fused_linear_loss
 from sdpo_jax.losses.likelihood import sft_loss
 from sdpo_jax.losses.per_token import (
-    GrpoSharedInputs,
-    GrpoTokenInputs,
-    SdpoSharedInputs,
-    SdpoTokenInputs,
     SftTokenInputs,
-    grpo_per_token,
-    sdpo_per_token,
-    sft_per_token,
 )
 from sdpo_jax.losses.policy_gradient import grpo_loss
 from sdpo_jax.losses.reductions import sequence_mean_weights, token_mean_weights
 from sdpo_jax.losses.vocabulary import log_softmax, select_targets
 from sdpo_jax.losses.weights import truncated_importance_weights
-
-M, D, V = 48, 6, 23
-# Rounding of log-ratios around 10; the float64 test allows 1e-12.
-FLOAT32 = 3e-6
-CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
-
-
-def sdpo(alpha):
-    return sdpo_per_token(partial(full_vocabulary_loss, alpha=alpha), importance_cap=2.0)
-
-
-OBJECTIVES = {
-    "sdpo_forward": sdpo(0.0),
-    "sdpo_jsd": sdpo(0.5),
-    "sdpo_reverse": sdpo(1.0),
-    "grpo": grpo_per_token(**CLIPS),
-    "sft": sft_per_token(),
-}
-
-
-def problem(name, tokens=M, dtype: Any = np.float32, width=D, vocabulary=V) -> Any:
-    random = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.array(random.normal(size=shape), dtype)
-
-    hidden, head = normal(tokens, width), normal(width, vocabulary)
-    weights = jnp.array(random.integers(0, 3, size=tokens), dtype)
-    targets = jnp.array(random.integers(0, vocabulary, size=tokens))
-    log_probs = select_targets(log_softmax(hidden @ head / 1.3), targets).astype(dtype)
-    old = log_probs + 0.4 * normal(tokens)
-    temperature = jnp.asarray(1.3, jnp.float64 if dtype == np.float64 else jnp.float32)
-    if name.startswith("sdpo"):
-        constants = SdpoSharedInputs(normal(width, vocabulary), temperature)
-        aux = SdpoTokenInputs(normal(tokens, width), targets, old)
-    elif name == "grpo":
-        aux, constants = (
-            GrpoTokenInputs(targets, old, normal(tokens)),
-            GrpoSharedInputs(temperature),
-        )
-    else:
-        aux, constants = SftTokenInputs(targets), None
-    return hidden, head, aux, weights, constants
-
-
-def all_logits_at_once(per_token_loss, hidden, head, aux, weights, *, chunk, constants=None):
-    """What `fused_linear_loss` returns, by plain autodiff."""
-    del chunk
-    aux, weights, constants = jax.lax.stop_gradient((aux, weights, constants))
-    loss, metrics = per_token_loss(head_logits(hidden, head), aux, constants)
-    total = jnp.sum(jnp.where(weights != 0, weights.astype(loss.dtype) * loss, 0.0))
-    metrics = {k: jax.lax.stop_gradient(v).astype(loss.dtype) for k, v in metrics.items()}
-    return total, {"loss": jax.lax.stop_gradient(loss), **metrics}
-
-
-def run(function, name, hidden, head, aux, weights, constants, *, chunk, scale=0.37, **more):
-    def loss(hidden, head):
-        total, metrics = function(
-            OBJECTIVES[name], hidden, head, aux, weights, chunk=chunk, constants=constants, **more
-        )
-        return scale * total, metrics
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
-
-
-def assert_close(got, want, tolerance):
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert g.shape == w.shape and g.dtype == w.dtype
-        scale = max(1.0, float(jnp.max(jnp.abs(w))))
-        np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("name", ["sdpo_jsd", "grpo", "sft"])
@@ -331,92 +262,7 @@ def test_vmap_and_scan_change_nothing():
     assert_close(jax.value_and_grad(by_vmap)(head), want, 1e-6)
 
 
-def loop_collectives(text):
-    """Lines of a compiled program with a collective that stems from the body of a loop."""
-    return [x for x in text.splitlines() if "all-reduce(" in x and "while/body" in x]
-
-
-def sharded_problem(name):
-    return problem(name, tokens=256, width=8, vocabulary=1024)
-
-
-def mesh():
-    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-
-
-def put_on_mesh(arrays):
-    """Tokens over `fsdp`, heads over `tensor` by vocabulary."""
-    place = mesh()
-
-    def put(spec, tree):
-        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(place, spec)), tree)
-
-    hidden, head, aux, weights, constants = arrays
-    if isinstance(constants, SdpoSharedInputs):
-        constants = SdpoSharedInputs(
-            put(P(None, "tensor"), constants.teacher_head), put(P(), constants.temperature)
-        )
-    tokens = put(P("fsdp"), (hidden, aux, weights))
-    return tokens[0], put(P(None, "tensor"), head), tokens[1], tokens[2], constants
-
-
-def sizes_moved(text):
-    """Number of elements of each array that a collective of a compiled program returns."""
-    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    for result in re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", text):
-        for shape in re.findall(r"\[([\d,]*)\]", result):
-            yield int(np.prod([int(n) for n in shape.split(",") if n]))
-
-
-@pytest.mark.parametrize("name", ["sdpo_jsd", "grpo", "sft"])
-def test_sharded_equals_unsharded_and_no_token_and_no_logits_move(name):
-    arrays = sharded_problem(name)
-    compute = jax.jit(partial(run, fused_linear_loss, name, chunk=64))
-    sharded = put_on_mesh(arrays)
-    compiled = compute.lower(*sharded).compile()
-    assert_close(compiled(*sharded), run(all_logits_at_once, name, *arrays, chunk=64), 2e-6)
-    # Per chunk: sums and maxima over the vocabulary, one gradient of 16 local hidden states, and
-    # this device's half of the head's gradient. No hidden state of the batch, no logits.
-    sizes = sorted(set(sizes_moved(str(compiled.as_text()))))
-    assert sizes[-1] == 8 * 512 and all(size <= 16 * 8 for size in sizes[:-1])
-
-
-def test_under_shard_map_the_head_gradient_crosses_devices_once():
-    name, arrays = "sdpo_jsd", sharded_problem("sdpo_jsd")
-    hidden, head, aux, weights, constants = put_on_mesh(arrays)
-
-    @partial(
-        jax.shard_map,
-        mesh=mesh(),
-        in_specs=(P("fsdp"), P(), P("fsdp"), P("fsdp"), P()),
-        out_specs=(P(), P("fsdp")),
-        axis_names={"fsdp"},
-    )
-    def local(hidden, head, aux, weights, constants):
-        total, metrics = fused_linear_loss(
-            OBJECTIVES[name], hidden, head, aux, weights, chunk=16, constants=constants
-        )
-        return jax.lax.psum(total, "fsdp"), metrics
-
-    def loss(hidden, head):
-        total, metrics = local(hidden, head, aux, weights, constants)
-        return 0.37 * total, metrics
-
-    compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    compiled = compute.lower(hidden, head).compile()
-    got = compiled(hidden, head)
-    assert_close(got, run(all_logits_at_once, name, *arrays, chunk=64), 2e-6)
-    assert list(sizes_moved(str(compiled.as_text()))).count(8 * 512) == 1
-    assert not any("[8,512]" in line for line in loop_collectives(str(compiled.as_text())))
-
-
 # Chunks that hold no tokens, and pieces of chunks
-
-
-def in_first_chunks(filled, *, chunk, block, tokens=M):
-    """Which tokens the first chunks hold: of each n blocks that follow each other, the first."""
-    chunks = -(-tokens // chunk)
-    return (np.arange(tokens) // block) % chunks < filled
 
 
 @pytest.mark.parametrize("name, block", [("sdpo_jsd", 8), ("sft", 4)])
@@ -428,8 +274,8 @@ def test_chunks_that_are_not_filled_are_not_read_and_the_rest_is_as_it_was(name,
     def compute(function, hidden, aux, weights, **filled):
         return run(function, name, hidden, head, aux, weights, constants, chunk=chunk, **filled)
 
-    chunked = tiny.quick_jit(partial(compute, fused_linear_loss, block=block))
-    plain = tiny.quick_jit(partial(compute, all_logits_at_once))
+    chunked = quick_jit(partial(compute, fused_linear_loss, block=block))
+    plain = quick_jit(partial(compute, all_logits_at_once))
     for filled in range(4):
         read = jnp.asarray(in_first_chunks(filled, chunk=chunk, block=block))
         assert read.sum() == filled * chunk
@@ -462,53 +308,6 @@ def test_the_size_of_blocks_changes_nothing():
     want = run(all_logits_at_once, "sft", *arrays, chunk=12)
     for block in (12, 5, 1):  # a whole chunk; what does not divide it; none at all
         assert_close(run(fused_linear_loss, "sft", *arrays, chunk=12, block=block), want, FLOAT32)
-
-
-def test_a_block_for_each_shard_and_filled_chunks_move_no_token_either():
-    """Four shards of 64 tokens, chunks of 16 from each: the form of a training step."""
-    name, filled = "sdpo_jsd", 2
-    hidden, head, aux, weights, constants = sharded_problem(name)
-    read = in_first_chunks(filled, chunk=64, block=16, tokens=256)
-    assert read.reshape(4, -1).sum(axis=1).tolist() == [32] * 4 and read[:32].all()
-    arrays = hidden, head, aux, jnp.where(read, weights, 0.0), constants
-    sharded = put_on_mesh(arrays)
-    compute = jax.jit(partial(run, fused_linear_loss, name, chunk=64, block=16))
-    compiled = compute.lower(*sharded, filled=jnp.int32(filled)).compile()
-    got = compiled(*sharded, filled=jnp.int32(filled))
-    (value, metrics), gradients = run(all_logits_at_once, name, *arrays, chunk=64)
-    metrics = {k: jnp.where(read, v, 0) for k, v in metrics.items()}
-    assert_close(got, ((value, metrics), gradients), 2e-6)
-    sizes = sorted(set(sizes_moved(str(compiled.as_text()))))
-    assert sizes[-1] == 8 * 512 and all(size <= 16 * 8 for size in sizes[:-1])
-
-
-def test_all_logits_never_exist():
-    tokens, chunk, width, vocabulary = 4096, 64, 8, 1024
-    arrays = problem("sdpo_jsd", tokens=tokens, width=width, vocabulary=vocabulary)
-    bytes_of = {}
-    for function in (fused_linear_loss, all_logits_at_once):
-        compute = jax.jit(partial(run, function, "sdpo_jsd", chunk=chunk))
-        compiled = compute.lower(*arrays).compile()
-        memory: Any = compiled.memory_analysis()
-        bytes_of[function] = memory.temp_size_in_bytes
-        exists = re.search(
-            rf"\[({tokens},{vocabulary}|{tokens // chunk},{chunk},{vocabulary})\]",
-            str(compiled.as_text()),
-        )
-        assert bool(exists) == (function is all_logits_at_once)
-    assert bytes_of[fused_linear_loss] < 4 * tokens * vocabulary / 4 < bytes_of[all_logits_at_once]
-
-
-def test_four_head_matmuls_for_student_and_teacher_and_two_without_gradient():
-    hidden, head, aux, weights, constants = problem("sdpo_jsd")
-    # Lowered, not traced: of the forms for each platform one is left.
-    whole = partial(run, fused_linear_loss, "sdpo_jsd", chunk=16)
-    text = jax.jit(whole).lower(hidden, head, aux, weights, constants).as_text()
-    assert text.count("stablehlo.dot_general") == 4
-    value = partial(fused_linear_loss, OBJECTIVES["sdpo_jsd"], chunk=16, constants=constants)
-    compiled = jax.jit(value).lower(hidden, head, aux, weights).compile()
-    text = str(compiled.as_text())
-    assert f"[{D},{V}]" in text and len(re.findall(r" dot\(|custom-call\(", text)) <= 2
 
 
 def test_shapes_are_checked():

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+import reference
 
-from sdpo_jax.losses.distillation import full_vocabulary_loss
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.fused_linear import fused_linear_loss
 from sdpo_jax.losses.kl_penalty import (
     ReferenceKlSharedInputs,
@@ -38,7 +38,7 @@ TARGETS = RANDOM.integers(0, VOCABULARY, TOKENS)
 OLD, REFERENCE = (RANDOM.normal(-2.0, 0.5, TOKENS).astype(np.float32) for _ in range(2))
 ADVANTAGES = RANDOM.normal(size=TOKENS).astype(np.float32)
 GRPO = grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
-SDPO = sdpo_per_token(partial(full_vocabulary_loss, alpha=0.5), importance_cap=2.0)
+SDPO = sdpo_per_token(partial(generalized_jsd, alpha=0.5), importance_cap=2.0)
 HEAT = jnp.float32(TEMPERATURE)
 
 
@@ -47,7 +47,7 @@ def grpo_tokens():
 
 
 def log_probs(hidden):
-    return tiny.log_softmax(hidden.astype(np.float64) @ HEAD.astype(np.float64) / TEMPERATURE)
+    return reference.log_softmax(hidden.astype(np.float64) @ HEAD.astype(np.float64) / TEMPERATURE)
 
 
 def summed(loss, tokens, constants, hidden, chunk=4):
@@ -90,7 +90,7 @@ def test_scores_are_the_log_probabilities_of_one_model_or_of_a_mixture(share):
         score_per_token(), tokens, ScoreSharedInputs(HEAT, *rest), jnp.asarray(TEACHER)
     )
     c = share or 0.0
-    expected = tiny.log_softmax((1 - c) * log_probs(TEACHER) + c * log_probs(LIVE))
+    expected = reference.log_softmax((1 - c) * log_probs(TEACHER) + c * log_probs(LIVE))
     chosen = expected[np.arange(TOKENS), TARGETS]
     np.testing.assert_allclose(found["log_prob"], chosen, atol=2e-6)
     entropy = -np.sum(np.exp(expected) * expected, axis=-1)

@@ -31,7 +31,7 @@ from sdpo_jax.config import (
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
-from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig, make_objective
 from sdpo_jax.rollouts.phase_timer import is_time
 from sdpo_jax.run import loop
 from sdpo_jax.run.components import RunComponents, make_trainer
@@ -96,6 +96,10 @@ def quick_programs():
         yield
 
 
+def columns_of(config):
+    return make_objective(config.objective).columns
+
+
 class Crash(Exception):
     """Ends a run where it stands."""
 
@@ -105,7 +109,7 @@ class QuietConsole(Console):
 
     def __init__(self, config, crash_after=None, then=None):
         self.text = io.StringIO()
-        super().__init__(config.objective.name, steps=config.train.steps, stream=self.text)
+        super().__init__(columns_of(config), steps=config.train.steps, stream=self.text)
         self._crash_after, self._then = crash_after, then
 
     def step(self, row):
@@ -284,6 +288,31 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_reports(w
     assert f"step 1/{STEPS}" not in text
     assert rows_of(config) == before
     assert summary.after == expected.after and (Path(config.run_dir) / "summary.json").exists()
+
+
+def test_a_failure_before_the_first_new_step_keeps_the_result_of_a_finished_run(
+    tmp_path, monkeypatch
+):
+    config = make_config(tmp_path / "run", train={"steps": 2}, checkpoint={"every_steps": 2})
+    run(config)
+    kept = (tmp_path / "run" / "summary.json").read_text()
+    more = make_config(tmp_path / "run", train={"steps": 5}, checkpoint={"every_steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_trainer", lambda *_: fail())
+        with pytest.raises(Crash):
+            run(more)
+    assert (tmp_path / "run" / "summary.json").read_text() == kept
+    with pytest.raises(Crash):  # one step further, of which nothing is saved
+        run(more, crash_after=3)
+    assert (tmp_path / "run" / "summary.json").read_text() == kept
+    with pytest.raises(Crash):  # step 4 is saved: the run has gone beyond its result
+        run(more, crash_after=5)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(more)[0].complete
+
+
+def fail():
+    raise Crash
 
 
 # The best checkpoint

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax_versions import from_logits
 
-from sdpo_jax.losses.distillation import full_vocabulary_loss, sampled_token_loss, top_k_loss
+from sdpo_jax.losses.distillation import sampled_token_loss, top_k_loss
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.fused_linear import fused_linear_loss
 from sdpo_jax.losses.likelihood import cross_entropy
 from sdpo_jax.losses.per_token import (
@@ -115,8 +117,8 @@ def per_token(support, alpha, student, teacher):
         return cross_entropy(student, targets, label_smoothing=SMOOTHING)
     if support == "sampled":
         return sampled_token_loss(student_log_prob, teacher_log_prob)
-    loss = top_k_loss if "k" in SUPPORTS[support] else full_vocabulary_loss
-    return loss(student, teacher, alpha=alpha, **SUPPORTS[support])
+    loss = top_k_loss if "k" in SUPPORTS[support] else generalized_jsd
+    return from_logits(loss, student, teacher, alpha=alpha, **SUPPORTS[support])
 
 
 def means(support, alpha, student, teacher):
@@ -194,7 +196,7 @@ def head_problem(support, alpha):
     constants = SdpoSharedInputs(teacher_head, temperature)
     if support == "sampled":
         return sampled_token_sdpo(importance_cap=CAP), tokens, constants
-    loss = top_k_loss if "k" in SUPPORTS[support] else full_vocabulary_loss
+    loss = top_k_loss if "k" in SUPPORTS[support] else generalized_jsd
     divergence = partial(loss, alpha=alpha, **SUPPORTS[support])
     return sdpo_per_token(divergence, importance_cap=CAP), tokens, constants
 

@@ -190,12 +190,10 @@ def test_a_flood_does_not_grow_the_trainer(sandbox: LocalSandbox) -> None:
 
 
 def test_hanging_programs_end_in_waves_and_leave_nothing(sandbox: LocalSandbox) -> None:
-    limits = Limits(cpu_seconds=0.2, wall_seconds=5.0)
-    began = time.monotonic()
+    limits = Limits(cpu_seconds=0.2, wall_seconds=200.0)
     seen = sandbox.run([Program("while True: pass", (Run(""),), limits)] * 8)
     assert {o[0].status for o in seen} == {"time_limit"}
-    # Two slots on one core: eight tests of 0.2 s each, with ten times that for a loaded machine.
-    assert time.monotonic() - began < 8 * 0.2 * 10 + 5
+    # By the CPU time: by the clock, four waves of 200 s, it would run into the test's own limit.
     assert wait_until(lambda: not children(executor_of(sandbox)))
 
 

@@ -28,7 +28,7 @@ from sdpo_jax.config import (
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.evaluation.evaluator import Evaluator
-from sdpo_jax.losses.distillation import full_vocabulary_loss
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.losses.sequence_importance import SdftTokenInputs, sequence_weighted_head
 from sdpo_jax.objectives import SdftConfig, SftConfig
@@ -133,7 +133,7 @@ def by_ours(alpha, hidden, teacher_hidden, chunk=8, importance=CAP):
     tokens = SdpoTokenInputs(pad(teacher_hidden), pad(targets), pad(np.float32(old)))
     total, metrics = sequence_weighted_head(
         importance,
-        sdpo_per_token(partial(full_vocabulary_loss, alpha=alpha)),
+        sdpo_per_token(partial(generalized_jsd, alpha=alpha)),
         pad(hidden),
         identity,
         SdftTokenInputs(tokens, pad(np.repeat(np.arange(1, 5), LENGTHS).astype(np.int32))),

@@ -9,14 +9,12 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax_versions import enable_x64, from_logits
+from jax_versions import quick_jit as compiled
 
 from sdpo_jax.losses.credit import candidate_loss, distillation_advantages
-from sdpo_jax.losses.distillation import (
-    full_vocabulary_loss,
-    sampled_token_loss,
-    support_loss,
-    top_k_loss,
-)
+from sdpo_jax.losses.distillation import sampled_token_loss, support_loss, top_k_loss
+from sdpo_jax.losses.divergences import generalized_jsd, reverse_kl
 from sdpo_jax.losses.from_hidden import sdpo_from_hidden
 from sdpo_jax.losses.fused_linear import checkpointed_linear_loss, fused_linear_loss
 from sdpo_jax.losses.likelihood import cross_entropy
@@ -40,7 +38,7 @@ ALPHAS = [0.0, 0.5, 1.0]
 
 @pytest.fixture(params=DTYPES)
 def dtype(request):
-    with jax.enable_x64(request.param == "float64"):
+    with enable_x64(request.param == "float64"):
         yield jnp.dtype(request.param)
 
 
@@ -66,7 +64,7 @@ def test_the_ids_are_the_students_where_tops_are_disjoint(dtype):
     """Law 11."""
     student = jnp.array([5.0, 4.0, 3.0, 0.0, 0.5, 0.25], dtype)
     teacher = student[::-1]
-    support = top_k_log_probs(student, teacher, k=2, add_tail=False)
+    support = from_logits(top_k_log_probs, student, teacher, k=2, add_tail=False)
     assert support.indices.tolist() == [0, 1]
     want = reference.log_softmax(np.array([0.25, 0.5]))
     np.testing.assert_allclose(support.teacher, want, atol=1e-6)
@@ -75,7 +73,7 @@ def test_the_ids_are_the_students_where_tops_are_disjoint(dtype):
 def test_entries_keep_the_normaliser_of_the_whole_vocabulary(dtype):
     """Law 13, and with the tail the support is a distribution."""
     logits = jnp.array(np.random.default_rng(0).normal(size=(3, 9)), dtype)
-    support = top_k_log_probs(logits, logits, k=4, add_tail=True)
+    support = from_logits(top_k_log_probs, logits, logits, k=4, add_tail=True)
     whole = np.take_along_axis(np.asarray(log_softmax(logits)), support.indices, axis=-1)
     np.testing.assert_allclose(support.student[:, :4], whole, atol=1e-6)
     np.testing.assert_allclose(np.sum(np.exp(support.student), axis=-1), 1.0, atol=1e-6)
@@ -88,7 +86,9 @@ def test_the_teachers_support_is_another_choice_of_ids(x64, add_tail):
     assert not np.array_equal(ids, top_k_indices(student, k=4))
 
     def loss(x):
-        return jnp.sum(support_loss(x, teacher, ids, alpha=0.0, add_tail=add_tail))
+        return jnp.sum(
+            support_loss(log_softmax(x), log_softmax(teacher), ids, alpha=0.0, add_tail=add_tail)
+        )
 
     def expected(x):
         arguments = {"alpha": 0.0, "ids": np.asarray(ids), "add_tail": add_tail}
@@ -106,7 +106,7 @@ def test_bfloat16_gradients_are_rounded_once():
     @compiled
     @jax.grad
     def gradient(x):
-        return jnp.sum(top_k_loss(x, teacher, alpha=0.5, k=3, add_tail=True))
+        return jnp.sum(from_logits(top_k_loss, x, teacher, alpha=0.5, k=3, add_tail=True))
 
     wide = gradient(student.astype(jnp.float32)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(gradient(student), wide)
@@ -118,7 +118,7 @@ def test_the_tail_is_finite_and_never_below_its_clamp(dtype, gap):
     logits = jnp.array([[gap, 0.0, 0.0, 0.0]], dtype)
 
     def tail(x):
-        return support_log_probs(x, jnp.array([[0]]), add_tail=True)[0, 1]
+        return support_log_probs(log_softmax(x), jnp.array([[0]]), add_tail=True)[0, 1]
 
     value, gradient = jax.value_and_grad(tail)(logits)
     exact = np.log(3.0) - gap - np.log1p(3.0 * np.exp(-gap))
@@ -162,18 +162,14 @@ def estimators(size):
         return cross_entropy(s, jnp.zeros(s.shape[:-1], jnp.int32), label_smoothing=0.1)
 
     tops = {
-        f"top {k} {tail} {alpha}": partial(top_k_loss, alpha=alpha, k=k, add_tail=tail)
+        f"top {k} {tail} {alpha}": partial(from_logits, top_k_loss, alpha=alpha, k=k, add_tail=tail)
         for k in {1, size}
         for tail in (True, False)
         for alpha in ALPHAS
     }
-    full = {f"full {alpha}": partial(full_vocabulary_loss, alpha=alpha) for alpha in ALPHAS}
+    full = {f"full {a}": partial(from_logits, generalized_jsd, alpha=a) for a in ALPHAS}
     other = {"sampled": of_target(sampled_token_loss), "candidates": candidates, "sft": smoothed}
     return {**full, **tops, **other}
-
-
-def compiled(function):
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -206,7 +202,7 @@ def test_certain_tokens_are_finite_through_the_head(name):
     rows = [(np.maximum(s, -1e9), np.maximum(t, -1e9)) for s, t in CERTAIN.values() if len(s) == 3]
     hidden, teacher = (jnp.float32(np.array(x)) for x in zip(*rows, strict=True))
     loss = {
-        "full": sdpo_per_token(partial(full_vocabulary_loss, alpha=0.5)),
+        "full": sdpo_per_token(partial(generalized_jsd, alpha=0.5)),
         "top": sdpo_per_token(partial(top_k_loss, alpha=1.0, k=2, add_tail=True)),
         "sampled": sampled_token_sdpo(),
     }[name]
@@ -256,4 +252,4 @@ def test_an_impossible_token_stays_impossible_in_a_mixed_teacher():
     for coefficient in (-0.5, 0.0, 0.3, 1.0, 1.5):
         mixed = trust_region_logits(logits, logits, coefficient)
         np.testing.assert_allclose(mixed, logits, rtol=1e-6)
-        np.testing.assert_allclose(full_vocabulary_loss(logits, mixed, alpha=1.0), 0.0, atol=1e-6)
+        np.testing.assert_allclose(from_logits(reverse_kl, logits, mixed), 0.0, atol=1e-6)

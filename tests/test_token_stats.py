@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jax_versions import auto_mesh, enable_x64, needs_shard_map
 
-from sdpo_jax.losses.distillation import full_vocabulary_loss
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.losses.token_stats import TokenStats, same_likeliest, token_stats
+from sdpo_jax.losses.vocabulary import Vocabulary
 
 N, V = 4, 6
 
@@ -37,7 +38,7 @@ def expected(student, teacher, targets):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("float64", 1e-14)])
 def test_each_is_its_formula(dtype, tolerance):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         got = jax.jit(token_stats)(*arrays(dtype))
         want = expected(*arrays(dtype))
         for name, value in got._asdict().items():
@@ -81,12 +82,13 @@ def test_the_likeliest_tokens_are_those_of_numpy():
     np.testing.assert_array_equal(same_likeliest(jnp.array(student), jnp.array(teacher)), want)
 
 
+@needs_shard_map
 def test_the_likeliest_tokens_are_compared_also_where_the_vocabulary_is_cut_and_several_tie():
     student = jnp.array([[4.0, 1.0, 4.0, 1.0], [4.0, 1.0, 4.0, 1.0], [7.0, 1.0, 1.0, -jnp.inf]])
     teacher = jnp.array([[1.0, 1.0, 7.0, 1.0], [1.0, 7.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
-    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    mesh = auto_mesh((4,), ("tensor",))
     cut = jax.shard_map(
-        partial(same_likeliest, vocabulary_axis="tensor"),
+        partial(same_likeliest, vocabulary=Vocabulary("tensor")),
         mesh=mesh,
         in_specs=(P(None, "tensor"), P(None, "tensor")),
         out_specs=P(),
@@ -96,7 +98,7 @@ def test_the_likeliest_tokens_are_compared_also_where_the_vocabulary_is_cut_and_
 
 
 def test_the_comparison_is_not_computed_where_nobody_reads_it():
-    loss = sdpo_per_token(partial(full_vocabulary_loss, alpha=0.5))
+    loss = sdpo_per_token(partial(generalized_jsd, alpha=0.5))
     random = np.random.default_rng(0)
     logits, teacher, head = (
         jnp.array(random.normal(size=shape), jnp.float32) for shape in ((N, V), (N, 3), (3, V))

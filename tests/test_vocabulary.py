@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_versions import auto_mesh, needs_shard_map
+from jax_versions import quick_jit as jit
 
-from sdpo_jax.losses.distillation import full_vocabulary_loss, top_k_loss
+from sdpo_jax.losses.distillation import top_k_loss
+from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.fused_linear import fused_linear_loss
 from sdpo_jax.losses.per_token import (
     GrpoSharedInputs,
@@ -26,7 +29,8 @@ from sdpo_jax.losses.per_token import (
     sft_per_token,
 )
 from sdpo_jax.losses.vocabulary import (
-    log_normalizer,
+    WHOLE,
+    Vocabulary,
     log_softmax,
     select_targets,
     take_entries,
@@ -36,13 +40,12 @@ from sdpo_jax.losses.vocabulary import (
 
 M, D, V = 16, 5, 24
 AXIS = "tensor"
-# Compiled once and run once: what counts is the compiler's time.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+CUT = Vocabulary(AXIS)
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
 
 
 def mesh():
-    return jax.make_mesh((2, 4), ("data", AXIS), axis_types=(AxisType.Auto,) * 2)
+    return auto_mesh((2, 4), ("data", AXIS))
 
 
 def cut(function, *arrays, specs, out):
@@ -57,6 +60,7 @@ def logits_with_ties():
     return jnp.array(z)
 
 
+@needs_shard_map
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("k", [1, 5, 7, 24])
 def test_ties_go_to_the_smaller_id_also_across_shards(k, dtype):
@@ -64,58 +68,59 @@ def test_ties_go_to_the_smaller_id_also_across_shards(k, dtype):
     z = jnp.where((z == 0) & (jnp.arange(V)[None] % 2 == 0), jnp.asarray(-0.0, dtype), z)
     want = np.argsort(-np.asarray(z), axis=-1, kind="stable")[:, :k]
     np.testing.assert_array_equal(top_k_indices(z, k=k), want)
-    got = cut(partial(top_k_indices, k=k, vocabulary_axis=AXIS), z, specs=(P(None, AXIS),), out=P())
+    got = cut(partial(top_k_indices, k=k, vocabulary=CUT), z, specs=(P(None, AXIS),), out=P())
     np.testing.assert_array_equal(got, want)
 
 
+@needs_shard_map
 def test_a_cut_vocabulary_gives_the_same_values():
     z, ids = logits_with_ties() * 0.7, jnp.arange(M) % V
     several = jnp.stack([ids, (ids + 9) % V], axis=1)
 
-    def both(z, ids, several, vocabulary_axis=None):
-        log_probs = log_softmax(z, vocabulary_axis=vocabulary_axis)
+    def both(z, ids, several, vocabulary=WHOLE):
+        log_probs = log_softmax(z, vocabulary=vocabulary)
         return (
             log_probs,
-            log_normalizer(z, vocabulary_axis=vocabulary_axis),
-            select_targets(log_probs, ids, vocabulary_axis=vocabulary_axis),
-            take_entries(z, several, vocabulary_axis=vocabulary_axis),
+            select_targets(log_probs, ids, vocabulary=vocabulary),
+            take_entries(z, several, vocabulary=vocabulary),
         )
 
     specs = (P(None, AXIS), P(), P())
-    out = (P(None, AXIS), P(), P(), P())
-    got = cut(partial(both, vocabulary_axis=AXIS), z, ids, several, specs=specs, out=out)
+    out = (P(None, AXIS), P(), P())
+    got = cut(partial(both, vocabulary=CUT), z, ids, several, specs=specs, out=out)
     for g, w in zip(got, both(z, ids, several), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(got[0], jax.nn.log_softmax(z), rtol=1e-6, atol=1e-6)
 
 
+@needs_shard_map
 def test_ids_may_be_narrower_than_the_vocabulary():
     """A counter of bytes would come back to 5 at 261."""
     z, ids = jnp.arange(512.0)[None], jnp.array([5], jnp.uint8)
 
-    def both(z, ids, vocabulary_axis=None):
+    def both(z, ids, vocabulary=WHOLE):
         return (
-            select_targets(z, ids, vocabulary_axis=vocabulary_axis),
-            take_entries(z, ids[:, None], vocabulary_axis=vocabulary_axis)[:, 0],
+            select_targets(z, ids, vocabulary=vocabulary),
+            take_entries(z, ids[:, None], vocabulary=vocabulary)[:, 0],
         )
 
     specs = (P(None, AXIS), P())
-    on_mesh = cut(partial(both, vocabulary_axis=AXIS), z, ids, specs=specs, out=(P(), P()))
+    on_mesh = cut(partial(both, vocabulary=CUT), z, ids, specs=specs, out=(P(), P()))
     np.testing.assert_array_equal([*both(z, ids), *on_mesh], [[5.0]] * 4)
 
 
-def objectives(axis):
-    full = partial(full_vocabulary_loss, alpha=0.5, vocabulary_axis=axis)
-    few = partial(top_k_loss, alpha=1.0, k=7, add_tail=True, vocabulary_axis=axis)
-    distill = sdpo_per_token(few, importance_cap=2.0, vocabulary_axis=axis)
-    reinforce = grpo_per_token(**CLIPS, vocabulary_axis=axis)
+def objectives(vocabulary):
+    full = partial(generalized_jsd, alpha=0.5, vocabulary=vocabulary)
+    few = partial(top_k_loss, alpha=1.0, k=7, add_tail=True, vocabulary=vocabulary)
+    distill = sdpo_per_token(few, importance_cap=2.0, vocabulary=vocabulary)
+    reinforce = grpo_per_token(**CLIPS, vocabulary=vocabulary)
     return {
-        "sdpo": sdpo_per_token(full, importance_cap=2.0, vocabulary_axis=axis),
+        "sdpo": sdpo_per_token(full, importance_cap=2.0, vocabulary=vocabulary),
         "top_k": distill,
-        "sampled": sampled_token_sdpo(importance_cap=2.0, vocabulary_axis=axis),
+        "sampled": sampled_token_sdpo(importance_cap=2.0, vocabulary=vocabulary),
         "grpo": reinforce,
         "mixed": mixed_per_token(distill, reinforce),
-        "sft": sft_per_token(label_smoothing=0.1, vocabulary_axis=axis),
+        "sft": sft_per_token(label_smoothing=0.1, vocabulary=vocabulary),
     }
 
 
@@ -145,13 +150,19 @@ def problem(name, dtype):
 def check(name, dtype, tolerance, automatic):
     hidden, head, aux, weights, constants, axes = problem(name, dtype)
 
-    def loss(axis, chunk, hidden, head, aux, weights, constants):
+    def loss(vocabulary, chunk, hidden, head, aux, weights, constants):
         return fused_linear_loss(
-            objectives(axis)[name], hidden, head, aux, weights, chunk=chunk, constants=constants
+            objectives(vocabulary)[name],
+            hidden,
+            head,
+            aux,
+            weights,
+            chunk=chunk,
+            constants=constants,
         )
 
     def sharded(hidden, head, aux, weights, constants):
-        total, metrics = loss(AXIS, 4, hidden, head, aux, weights, constants)
+        total, metrics = loss(CUT, 4, hidden, head, aux, weights, constants)
         return jax.lax.psum(total, "data"), metrics
 
     specs = (P("data"), P(None, AXIS), P("data"), P("data"), axes)
@@ -162,7 +173,7 @@ def check(name, dtype, tolerance, automatic):
         return jit(gradient)(*arrays)
 
     got = run(on_mesh, hidden, head, aux, weights, constants)
-    whole = partial(loss, None, 4)
+    whole = partial(loss, WHOLE, 4)
     want = run(whole, hidden, head, aux, weights, constants)
     assert_close(got, want, tolerance)
     if automatic:
@@ -192,13 +203,15 @@ def assert_close(got, want, tolerance):
         np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("name", objectives(None))
+@needs_shard_map
+@pytest.mark.parametrize("name", objectives(WHOLE))
 def test_the_head_cut_over_the_vocabulary_and_rows_is_the_whole_head(name):
     """By hand, and by the compiler for arrays that lie cut."""
     check(name, jnp.float32, 3e-6, automatic=True)
 
 
-@pytest.mark.parametrize("name", objectives(None))
+@needs_shard_map
+@pytest.mark.parametrize("name", objectives(WHOLE))
 def test_the_head_cut_over_the_vocabulary_is_exact_in_float64(x64, name):
     check(name, jnp.float64, 1e-12, automatic=False)
 

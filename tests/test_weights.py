@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax_versions import enable_x64
 
 from sdpo_jax.losses.distillation import sdpo_loss
 from sdpo_jax.losses.reductions import sequence_mean, token_mean
@@ -186,7 +187,7 @@ def test_where_nothing_is_active_weights_are_zero_and_finite():
 @pytest.mark.parametrize("loss_dtype", ["float32", "float64"])
 def test_a_mask_of_any_dtype_counts_alike_in_the_precision_of_the_loss(reduce, loss_dtype):
     """A third of a float32 mask in a float64 loss was off by 2e-8."""
-    with jax.enable_x64(loss_dtype == "float64"):
+    with enable_x64(loss_dtype == "float64"):
         loss = jnp.array(random(3, 4), loss_dtype)
         want = reduce(loss, jnp.array(MASK, loss_dtype)).mean()
         for dtype in MASK_DTYPES:

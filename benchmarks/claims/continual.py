@@ -39,7 +39,7 @@ from runs import (
     write,
 )
 
-from sdpo_jax.data.tool_call_corpus import ASIDES
+from sdpo_jax.data.tool_call_corpus import TALK
 from sdpo_jax.environments.kinds.tool_calls import ToolCalls
 from sdpo_jax.reports.curves import Curve, Point, draw
 
@@ -105,7 +105,7 @@ def write_in_another_hand(stage: int, runs: Path) -> None:
     known = ToolCalls(train_prompts=TRAIN_PROMPTS, held_out_prompts=0, families=families)
     lines: list[str] = []
     for prompt in known.train:
-        response = f"{rng.choice(ASIDES)}\n{known.reference(prompt)}"
+        response = f"{rng.choice(TALK)}\n{known.reference(prompt)}"
         lines.append(json.dumps({"prompt": prompt.messages, "response": response}) + "\n")
     in_another_hand(stage, runs).write_text("".join(lines))
 

@@ -40,7 +40,7 @@ from sdpo_jax.training.token_metrics import SAMPLED
 
 @dataclass(frozen=True)
 class GrpoConfig(ObjectiveConfig):
-    """Group-relative policy optimisation, with the paper's improvements to its baseline."""
+    """Group-relative policy optimization, with the paper's improvements to its baseline."""
 
     name: Literal["grpo"] = "grpo"
     clip_low: float = setting(0.2, PROPER_SHARE)

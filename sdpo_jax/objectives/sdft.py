@@ -44,7 +44,7 @@ from sdpo_jax.training.token_metrics import PAIRS, SAMPLED, SPREAD
 
 @dataclass(frozen=True)
 class SdftConfig(ObjectiveConfig):
-    """Self-distillation from demonstrations that the teacher is shown (SDFT, arXiv 2601.19897).
+    """Self-distillation from a teacher that sees a demonstration (SDFT, arXiv 2601.19897).
 
     Questions come from `[data]`, `data.rows_per_step` a step; the student answers each
     `rollout.rollouts_per_prompt` times. Nothing is graded, and a response that was cut off is kept,

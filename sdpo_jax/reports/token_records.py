@@ -85,12 +85,12 @@ def token_records(
     Args:
       model: pure functions.
       student: its weights.
-      teacher: weights of the teacher; two, the student's own last, in a trust region.
+      teacher: weights of the teacher; in a trust region also the student's own, as the second.
       responses: ids of prompts, re-prompts and responses.
       layout: how sequences are packed, as in training.
       devices: the mesh.
-      temperature: of the rollouts; log-probabilities are those of the sampler.
-      top: K; a smaller vocabulary gives all of it.
+      temperature: of the rollouts, so that log-probabilities are those of the sampler.
+      top: K, at most the size of the vocabulary.
       coefficient: `Teacher.coefficient`, the student's share in a trust region.
 
     Returns:

@@ -77,8 +77,8 @@ class TrainingLoop:
         """
         self._config, self._components = config, components
         self._run_dir, self._callbacks = Path(config.run_dir), callbacks or Callbacks()
-        silent = Console(config.objective.name, steps=config.train.steps, stream=Nowhere())
-        self._console, self._warn = console or silent, console and console.note
+        self._console = console or Console((), steps=config.train.steps, stream=Nowhere())
+        self._warn = console.note if console else logging.getLogger("sdpo_jax").warning
         self._trainer: Trainer | None = None
         self._evaluator: Evaluator | None = None
         self._progress: Progress | None = None
@@ -150,9 +150,8 @@ class TrainingLoop:
         return self._trainer, self._progress
 
     def _checkpoints(self) -> Checkpoints:
-        warn = self._warn or logging.getLogger("sdpo_jax").warning
         keep = self._config.checkpoint.keep
-        return Checkpoints(self._run_dir / "checkpoints", keep=keep, warn=warn)
+        return Checkpoints(self._run_dir / "checkpoints", keep=keep, warn=self._warn)
 
     def _begin(self, checkpoints: Checkpoints) -> tuple[Trainer, Progress]:
         """Makes the trainer where there is none, and restores the last checkpoint, if any."""
