@@ -198,11 +198,11 @@ def test_callbacks_are_called_in_the_order_of_a_step(whole):
     ]
     saved = [step for name, step, *_ in calls if name == "on_save"]
     assert saved == [1, 2, 3] and calls[-1] == ("on_end", summary)
-    assert all(path.is_dir() for name, _, path, *_ in calls if name == "on_save")
-    (rollouts,) = [x for name, step, x, *_ in calls if (name, step) == ("on_rollouts", 1)]
+    assert all(call[2].is_dir() for call in calls if call[0] == "on_save")
+    (rollouts,) = [call[2] for call in calls if call[:2] == ("on_rollouts", 1)]
     assert len(rollouts.outcomes) == 8
-    rows = {step: row for name, step, row, *_ in calls if name == "on_step"}
-    assert rows[1]["reward"] == np.mean([outcome.reward for outcome in rollouts.outcomes])
+    (row,) = [call[2] for call in calls if call[:2] == ("on_step", 1)]
+    assert row["reward"] == np.mean([outcome.reward for outcome in rollouts.outcomes])
 
 
 def test_a_loop_that_is_left_after_every_step_is_the_whole_run(whole, tmp_path):

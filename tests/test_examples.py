@@ -21,6 +21,7 @@ LINE_LIMITS = {
     "sdpo_minimal.py": 200,
     "loss_in_optax_loop.py": 60,
     "loss_in_flax_nnx_loop.py": 60,
+    "train_from_python.py": 60,
 }
 
 
@@ -63,6 +64,14 @@ def test_an_objective_of_ones_own_learns():
     reward, loss = printed(output, "reward"), printed(output, "loss")
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.1
     assert np.mean(loss[-3:]) < np.mean(loss[:3])
+
+
+@pytest.mark.slow
+def test_an_environment_of_ones_own_is_learned():
+    output = run("train_from_python.py", "10")
+    reward = printed(output, "reward")
+    assert len(reward) == 10 and np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.1
+    assert printed(output, "accuracy")[0] > reward[0] and "saved" in output
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ class TrainingLoop:
             yield from self._locked_steps(stop)
         except GeneratorExit:
             raise
-        except BaseException:  # a failed step has given its arrays away, and moved the data on
+        except BaseException:  # its arrays may be donated, and the data are one step further
             self._trainer = self._evaluator = self._progress = None
             raise
         finally:
