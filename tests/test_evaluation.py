@@ -4,6 +4,8 @@ The sampler is a script here: it writes down what it is asked and answers from a
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +29,12 @@ from sdpo_jax.evaluation.evaluator import (
 from sdpo_jax.rollouts.diagnostics import environment_metrics
 from sdpo_jax.rollouts.generate import rollout_keys
 from sdpo_jax.rollouts.sampler import HostRollouts, Sampler
+from sdpo_jax.run.evaluate import evaluate, evaluate_fully
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
+from sdpo_jax.teacher.contexts import ContextBuilder, SiblingContexts
 from sdpo_jax.teacher.prompts import TeacherPrompts
+from sdpo_jax.training.engine import Models
 
 TOKENIZER = tiny.ByteTokenizer()
 STUDENT, TEACHER = "student", "teacher"
@@ -89,7 +94,7 @@ def make_config(**evaluation):
 def make_evaluator(script, **evaluation):
     config = make_config(**evaluation)
     prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    return Evaluator(config, script, TOKENIZER, Quiz(), prompts)
+    return Evaluator(config, script, TOKENIZER, Quiz(), prompts, SiblingContexts(config.teacher))
 
 
 ANSWERS = [["y", "y"], ["y", "n"], ["n", "-"], ["-", "-"], ["n", "y"]]
@@ -148,11 +153,40 @@ def test_majorities_are_reported_where_the_environment_knows_answers():
     script = Script([list(row) for row in answers])
     config = make_config(samples_per_prompt=3)
     prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    metrics = Evaluator(config, script, TOKENIZER, Votes(), prompts)(STUDENT, None, 0)
+    metrics = Evaluator(config, script, TOKENIZER, Votes(), prompts, None)(STUDENT, None, 0)
     assert metrics["maj_at_3"] == (1 + 0 + 0 + 1 + 0.5) / 5
-    alone = Evaluator(config, script, TOKENIZER, Quiz(), prompts)(STUDENT, None, 0)
+    alone = Evaluator(config, script, TOKENIZER, Quiz(), prompts, None)(STUDENT, None, 0)
     assert "maj_at_3" not in alone
     assert alone == {name: v for name, v in metrics.items() if name != "maj_at_3"}
+
+
+class OwnTeacher(NamedTuple):
+    """As much of a trainer as an evaluation reads, under an objective without a teacher."""
+
+    contexts: ContextBuilder | None
+    teacher: None = None
+    student_teacher_kl: None = None
+    source: Any = SimpleNamespace(wait=lambda: None)
+
+    def models(self, state):
+        return Models(state, None, None)
+
+    def student(self, state):
+        return state
+
+    def teacher_params(self, state, student):
+        return None
+
+
+def test_without_a_teacher_the_student_is_its_own_where_the_objective_or_the_command_wants_it():
+    """GRPO has no contexts: training evaluates the student alone, `sdpo eval` also in context."""
+    config = make_config()
+    prompts = TeacherPrompts(config.teacher, TOKENIZER)
+    evaluator = Evaluator(config, Script(ANSWERS), TOKENIZER, Quiz(), prompts, None)
+    grpo, sft = OwnTeacher(None), OwnTeacher(SiblingContexts(config.teacher))
+    assert "teacher_accuracy" not in evaluate(grpo, evaluator, STUDENT, 0)
+    assert "teacher_accuracy" in evaluate(sft, evaluator, STUDENT, 0)
+    assert "teacher_accuracy" in evaluate_fully(grpo, evaluator, STUDENT, 2).measures
 
 
 def test_without_a_context_there_is_no_teacher_accuracy():
@@ -292,7 +326,7 @@ def test_a_greedy_teacher_that_cannot_see_its_context_repeats_every_attempt(blin
         params = {**params, "layers": {**params["layers"], "output": silent}}
     config = make_config(temperature=0.0, prompts=2, samples_per_prompt=1)
     prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts)
+    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts, None)
     metrics = evaluator(params, params, 0)
     assert (metrics["same_output"] == 1.0) == blind
     assert metrics["same_output"] == metrics["same_output/feedback"]
@@ -307,7 +341,7 @@ def test_entropy_is_that_of_the_sampling_distribution_within_its_error(temperatu
         rollout=RolloutConfig(max_response_tokens=2),
     )
     prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts)
+    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts, None)
     graded = evaluator.attempts(params, 0, samples=600)
     information, tokens = -np.asarray(graded.log_probs), np.asarray(graded.lengths)
     expected = exact_entropy(params, TOKENIZER.render(PROMPTS[0].messages), temperature)
