@@ -32,6 +32,7 @@ from sdpo_jax.rollouts.sampler import HostRollouts, Sampler
 from sdpo_jax.run.evaluate import evaluate, evaluate_fully
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
+from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.contexts import ContextBuilder, SiblingContexts
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.engine import Models
@@ -91,10 +92,15 @@ def make_config(**evaluation):
     )
 
 
-def make_evaluator(script, **evaluation):
-    config = make_config(**evaluation)
+def evaluator_of(config, sampler, environment, contexts=None):
+    """An evaluator with the contexts of SDPO unless others are given."""
+    contexts = contexts or SiblingContexts(config.teacher)
     prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    return Evaluator(config, script, TOKENIZER, Quiz(), prompts, SiblingContexts(config.teacher))
+    return Evaluator(config, sampler, TOKENIZER, environment, prompts, contexts)
+
+
+def make_evaluator(script, **evaluation):
+    return evaluator_of(make_config(**evaluation), script, Quiz())
 
 
 ANSWERS = [["y", "y"], ["y", "n"], ["n", "-"], ["-", "-"], ["n", "y"]]
@@ -152,10 +158,9 @@ def test_majorities_are_reported_where_the_environment_knows_answers():
     answers = ["yyn", "ynn", "---", "-y-", "-ny"]
     script = Script([list(row) for row in answers])
     config = make_config(samples_per_prompt=3)
-    prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    metrics = Evaluator(config, script, TOKENIZER, Votes(), prompts, None)(STUDENT, None, 0)
+    metrics = evaluator_of(config, script, Votes())(STUDENT, None, 0)
     assert metrics["maj_at_3"] == (1 + 0 + 0 + 1 + 0.5) / 5
-    alone = Evaluator(config, script, TOKENIZER, Quiz(), prompts, None)(STUDENT, None, 0)
+    alone = evaluator_of(config, script, Quiz())(STUDENT, None, 0)
     assert "maj_at_3" not in alone
     assert alone == {name: v for name, v in metrics.items() if name != "maj_at_3"}
 
@@ -206,6 +211,75 @@ def test_a_run_without_held_out_prompts_cannot_be_evaluated(tmp_path):
     config = replace(default_config(), evaluation=EvaluationConfig(prompts=0))
     with pytest.raises(UserError, match=r"evaluation\.prompts = 0, there is nothing to evaluate"):
         evaluate_run(RunRef(tmp_path, config, None), {}, samples=1)
+
+
+# The teacher sees what it sees in training
+
+
+class Names(Quiz):
+    """Feedback names the question that it is about."""
+
+    def grade(self, prompt, response):
+        outcome = super().grade(prompt, response)
+        return outcome._replace(feedback=f"about {prompt.id}" if outcome.feedback else "")
+
+
+def asked_of_teacher(script):
+    """The teacher's prompts as text, without control tokens."""
+    calls = [call for call in script.calls if call["params"] == TEACHER]
+    return [TOKENIZER.decode(ids) for call in calls for ids in call["prompts"]]
+
+
+def with_teacher(**settings):
+    config = make_config()
+    return replace(config, teacher=replace(config.teacher, **settings))
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_the_teacher_is_shown_the_successes_that_training_remembers(size):
+    config, script = with_teacher(success_buffer=size), Script([["-", "-"]] * 5)
+    contexts = SiblingContexts(config.teacher)
+    passed = [Outcome(1.0, True, "", {})]
+    contexts.remember(PROMPTS[1:2], 1, passed, ["the way of old"])
+    before = contexts.get_state()
+    metrics = evaluator_of(config, script, Quiz(), contexts)(STUDENT, TEACHER, 0)
+    shown = asked_of_teacher(script)
+    assert len(shown) == size  # both attempts at the prompt whose success is remembered
+    assert all(text.startswith("1?") and "the way of old" in text for text in shown)
+    assert metrics.get("teacher_accuracy/demonstration") == (1.0 if size else None)
+    assert contexts.get_state() == before  # held-out answers are not remembered
+
+
+@pytest.mark.parametrize("control", ["none", "shuffled"])
+def test_the_teacher_of_a_control_is_shown_what_is_about_another_question(control):
+    script = Script([["n", "n"]] * 5)
+    evaluator_of(with_teacher(control=control), script, Names())(STUDENT, TEACHER, 0)
+    shown = asked_of_teacher(script)
+    assert len(shown) == 10
+    about_own = [f"about p{text[0]}" in text for text in shown]
+    assert all("about p" in text for text in shown)
+    assert set(about_own) == {control == "none"}
+
+
+def test_any_context_builder_decides_what_the_teacher_sees():
+    def build(prompts, group, outcomes, responses, /, *, seed):
+        assert seed == 3 and len(outcomes) == len(responses) == group * len(prompts)
+        hints = [
+            f"hint for {p.id}" if p.id == "p4" else None for p in prompts for _ in range(group)
+        ]
+        return [hint and TeacherContext(None, hint) for hint in hints]
+
+    script = Script(ANSWERS)
+    evaluator_of(make_config(), script, Quiz(), build)(STUDENT, TEACHER, 0)
+    shown = asked_of_teacher(script)
+    assert len(shown) == 2 and all("hint for p4" in text for text in shown)
+
+
+def test_without_a_context_builder_no_teacher_is_evaluated():
+    config, script = make_config(), Script(ANSWERS)
+    prompts = TeacherPrompts(config.teacher, TOKENIZER)
+    metrics = Evaluator(config, script, TOKENIZER, Quiz(), prompts, None)(STUDENT, TEACHER, 0)
+    assert not asked_of_teacher(script) and "teacher_accuracy" not in metrics
 
 
 def test_the_teacher_is_not_asked_where_the_recipe_leaves_it_out():
@@ -325,8 +399,7 @@ def test_a_greedy_teacher_that_cannot_see_its_context_repeats_every_attempt(blin
         silent = jnp.zeros_like(params["layers"]["output"])
         params = {**params, "layers": {**params["layers"], "output": silent}}
     config = make_config(temperature=0.0, prompts=2, samples_per_prompt=1)
-    prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts, None)
+    evaluator = evaluator_of(config, sampler, Strict())
     metrics = evaluator(params, params, 0)
     assert (metrics["same_output"] == 1.0) == blind
     assert metrics["same_output"] == metrics["same_output/feedback"]
@@ -340,8 +413,7 @@ def test_entropy_is_that_of_the_sampling_distribution_within_its_error(temperatu
         make_config(prompts=1, temperature=temperature),
         rollout=RolloutConfig(max_response_tokens=2),
     )
-    prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts, None)
+    evaluator = evaluator_of(config, sampler, Strict())
     graded = evaluator.attempts(params, 0, samples=600)
     information, tokens = -np.asarray(graded.log_probs), np.asarray(graded.lengths)
     expected = exact_entropy(params, TOKENIZER.render(PROMPTS[0].messages), temperature)
