@@ -4,6 +4,8 @@ The sampler is a script here: it writes down what it is asked and answers from a
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +29,13 @@ from sdpo_jax.evaluation.evaluator import (
 from sdpo_jax.rollouts.diagnostics import environment_metrics
 from sdpo_jax.rollouts.generate import rollout_keys
 from sdpo_jax.rollouts.sampler import HostRollouts, Sampler
+from sdpo_jax.run.evaluate import evaluate, evaluate_fully
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
-from sdpo_jax.teacher.contexts import SiblingContexts
+from sdpo_jax.teacher.contexts import ContextBuilder, SiblingContexts
 from sdpo_jax.teacher.prompts import TeacherPrompts
+from sdpo_jax.training.engine import Models
 
 TOKENIZER = tiny.ByteTokenizer()
 STUDENT, TEACHER = "student", "teacher"
@@ -159,6 +163,35 @@ def test_majorities_are_reported_where_the_environment_knows_answers():
     alone = evaluator_of(config, script, Quiz())(STUDENT, None, 0)
     assert "maj_at_3" not in alone
     assert alone == {name: v for name, v in metrics.items() if name != "maj_at_3"}
+
+
+class OwnTeacher(NamedTuple):
+    """As much of a trainer as an evaluation reads, under an objective without a teacher."""
+
+    contexts: ContextBuilder | None
+    teacher: None = None
+    student_teacher_kl: None = None
+    source: Any = SimpleNamespace(wait=lambda: None)
+
+    def models(self, state):
+        return Models(state, None, None)
+
+    def student(self, state):
+        return state
+
+    def teacher_params(self, state, student):
+        return None
+
+
+def test_without_a_teacher_the_student_is_its_own_where_the_objective_or_the_command_wants_it():
+    """GRPO has no contexts: training evaluates the student alone, `sdpo eval` also in context."""
+    config = make_config()
+    prompts = TeacherPrompts(config.teacher, TOKENIZER)
+    evaluator = Evaluator(config, Script(ANSWERS), TOKENIZER, Quiz(), prompts, None)
+    grpo, sft = OwnTeacher(None), OwnTeacher(SiblingContexts(config.teacher))
+    assert "teacher_accuracy" not in evaluate(grpo, evaluator, STUDENT, 0)
+    assert "teacher_accuracy" in evaluate(sft, evaluator, STUDENT, 0)
+    assert "teacher_accuracy" in evaluate_fully(grpo, evaluator, STUDENT, 2).measures
 
 
 def test_without_a_context_there_is_no_teacher_accuracy():

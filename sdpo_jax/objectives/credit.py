@@ -29,7 +29,6 @@ from sdpo_jax.objectives.loss_weights import (
     MixConfig,
     Rows,
     has_policy_gradient,
-    has_unequal_weights,
 )
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.context import is_success
@@ -91,6 +90,16 @@ class CreditConfig(MixConfig):
             expected = "at least 2: an advantage compares siblings"
             others = ("objective.grpo_weight", "objective.route")
             yield Problem("rollout.rollouts_per_prompt", expected, others)
+
+
+def has_unequal_weights(settings: CreditConfig) -> bool:
+    """Whether rollouts or tokens differ in the weight of their distillation."""
+    return (
+        settings.question_weights != "none"
+        or settings.token_weights == "teacher_entropy"
+        or settings.distillation_warmup_steps > 0
+        or settings.distillation_decay_steps > 0
+    )
 
 
 def is_mixed(settings: CreditConfig) -> bool:

@@ -98,16 +98,6 @@ def has_policy_gradient(settings: MixConfig) -> bool:
     return settings.grpo_weight > 0 or settings.route != "none" or settings.credit == "modulated"
 
 
-def has_unequal_weights(settings: MixConfig) -> bool:
-    """Whether rollouts or tokens differ in the weight of their distillation."""
-    return (
-        settings.question_weights != "none"
-        or settings.token_weights == "teacher_entropy"
-        or settings.distillation_warmup_steps > 0
-        or settings.distillation_decay_steps > 0
-    )
-
-
 def distillation_coefficient(settings: MixConfig, step: int, steps: int) -> float:
     """min(1, k / T_w) · min(1, (T - k) / T_d) at step k of T, counted from 1.
 

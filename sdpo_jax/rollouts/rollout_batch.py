@@ -63,7 +63,15 @@ class RolloutBatch(NamedTuple):
         rows = prompts * self.group
         mask = None if self.response_mask is None else self.response_mask[:rows]
         return RolloutBatch(
-            self.prompts[:prompts], self.group, *(x[:rows] for x in self[2:8]), mask
+            prompts=self.prompts[:prompts],
+            group=self.group,
+            prompt_ids=self.prompt_ids[:rows],
+            response_ids=self.response_ids[:rows],
+            log_probs=self.log_probs[:rows],
+            lengths=self.lengths[:rows],
+            texts=self.texts[:rows],
+            outcomes=self.outcomes[:rows],
+            response_mask=mask,
         )
 
 
