@@ -1,8 +1,12 @@
 """Self-Distillation Policy Optimization in JAX.
 
 These names are pure functions of arrays and need jax alone; `sdpo_jax.losses` has the other losses
-and their types.
+and their types. `load` and `train`, which train from Python, need the extra `train` and are
+imported when they are used: see `sdpo_jax.api`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from sdpo_jax.losses import (
     LossOutput,
@@ -46,6 +50,10 @@ from sdpo_jax.teacher.weights import (
     trust_region,
 )
 
+if TYPE_CHECKING:
+    from sdpo_jax.api import load as load
+    from sdpo_jax.api import train as train
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -87,3 +95,10 @@ __all__ = [
     "truncated_importance_weights",
     "trust_region",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolves `load` and `train`, which need more than jax, on first use."""
+    if name in ("load", "train"):
+        return getattr(import_module("sdpo_jax.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

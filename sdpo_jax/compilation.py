@@ -1,6 +1,7 @@
-"""Compiled programs: kept on disk from one process to the next, and counted.
+"""A persistent cache of compiled programs, and a counter of compilations.
 
-Nothing acts on import. The command line enters `persistent_cache`, the loop `CompileCounter`.
+Importing this module has no effect. The command line enters `persistent_cache`, and the training
+loop enters `CompileCounter`.
 """
 
 import contextlib
@@ -15,26 +16,26 @@ from typing import Any, NamedTuple, Self
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-# One a program, built or loaded; JAX sends it where a program is not in this process' memory yet.
+# One event per program, compiled or loaded; JAX sends it if the program is not in memory yet.
 _PROGRAM_SECONDS = "/jax/core/compile/backend_compile_duration"
-# One a program that the persistent cache held; comes before the program's seconds.
+# One event per program found in the persistent cache; it comes before the program's seconds.
 _LOADED = "/jax/compilation_cache/cache_hits"
 
 _ENABLED, _FOLDER = "jax_enable_compilation_cache", "jax_compilation_cache_dir"
 _THRESHOLDS: dict[str, Any] = {
-    # By default JAX keeps what took a second. Of the 32 programs of a short run of the embedded
-    # model 16 take less: on a CPU core 2.0 s to build, 0.05 s to read, and 60 kB.
+    # By default JAX keeps programs that took a second to compile. Of the 32 programs of a short run
+    # of the embedded model 16 take less: 2.0 s to compile on a CPU core, 0.05 s to read, and 60 kB.
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
 
 
 class Compilation(NamedTuple):
-    """Programs that a process did not have in memory, and what it took to get them."""
+    """The programs that were compiled or loaded, and the seconds that this took."""
 
-    programs_compiled: int  # built anew
-    programs_loaded: int  # read from the persistent cache
-    seconds: float  # both; without the tracing and lowering that precede
+    programs_compiled: int  # by XLA
+    programs_loaded: int  # from the persistent cache
+    seconds: float  # for both, without tracing and lowering
 
 
 class CompileCounter:
@@ -61,19 +62,19 @@ class CompileCounter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Somebody may have cleared all listeners; JAX then asserts that ours is there.
+        # If other code has cleared all listeners, JAX raises because these are not registered.
         with contextlib.suppress(AssertionError, ValueError):
             jax.monitoring.unregister_event_listener(self._on_event)
         with contextlib.suppress(AssertionError, ValueError):
             jax.monitoring.unregister_event_duration_listener(self._on_seconds)
 
     def total(self) -> Compilation:
-        """Everything since the counter was opened."""
+        """All compilations since the counter was opened."""
         with self._lock:
             return Compilation(self._programs - self._loaded, self._loaded, self._seconds)
 
     def since_mark(self) -> Compilation:
-        """What came since the last call, or since the counter was opened."""
+        """The compilations since the last call, or since the counter was opened."""
         before, self._mark = self._mark, self.total()
         return Compilation(
             self._mark.programs_compiled - before.programs_compiled,
@@ -99,15 +100,16 @@ class CompileCounter:
 def persistent_cache(home: Callable[[], Path], note: Callable[[str], None]) -> Iterator[None]:
     """Keeps compiled programs in `home() / "compilation"` and reads them from there.
 
-    JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder (empty: none),
-    JAX_ENABLE_COMPILATION_CACHE=false switches off, and so on with the thresholds. Processes may
-    share a folder; of one run only the first writes. On CPUs keys differ by process, so that only
-    the first reads, too. An entry that a killed process left half written is compiled anew each
-    time, with a warning, until it is deleted.
+    JAX's own settings take precedence: JAX_COMPILATION_CACHE_DIR names another folder (empty:
+    none), JAX_ENABLE_COMPILATION_CACHE=false disables the cache, and the thresholds' variables work
+    as well. Processes may share a folder; only the first process of a run writes. On CPUs cache
+    keys differ by process, so that only the first process reads, too. If a killed process left an
+    incomplete entry, that program is compiled again each time, with a warning, until the entry is
+    deleted.
 
     Args:
-      home: the user's cache folder; may be deleted at any time.
-      note: told once if the folder cannot be written; the block then runs without a cache.
+      home: returns the user's cache folder, which may be deleted at any time.
+      note: called once with a message if the folder is not writable; there is then no cache.
     """
     settings: dict[str, Any] = {
         name: value for name, value in _THRESHOLDS.items() if name.upper() not in os.environ
@@ -123,7 +125,7 @@ def persistent_cache(home: Callable[[], Path], note: Callable[[str], None]) -> I
 
 
 def _writable(home: Callable[[], Path], note: Callable[[str], None]) -> str | None:
-    """The folder, made; None, and a note, if no file can be written there."""
+    """Makes the folder; returns None after a note if no file can be written there."""
     try:
         folder = home() / "compilation"
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,4 +147,4 @@ def _setting(name: str) -> Any:
 def _set(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # JAX looks at the settings once, at its first program
+    compilation_cache.reset_cache()  # JAX reads the settings once, at its first program

@@ -1,11 +1,11 @@
-"""The mesh, and where every array lies on it.
+"""The device mesh, and the sharding of every array on it.
 
-Axes: `data` (hosts and prompts), `fsdp` (parameters and rows), `tensor` (heads, MLP, vocabulary).
-One table maps a parameter's logical axes to mesh axes; rows of a batch are split over `data` and
-`fsdp` together.
+The mesh axes are `data` (hosts and prompts), `fsdp` (parameters and rows) and `tensor` (heads, MLP,
+vocabulary). One table maps logical axes of parameters to mesh axes. Rows of a batch are sharded
+over `data` and `fsdp` together.
 
-In a run of several processes every process holds the same host-side data and each device takes its
-part.
+In a run of several processes, every process holds the same host-side data, and each device takes
+its part.
 """
 
 from collections.abc import Mapping
@@ -31,11 +31,11 @@ RULES: Mapping[str, str | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
 }
-"""Logical axis -> mesh axis."""
+"""Logical axis to mesh axis."""
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices.
+    """Makes a mesh over all devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -50,12 +50,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
             "(data = -1 takes what is left)"
         )
     shape = (data, config.fsdp, config.tensor)
-    # Auto axes: XLA decides inside a program, we decide at its borders.
+    # Auto axes: XLA chooses shardings inside a program, this module those of inputs and outputs.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def fitting_mesh(config: MeshConfig) -> MeshConfig:
-    """The mesh, or one over whatever devices are here: a pod's run is looked at elsewhere."""
+    """Returns `config` if it fits the devices here, else the default: for reading a pod's run."""
     fixed = config.fsdp * config.tensor * max(1, config.data)
     devices = jax.device_count()
     fits = devices % fixed == 0 if config.data == -1 else devices == fixed
@@ -64,9 +64,9 @@ def fitting_mesh(config: MeshConfig) -> MeshConfig:
 
 @cache
 def _eigen_products() -> dict[str, str]:
-    """Leaves XLA:CPU the reductions of its second library, and its matrix products to Eigen.
+    """Compiler options with which XLA:CPU uses YNNPACK for reductions only, Eigen for products.
 
-    Those of a layer then take 0.85 of the time. Nothing where this XLA does not know the option.
+    The matrix products of a layer then take 0.85 of the time. Empty if this XLA lacks the option.
     """
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     try:
@@ -77,7 +77,11 @@ def _eigen_products() -> dict[str, str]:
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> P:
-    """Mesh axes of a parameter's logical axes; a mesh axis that comes up twice is an error."""
+    """Maps a parameter's logical axes to mesh axes.
+
+    Raises:
+      ValueError: two logical axes map to the same mesh axis.
+    """
     mesh_axes = [None if axis is None else RULES[axis] for axis in axes]
     used = [axis for axis in mesh_axes if axis is not None]
     if len(used) != len(set(used)):
@@ -90,22 +94,22 @@ def _is_axes(x: object) -> bool:
 
 
 class Devices:
-    """A mesh with the shardings that the engine uses."""
+    """A mesh, the shardings that are used on it, and transfers to and from its devices."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
         self.rows = NamedSharding(mesh, ROWS)
         self.replicated = NamedSharding(mesh, P())
-        self.head = NamedSharding(mesh, P(None, "tensor"))  # [D, V], whole but for the vocabulary
+        self.head = NamedSharding(mesh, P(None, "tensor"))  # [D, V], only the vocabulary is sharded
         self.row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._compiler_options = _eigen_products() if on_cpu else {}
 
     def parameter_shardings(self, logical_axes: Any, shapes: Any) -> Any:
-        """A `NamedSharding` per parameter.
+        """Makes a `NamedSharding` per parameter.
 
         Raises:
-          UserError: a dimension does not divide by its mesh axis.
+          UserError: a dimension is not divisible by the size of its mesh axis.
         """
 
         def one(path: Any, axes: tuple[str | None, ...], leaf: Any) -> NamedSharding:
@@ -122,13 +126,13 @@ class Devices:
         return jax.tree_util.tree_map_with_path(one, logical_axes, shapes, is_leaf=_is_axes)
 
     def put_rows(self, array: Any) -> jax.Array:
-        """Host array `[B, ...]` to devices, rows split."""
+        """Puts a host array `[B, ...]` on the devices, sharded by rows."""
         return jax.device_put(array, self.rows)
 
     def jit(self, function: Any, **options: Any) -> Any:
-        """`jax.jit`, traced and called under this mesh: attention asks it where rows lie.
+        """`jax.jit`, traced and called with this mesh set, because attention reads the mesh.
 
-        `lower` of what it returns lowers under it, too.
+        The result's `lower` sets the mesh, too; its `compiled` is the jitted function.
         """
         compiler = {**self._compiler_options, **(options.pop("compiler_options", None) or {})}
         compiled = jax.jit(function, compiler_options=compiler or None, **options)
@@ -146,7 +150,7 @@ class Devices:
         return call
 
     def fetch(self, tree: Any) -> Any:
-        """Device arrays to host, whole, on every process; one transfer for the tree."""
+        """Copies whole arrays to the host, on every process, in one transfer for the tree."""
         if jax.process_count() == 1:
             return jax.device_get(tree)
         return jax.tree.map(

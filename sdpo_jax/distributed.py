@@ -1,14 +1,14 @@
-"""Makes one run of several processes, from environment variables alone.
+"""Joins several processes to one run, as environment variables describe it.
 
-    SDPO_COORDINATOR     `host:port` of process 0, or `auto`: ask the cluster (TPU VM, GKE, Slurm)
-    SDPO_NUM_PROCESSES   processes of the run; with `host:port` only
-    SDPO_PROCESS_ID      this process, from 0; with `host:port` only
+    SDPO_COORDINATOR     `host:port` of process 0, or `auto` (TPU VM, GKE, Slurm)
+    SDPO_NUM_PROCESSES   number of processes; with `host:port` only
+    SDPO_PROCESS_ID      number of this process, from 0; with `host:port` only
 
-Without SDPO_COORDINATOR a pod is recognised by what its platform sets: more than one name in
-TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES, or more than one slice in MEGASCALE_NUM_SLICES. A TPU
-VM that was reached by ssh has none of these in its environment; `launch/tpu_vm.sh` sets `auto`.
+Without SDPO_COORDINATOR a pod is recognized by its platform's variables: more than one name in
+TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES, or more than one slice in MEGASCALE_NUM_SLICES. In an
+ssh session on a TPU VM none of these is set; `launch/tpu_vm.sh` sets `auto`.
 
-Call `initialize_from_environment` before anything asks JAX for a device.
+Call `initialize_from_environment` before the first use of a JAX device.
 """
 
 import os
@@ -33,7 +33,7 @@ _SLICES = "MEGASCALE_NUM_SLICES"
 
 
 class Cluster(NamedTuple):
-    """Where this process stands in a run; all None: JAX asks the cluster."""
+    """The arguments of `jax.distributed.initialize`; if all are None, JAX detects the cluster."""
 
     coordinator: str | None = None  # host:port
     num_processes: int | None = None
@@ -41,10 +41,10 @@ class Cluster(NamedTuple):
 
 
 def cluster_of(environment: Mapping[str, str]) -> Cluster | None:
-    """What the variables say; None for a run of one process.
+    """Reads the variables; returns None for a run of one process.
 
     Raises:
-      UserError: a variable is missing or has a value that makes no sense.
+      UserError: a variable is missing or has an impossible value.
     """
     coordinator = environment.get(COORDINATOR, "")
     if coordinator == "auto":
@@ -61,7 +61,7 @@ def cluster_of(environment: Mapping[str, str]) -> Cluster | None:
 def initialize_from_environment() -> None:
     """Joins the processes of a run; does nothing in a run of one process.
 
-    Returns when every process has joined. On CPU they talk over gloo.
+    Returns when every process has joined. On CPUs they communicate over gloo.
 
     Raises:
       UserError: see `cluster_of`; or the other processes cannot be found or reached.
@@ -87,14 +87,14 @@ def is_leader() -> bool:
 
 
 def any_process(asked: bool) -> bool:
-    """Whether any process was asked; all get one answer, so that none waits alone."""
+    """Whether `asked` is true on any process; the same answer on all, so that none waits alone."""
     if jax.process_count() == 1:
         return asked
     return bool(np.any(multihost_utils.process_allgather(np.asarray(asked))))
 
 
 def all_processes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[N], where all processes have True; the same on all of them."""
+    """`[N]`: the logical and of `mask` over all processes, the same on all of them."""
     if jax.process_count() == 1:
         return mask
     gathered = np.asarray(multihost_utils.process_allgather(mask)).reshape(-1, len(mask))
@@ -102,17 +102,17 @@ def all_processes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def of_leader(verdict: int) -> int:
-    """The first process's number, on all."""
+    """The value of the first process, on all processes."""
     if jax.process_count() == 1:
         return verdict
     return int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
 
 
 def leave(code: int) -> NoReturn:
-    """Exits; after an error in a run of several processes without waiting for the others.
+    """Exits; after an error in a run of several processes, without waiting for the others.
 
-    A normal exit first meets the others at a barrier, which they do not reach while they wait for
-    this process inside a collective: the error would show as a time-out of another process.
+    A normal exit waits for the others at a barrier. They do not reach it while they wait for this
+    process inside a collective, so the error would appear as a time-out of another process.
     """
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -146,7 +146,7 @@ def _integer(environment: Mapping[str, str], name: str, least: int) -> int:
 
 
 def _refuse(environment: Mapping[str, str], reason: str) -> None:
-    """A process id that nobody reads would train N runs in one folder."""
+    """Refuses variables that would be ignored: N processes would train N runs in one folder."""
     for name in (NUM_PROCESSES, PROCESS_ID):
         if environment.get(name):
             raise UserError(

@@ -1,9 +1,9 @@
-"""The one exception for bad input.
+"""The exception for bad input.
 
-`UserError` carries a message that says what was expected, what came, where, and what to do; the
-command line prints it without a traceback and exits with code 2.
+The message of a `UserError` names the place, the value, the expectation and a remedy. The command
+line prints it without a traceback and exits with code 2.
 """
 
 
 class UserError(Exception):
-    """Input that only the user can mend; the message holds place, value, expectation, remedy."""
+    """Bad input that the user must correct; the message names place, value and remedy."""

@@ -1,7 +1,7 @@
-"""What the engine asks of a language model: pure functions over a pytree of parameters.
+"""The interface of a language model: a NamedTuple of pure functions over a pytree of parameters.
 
-The engine (sampling, teacher, training) knows no model family. It receives a `Model`, a NamedTuple
-of functions; `sdpo_models.transformer.build_model` makes one from a `config.json`.
+Sampling, teacher and training use a `Model` and depend on no model family.
+`sdpo_models.transformer.build_model` makes one from an architecture.
 
 Dimension key, one for the project: `B` rows, `T` completion tokens, `S` full sequence, `M` packed
 tokens, `V` vocabulary, `K` top-k support, `D` width, `L` layers, `P` prompts in a step, `G`
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 Params = Any
-"""A pytree of arrays; leaves of the layer stack carry a leading `L`."""
+"""A pytree of arrays; those of the layers are stacked, with leading axis `L`."""
 
 
 class Prefix(NamedTuple):
-    """What prefill leaves behind, once per prompt, shared by its `G` rollouts."""
+    """The output of prefill: one row per prompt, shared by the `G` rollouts of the prompt."""
 
     keys: jax.Array  # [L, P, H, S, d]
     values: jax.Array  # [L, P, H, S, d]
@@ -26,28 +26,33 @@ class Prefix(NamedTuple):
 
 
 class SuffixCache(NamedTuple):
-    """Keys and values of the tokens that a rollout has produced so far."""
+    """Keys and values of the tokens that each rollout has produced so far."""
 
     keys: jax.Array  # [L, N, H, T, d]
     values: jax.Array  # [L, N, H, T, d]
 
 
 BLOCK_TOKENS = 64
-"""Queries of one block, and keys that it looks at in one go."""
+"""Number of queries in a block, and of keys that it attends to at a time."""
 
 
 class Blocks(NamedTuple):
     """Sequences laid end to end in bins `[B, S]`; several may continue the same prompt.
 
-    A row of the table is one block of up to `BLOCK_TOKENS` queries of one sequence: place of the
-    first query in its bin; number of queries; place and number of the tokens before the sequence
-    that it continues, all of which it sees (0: it continues nothing); place of the sequence's own
-    first token, from which on the block sees what is not after each query. Rows are in the order of
-    their first query, and cover every token that is to be read.
+    Each row of the table describes one block of up to `BLOCK_TOKENS` queries of one sequence. Its
+    five columns are:
+
+    0. the index in the bin of the first query;
+    1. the number of queries;
+    2. the index of the first token of the shared prompt;
+    3. the number of tokens of that prompt (0: none), all of which every query sees;
+    4. the index of the sequence's own first token; a query sees its own tokens causally from there.
+
+    Rows are ordered by their first query and cover every token whose hidden state is read.
     """
 
     table: jax.Array  # [B, K, 5] int32
-    filled: jax.Array  # [B] int32, rows of the table that are there
+    filled: jax.Array  # [B] int32, number of rows of the table in use
 
 
 class InitFn(Protocol):

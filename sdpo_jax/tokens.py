@@ -1,51 +1,52 @@
-"""What the engine asks of a tokenizer. Sampled ids are never tokenised again."""
+"""The interface of a tokenizer with a chat template. Sampled ids are never tokenized again."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-_BROKEN_CHARACTER = "\ufffd"  # what half of a multi-byte character decodes to
+_BROKEN_CHARACTER = "\ufffd"  # what an incomplete multi-byte character decodes to
 
 
 class Tokenizer(Protocol):
-    """Chats to ids, ids to text."""
+    """Renders chats to ids, encodes text and decodes ids."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a response; the one that was sampled is part of the response."""
+        """Ids that end a response; the sampled stop id is part of the response."""
         ...
 
     @property
     def end_id(self) -> int:
-        """The one of them that ends an assistant's turn, which demonstrations teach."""
+        """The stop id that ends an assistant's turn; it is appended to demonstrations."""
         ...
 
     @property
     def vocabulary(self) -> int:
-        """Number of ids."""
+        """Number of ids: the largest id plus one."""
         ...
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A chat to ids, with the assistant's header.
+        """Renders a chat to ids, ending with the header of the assistant's turn.
 
-        Contents cannot hold control tokens; assistants' turns are encoded as responses are.
+        Control tokens that a content spells stay text, except in assistants' turns, which are
+        encoded like responses.
         """
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Foreign text to ids, control tokens in it as text."""
+        """Encodes foreign text; control tokens that it spells stay text."""
         ...
 
     def encode_response(self, text: str) -> list[int]:
-        """A response as the model writes it: `<think>` is a token, what ends a turn is text."""
+        """Encodes a response as the model writes it: `<think>` is a token, stop tokens are text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text without control tokens."""
+        """Decodes ids to text without special tokens."""
         ...
 
 
 def start_of(text: str, tokenizer: Tokenizer, tokens: int) -> str:
-    """The longest start of `text` in at most `tokens` tokens, in whole characters of `text`."""
+    """The longest prefix of `text` in whole characters that has at most `tokens` tokens."""
     ids = tokenizer.encode(text)
     if len(ids) <= tokens:
         return text
@@ -53,7 +54,7 @@ def start_of(text: str, tokenizer: Tokenizer, tokens: int) -> str:
 
 
 def end_of(text: str, tokenizer: Tokenizer, tokens: int) -> str:
-    """The longest end of `text` in at most `tokens` tokens, in whole characters of `text`."""
+    """The longest suffix of `text` in whole characters that has at most `tokens` tokens."""
     ids = tokenizer.encode(text)
     if len(ids) <= tokens:
         return text

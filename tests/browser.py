@@ -109,7 +109,7 @@ class Page:
         self.requests.clear()
         before = self._loaded
         self._ask("Page.navigate", url=Path(path).resolve().as_uri())
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while self._loaded == before:
             assert time.monotonic() < deadline, "the page does not load"
             self._message()

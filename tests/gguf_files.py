@@ -56,7 +56,7 @@ def tensors_of(a, params):
 
 
 def write(path, family, fields, tensors, kind="F32"):
-    """A GGUF file; matrices in the quantisation `kind`, vectors in float32, as is usual."""
+    """A GGUF file; matrices in the quantization `kind`, vectors in float32, as is usual."""
     writer = gguf.GGUFWriter(path, family)
     for name, value in fields.items():
         if isinstance(value, bool):

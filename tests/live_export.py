@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo_jax.config import MeshConfig
 from sdpo_jax.devices import Devices, make_mesh
-from sdpo_jax.environments.bfcl import Bfcl, load_rows
+from sdpo_jax.environments.kinds.bfcl import Bfcl, load_rows
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_models.hugging_face import load_architecture, load_params
 from sdpo_models.tokenizer import ChatTokenizer

@@ -21,7 +21,7 @@ import parity
 import tiny
 
 from sdpo_models.architecture import to_hugging_face
-from sdpo_models.checkpoint_files import catalogue, read_slice
+from sdpo_models.checkpoint_files import list_tensors, read_slice
 from sdpo_models.families import is_transposed, tensor_names
 from sdpo_models.hugging_face import load_architecture, load_params, save_run, save_weights
 from sdpo_models.transformer import parameter_table
@@ -30,7 +30,7 @@ from sdpo_models.variants import VARIANTS
 
 def tensors(folder):
     """Every tensor of a folder as bytes, with its dtype."""
-    found = catalogue(folder)
+    found = list_tensors(folder)
     whole = {name: read_slice(stored, name, (slice(None),)) for name, stored in found.items()}
     return {name: (value.dtype, value.shape, value.tobytes()) for name, value in whole.items()}
 

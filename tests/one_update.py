@@ -8,50 +8,40 @@ import jax
 import numpy as np
 import optax
 import tiny
-from sdpo_jax.objectives.contexts import Contexts
-from sdpo_jax.objectives.sources import DemonstrationSource
-from sdpo_jax.training.scoring import Scorer
-from sdpo_jax.training.updates import make_update
 
-from sdpo_jax.config import (
-    Config,
-    DataConfig,
-    GrpoConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    SdpoConfig,
-    SftConfig,
-)
+from sdpo_jax.config import Config, DataConfig, OptimizerConfig, RolloutConfig
 from sdpo_jax.data.jsonl import Demonstration
-from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.devices import Devices
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.per_token import grpo_per_token, sdpo_per_token, sft_per_token
 from sdpo_jax.model import Blocks
-from sdpo_jax.objectives.sdpo import GrpoUpdates, SdpoUpdates
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig, make_objective
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
+from sdpo_jax.rollouts.sources import Demonstrations
+from sdpo_jax.run.recipes import default_config
+from sdpo_jax.teacher.contexts import SiblingContexts
 from sdpo_jax.teacher.prompts import TeacherPrompts
-from sdpo_jax.training.batch import BatchLayout, Reduction, make_tokens
+from sdpo_jax.training.batch import BatchLayout, Reduction
+from sdpo_jax.training.engine import Engine, Models
 from sdpo_jax.training.lora import full
 from sdpo_jax.training.state import (
     TrainState,
-    create_state,
     make_optimizer,
     make_teacher,
+    state_maker,
     state_shardings,
 )
 from sdpo_jax.training.step import (
     Sequences,
     Sums,
-    TrainStep,
-    follow,
-    make_train_step,
-    teacher_forward,
-    train_step,
+    UpdatePrograms,
+    forward,
+    make_update_programs,
+    run_update,
+    update_teacher,
 )
-from sdpo_jax.training.teacher_pass import TeacherPass
 from sdpo_jax.training.token_metrics import AGREEMENT, BY_TOKEN, HISTOGRAM
 
 TOKENIZER = tiny.ByteTokenizer()
@@ -91,32 +81,32 @@ class Programs(NamedTuple):
     optimizer: optax.GradientTransformation
     teacher: Any
     shardings: TrainState
-    step: TrainStep
+    step: UpdatePrograms
     forward: Any
     head: Any
-    follow: Any
-    form: BatchLayout
+    update_teacher: Any
+    layout: BatchLayout
 
 
-def programs(name, mesh=(1, 1, 1), alpha=ALPHA, **form):
-    """All forms share the programs of a mesh, as jit caches them by shape."""
+def programs(name, mesh=(1, 1, 1), alpha=ALPHA, **layout):
+    """All layouts share the programs of a mesh, as jit caches them by shape."""
     run = compiled(name, mesh, alpha)
-    return run._replace(form=run.form._replace(**form))
+    return run._replace(layout=run.layout._replace(**layout))
 
 
 @cache
 def compiled(name, mesh, alpha):
-    config = Config(
+    config = default_config(
         objective=OBJECTIVES[name],
         rollout=RolloutConfig(temperature=TEMPERATURE),
-        data=DataConfig(max_tokens=64),
+        data=DataConfig(max_tokens=64, rows_per_step=6),
         optimizer=OPTIMIZER,
     )
     devices, teacher = tiny.make_devices(*mesh), make_teacher(config)
     optimizer = make_optimizer(config.optimizer, 100)
     shardings = state_shardings(MODEL, devices, optimizer, teacher, full())
     per_token = sdpo(alpha) if name == "sdpo" else PER_TOKEN[name]
-    step = make_train_step(MODEL, per_token, METRICS[name], optimizer, full())
+    step = make_update_programs(MODEL, per_token, METRICS[name], optimizer, full())
     jit = partial(devices.jit, compiler_options=tiny.QUICK)
     whole: Any = devices.replicated
     sums = Sums(shardings.params, dict.fromkeys(METRICS[name], whole), whole, whole)
@@ -126,16 +116,18 @@ def compiled(name, mesh, alpha):
         optimizer=optimizer,
         teacher=teacher,
         shardings=shardings,
-        step=TrainStep(
+        step=UpdatePrograms(
             jit(step.gradient, out_shardings=sums),
             jit(step.start, out_shardings=sums),
             jit(step.accumulate, out_shardings=sums),
             jit(step.finish, out_shardings=(shardings, whole)),
         ),
-        forward=jit(partial(teacher_forward, MODEL), out_shardings=devices.rows),
+        forward=jit(partial(forward, MODEL), out_shardings=devices.rows),
         head=jit(MODEL.head, out_shardings=whole),
-        follow=jit(partial(follow, teacher, full()), out_shardings=shardings) if teacher else None,
-        form=BatchLayout(
+        update_teacher=jit(partial(update_teacher, teacher, full()), out_shardings=shardings)
+        if teacher
+        else None,
+        layout=BatchLayout(
             True, micro_batch_tokens=1024, head_chunk_tokens=48, shards=devices.row_shards
         ),
     )
@@ -153,7 +145,7 @@ def teacher_weights():
 
 
 @cache
-def experience():
+def rollouts():
     """Two prompts, four answers each.
 
     Rows 1, 2, 3 (sibling 0) and 5 (feedback) have a teacher signal; prompt 0 has an advantage.
@@ -180,39 +172,46 @@ def experience():
 SIGNAL = [1, 2, 3, 5]
 
 
-def sdpo_updates(run, prompts=None, reduction: Reduction = "token_mean"):
-    prompts = prompts or TeacherPrompts(run.config.teacher, TOKENIZER)
-    objective = SdpoConfig(alpha=ALPHA, reduction=reduction)
-    passes = TeacherPass(run.config, run.devices, run.form, run.forward, run.head)
-    contexts = Contexts(run.config, prompts, TOKENIZER)
-    scorer = Scorer(MODEL, run.devices, run.config.rollout.temperature)
-    return SdpoUpdates(run.config, objective, contexts, passes, scorer, run.devices)
+def engine_of(run, prompts=None):
+    """The run's engine, with the forward passes that the run has compiled."""
+    config = run.config
+    prompts = prompts or TeacherPrompts(config.teacher, TOKENIZER)
+    contexts = SiblingContexts(config.teacher)
+    engine = Engine(config, MODEL, run.devices, run.layout, TOKENIZER, prompts, contexts)
+    engine.forward, engine.head = run.forward, run.head
+    return engine
 
 
-def the_update(name, run, *, teacher=None, prompts=None, reduction: Reduction = "token_mean"):
-    """The one update of the fixed experience (or, for sft, of the fixed demonstrations)."""
+def teacher_prompts(run):
+    """What the teacher of each rollout of the fixed batch reads; None: nothing."""
+    engine, data = engine_of(run), rollouts()
+    contexts = engine.teacher_contexts(data, 0)
+    return engine.teacher_prompts.of_rollouts(data.prompts, data.group, contexts)
+
+
+def updates_of(name, run, *, teacher=None, prompts=None, reduction: Reduction = "token_mean"):
+    """Updates of the fixed rollouts (or, for sft, of the fixed demonstrations), and metrics."""
+    objective = make_objective(replace(OBJECTIVES[name], reduction=reduction))
+    engine, data = engine_of(run, prompts), rollouts()
     if name == "sft":
-        return demonstration_update(run, reduction)
-    if name == "sdpo":
-        maker = sdpo_updates(run, prompts, reduction)
-    else:
-        objective = GrpoConfig(reduction=reduction)
-        maker = GrpoUpdates(run.config, objective, run.devices, run.form)
+        data, _ = Demonstrations(run.config, demonstrations(), TOKENIZER)(None, 1, PhaseTimer())
     teacher = teacher_weights() if teacher is None else teacher
-    teacher = jax.device_put(teacher, run.shardings.params)
-    updates, _ = maker(experience(), None, teacher, step=0, clock=PhaseTimer())
+    models = Models(None, jax.device_put(teacher, run.shardings.params), None)
+    return objective.make_updates(engine, data, models, step=0, timer=PhaseTimer())
+
+
+def the_update(name, run, **given):
+    """The one update of `updates_of`."""
+    updates, _ = updates_of(name, run, **given)
     assert len(updates) == 1
     return updates[0]
 
 
-def by_hand(run, part, tokens: Any, constants: Any):
-    """An update of given pairs; `tokens(micro_batch, place)` are those of the objective."""
-
-    def placed(micro_batch):
-        place = partial(make_tokens, micro_batch=micro_batch, devices=run.devices)
-        return tokens(micro_batch, place)
-
-    return make_update(part, placed, constants, run.form, run.devices)
+def by_hand(run, mini_batch, inputs: Any, shared: Any, **given):
+    """An update of given pairs; `inputs(packed, place)` are those of the objective."""
+    engine = engine_of(run)
+    tokens = [inputs(x, partial(engine.place, packed=x)) for x in mini_batch.micro_batches]
+    return engine.update(mini_batch, tokens, shared, timer=PhaseTimer(), **given)
 
 
 def real_tokens(sequences: Sequences):
@@ -224,18 +223,12 @@ def real_tokens(sequences: Sequences):
 
 
 def fresh_state(run, params=None):
-    return create_state(
-        student() if params is None else params,
-        run.optimizer,
-        run.teacher,
-        run.shardings,
-        full(),
-        0,
-    )
+    make = state_maker(run.optimizer, run.teacher, run.shardings, full())
+    return make(student() if params is None else params, 0)
 
 
 def apply(run, update, state=None):
-    return train_step(run.step, state or fresh_state(run), update.batch, update.constants)
+    return run_update(run.step, state or fresh_state(run), update)
 
 
 def gradient_of(state):
@@ -280,12 +273,3 @@ def demonstrations():
         text = bytes(random.integers(97, 123, size=size).tolist()).decode()
         made.append(Demonstration(str(i), ({"role": "user", "content": text[::2]},), text))
     return made
-
-
-def demonstration_update(run, reduction):
-    objective = SftConfig(reduction=reduction)
-    rows = prompt_batches(demonstrations(), batch_size=6, seed=0)
-    source = DemonstrationSource(run.config, objective, rows, TOKENIZER, run.devices, run.form)
-    updates, _ = source(None, None, 0, PhaseTimer())
-    assert len(updates) == 1
-    return updates[0]

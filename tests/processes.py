@@ -5,7 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sdpo_jax.environments.sandbox.boxes import children
+from sdpo_jax.environments.sandbox.client import Executor
 
 
 def tree(pid: int) -> list[int]:
@@ -28,7 +31,7 @@ def alive(pids: list[int]) -> list[int]:
     return found
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> bool:
+def wait_until(condition: Any, seconds: float = 120.0) -> bool:
     """Whether the condition came true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -51,3 +54,21 @@ def in_background(target: Any) -> tuple[threading.Thread, list[Any]]:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread, found
+
+
+def sleep_in(executor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces each program that is sent to this executor by one whose function `f` sleeps.
+
+    A test that kills the executor then has all the time it needs, and the next executor gets the
+    programs as they are.
+    """
+    submit = Executor.submit
+
+    def submit_sleeping(self: Executor, message: dict[str, Any]) -> Any:
+        if self.process.pid == executor:
+            limits = message["limits"] | {"wall_seconds": 600.0}
+            source = "import time\ndef f(): time.sleep(600)"
+            message = message | {"source": source, "limits": limits}
+        return submit(self, message)
+
+    monkeypatch.setattr(Executor, "submit", submit_sleeping)

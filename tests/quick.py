@@ -1,31 +1,33 @@
-"""Cheap compilation, each program once, on one device: for tests that build programs anew."""
+"""Cheap compilation on one device: for tests of whole trainers, which build their programs anew.
+
+The folder of conftest.py then holds a program that another trainer has compiled already.
+"""
 
 import contextlib
 
 import jax
 import pytest
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 
+from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.training import trainer
 
 
 @contextlib.contextmanager
-def programs(folder):
-    """Inside, trainers have one device and compiled programs are kept in the folder."""
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
+def programs(*modules, sampler_of=None):
+    """Inside, what the modules build has one device; by default, trainers.
+
+    Args:
+      modules: whose `make_mesh` and `Sampler` are replaced.
+      sampler_of: a model and its stop ids: all trainers share one sampler, which keeps nothing but
+        its programs. None: each has its own.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+        model, stop_ids = sampler_of or (None, None)
+        sampler = model and Sampler(model, tiny.make_devices(), stop_ids)
+        for module in modules or (trainer,):
+            patch.setattr(module, "make_mesh", lambda config: tiny.make_devices().mesh)
+            if sampler:
+                patch.setattr(module, "Sampler", lambda *_, **options: sampler)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

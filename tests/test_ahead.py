@@ -1,20 +1,26 @@
 """`rollout.one_step_off_policy`: the next batch is sampled before an update, graded during it."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import test_loop
-from test_loop import BASE, MODEL, TOKENIZER, Toy, rows_of, start_params
+from test_loop import BASE, TOKENIZER, Toy, components_of, rows_of, start_params
 
 from sdpo_jax.errors import UserError
 from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw, redraw
-from sdpo_jax.run import loop
+from sdpo_jax.rollouts.rollout_batch import (
+    make_rollout_setup,
+    restore_rollouts,
+    start_rollouts,
+)
+from sdpo_jax.run.components import make_trainer
+from sdpo_jax.run.console import Console
+from sdpo_jax.run.loop import TrainingLoop
 from sdpo_jax.run.recipes import load_recipe
-from sdpo_jax.training.trainer import Trainer
 
 OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
 
@@ -53,7 +59,7 @@ class Watched(Toy):
 
 def train(config, environment=None, console=None):
     environment = Watched() if environment is None else environment
-    return loop.train(config, MODEL, start_params(), TOKENIZER, environment, console=console)
+    return TrainingLoop(config, components_of(start_params(), environment), console=console).train()
 
 
 def batches(config):
@@ -86,20 +92,13 @@ def test_stopped_after_any_step_a_run_repeats_the_whole_one(tmp_path):
     expected = train(whole)
     for step in range(1, whole.train.steps):
         with pytest.raises(KeyboardInterrupt):
-            loop.train(
-                broken,
-                MODEL,
-                start_params(),
-                TOKENIZER,
-                Watched(),
-                console=_Stops(broken, step + 1),
-            )
+            train(broken, console=_Stops(broken, step + 1))
     summary = train(broken)
     assert rows_of(broken) == rows_of(whole)
-    assert summary["after"] == expected["after"]
+    assert summary.after == expected.after
 
 
-class _Stops(loop.Console):
+class _Stops(Console):
     """Ends the run once the row of a step is written; its checkpoint is not."""
 
     def __init__(self, config, step):
@@ -129,18 +128,19 @@ def test_a_recipe_refuses_to_draw_ahead_of_what_a_later_turn_waits_for():
         load_recipe("configs/nano.toml", words)
 
 
-def test_a_draw_that_was_kept_is_the_same_to_the_bit():
+def test_rollouts_that_were_saved_are_restored_to_the_bit():
     config = config_of("unused")
-    trainer = Trainer(config, MODEL, TOKENIZER, Toy())
-    prompts, clock = list(Toy.train[:2]), PhaseTimer()
-    table = RolloutSetup(config.rollout, TOKENIZER, Toy(), 32)
-    drawn = draw(table, trainer.sampler, start_params(), prompts, seed=0, step=3, clock=clock)
-    again = redraw(table, prompts, drawn.to_state(), clock=clock)
-    (old, metrics), (new, same) = drawn.finish(clock), again.finish(clock)
+    trainer = make_trainer(config, components_of(start_params()))
+    prompts, timer = list(Toy.train[:2]), PhaseTimer()
+    setup = make_rollout_setup(config, TOKENIZER, Toy())
+    parts = (setup, trainer.sampler, start_params(), prompts, ThreadPoolExecutor(1))
+    pending = start_rollouts(*parts, seed=0, step=3, timer=timer)
+    restored = restore_rollouts(setup, prompts, pending.to_state(), timer)
+    (old, metrics), (new, same) = pending.finish(timer), restored.finish(timer)
     assert metrics == same
     assert old.response_ids == new.response_ids
     assert (old.texts, old.outcomes) == (new.texts, new.outcomes)
     for a, b in zip(old.log_probs, new.log_probs, strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match="rollouts of other prompts"):
-        redraw(table, prompts[:1], drawn.to_state(), clock=clock)
+        restore_rollouts(setup, prompts[:1], pending.to_state(), timer)

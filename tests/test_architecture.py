@@ -26,7 +26,10 @@ JAX_ALONE = [m for m in MODULES if m == FACADE or m.startswith("sdpo_jax.losses"
 
 def imports(path):
     """Absolute names of everything that a file imports, anywhere in it; of modules by their own."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    if path == MODULES[FACADE]:  # `load` and `train` are imported when they are used
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""Attention in blocks is a softmax over each whole sequence: values, gradients, on any mesh."""
+"""Attention in blocks equals a softmax over each sequence: values, gradients, on any mesh."""
 
 from functools import cache
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.data.packing import Pair, lay_end_to_end, lay_in_rows
+from sdpo_jax.data.packing import Pair, pack_rows, pack_shared_prompts
 from sdpo_jax.model import BLOCK_TOKENS, Blocks
 from sdpo_models.attention import blocks_attention
 
@@ -43,21 +43,23 @@ def sequences(prompts):
 def blocks():
     """The table of BINS, with room to spare."""
     random = np.random.default_rng(0)
-    pairs = [
+    bins = [
         [
             Pair(ids, tiny.random_ids(random, own + 1))
             for prompt, others in prompts
             for ids in [tiny.random_ids(random, prompt)]
-            # A response's last token is not laid: one token alone continues nothing.
+            # A response's last token is not packed: a response of one token continues nothing.
             for own in others or [0]
         ]
         for prompts in BINS
     ]
-    laid = lay_end_to_end(pairs)
-    assert laid.table is not None and laid.tokens.shape[1] <= WIDTH
+    pairs = [pair for members in bins for pair in members]
+    numbers = iter(range(len(pairs)))
+    packed = pack_shared_prompts(pairs, [[next(numbers) for _ in members] for members in bins])
+    assert packed.table is not None and packed.tokens.shape[1] <= WIDTH
     table = np.zeros((len(BINS), ROWS, 5), np.int32)
-    table[:, : laid.table.shape[1]] = laid.table
-    return Blocks(table, laid.blocks)
+    table[:, : packed.table.shape[1]] = packed.table
+    return Blocks(table, packed.blocks)
 
 
 @cache
@@ -150,7 +152,7 @@ def test_a_traced_flag_says_whether_the_layer_slides_along_prompt_and_response(w
         assert_close(got, reference(*arrays(), window=window if slides else None))
 
 
-def test_what_the_table_holds_beyond_its_count_is_ignored():
+def test_rows_of_the_table_beyond_its_count_are_ignored():
     table, filled = blocks()
     spoilt = np.where(np.arange(ROWS)[None, :, None] < filled[:, None, None], table, 77)
     assert not np.array_equal(spoilt, table)
@@ -158,7 +160,7 @@ def test_what_the_table_holds_beyond_its_count_is_ignored():
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_what_stands_outside_of_all_sequences_changes_nothing():
+def test_tokens_outside_all_sequences_change_nothing():
     away = ~in_sequences()[:, :, None, None]
     spoilt = [np.where(away, np.float32(1e3), x) for x in arrays()]
     got, expected = (compiled()(*x, blocks()) for x in (spoilt, arrays()))
@@ -210,28 +212,29 @@ def test_a_mesh_of_rows_and_heads_changes_nothing(shape):
 
 
 def two_forms(seed=0):
-    """The same pairs end to end and in packed rows, `(tokens, positions, attention, take)` each."""
+    """The same pairs end to end and in rows, `(tokens, positions, attention, targets)` each."""
     random = np.random.default_rng(seed)
     first, second = tiny.random_ids(random, BLOCK_TOKENS + 6), tiny.random_ids(random, 3)
     sizes = [(first, 4), (first, BLOCK_TOKENS + 9), (second, 1), (second, 6)]
-    bins = [[Pair(prompt, tiny.random_ids(random, n)) for prompt, n in sizes]]
-    end_to_end, rows = lay_end_to_end(bins), lay_in_rows(bins, width=192)
+    pairs = [Pair(prompt, tiny.random_ids(random, n)) for prompt, n in sizes]
+    members = [list(range(len(pairs)))]
+    end_to_end, rows = pack_shared_prompts(pairs, members), pack_rows(pairs, members)
     assert end_to_end.blocks is not None and rows.segments is not None
     blocks = Blocks(end_to_end.table, end_to_end.blocks)
     return [
-        jax.tree.map(jnp.asarray, (laid.tokens, laid.positions, attention, laid.take[0]))
-        for laid, attention in ((end_to_end, blocks), (rows, rows.segments))
+        jax.tree.map(jnp.asarray, (p.tokens, p.positions, attention, p.target_positions[0]))
+        for p, attention in ((end_to_end, blocks), (rows, rows.segments))
     ]
 
 
 def gradients_and_values(model, inputs):
     """`params -> (gradients, predictions)`; every prediction counts, each differently."""
-    tokens, positions, attention, take = inputs
+    tokens, positions, attention, targets = inputs
 
     def loss(params):
         hidden = model.hidden(params, tokens, positions, attention)
-        taken = hidden.reshape(-1, hidden.shape[-1])[take]
-        return jnp.sum(jnp.sin(taken + jnp.arange(len(take), dtype=jnp.float32)[:, None])), taken
+        taken = hidden.reshape(-1, hidden.shape[-1])[targets]
+        return jnp.sum(jnp.sin(taken + jnp.arange(len(targets), dtype=jnp.float32)[:, None])), taken
 
     return jax.grad(loss, has_aux=True)
 
@@ -259,22 +262,22 @@ def test_the_model_in_blocks_is_the_model_in_packed_segments(family):
 
 @pytest.mark.parametrize("form", ["blocks", "segments"])
 @pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
-def test_places_that_are_asked_for_have_the_values_and_gradients_of_all_places(form, remat):
+def test_target_positions_have_the_values_and_gradients_of_all_positions(form, remat):
     """In blocks the last layer then ends with these tokens; olmo3 has norms after its products."""
     architecture = tiny.FAMILIES["olmo3"]
     model, params = tiny.make_model(architecture, remat=remat), tiny.make_params(architecture)
-    tokens, positions, attention, take = two_forms()[form == "segments"]
+    tokens, positions, attention, targets = two_forms()[form == "segments"]
 
     def loss(params, early):
         if early:
-            targets = {"target_positions": take[None]}
-            taken = model.hidden(params, tokens, positions, attention, **targets)[0]
+            select = {"target_positions": targets[None]}
+            taken = model.hidden(params, tokens, positions, attention, **select)[0]
         else:
             hidden = model.hidden(params, tokens, positions, attention)
-            taken = hidden.reshape(-1, hidden.shape[-1])[take]
-        return jnp.sum(jnp.sin(taken + jnp.arange(len(take), dtype=jnp.float32)[:, None])), taken
+            taken = hidden.reshape(-1, hidden.shape[-1])[targets]
+        return jnp.sum(jnp.sin(taken + jnp.arange(len(targets), dtype=jnp.float32)[:, None])), taken
 
-    assert take.size < tokens.size
+    assert targets.size < tokens.size
     both = tiny.quick_jit(lambda p: [jax.grad(loss, has_aux=True)(p, x) for x in (True, False)])
     got, expected = both(params)
     assert_same(got, expected, atol=1e-5)
@@ -284,7 +287,7 @@ POLICIES = ["dots", "full", "offload"]
 
 
 @pytest.mark.parametrize("form", ["blocks", pytest.param("segments", marks=pytest.mark.slow)])
-def test_what_the_backward_pass_makes_again_changes_neither_value_nor_gradient(form):
+def test_rematerialization_changes_neither_value_nor_gradient(form):
     architecture = tiny.FAMILIES["olmo3"]
     params, inputs = tiny.make_params(architecture), two_forms()[form == "segments"]
 

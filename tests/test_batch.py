@@ -1,7 +1,5 @@
 """Pairs in fixed shapes: lengths alone say what is text, and every token meets its target."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
@@ -11,11 +9,11 @@ from sdpo_jax.data.packing import TOKEN_STEP, Pair
 from sdpo_jax.model import Blocks
 from sdpo_jax.training.batch import (
     BatchLayout,
-    MicroBatchPlan,
     make_sequences,
-    make_tokens,
-    plan,
+    place_tokens,
     reduction_weights,
+    repack,
+    split_micro_batches,
 )
 
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7]]
@@ -23,7 +21,12 @@ RESPONSES = [[1, 2], [3, 4, 0], [0]]  # 0 ends a response here, and it is also w
 PAIRS = [Pair(*x) for x in zip(PROMPTS, RESPONSES, strict=True)]
 SHARED = BatchLayout(share_prompts=True, micro_batch_tokens=1024, head_chunk_tokens=5, shards=1)
 PACKED = SHARED._replace(share_prompts=False)
-FORMS = pytest.mark.parametrize("form", [SHARED, PACKED], ids=["shared", "packed"])
+LAYOUTS = pytest.mark.parametrize("layout", [SHARED, PACKED], ids=["shared", "packed"])
+
+
+def shape_of(packed):
+    """What the lengths alone decide."""
+    return packed.members, packed.chunks, packed.chunk_tokens, packed.filled
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,11 @@ def devices():
 
 
 def test_a_micro_batch_by_hand_with_shared_prompts(devices):
-    (micro_batch,) = plan(PAIRS, SHARED)
+    (micro_batch,) = split_micro_batches(PAIRS, SHARED)
     # Room for as many predictions as tokens, in chunks of 5; six of them fill two.
     chunks = -(-TOKEN_STEP // 5)
-    assert micro_batch == MicroBatchPlan([[0, 1, 2]], chunks, chunk_tokens=5, filled=2)
-    tokens, positions, attention, take = make_sequences(PAIRS, micro_batch, SHARED, devices)
+    assert shape_of(micro_batch) == ([[0, 1, 2]], chunks, 5, 2)
+    tokens, positions, attention, take = make_sequences(repack(PAIRS, micro_batch, SHARED), devices)
     assert tokens.shape == positions.shape == (1, TOKEN_STEP) and take.shape == (1, chunks, 5)
     assert tokens[0, :8].tolist() == [5, 6, 7, 1, 8, 3, 4, 0]
     assert positions[0, :8].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
@@ -44,14 +47,14 @@ def test_a_micro_batch_by_hand_with_shared_prompts(devices):
     # The last prompt token predicts the first response token; nothing is read at the last one.
     assert take[0, :2].tolist() == [[2, 3, 4, 5, 6], [2, 0, 0, 0, 0]]
     assert not take[0, 2:].any()
-    targets = make_tokens(RESPONSES, micro_batch, np.int32, devices)
+    targets = place_tokens(RESPONSES, micro_batch, np.int32, devices)
     assert targets[0, :2].tolist() == [[1, 2, 3, 4, 0], [0, 0, 0, 0, 0]]
 
 
 def test_a_micro_batch_by_hand_in_packed_rows(devices):
-    (micro_batch,) = plan(PAIRS, PACKED)
-    assert micro_batch == MicroBatchPlan([[0, 1, 2]], chunks=13, chunk_tokens=5, filled=2)
-    tokens, positions, segments, take = make_sequences(PAIRS, micro_batch, PACKED, devices)
+    (micro_batch,) = split_micro_batches(PAIRS, PACKED)
+    assert shape_of(micro_batch) == ([[0, 1, 2]], 13, 5, 2)
+    tokens, positions, segments, take = make_sequences(repack(PAIRS, micro_batch, PACKED), devices)
     assert isinstance(segments, jax.Array)
     assert tokens.shape == positions.shape == segments.shape == (1, 64)
     assert tokens[0, :14].tolist() == [5, 6, 7, 1, 2, 8, 3, 4, 0, 5, 6, 7, 0, 0]
@@ -60,29 +63,34 @@ def test_a_micro_batch_by_hand_in_packed_rows(devices):
     assert take[0, :2].tolist() == [[2, 3, 5, 6, 7], [11, 0, 0, 0, 0]]
 
 
-@FORMS
+@LAYOUTS
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_each_taken_place_predicts_its_target(form, shards):
+def test_each_taken_place_predicts_its_target(layout, shards):
     """For a student's and a teacher's prompts, which lie in their own ways."""
     random, devices = np.random.default_rng(0), tiny.make_devices(data=shards)
-    form = form._replace(shards=shards, micro_batch_tokens=64)
+    layout = layout._replace(shards=shards, micro_batch_tokens=64)
     responses = [tiny.random_ids(random, n) for n in (1, 7, 16, 20, 3, 11, 30, 2, 9, 40)]
     lengths = [3, 1, 20, 5, 9, 7, 12, 2, 30, 4]
     prompts = [tiny.random_ids(random, n) for n in lengths]
     pairs = [Pair(prompts[i // 2], r) for i, r in enumerate(responses)]
     taught = [Pair(prompts[9 - i // 3] * 4, r) for i, r in enumerate(responses)]
-    micro_batches = plan(pairs, form)
+    micro_batches = split_micro_batches(pairs, layout)
     assert len(micro_batches) > 1 or shards == 4
     assert sorted(i for m in micro_batches for s in m.members for i in s) == list(range(10))
     for micro_batch in micro_batches:
-        targets = make_tokens(responses, micro_batch, np.int32, devices)
+        targets = place_tokens(responses, micro_batch, np.int32, devices)
         assert targets.shape == (shards, micro_batch.chunks, micro_batch.chunk_tokens)
         for chosen in (pairs, taught):
-            sequences = make_sequences(chosen, micro_batch, form, devices)
-            assert sequences.take.shape == targets.shape
+            sequences = make_sequences(repack(chosen, micro_batch, layout), devices)
+            assert sequences.target_positions.shape == targets.shape
             tokens, positions, take, target = (
                 np.asarray(x).reshape(shards, -1)
-                for x in (sequences.tokens, sequences.positions, sequences.take, targets)
+                for x in (
+                    sequences.tokens,
+                    sequences.positions,
+                    sequences.target_positions,
+                    targets,
+                )
             )
             for shard, members in enumerate(micro_batch.members):
                 flat = [(chosen[i], t) for i in members for t in range(len(chosen[i].response))]
@@ -97,12 +105,14 @@ def test_each_taken_place_predicts_its_target(form, shards):
                 assert positions[shard, here].tolist() == places
 
 
-@FORMS
-def test_a_stop_id_equal_to_the_padding_id_changes_nothing(form, devices):
+@LAYOUTS
+def test_a_stop_id_equal_to_the_padding_id_changes_nothing(layout, devices):
     renamed = [p._replace(response=[i or 60 for i in p.response]) for p in PAIRS]
-    ((micro_batch,), other) = (plan(pairs, form) for pairs in (PAIRS, renamed))
-    assert other == [micro_batch]
-    a, b = (make_sequences(pairs, micro_batch, form, devices) for pairs in (PAIRS, renamed))
+    ((micro_batch,), other) = (split_micro_batches(pairs, layout) for pairs in (PAIRS, renamed))
+    assert [shape_of(x) for x in other] == [shape_of(micro_batch)]
+    a, b = (
+        make_sequences(repack(pairs, micro_batch, layout), devices) for pairs in (PAIRS, renamed)
+    )
     for x, y in zip(jax.tree.leaves(a[1:]), jax.tree.leaves(b[1:]), strict=True):
         np.testing.assert_array_equal(x, y)
     restored = np.where(np.asarray(b.tokens) == 60, 0, b.tokens)
@@ -111,12 +121,12 @@ def test_a_stop_id_equal_to_the_padding_id_changes_nothing(form, devices):
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="pair 1 has an empty prompt"):
-        plan([Pair([1], [2]), Pair([], [2])], SHARED)
+        split_micro_batches([Pair([1], [2]), Pair([], [2])], SHARED)
 
 
-@FORMS
-def test_no_pairs_make_no_micro_batch(form):
-    assert plan([], form._replace(shards=4)) == []
+@LAYOUTS
+def test_no_pairs_make_no_micro_batch(layout):
+    assert split_micro_batches([], layout._replace(shards=4)) == []
 
 
 # Lengths as rollouts have them: most are short, some reach the limit.
@@ -131,10 +141,10 @@ def long_tail(longest, count=512, siblings=8, prompt=64):
     return [Pair([i // siblings] * prompt, [1] * int(n)) for i, n in enumerate(lengths)]
 
 
-def sizes_of(pairs, form, devices):
+def sizes_of(pairs, layout, devices):
     """Places that each micro-batch computes, and how many of them hold a token."""
-    for micro_batch in plan(pairs, form):
-        sequences = make_sequences(pairs, micro_batch, form, devices)
+    for micro_batch in split_micro_batches(pairs, layout):
+        sequences = make_sequences(repack(pairs, micro_batch, layout), devices)
         if isinstance(sequences.attention, Blocks):
             table, filled = (np.asarray(x) for x in sequences.attention)
             real = sum(rows[:n, 1].sum() for rows, n in zip(table, filled, strict=True))
@@ -143,15 +153,15 @@ def sizes_of(pairs, form, devices):
         yield sequences.tokens.size, int(real), micro_batch
 
 
-@FORMS
+@LAYOUTS
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("longest", [1024, 4096])
-def test_of_what_is_computed_at_most_an_eighth_and_a_bit_is_padding(form, shards, longest):
+def test_of_what_is_computed_at_most_an_eighth_and_a_bit_is_padding(layout, shards, longest):
     pairs, devices = long_tail(longest), tiny.make_devices(data=shards)
-    form = form._replace(shards=shards, micro_batch_tokens=8192, head_chunk_tokens=1024)
-    computed, real, micro_batches = zip(*sizes_of(pairs, form, devices), strict=True)
+    layout = layout._replace(shards=shards, micro_batch_tokens=8192, head_chunk_tokens=1024)
+    computed, real, micro_batches = zip(*sizes_of(pairs, layout, devices), strict=True)
     responses = sum(len(r) for _, r in pairs)
-    if form.share_prompts:
+    if layout.share_prompts:
         # Siblings that do not fit together repeat their prompt: a percent.
         want = 64 * 64 + responses - 512
         assert want <= sum(real) < 1.02 * want
@@ -171,41 +181,43 @@ def test_of_what_is_computed_at_most_an_eighth_and_a_bit_is_padding(form, shards
 
 
 def test_a_plan_is_a_function_of_the_lengths():
-    pairs, form = long_tail(1024, count=64), SHARED._replace(shards=2, micro_batch_tokens=512)
+    pairs, layout = long_tail(1024, count=64), SHARED._replace(shards=2, micro_batch_tokens=512)
     for share in (True, False):
-        cut = partial(plan, form=form._replace(share_prompts=share))
+        layout = layout._replace(share_prompts=share)
         renamed = [Pair([n + 100 for n in p], [7] * len(r)) for p, r in pairs]
-        assert cut(pairs) == cut(list(pairs)) == cut(renamed)
+        cuts = [split_micro_batches(x, layout) for x in (pairs, list(pairs), renamed)]
+        shapes = [[shape_of(x) for x in cut] for cut in cuts]
+        assert shapes[0] == shapes[1] == shapes[2]
 
 
-@FORMS
-def test_a_pair_longer_than_the_limit_is_computed_all_the_same(form, devices):
+@LAYOUTS
+def test_a_pair_longer_than_the_limit_is_computed_all_the_same(layout, devices):
     pairs = [Pair([1], [2] * 300), Pair([1], [3] * 10), Pair([4], [5] * 10)]
-    micro_batches = plan(pairs, form._replace(micro_batch_tokens=64))
+    micro_batches = split_micro_batches(pairs, layout._replace(micro_batch_tokens=64))
     assert sorted(i for m in micro_batches for s in m.members for i in s) == [0, 1, 2]
     assert all(any(m.members) for m in micro_batches)
 
 
-@FORMS
-def test_every_shard_has_rows_and_some_may_hold_nothing(form):
-    devices, form = tiny.make_devices(data=4, fsdp=2), form._replace(shards=8)
-    (micro_batch,) = plan(PAIRS, form)
+@LAYOUTS
+def test_every_shard_has_rows_and_some_may_hold_nothing(layout):
+    devices, layout = tiny.make_devices(data=4, fsdp=2), layout._replace(shards=8)
+    (micro_batch,) = split_micro_batches(PAIRS, layout)
     assert len(micro_batch.members) == 8
-    sequences = make_sequences(PAIRS, micro_batch, form, devices)
-    assert sequences.tokens.shape[0] % 8 == 0 and sequences.take.shape[0] == 8
+    sequences = make_sequences(repack(PAIRS, micro_batch, layout), devices)
+    assert sequences.tokens.shape[0] % 8 == 0 and sequences.target_positions.shape[0] == 8
     assert len(sequences.tokens.sharding.device_set) == 8
     assert not sequences.tokens.sharding.is_fully_replicated
     # A chunk of the head holds about as many tokens as was asked for, over all shards.
-    assert micro_batch.chunk_tokens == form.head_chunk_tokens
+    assert micro_batch.chunk_tokens == layout.head_chunk_tokens
 
 
 def test_chunks_hold_more_predictions_than_tokens_were_laid(devices):
     """Many short siblings: a prompt's end predicts the first token of each."""
     pairs = [Pair([1], [2, 3])] * (TOKEN_STEP - 1)
-    (micro_batch,) = plan(pairs, SHARED)
-    sequences = make_sequences(pairs, micro_batch, SHARED, devices)
+    (micro_batch,) = split_micro_batches(pairs, SHARED)
+    sequences = make_sequences(repack(pairs, micro_batch, SHARED), devices)
     predictions = 2 * len(pairs)
-    assert sequences.tokens.size == TOKEN_STEP < predictions <= sequences.take.size
+    assert sequences.tokens.size == TOKEN_STEP < predictions <= sequences.target_positions.size
     assert micro_batch.filled == -(-predictions // 5)
 
 

@@ -9,11 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdpo_jax.config.environments import BfclEnvironment
-from sdpo_jax.environments import bfcl
 from sdpo_jax.environments.base import Outcome
-from sdpo_jax.environments.bfcl import Bfcl, Row, is_held_out, load_rows, question, reference_call
-from sdpo_jax.environments.function_calls import (
+from sdpo_jax.environments.bfcl_calls import (
     MALFORMED,
     MAX_CHARACTERS,
     Call,
@@ -21,6 +18,16 @@ from sdpo_jax.environments.function_calls import (
     example,
     parse_call,
     write_call,
+)
+from sdpo_jax.environments.kinds import bfcl
+from sdpo_jax.environments.kinds.bfcl import (
+    Bfcl,
+    BfclConfig,
+    Row,
+    is_held_out,
+    load_rows,
+    question,
+    reference_call,
 )
 from sdpo_jax.environments.registry import make_environment
 from sdpo_jax.errors import UserError
@@ -338,7 +345,7 @@ def test_other_data_than_expected_is_refused_with_its_place(change, message, tmp
 def test_without_the_package_one_message_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps 'bfcl-eval>="):
-        make_environment(BfclEnvironment())
+        make_environment(BfclConfig())
     with pytest.raises(UserError, match=r"cannot be read .*another version of bfcl-eval"):
         load_rows(tmp_path)
 
@@ -346,7 +353,7 @@ def test_without_the_package_one_message_says_how_to_get_it(monkeypatch, tmp_pat
 def test_a_recipe_names_the_environment(monkeypatch, tmp_path):
     write_data(tmp_path, *([line] for line in lines()))
     monkeypatch.setattr(bfcl, "data_folder", lambda: tmp_path)
-    config = BfclEnvironment(train_prompts=1, held_out_prompts=0)
+    config = BfclConfig(train_prompts=1, held_out_prompts=0)
     assert [p.id for p in make_environment(config).train] == ["trip"]
 
 
@@ -357,7 +364,7 @@ def test_every_setting_of_a_recipe_reaches_the_environment(monkeypatch, tmp_path
     limit = sorted(len(question(row)) for row in rows())[30]
     made = {"train_prompts": 7, "held_out_prompts": 3, "seed": 5, "max_prompt_characters": limit}
     for reveal, hint in ((True, "; expected 3"), (False, "")):
-        there = make_environment(BfclEnvironment(reveal_expected=reveal, **made))
+        there = make_environment(BfclConfig(reveal_expected=reveal, **made))
         here = Bfcl(rows(), **made)
         assert (there.train, there.held_out) == (here.train, here.held_out)
         assert there.train != Bfcl(rows(), **made | {"seed": 0}).train
@@ -365,7 +372,7 @@ def test_every_setting_of_a_recipe_reaches_the_environment(monkeypatch, tmp_path
         feedback = there.grade(there.train[0], wrong).feedback
         assert feedback == f"days: wrong value 4{hint}"
     with pytest.raises(UserError, match=rf"train_prompts: 40, .*max_prompt_characters = {limit};"):
-        make_environment(BfclEnvironment(**made | {"train_prompts": 40}))
+        make_environment(BfclConfig(**made | {"train_prompts": 40}))
 
 
 # The real rows

@@ -286,7 +286,7 @@ def test_kill_at_any_moment_leaves_a_restorable_directory(tmp_path, seed):
         assert process.stdout is not None and process.stderr is not None
         ready = process.stdout.readline()
         assert ready == "ready\n", process.stderr.read()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while Checkpoints(tmp_path).steps()[-1:] <= [last] and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(wait.random() * 0.3)

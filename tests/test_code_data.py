@@ -14,15 +14,15 @@ from typing import Any
 import numpy
 import pytest
 
-from sdpo_jax.config.environments import NanoCodeEnvironment
 from sdpo_jax.environments.code import human_eval
-from sdpo_jax.environments.code.environment import Code
 from sdpo_jax.environments.code.livecodebench import (
     hidden_tests,
     pickled_string,
     read_problems,
 )
 from sdpo_jax.environments.code.problems import Equals, InBox, Prints
+from sdpo_jax.environments.kinds.code import Code
+from sdpo_jax.environments.kinds.nano_code import NanoCodeConfig
 from sdpo_jax.environments.registry import make_environment
 from sdpo_jax.environments.sandbox import open_sandbox
 from sdpo_jax.environments.sandbox.protocol import Call, Run
@@ -343,6 +343,6 @@ def test_programs_of_a_recipe_import_numpy_through_its_mounts(tmp_path):
 
 
 def test_a_mount_of_a_recipe_that_is_no_folder_is_one_error_with_its_key(tmp_path):
-    config = NanoCodeEnvironment(mounts=(str(tmp_path / "gone"),))
+    config = NanoCodeConfig(mounts=(str(tmp_path / "gone"),))
     with pytest.raises(UserError, match=r"gone.*environment\.mounts.* is no folder here"):
         make_environment(config)

@@ -8,10 +8,10 @@ from sdpo_jax.environments.base import (
     GradesTruncatedBatches,
     HasReferences,
 )
-from sdpo_jax.environments.code.environment import Code
 from sdpo_jax.environments.code.feedback import CUT_OFF, NO_PROGRAM
 from sdpo_jax.environments.code.problems import Case, Equals, InBox, Prints, Problem
 from sdpo_jax.environments.grading import Grader
+from sdpo_jax.environments.kinds.code import Code
 from sdpo_jax.environments.sandbox import open_sandbox
 from sdpo_jax.environments.sandbox.protocol import (
     Call,

@@ -1,4 +1,4 @@
-"""Compiled programs: a run repeated compiles nothing, and who may say where they are kept."""
+"""A repeated run compiles nothing, and settings of JAX take precedence over the default cache."""
 
 import io
 import json
@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from sdpo_jax.compilation import Compilation, CompileCounter, persistent_cache
 from sdpo_jax.rollouts.phase_timer import is_time
-from sdpo_jax.run.console import COLUMNS, Console
+from sdpo_jax.run.console import Console
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.run_directory import SUMMARY
 
@@ -38,12 +39,17 @@ def settings():
 
 @pytest.fixture(autouse=True)
 def no_settings_of_jax(monkeypatch):
+    """Without the folder of conftest.py, and without the environment's."""
     for name in [*OURS, "jax_enable_compilation_cache"]:
         monkeypatch.delenv(name.upper(), raising=False)
+    folder = settings()[FOLDER]
+    jax.config.update(FOLDER, None)
+    compilation_cache.reset_cache()
     before = settings()
-    assert before[FOLDER] is None
     yield
     assert settings() == before
+    jax.config.update(FOLDER, folder)
+    compilation_cache.reset_cache()
 
 
 def refuse(text):
@@ -155,7 +161,7 @@ def test_a_counter_closes_though_somebody_has_removed_its_listeners():
 
 def test_a_line_says_what_a_step_compiled():
     stream = io.StringIO()
-    console = Console(COLUMNS["sdpo"], steps=60, stream=stream)
+    console = Console(["reward"], steps=60, stream=stream)
     console.compilation(1, *Compilation(0, 14, 0.736))
     console.compilation(7, *Compilation(1, 2, 6.2))
     assert stream.getvalue() == (

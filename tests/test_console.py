@@ -8,8 +8,8 @@ import pytest
 
 from sdpo_jax.config import RolloutConfig, TrainConfig
 from sdpo_jax.evaluation.metric_table import METRICS, duration, metric_of, text_of
-from sdpo_jax.objectives import SftConfig
-from sdpo_jax.run.console import COLUMNS, Console, batch_arithmetic
+from sdpo_jax.objectives import OBJECTIVES, SftConfig
+from sdpo_jax.run.console import Console, batch_arithmetic
 from sdpo_jax.run.recipes import default_config
 
 STEP = {
@@ -23,6 +23,9 @@ STEP = {
     "seconds_teacher": 0.31,
     "seconds_train": 0.65,
 }
+
+
+COLUMNS = {name: make(settings()).columns for name, (settings, make) in OBJECTIVES.items()}
 
 
 def plain(objective="sdpo"):
@@ -198,8 +201,8 @@ def test_a_terminal_gets_the_table_unless_it_asks_for_plain_text(monkeypatch):
 
 def test_the_plain_face_does_not_import_rich():
     code = (
-        "import io, sys; from sdpo_jax.run.console import COLUMNS, Console\n"
-        "Console(COLUMNS['sdpo'], steps=1, stream=io.StringIO()).step({'step': 1})\n"
+        "import io, sys; from sdpo_jax.run.console import Console\n"
+        "Console(['reward'], steps=1, stream=io.StringIO()).step({'step': 1})\n"
         "assert 'rich' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -108,11 +108,12 @@ def test_the_command_writes_the_picture(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["out.svg"], ["out.png", "A=x"], ["out.svg", "x"], ["out.svg", "A=x", "--metric"]]
+    "argv", [[], ["out.svg"], ["out.png", "A=x"], ["out.svg", "x"], ["out.svg", "A=x", "--metric"]]
 )
-def test_words_that_do_not_fit_print_the_usage(words):
-    with pytest.raises(UserError, match="expected `python -m sdpo_jax"):
-        main(words)
+def test_arguments_that_do_not_fit_print_the_usage(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2 and "usage: python -m sdpo_jax" in capsys.readouterr().err
 
 
 def test_a_file_without_the_metric_says_what_it_has(tmp_path):

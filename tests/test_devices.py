@@ -1,4 +1,4 @@
-"""What does not fit the mesh is refused with both values; what fits lies where the table says."""
+"""Arrays are sharded by the table of rules; sizes that do not fit are refused with both values."""
 
 from dataclasses import replace
 

@@ -13,10 +13,13 @@ from functools import cache
 
 import jax
 import pytest
+import quick
 import tiny
 from command import ROOT
-from jax.experimental.compilation_cache import compilation_cache
 
+from sdpo_jax.cli import COMMANDS
+from sdpo_jax.commands.command import parse
+from sdpo_jax.commands.discover import read_options
 from sdpo_jax.compilation import CompileCounter
 from sdpo_jax.config import (
     EvaluationConfig,
@@ -27,14 +30,14 @@ from sdpo_jax.config import (
 )
 from sdpo_jax.discovery import baselines
 from sdpo_jax.discovery import runner as discover_command
-from sdpo_jax.discovery.options import Options, find_questions, parse
+from sdpo_jax.discovery.options import Options, find_questions
 from sdpo_jax.discovery.runner import discover, read_cells
-from sdpo_jax.discovery.test_time import Tally, TestTimeTraining, cell_seed
+from sdpo_jax.discovery.test_time import QuestionTrainer, Tally, cell_seed
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import Grader
 from sdpo_jax.errors import UserError
 from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
-from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run.components import RunComponents
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training import trainer as trainer_module
 
@@ -65,28 +68,10 @@ NEVER = 10**9
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    """One device, cheap compilation, and each program compiled once for the whole file."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", tiny.quick_jit)
-        # A sampler keeps nothing but its programs, so that all runs may share one.
-        sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        for module in (trainer_module, discover_command):
-            patch.setattr(module, "make_mesh", lambda config: tiny.make_devices().mesh)
-            patch.setattr(module, "Sampler", lambda *_, **options: sampler)
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def quick_programs():
+    """One device, cheap compilation, one sampler."""
+    with quick.programs(trainer_module, discover_command, sampler_of=(MODEL, TOKENIZER.stop_ids)):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @cache
@@ -116,7 +101,7 @@ def training(name):
     """One for each objective, with the environment that it asks: tests set its odds."""
     toy = Toy()
     config = make_config(objective=OBJECTIVES[name])
-    return TestTimeTraining(config, MODEL, TOKENIZER, toy, start_params()), toy
+    return QuestionTrainer(config, MODEL, TOKENIZER, toy, start_params()), toy
 
 
 def quiet(generations, budget):
@@ -173,21 +158,21 @@ def test_a_success_in_the_first_step_is_that_of_samples_of_the_start_model(objec
 @pytest.mark.parametrize(("objective", "moves"), [("sdpo", 1), ("grpo", 0)])
 def test_sdpo_learns_before_any_reward_and_grpo_does_not(objective, moves, monkeypatch):
     train, toy = training(objective)
-    toy.odds, rows, step = NEVER, [], train._trainer.step
+    toy.odds, rows, learn = NEVER, [], train._trainer.learn
 
-    def record(state, number):
-        state, row = step(state, number)
+    def record(*arguments, **settings):
+        state, row = learn(*arguments, **settings)
         rows.append(row)
         return state, row
 
-    monkeypatch.setattr(train._trainer, "step", record)
+    monkeypatch.setattr(train._trainer, "learn", record)
     cell = train(toy.train[0], 1, 12, quiet)
     assert (cell.first, cell.generations, cell.passed) == (None, 12, (0, 0, 0))
-    # The last step's update would serve nobody.
-    assert [row["updates"] for row in rows] == [moves, moves, 0]
+    # The update of the last step would be of no use.
+    assert [row["updates"] for row in rows] == [moves, moves]
     assert all(row["grad_norm"] > 0 for row in rows if row["updates"])
     if objective == "sdpo":  # without a success nothing but feedback is shown
-        assert all(row["shown/feedback"] == 1.0 for row in rows[:2])
+        assert all(row["shown/feedback"] == 1.0 for row in rows)
 
 
 def test_a_cell_starts_from_the_same_weights_whatever_ran_before():
@@ -200,7 +185,7 @@ def test_a_cell_starts_from_the_same_weights_whatever_ran_before():
 
 def test_a_second_question_and_a_second_seed_compile_nothing():
     toy = Toy(NEVER)
-    train = TestTimeTraining(make_config(), MODEL, TOKENIZER, toy, start_params())
+    train = QuestionTrainer(make_config(), MODEL, TOKENIZER, toy, start_params())
     with CompileCounter() as counter:
         train(toy.train[0], 1, 12, quiet)
         assert counter.since_mark()[:2] != (0, 0)
@@ -212,7 +197,7 @@ def test_a_second_question_and_a_second_seed_compile_nothing():
 def test_supervised_training_is_no_method_for_a_question():
     config = make_config(objective=SftConfig())
     with pytest.raises(UserError, match="objective sft: expected one that learns from rollouts"):
-        TestTimeTraining(config, MODEL, TOKENIZER, Toy(), start_params())
+        QuestionTrainer(config, MODEL, TOKENIZER, Toy(), start_params())
 
 
 METHODS = ("sdpo", "best_of_k", "multi_turn_feedback")
@@ -221,9 +206,9 @@ METHODS = ("sdpo", "best_of_k", "multi_turn_feedback")
 def run(run_dir, *, environment=None, methods=METHODS, seeds=(1,), say=lambda line: None):
     toy = environment or Toy(odds=23)
     options = Options(("t0", "h0"), seeds, 16, methods, samples=20)
-    parts = {"model": MODEL, "params": start_params, "tokenizer": TOKENIZER, "environment": toy}
+    components = RunComponents(MODEL, start_params, TOKENIZER, toy)
     questions = find_questions(toy, options.questions)
-    return discover(make_config(run_dir), options, questions, parts, say)
+    return discover(make_config(run_dir), options, questions, components, say)
 
 
 class Crash(Exception):
@@ -280,7 +265,9 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
     options = Options(("t0",), (1,), 16, ("best_of_k",), 16)
     other = replace(make_config(tmp_path), optimizer=OptimizerConfig(learning_rate=1.0))
     with pytest.raises(UserError, match=r"optimizer\.learning_rate"):
-        discover(other, options, Toy().train[:1], {})
+        discover(
+            other, options, Toy().train[:1], RunComponents(MODEL, start_params, TOKENIZER, Toy())
+        )
 
 
 def test_a_line_that_is_no_cell_is_named(tmp_path):
@@ -296,14 +283,19 @@ def test_an_unknown_question_is_refused_with_near_ones():
     assert "4 to train on, 1 held out" in str(error.value)
 
 
+def parsed(words):
+    """The recipe as it runs and the options of a command line."""
+    return read_options(parse(COMMANDS, ["discover", *words]))
+
+
 def test_a_recipe_becomes_one_with_a_single_question_in_a_step(tmp_path):
     words = [RECIPE, "--question", "a", "b", "a", "--seeds", "3", "--budget=100"]
-    config, options = parse([*words, "--rollout.prompts-per-step", "8", "--seed", "5"])
+    config, options = parsed([*words, "--rollout.prompts-per-step", "8", "--seed", "5"])
     assert config.rollout.prompts_per_step == 1 and config.seed == 5
     assert config.train.steps * config.rollout.rollouts_per_prompt >= 100
     assert options == Options(("a", "b"), (1, 2, 3), 100, ("sdpo",), 100)
     words = [RECIPE, "--method", "grpo", "best_of_k", "--question", "a", "--seeds", "7", "9"]
-    _, options = parse([*words, "--samples", "40", "--run-dir", str(tmp_path)])
+    _, options = parsed([*words, "--samples", "40", "--run-dir", str(tmp_path)])
     assert options == Options(("a",), (7, 9), 512, ("grpo", "best_of_k"), 40)
     assert options.budget_of("best_of_k") == 40 and options.budget_of("grpo") == 512
 
@@ -311,21 +303,22 @@ def test_a_recipe_becomes_one_with_a_single_question_in_a_step(tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "expected a recipe first"),
-        (["--question", "a"], "expected a recipe first"),
-        ([RECIPE], "expected --question with at least one id"),
-        ([RECIPE, "--question"], "expected --question with at least one id"),
+        ([], "required: RECIPE, --question"),
+        (["--question", "a"], "--question: expected the recipe first"),
+        ([RECIPE], "required: --question"),
+        ([RECIPE, "--question"], "--question: expected at least one argument"),
         ([RECIPE, "--question", "a", "--method", "sdpi"], "--method sdpi: expected some of sdpo"),
-        ([RECIPE, "--question", "a", "--budget", "many"], "--budget many: expected one positive"),
-        ([RECIPE, "--question", "a", "--samples", "0"], "--samples 0: expected one positive"),
-        ([RECIPE, "--question", "a", "--seeds", "-1"], "--seeds -1: expected how many"),
-        ([RECIPE, "--question", "a", "--seeds"], "--seeds : expected how many"),
+        ([RECIPE, "--question", "a", "--budget", "many"], "--budget: many: expected a positive"),
+        ([RECIPE, "--question", "a", "--samples", "0"], "--samples: 0: expected a positive"),
+        ([RECIPE, "--question", "a", "--seeds", "-1"], "--seeds: -1: expected how many"),
+        ([RECIPE, "--question", "a", "--seeds", "0"], "--seeds 0: expected how many"),
+        ([RECIPE, "--question", "a", "--seeds"], "--seeds: expected at least one argument"),
         ([RECIPE, "--question", "a", "--bugdet", "4"], "bugdet"),
     ],
 )
 def test_an_option_that_does_not_fit_gets_one_message(words, expected):
     with pytest.raises(UserError) as error:
-        parse(words)
+        parsed(words)
     assert expected in str(error.value)
 
 

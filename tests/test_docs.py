@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import test_architecture
 
 import sdpo_jax
 import sdpo_jax.losses
@@ -67,3 +68,27 @@ def test_the_table_of_equations_names_functions_and_tests_that_exist():
     for cells in rows("equations.md"):
         for name in names(cells[-1]):
             assert name in defined or not name.startswith("test_"), name
+
+
+def architecture(heading):
+    """Text under a heading of docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def test_the_architecture_page_lists_the_rooms_from_top_to_bottom():
+    listed = re.findall(r"^\* `(\w+)`", architecture("Rooms"), re.M)
+    assert listed == list(test_architecture.ROOMS)
+
+
+def test_a_step_passes_at_most_twelve_files():
+    steps = re.findall(r"^(\d+)\. `([^`]+)`", architecture("One SDPO step"), re.M)
+    assert [int(number) for number, _ in steps] == list(range(1, len(steps) + 1))
+    assert steps[0][1].endswith("trainer.py") and 1 < len(steps) <= 12
+
+
+def test_the_architecture_page_is_short_and_names_files_that_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    paths = [t for t in re.findall(r"`([^`]+)`", text) if "/" in t]
+    assert [t for t in paths if not (ROOT / t).exists()] == []
+    assert len(paths) > 25 and len(text.split()) < 900

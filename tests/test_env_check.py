@@ -10,8 +10,8 @@ import pytest
 from sdpo_jax.cli import main
 from sdpo_jax.environments.base import Outcome, Prompt, Step, not_graded
 from sdpo_jax.environments.check import ATTACKS, PROGRAMS, check, report
+from sdpo_jax.environments.kinds.tool_calls import ToolCalls
 from sdpo_jax.environments.template import Sums
-from sdpo_jax.environments.tool_calls import ToolCalls
 
 
 def sdpo(capsys, *words):
@@ -96,7 +96,7 @@ FAULTS = {
     "escapes in feedback": (
         Faulty(grade=wrapped(lambda p, r, o: o._replace(feedback=r[:50]))),
         "feedback is clean",
-        "clean what you quote",
+        "sanitize what you quote",
     ),
     "an address in feedback": (
         Faulty(grade=saying(lambda prompt: "<object at 0x7f00deadbeef>")),
@@ -192,7 +192,7 @@ def test_the_template_is_written_and_passes_its_check(tmp_path, capsys):
     assert code == 0 and "problem" not in out and "700 train, 200 held out" in out
     code, _, err = sdpo(capsys, "env", "template", str(path))
     assert code == 2 and "expected the name of a new file" in err
-    assert sdpo(capsys, "env", "template")[1].startswith('"""An environment in one file')
+    assert sdpo(capsys, "env", "template")[1].startswith('"""A template for your own')
 
 
 def test_a_problem_is_exit_code_two(tmp_path, capsys):
@@ -230,13 +230,13 @@ def test_a_recipe_is_checked_with_its_options(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "expected `sdpo env check"),
-        (["chek"], "expected `sdpo env check"),
-        (["check"], "expected `sdpo env check"),
+        ([], "usage: sdpo env check"),
+        (["chek"], "invalid choice: 'chek'"),
+        (["check"], "expected a file: `sdpo env check"),
         (["template", "a.py", "b.py"], "b.py: unexpected argument"),
         (["template", "a.txt"], "a.txt: expected the name of a new file, with .py"),
         (["check", "none.py"], "no such file"),
-        (["check", "none.py", "--x", "1"], "--x: options go with a recipe"),
+        (["check", "none.py", "--x", "1"], "--x: settings go with a recipe"),
         (["check", "none.toml"], "no such recipe"),
     ],
 )

@@ -4,29 +4,24 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
+import jax
 import numpy as np
 import pytest
 import tiny
-from sdpo_jax.objectives.sources import RolloutSource
-from sdpo_jax.training.updates import split_mini_batches
 
 from sdpo_jax.config import EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.config.checks import problems
-from sdpo_jax.config.environments import (
-    BfclEnvironment,
-    EnvironmentConfig,
-    FileEnvironment,
-    MathEnvironment,
-    McqEnvironment,
-    ToolCallsEnvironment,
-    ToolUseEnvironment,
-)
 from sdpo_jax.config.resolved import to_toml
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import Grader, refuse_failures
-from sdpo_jax.environments.registry import ENVIRONMENTS, make_environment, settings_of
+from sdpo_jax.environments.kinds.bfcl import BfclConfig
+from sdpo_jax.environments.kinds.file import FileConfig
+from sdpo_jax.environments.kinds.math import MathConfig
+from sdpo_jax.environments.kinds.mcq import McqConfig
+from sdpo_jax.environments.kinds.tool_calls import ToolCallsConfig
+from sdpo_jax.environments.kinds.tool_use import ToolUseConfig
+from sdpo_jax.environments.registry import KINDS, make_environment, settings_of
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.evaluator import Graded, accuracy_metrics
 from sdpo_jax.losses.policy_gradient import group_advantages
@@ -35,9 +30,10 @@ from sdpo_jax.rollouts.diagnostics import environment_metrics
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.rollouts.sampler import HostRollouts
+from sdpo_jax.rollouts.sources import GradedRollouts
 from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_jax.teacher.context import choose_context
-from sdpo_jax.training.batch import BatchLayout
+from sdpo_jax.training.batch import BatchLayout, split_mini_batches
 
 TOKENIZER = tiny.ByteTokenizer()
 GROUP = 4
@@ -211,9 +207,13 @@ def test_the_mean_of_a_group_is_over_its_graded_siblings():
     assert not found[[1, 4, 6, 8, 9, 10, 11]].any()
 
 
+def split(batch, active, reduction):
+    worth, layout = np.ones_like(active), BatchLayout(False, 64, 8, 1)
+    return split_mini_batches(batch, 1, layout, active=active, worth=worth, reduction=reduction)
+
+
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_graded(reduction):
-    config, form = default_config(), BatchLayout(False, 64, 8, 1)
     failed = [2, 5, 6]
     outcomes = [FAILED if i in failed else RIGHT for i in range(2 * GROUP)]
     whole = experience(outcomes)
@@ -224,8 +224,7 @@ def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_grade
     active = np.arange(2 * GROUP) != 3
 
     def parts(batch, rows):
-        on = active[rows]
-        return split_mini_batches(config, batch, on, np.ones_like(on), reduction, form)
+        return split(batch, active[rows], reduction)
 
     alone = whole._replace(
         prompt_ids=[whole.prompt_ids[i] for i in kept],
@@ -236,7 +235,8 @@ def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_grade
     )
     (found,), (expected,) = parts(whole, np.arange(2 * GROUP)), parts(alone, kept)
     assert found.rows == [kept[i] for i in expected.rows]
-    assert (found.pairs, found.micro_batches) == (expected.pairs, expected.micro_batches)
+    assert found.pairs == expected.pairs
+    jax.tree.map(np.testing.assert_array_equal, found.micro_batches, expected.micro_batches)
     assert found.denominator == expected.denominator
     for one, other in zip(found.weights, expected.weights, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -244,12 +244,7 @@ def test_an_update_is_that_of_the_batch_without_the_rows_that_could_not_be_grade
 
 def test_a_batch_of_which_nothing_could_be_graded_makes_no_update():
     batch, rows = experience([FAILED] * GROUP), np.ones(GROUP, np.bool_)
-    assert (
-        split_mini_batches(
-            default_config(), batch, rows, rows, "sequence_mean", BatchLayout(False, 64, 8, 1)
-        )
-        == []
-    )
+    assert split(batch, rows, "sequence_mean") == []
     assert not graded_advantages(batch).any()
 
 
@@ -302,27 +297,20 @@ class Script:
 
 
 def step_of(environment, *answers, share=0.2):
-    """What the rows of one step are, and its metrics."""
-    seen = []
-
-    def updates(experience, params, teacher_params, *, step, clock):
-        seen.append(experience)
-        return [], {}
-
+    """The rollouts of one step, and its metrics."""
     config = default_config(
-        rollout=RolloutConfig(rollouts_per_prompt=len(answers)),
-        environment=ToolCallsEnvironment(max_failed_share=share),
+        rollout=RolloutConfig(prompts_per_step=2, rollouts_per_prompt=len(answers)),
+        environment=ToolCallsConfig(max_failed_share=share),
     )
-    batches = iter([list(Quiz.train)])
-    source = RolloutSource(config, batches, environment, TOKENIZER, Script(*answers), updates)
-    return seen, source(None, None, 1, PhaseTimer())[1]
+    source = GradedRollouts(config, environment, TOKENIZER, Script(*answers))
+    return source(None, 1, PhaseTimer())
 
 
 def test_a_step_counts_failures_and_means_over_the_rest():
-    (seen,), metrics = step_of(Quiz(), "y", "n", "n", "fail", share=0.25)
+    rollouts, metrics = step_of(Quiz(), "y", "n", "n", "fail", share=0.25)
     assert metrics["environment/failed"] == 0.25
     assert metrics["reward"] == metrics["success"] == pytest.approx(1 / 3)
-    assert seen.graded.tolist() == [True, True, True, False] * 2
+    assert rollouts.graded.tolist() == [True, True, True, False] * 2
     assert step_of(Quiz(), "y", "n")[1]["environment/failed"] == 0.0
     assert "reward" not in step_of(Quiz(), "fail", share=1.0)[1]
 
@@ -333,16 +321,18 @@ def test_a_step_above_the_share_makes_no_update():
 
 
 def test_the_environment_is_told_which_responses_were_cut():
-    (seen,), _ = step_of(Batches(), "a", "y")
-    assert [o.feedback for o in seen.outcomes] == ["cut: p a", "", "cut: q a", ""]
+    rollouts, _ = step_of(Batches(), "a", "y")
+    first, second = (prompt.id for prompt in rollouts.prompts)
+    feedback = [outcome.feedback for outcome in rollouts.outcomes]
+    assert feedback == [f"cut: {first} a", "", f"cut: {second} a", ""]
 
 
 # Settings
 
 
-def test_every_kind_has_a_maker_and_its_defaults_round_trip(tmp_path):
-    kinds = [cls() for cls in get_args(EnvironmentConfig)]
-    assert {kind.kind for kind in kinds} == set(ENVIRONMENTS)
+def test_the_defaults_of_every_kind_round_trip(tmp_path):
+    kinds = [kind.settings() for kind in KINDS.values()]
+    assert [kind.kind for kind in kinds] == [*KINDS]
     path = tmp_path / "x.toml"
     for kind in kinds:
         config = default_config(environment=kind, evaluation=EvaluationConfig(prompts=1))
@@ -375,7 +365,7 @@ def test_an_option_may_choose_the_environment(tmp_path):
     path = tmp_path / "x.toml"
     path.write_text("")
     words = ["--environment.kind=file", "--environment.path", "a.py", "--environment.workers=3"]
-    assert load_recipe(path, words).environment == FileEnvironment(path="a.py", workers=3)
+    assert load_recipe(path, words).environment == FileConfig(path="a.py", workers=3)
 
 
 def test_help_shows_the_settings_of_the_recipes_kind(tmp_path, capsys):
@@ -388,7 +378,7 @@ def test_help_shows_the_settings_of_the_recipes_kind(tmp_path, capsys):
     assert "--environment.families" not in text
 
 
-@pytest.mark.parametrize("kind", [MathEnvironment(), ToolUseEnvironment()])
+@pytest.mark.parametrize("kind", [MathConfig(), ToolUseConfig()])
 def test_a_kind_that_needs_files_says_which_setting_names_them(kind):
     with pytest.raises(UserError, match=r'environment\.train = "": expected a path'):
         make_environment(kind)
@@ -398,11 +388,11 @@ def test_a_kind_that_needs_files_says_which_setting_names_them(kind):
 
 def test_a_folder_that_is_not_there_is_told_by_the_kind_that_reads_it(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        make_environment(McqEnvironment(source=str(tmp_path / "none")))
+        make_environment(McqConfig(source=str(tmp_path / "none")))
 
 
 def test_bfcl_takes_all_its_rows_by_default():
-    assert (BfclEnvironment().train_prompts, BfclEnvironment().held_out_prompts) == (311, 89)
+    assert (BfclConfig().train_prompts, BfclConfig().held_out_prompts) == (311, 89)
 
 
 # Files
@@ -411,7 +401,7 @@ def test_bfcl_takes_all_its_rows_by_default():
 def made(folder, text, seed=0):
     path = folder / "mine.py"
     path.write_text(text)
-    return make_environment(FileEnvironment(path=str(path), seed=seed))
+    return make_environment(FileConfig(path=str(path), seed=seed))
 
 
 HEAD = """
@@ -467,5 +457,5 @@ def test_a_file_that_holds_no_environment_says_what_is_missing(text, expected, t
 
 def test_a_file_that_is_not_there_tells_how_to_make_one(tmp_path):
     with pytest.raises(UserError, match=r"no such file.*`sdpo env template mine\.py`"):
-        make_environment(FileEnvironment(path=str(tmp_path / "mine.py")))
+        make_environment(FileConfig(path=str(tmp_path / "mine.py")))
     assert os.listdir(tmp_path) == []

@@ -7,7 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from sdpo_jax.evaluation import estimators, measures, report
+from benchmarks.claims import forgetting
+from sdpo_jax.evaluation import estimators, report
 from sdpo_jax.evaluation.estimators import (
     Measure,
     best_at_k,
@@ -17,6 +18,7 @@ from sdpo_jax.evaluation.estimators import (
     pass_at_k,
     wilson_interval,
 )
+from sdpo_jax.rollouts import diagnostics
 
 
 def by_enumeration(items, k, value):
@@ -34,7 +36,7 @@ def bounds(found):
     return found.low, found.high
 
 
-@pytest.mark.parametrize("module", [estimators, measures, report])
+@pytest.mark.parametrize("module", [estimators, report, diagnostics, forgetting])
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.failed == 0 and result.attempted > 0

@@ -7,13 +7,13 @@ from importlib import util
 
 import pytest
 
-from sdpo_jax.environments.bfcl import Bfcl, Row, is_held_out
-from sdpo_jax.environments.function_calls import MAX_CHARACTERS
-from sdpo_jax.environments.math_answers import Math, Problem
-from sdpo_jax.environments.mcq import Mcq, Question
-from sdpo_jax.environments.tool_calls import Task as CallTask
-from sdpo_jax.environments.tool_calls import ToolCalls
-from sdpo_jax.environments.tool_use import Task, ToolCall, ToolUse
+from sdpo_jax.environments.bfcl_calls import MAX_CHARACTERS
+from sdpo_jax.environments.kinds.bfcl import Bfcl, Row, is_held_out
+from sdpo_jax.environments.kinds.math import Math, Problem
+from sdpo_jax.environments.kinds.mcq import Mcq, Question
+from sdpo_jax.environments.kinds.tool_calls import Task as CallTask
+from sdpo_jax.environments.kinds.tool_calls import ToolCalls
+from sdpo_jax.environments.kinds.tool_use import Task, ToolCall, ToolUse
 
 CUT = "The response was cut off at the length limit. Be shorter and end with "
 LETTERS = "<answer>X</answer>, where X is A, B or C and nothing else"
@@ -31,7 +31,7 @@ def mcq(**settings):
     [
         ({}, "<answer>A</answer>", ""),
         ({}, "<answer>B</answer>", ""),
-        ({"say_wrong": True}, "<answer>B</answer>", "Option B is wrong."),
+        ({"report_incorrect": True}, "<answer>B</answer>", "Option B is wrong."),
         ({}, "A", f"No answer found. End with {LETTERS}."),
         ({}, "<answer> </answer>", f"The answer is empty. End with {LETTERS}."),
         ({}, "<answer>E</answer>", f'"E" is not one of the letters. End with {LETTERS}.'),
@@ -56,7 +56,7 @@ REFUSED = "The answer in the box was not checked: "
     [
         ({}, r"\boxed{18}", ""),
         ({}, r"\boxed{19}", ""),
-        ({"say_wrong": True}, r"\boxed{19}", "The answer 19 is wrong."),
+        ({"report_incorrect": True}, r"\boxed{19}", "The answer 19 is wrong."),
         ({"reveal_expected": True}, r"\boxed{19}", "The answer 19 is wrong. Expected: 18"),
         ({}, "18", f"No answer found. {BOXED}"),
         ({}, r"\boxed{ }", f"The box is empty. {BOXED}"),
@@ -93,7 +93,7 @@ def tool_use():
 
 def gym():
     pytest.importorskip("reasoning_gym")
-    from sdpo_jax.environments.gym import ReasoningGym
+    from sdpo_jax.environments.kinds.reasoning_gym import ReasoningGym
 
     made = ReasoningGym(
         ["gcd", "decimal_chain_sum", "number_sorting", "n_queens", "countdown"], 5, 0
@@ -151,7 +151,7 @@ def test_reasoning_gym(family, response, feedback):
 
 
 def test_a_cut_response_is_told_the_form_unless_its_answer_is_right():
-    made, prompt = mcq(say_wrong=True)
+    made, prompt = mcq(report_incorrect=True)
     for response in ("<answer>", "<answer>B</answer>"):
         assert made.grade_truncated(prompt, response).feedback == f"{CUT}{LETTERS}."
     assert made.grade_truncated(prompt, "<answer>A</answer> and").feedback == ""

@@ -1,4 +1,4 @@
-"""A GGUF file comes in with the numbers that its quantisation means, or is refused by name."""
+"""A GGUF file is converted with the values that its quantization encodes, or refused by name."""
 
 import json
 import random
@@ -89,7 +89,7 @@ def test_tensors_are_called_what_ggufs_own_table_calls_them(family):
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_a_quantised_file_gives_what_its_blocks_mean(kind, tokenizer, tmp_path):
+def test_a_quantized_file_gives_what_its_blocks_mean(kind, tokenizer, tmp_path):
     path, params = write(tmp_path / "m.gguf", tokenizer, kind=kind)
     file, (_, loaded) = GgufFile(path), converted(path)
     reader = gguf.GGUFReader(path)
@@ -273,15 +273,15 @@ def test_a_file_that_does_not_fit_is_named_with_what_does_not(change, parts, tok
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("number", "part"), [(24, "quantisation I8"), (99, "number 99")])
-def test_an_unsupported_quantisation_is_named_with_its_tensor(number, part, tokenizer, tmp_path):
+@pytest.mark.parametrize(("number", "part"), [(24, "quantization I8"), (99, "number 99")])
+def test_an_unsupported_quantization_is_named_with_its_tensor(number, part, tokenizer, tmp_path):
     path, _ = write(tmp_path / "m.gguf", tokenizer)
     data, name = bytearray(path.read_bytes()), b"blk.1.ffn_up.weight"
     at = data.index(name) + len(name) + 4 + 16  # after the number of dimensions and two of them
     assert struct.unpack_from("<I", data, at) == (0,)
     struct.pack_into("<I", data, at, number)
     path.write_bytes(data)
-    with pytest.raises(UserError, match=rf"blk\.1\.ffn_up\.weight is in quantisation.*{part[-3:]}"):
+    with pytest.raises(UserError, match=rf"blk\.1\.ffn_up\.weight is in quantization.*{part[-3:]}"):
         convert(path, tmp_path / "out")
 
 

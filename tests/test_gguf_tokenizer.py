@@ -10,7 +10,13 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from sdpo_jax.errors import UserError
 from sdpo_models.gguf.file import GgufFile
-from sdpo_models.gguf.tokenizer import CUTS, LLAMA3_CUTS, build_tokenizer, special_ids, stop_ids
+from sdpo_models.gguf.tokenizer import (
+    LLAMA3_PATTERN,
+    PRE_TOKENIZERS,
+    build_tokenizer,
+    special_ids,
+    stop_ids,
+)
 from sdpo_models.tokenizer import ChatTokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
@@ -25,7 +31,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "gpt-2": {"pre": GPT2},
     "smollm": {"pre": pre_tokenizers.Sequence([DIGITS, GPT2])},
     "qwen2": {"pre": gguf_files.split(PRETOKENIZE_REGEX), "nfc": True},
-    "llama-bpe": {"pre": gguf_files.split(LLAMA3_CUTS), "ignore_merges": True},
+    "llama-bpe": {"pre": gguf_files.split(LLAMA3_PATTERN), "ignore_merges": True},
 }
 
 
@@ -49,9 +55,9 @@ def test_ids_are_those_of_the_tokenizer_that_was_written(name, tmp_path):
     assert len(rebuilt) == reference.get_vocab_size()
 
 
-def test_the_cuts_differ_where_the_families_do():
+def test_pre_tokenizers_differ_where_the_families_do():
     def pieces(name, text):
-        return [piece for piece, _ in CUTS[name].pre_tokenizer().pre_tokenize_str(text)]
+        return [piece for piece, _ in PRE_TOKENIZERS[name].pre_tokenizer().pre_tokenize_str(text)]
 
     assert pieces("gpt-2", "x  12345") == ["x", "Ġ", "Ġ12345"]
     assert pieces("smollm", "x  12345") == ["x", "ĠĠ", "1", "2", "3", "4", "5"]

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from sdpo_jax.errors import UserError
 from sdpo_models import checkpoint_files, hugging_face
 from sdpo_models.architecture import to_hugging_face
-from sdpo_models.checkpoint_files import INDEX, WEIGHTS, catalogue, read_slice
+from sdpo_models.checkpoint_files import INDEX, WEIGHTS, list_tensors, read_slice
 from sdpo_models.hugging_face import load_architecture, load_params, save_run, save_weights
 from sdpo_models.nano import FOLDER as NANO
 from sdpo_models.tokenizer import ChatTokenizer
@@ -89,7 +89,7 @@ def refused(folder, architecture=tiny.ARCHITECTURE):
 
 def all_bytes(folder):
     """Every tensor of a folder with its dtype and shape."""
-    whole = {n: read_slice(stored, n, (slice(None),)) for n, stored in catalogue(folder).items()}
+    whole = {n: read_slice(stored, n, (slice(None),)) for n, stored in list_tensors(folder).items()}
     return {name: (value.dtype, value.shape, value.tobytes()) for name, value in whole.items()}
 
 
@@ -359,7 +359,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
     assert all(word in message for word in words)
 
 
-def test_a_quantised_tensor_is_named_with_its_type(folder):
+def test_a_quantized_tensor_is_named_with_its_type(folder):
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(folder, lambda tensors: tensors.update({name: np.zeros((48, 32), np.int8)}))
     message = refused(folder)

@@ -3,7 +3,6 @@
 import os
 import shlex
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ def run(script, *words, **variables):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 
@@ -77,12 +76,10 @@ def test_local_processes_get_the_words_and_their_place(tmp_path):
 
 
 def test_a_process_that_fails_takes_its_siblings_with_it(tmp_path):
-    body = f'[ "$SDPO_PROCESS_ID" = 0 ] || exit 7\necho $$ > {tmp_path}/pid\nexec sleep 50'
-    began = time.monotonic()
+    body = f'[ "$SDPO_PROCESS_ID" = 0 ] || exit 7\necho $$ > {tmp_path}/pid\nexec sleep 3000'
     done = run("local_processes.sh", "r.toml", PROCESSES="3", SDPO=fake_sdpo(tmp_path, body))
     assert done.returncode == 7
     assert "ended with code 7; stopping the others" in done.stderr
-    assert time.monotonic() - began < 40
 
 
 @pytest.mark.parametrize("missing", TPU)

@@ -31,18 +31,19 @@ from sdpo_jax.config import (
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.errors import UserError
-from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig, make_objective
 from sdpo_jax.rollouts.phase_timer import is_time
-from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run import loop
+from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.console import Console
+from sdpo_jax.run.loop import TrainingLoop
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.recipes import default_config
-from sdpo_jax.run.run_ref import find
+from sdpo_jax.run.run_ref import Best, find_run
+from sdpo_jax.run.stop_signals import stop_signals
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.state import from_saved, to_saved
-from sdpo_jax.training.step import make_train_step
-from sdpo_jax.training.trainer import Trainer
+from sdpo_jax.training.step import make_update_programs
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
@@ -89,13 +90,14 @@ def start_params():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    """One device, cheap compilation, and each program compiled once for the whole file."""
-    # A sampler keeps nothing but its programs, so that all runs may share one.
-    with quick.programs(tmp_path_factory.mktemp("compiled")), pytest.MonkeyPatch.context() as patch:
-        sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        patch.setattr(trainer_module, "Sampler", lambda *_, **options: sampler)
+def quick_programs():
+    """One device, cheap compilation, one sampler."""
+    with quick.programs(sampler_of=(MODEL, TOKENIZER.stop_ids)):
         yield
+
+
+def columns_of(config):
+    return make_objective(config.objective).columns
 
 
 class Crash(Exception):
@@ -107,7 +109,7 @@ class QuietConsole(Console):
 
     def __init__(self, config, crash_after=None, then=None):
         self.text = io.StringIO()
-        super().__init__(config.objective.name, steps=config.train.steps, stream=self.text)
+        super().__init__(columns_of(config), steps=config.train.steps, stream=self.text)
         self._crash_after, self._then = crash_after, then
 
     def step(self, row):
@@ -131,10 +133,15 @@ def run(config, *, params=None, crash_after=None, then=None):
     """Trains; the summary, and what was printed."""
     console = QuietConsole(config, crash_after, then)
     params = start_params() if params is None else params
-    summary = loop.train(
-        config, MODEL, params, TOKENIZER, Toy(), demonstrations=DEMONSTRATIONS, console=console
-    )
+    with stop_signals() as stop:
+        summary = TrainingLoop(config, components_of(params), console=console).train(stop)
     return summary, console.text.getvalue()
+
+
+def components_of(params, environment=None):
+    """The components of a run of the tiny model."""
+    load = params if callable(params) else lambda: params
+    return RunComponents(MODEL, load, TOKENIZER, environment or Toy(), DEMONSTRATIONS)
 
 
 def rows_of(config, kind=None):
@@ -153,7 +160,7 @@ def saved_steps(config):
 
 def restore(config, step=None):
     """The newest saved step with its state; it must be `step`, if given."""
-    trainer = Trainer(config, MODEL, TOKENIZER, Toy(), DEMONSTRATIONS)
+    trainer = make_trainer(config, components_of(start_params()))
     template = trainer.initial_state(start_params())
     with loop.Checkpoints(Path(config.run_dir) / "checkpoints") as checkpoints:
         restored = checkpoints.restore(to_saved(template))
@@ -188,7 +195,7 @@ def assert_same_result(config, summary, expected):
     assert rows_of(config) == rows_of(other)
     assert_equal(restore(config, STEPS).state, restore(other, STEPS).state)
     same = ("complete", "steps", "generations", "before", "after")
-    assert {key: summary[key] for key in same} == {key: other_summary[key] for key in same}
+    assert [getattr(summary, key) for key in same] == [getattr(other_summary, key) for key in same]
 
 
 # Resuming
@@ -203,7 +210,7 @@ def test_a_run_with_adapters_resumes_exactly_and_its_checkpoints_hold_adapters_a
         run(broken, crash_after=2)
     run(broken)
     assert rows_of(broken) == rows_of(config)
-    trainer = Trainer(config, MODEL, TOKENIZER, Toy(), DEMONSTRATIONS)
+    trainer = make_trainer(config, components_of(start_params()))
     template = trainer.initial_state(start_params())
     with loop.Checkpoints(Path(config.run_dir) / "checkpoints") as checkpoints:
         restored = checkpoints.restore(to_saved(template))
@@ -256,7 +263,7 @@ def test_asked_to_stop_a_run_saves_its_step_and_goes_on_exactly(number, whole, t
     before = signal.getsignal(number)
     summary, text = run(config, crash_after=2, then=partial(os.kill, os.getpid(), number))
     assert signal.getsignal(number) == before
-    assert not summary["complete"] and summary["steps"] == 2 == saved_steps(config)[-1]
+    assert not summary.complete and summary.steps == 2 == saved_steps(config)[-1]
     assert "stopped   after step 2; saved. The same command goes on." in text
     assert not (Path(config.run_dir) / "summary.json").exists()
     summary, _ = run(config)
@@ -266,7 +273,7 @@ def test_asked_to_stop_a_run_saves_its_step_and_goes_on_exactly(number, whole, t
 def test_a_run_with_more_steps_goes_on_from_the_shorter_one(whole, tmp_path):
     config = make_config(tmp_path / "run", train={"steps": 2})
     summary, _ = run(config)
-    assert summary["complete"] and summary["steps"] == 2
+    assert summary.complete and summary.steps == 2
     config = make_config(tmp_path / "run")
     summary, text = run(config)
     assert "resumed   from step 2" in text
@@ -280,9 +287,32 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_reports(w
     summary, text = run(config)
     assert f"step 1/{STEPS}" not in text
     assert rows_of(config) == before
-    assert (
-        summary["after"] == expected["after"] and (Path(config.run_dir) / "summary.json").exists()
-    )
+    assert summary.after == expected.after and (Path(config.run_dir) / "summary.json").exists()
+
+
+def test_a_failure_before_the_first_new_step_keeps_the_result_of_a_finished_run(
+    tmp_path, monkeypatch
+):
+    config = make_config(tmp_path / "run", train={"steps": 2}, checkpoint={"every_steps": 2})
+    run(config)
+    kept = (tmp_path / "run" / "summary.json").read_text()
+    more = make_config(tmp_path / "run", train={"steps": 5}, checkpoint={"every_steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_trainer", lambda *_: fail())
+        with pytest.raises(Crash):
+            run(more)
+    assert (tmp_path / "run" / "summary.json").read_text() == kept
+    with pytest.raises(Crash):  # one step further, of which nothing is saved
+        run(more, crash_after=3)
+    assert (tmp_path / "run" / "summary.json").read_text() == kept
+    with pytest.raises(Crash):  # step 4 is saved: the run has gone beyond its result
+        run(more, crash_after=5)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(more)[0].complete
+
+
+def fail():
+    raise Crash
 
 
 # The best checkpoint
@@ -294,18 +324,17 @@ ACCURACIES = (0.1, 0.5, 0.9, 0.3, 0.4)
 @pytest.fixture
 def rising_and_falling(monkeypatch):
     """Evaluations of a run that learns and then forgets."""
-    monkeypatch.setattr(
-        Trainer, "evaluate", lambda self, state, step: {"accuracy": ACCURACIES[step]}
-    )
+    evaluate = lambda trainer, evaluator, state, step: {"accuracy": ACCURACIES[step]}  # noqa: E731
+    monkeypatch.setattr(loop, "evaluate", evaluate)
 
 
 def test_the_best_step_is_saved_kept_and_named(rising_and_falling, tmp_path):
     config = make_config(tmp_path / "run", checkpoint={"every_steps": 99, "keep": 1})
     summary, text = run(config)
     assert saved_steps(config) == [2, 3]
-    assert summary["best"] == {"step": 2, "accuracy": 0.9}
+    assert summary.best == Best(2, 0.9)
     assert f"sdpo eval {config.run_dir}@best   # 90.0 % after step 2" in text
-    assert find(f"{config.run_dir}@best").step == 2
+    assert find_run(f"{config.run_dir}@best").step == 2
 
 
 def test_a_resumed_run_knows_its_best_step(rising_and_falling, tmp_path):
@@ -315,21 +344,22 @@ def test_a_resumed_run_knows_its_best_step(rising_and_falling, tmp_path):
     assert saved_steps(config) == [2]
     summary, text = run(config)
     assert "resumed   from step 2" in text and f"step 1/{STEPS}" not in text
-    assert saved_steps(config) == [2, 3] and summary["best"]["step"] == 2
+    assert saved_steps(config) == [2, 3] and summary.best == Best(2, 0.9)
 
 
 def test_the_best_step_goes_where_it_is_not_wanted(rising_and_falling, tmp_path):
     settings = {"every_steps": 1, "keep": 1, "keep_best": False}
     config = make_config(tmp_path / "run", checkpoint=settings)
     summary, text = run(config)
-    assert saved_steps(config) == [3] and summary["best"] is None and "@best" not in text
+    assert saved_steps(config) == [3] and summary.best is None and "@best" not in text
 
 
 def test_what_is_worse_than_the_start_is_not_the_best(monkeypatch, tmp_path):
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, state, step: {"accuracy": 0.5 - step / 9})
+    evaluate = lambda trainer, evaluator, state, step: {"accuracy": 0.5 - step / 9}  # noqa: E731
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     config = make_config(tmp_path / "run", checkpoint={"every_steps": 99, "keep": 1})
     summary, text = run(config)
-    assert saved_steps(config) == [3] and summary["best"] is None and "@best" not in text
+    assert saved_steps(config) == [3] and summary.best is None and "@best" not in text
 
 
 def test_a_run_that_is_given_more_steps_keeps_its_best_one(rising_and_falling, tmp_path):
@@ -372,14 +402,14 @@ def test_every_step_has_one_row_with_what_its_objective_reports(name, whole):
         assert [row["generations"] for row in train] == [8 * step for step in steps]
     if name in ("sdpo", "grpo"):
         assert 0 < np.mean([row["reward"] for row in train]) < 1
-    assert summary["steps"] == STEPS and summary["complete"] and summary["seconds"] > 0
-    assert summary["generations"] == (0 if name == "sft" else 8 * STEPS)
+    assert summary.steps == STEPS and summary.complete and summary.seconds > 0
+    assert summary.generations == (0 if name == "sft" else 8 * STEPS)
     evaluations = [row for row in rows if row["kind"] == "eval"]
-    assert summary["before"].items() <= evaluations[0].items()
-    assert summary["after"].items() <= evaluations[-1].items()
+    assert summary.before.items() <= evaluations[0].items()
+    assert summary.after.items() <= evaluations[-1].items()
     # Under sft the model itself, shown a context, stands in for a teacher; grpo has none, and under
     # sdft it would be shown a reference, which this environment does not have.
-    assert ("teacher_accuracy" in summary["before"]) == (name in ("sdpo", "sft"))
+    assert ("teacher_accuracy" in summary.before) == (name in ("sdpo", "sft"))
 
 
 @pytest.mark.parametrize(
@@ -388,7 +418,7 @@ def test_every_step_has_one_row_with_what_its_objective_reports(name, whole):
 def test_training_does_not_depend_on_evaluation(name, whole, tmp_path):
     config = make_config(tmp_path / "run", name, evaluation={"prompts": 0})
     summary, _ = run(config)
-    assert summary["before"] == summary["after"] == {}
+    assert summary.before == summary.after == {}
     assert rows_of(config, "train") == rows_of(whole(name)[0], "train")
 
 
@@ -443,10 +473,10 @@ def test_mini_batches_make_that_many_updates_and_the_teacher_follows_once(tmp_pa
 
 
 def poisoned_after(good_updates):
-    """`make_train_step`, whose gradient is not a number from then on."""
+    """`make_update_programs`, whose gradient is not a number from then on."""
 
     def make(*parts, **settings):
-        programs = make_train_step(*parts, **settings)
+        programs = make_update_programs(*parts, **settings)
 
         def finish(state, sums, denominator):
             count = optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[0][1]
@@ -462,7 +492,7 @@ def poisoned_after(good_updates):
 def test_updates_that_stay_non_finite_stop_the_run_and_leave_a_good_checkpoint(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer_module, "make_train_step", poisoned_after(2))
+    monkeypatch.setattr(trainer_module, "make_update_programs", poisoned_after(2))
     limits = {"max_skipped_updates": 2}
     config = make_config(
         tmp_path / "run", optimizer=limits, train={"steps": 20}, evaluation={"prompts": 0}

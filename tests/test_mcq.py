@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_jax.environments import mcq
-from sdpo_jax.environments.mcq import Mcq, Question, find_letter, load_quartz, load_sciknoweval
+from sdpo_jax.environments.kinds import mcq
+from sdpo_jax.environments.kinds.mcq import (
+    Mcq,
+    Question,
+    find_letter,
+    load_quartz,
+    load_sciknoweval,
+)
 from sdpo_jax.errors import UserError
 
 OPTIONS = {"A": "gas", "B": "liquid", "C": "metal", "D": "salt"}
@@ -108,7 +114,7 @@ def test_rows_are_read_as_the_reference_writes_them(tmp_path):
     train, held_out, _ = load_sciknoweval(folder)
     assert train == [Question("physics-4", "Which?\n\nHere:", {"A": "1", "B": "2"}, "B")]
     assert held_out[0].options == {"A": "x", "B": "y", "C": "z"}
-    own = load_sciknoweval(folder, own_wording=True).train[0]
+    own = load_sciknoweval(folder, dataset_prompt=True).train[0]
     assert [m["content"] for m in own.messages] == ["Do it.", row()["prompt"]]
 
 
@@ -143,7 +149,7 @@ def sciknoweval_folders():
 @pytest.mark.skipif(not sciknoweval_folders(), reason="needs SDPO_SCIKNOWEVAL with the data")
 def test_every_real_row_passes_its_reference_and_no_other_letter():
     for folder in sciknoweval_folders():
-        made = Mcq(*load_sciknoweval(folder)[:2], say_wrong=True)
+        made = Mcq(*load_sciknoweval(folder)[:2], report_incorrect=True)
         for prompt in [*made.train, *made.held_out]:
             question = prompt.data["question"]
             assert made.grade(prompt, made.reference(prompt)).passed

@@ -5,8 +5,8 @@ import pytest
 
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.grading import answers_of
-from sdpo_jax.environments.mcq import Mcq, Question
-from sdpo_jax.environments.tool_calls import ToolCalls
+from sdpo_jax.environments.kinds.mcq import Mcq, Question
+from sdpo_jax.environments.kinds.tool_calls import ToolCalls
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.measures import (
     Graded,
@@ -105,7 +105,9 @@ def test_repetition_is_the_share_of_4_grams_that_were_there_before():
 def test_a_teacher_answer_that_could_not_be_graded_is_in_no_rate():
     attempts = graded([WRONG] * 4, texts=["a", "b", "c", "d"])
     answered = graded([RIGHT, FAILED, WRONG], texts=["a", "b", "x"])
-    found = teacher_measures(attempts, answered, [0, 1, 3], [True, False, False], 2)
+    found = teacher_measures(
+        attempts, answered, [0, 1, 3], ["demonstration", "feedback", "feedback"], 2
+    )
     assert values(found) == {
         "teacher_accuracy": 0.5,
         "teacher_accuracy/demonstration": 1.0,

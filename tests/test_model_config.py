@@ -1,4 +1,4 @@
-"""config.json to an architecture and back; what it asks for and we lack is refused by name."""
+"""config.json is read and written; options that are not implemented are refused by name."""
 
 import json
 from dataclasses import replace

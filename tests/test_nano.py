@@ -8,39 +8,45 @@ import jax
 import numpy as np
 import pytest
 
-from sdpo_jax.cli import load_parts
+from sdpo_jax.api import load_components
 from sdpo_jax.config import EvaluationConfig
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.evaluation.evaluator import Evaluator, Graded, accuracy_metrics
+from sdpo_jax.model import Params
+from sdpo_jax.run.components import RunComponents, make_trainer
+from sdpo_jax.run.evaluate import make_evaluator
 from sdpo_jax.run.recipes import default_config, load_recipe
-from sdpo_jax.training.trainer import Trainer
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, Any]:
-    loaded = load_parts(default_config())
-    return loaded | {"params": loaded["params"]()}
+def components() -> RunComponents:
+    return load_components(default_config())
 
 
 @pytest.fixture(scope="module")
-def evaluator(parts: dict[str, Any]) -> Evaluator:
+def params(components: RunComponents) -> Params:
+    return components.params()
+
+
+@pytest.fixture(scope="module")
+def evaluator(components: RunComponents) -> Evaluator:
     config = replace(
         load_recipe("configs/nano.toml"),
         evaluation=EvaluationConfig(prompts=120, samples_per_prompt=4, batch_prompts=120),
         train=replace(default_config().train, steps=1),
     )
-    return Trainer(config, parts["model"], parts["tokenizer"], parts["environment"]).evaluator
+    return make_evaluator(make_trainer(config, components), components.environment)
 
 
 @pytest.fixture(scope="module")
-def sampled(evaluator: Evaluator, parts: dict[str, Any]) -> Graded:
-    return evaluator.attempts(parts["params"], 0)
+def sampled(evaluator: Evaluator, params: Params) -> Graded:
+    return evaluator.attempts(params, 0)
 
 
-def test_it_has_at_most_4_million_parameters_in_at_most_8_megabytes(parts: dict[str, Any]) -> None:
-    assert sum(x.size for x in jax.tree.leaves(parts["params"])) <= 4_000_000
+def test_it_has_at_most_4_million_parameters_in_at_most_8_megabytes(params: Params) -> None:
+    assert sum(x.size for x in jax.tree.leaves(params)) <= 4_000_000
     assert sum(f.stat().st_size for f in FOLDER.iterdir() if f.is_file()) <= 8_000_000
     assert {f.name for f in FOLDER.iterdir()} >= {
         "config.json",
@@ -53,11 +59,11 @@ def test_it_has_at_most_4_million_parameters_in_at_most_8_megabytes(parts: dict[
 
 
 def test_alone_it_mostly_fails_sampled_and_greedy(
-    evaluator: Evaluator, parts: dict[str, Any], sampled: Graded
+    evaluator: Evaluator, params: Params, sampled: Graded
 ) -> None:
     alone = accuracy_metrics(sampled, evaluator.prompts)
     assert 0.01 < alone["accuracy"] < 0.2
-    greedy = evaluator.attempts(parts["params"], 0, samples=1, temperature=0.0)
+    greedy = evaluator.attempts(params, 0, samples=1, temperature=0.0)
     assert accuracy_metrics(greedy, evaluator.prompts)["accuracy"] < 0.2
 
 
@@ -77,10 +83,10 @@ def test_it_fails_in_the_call_s_content_not_in_its_form(sampled: Graded) -> None
 
 
 def test_context_helps_a_sibling_s_solution_most_feedback_clearly(
-    evaluator: Evaluator, parts: dict[str, Any], sampled: Graded
+    evaluator: Evaluator, params: Params, sampled: Graded
 ) -> None:
     alone = accuracy_metrics(sampled, evaluator.prompts)["accuracy"]
-    shown = evaluator.teacher_metrics(parts["params"], sampled, 0)
+    shown = evaluator.teacher_metrics(params, sampled, 0)
     assert shown["teacher_accuracy/demonstration"] > 0.75
     assert shown["teacher_accuracy/feedback"] > alone + 0.3
 
@@ -104,8 +110,8 @@ def test_every_row_of_its_corpus_fits_the_pretraining_recipe() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["nano", "nano_grpo"])
-def test_every_prompt_fits_the_recipe(recipe: str, parts: dict[str, Any]) -> None:
+def test_every_prompt_fits_the_recipe(recipe: str, components: RunComponents) -> None:
     limit = load_recipe(f"configs/{recipe}.toml").rollout.max_prompt_tokens
-    environment, tokenizer = parts["environment"], parts["tokenizer"]
+    environment, tokenizer = components.environment, components.tokenizer
     prompts = [*environment.train, *environment.held_out]
     assert max(len(tokenizer.render(prompt.messages)) for prompt in prompts) <= limit

@@ -11,7 +11,7 @@ from test_run_report import make_run
 
 from sdpo_jax.reports.heatmap import heatmap_page
 from sdpo_jax.reports.page import write_page
-from sdpo_jax.reports.run_report import main
+from sdpo_jax.reports.run_report import write_report
 
 pytestmark = pytest.mark.slow
 SCHEMES = ("light", "dark")
@@ -243,7 +243,7 @@ def test_what_a_model_writes_is_shown_and_does_nothing(tab, tmp_path):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_report_draws_and_asks_for_nothing(tab, tmp_path, scheme):
     folder = make_run(tmp_path / "a")
-    main([str(folder)])
+    write_report([folder])
     path = folder / "report.html"
     tab.open(path, scheme=scheme)
     box = tab.evaluate(

@@ -53,7 +53,9 @@ def evaluated(seed, chance):
     replies = drawn(seed + 1, 0.7, group=len(rows) // len(PROMPTS))
     replies = Graded(*(column[: len(rows)] for column in replies))
     rows = rows[: len(replies.responses)]
-    teacher = teacher_measures(sampled, replies, rows, [i % 2 > 0 for i in rows], len(PROMPTS))
+    teacher = teacher_measures(
+        sampled, replies, rows, [("feedback", "demonstration")[i % 2] for i in rows], len(PROMPTS)
+    )
     return evaluation(PROMPTS, sampled, answers, drawn(seed + 2, chance, group=1), teacher)
 
 

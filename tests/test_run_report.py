@@ -15,11 +15,11 @@ from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
 from sdpo_jax.reports.panels import FRAME, Series, panel, rolling_mean, thinned
 from sdpo_jax.reports.run_report import (
     generations,
-    main,
     minutes,
     points,
     read_run,
     report_page,
+    write_report,
 )
 from sdpo_jax.run.recipes import default_config
 
@@ -183,36 +183,30 @@ def test_the_heat_map_is_linked_where_it_is(tmp_path):
 
 def test_the_report_lies_in_the_runs_folder_or_where_it_is_wanted(tmp_path, capsys):
     one, two = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    for words, path in (
+    for folders, path in (
         ([one], one / "report.html"),
         ([one, two], one / "comparison.html"),
-        ([two, "--out", tmp_path / "x.html"], tmp_path / "x.html"),
+        ([two], tmp_path / "x.html"),
     ):
-        main([str(word) for word in words])
+        write_report(folders, path if path.name == "x.html" else None)
         assert path.read_text().startswith("<!doctype html>")
         assert f"wrote {path}: " in capsys.readouterr().out
     assert not (two / "report.html").exists()
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["--out", "x.html"], ["a", "--out", "x.svg"], ["a", "--out"], ["a", "--what"]]
-)
-def test_words_that_do_not_fit_print_the_usage(words):
-    with pytest.raises(UserError, match="expected `sdpo report RUN_DIR"):
-        main(words)
-
-
 def test_folders_without_a_run_or_without_rows_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"expected the folder of a run, with config\.toml in it"):
-        main([str(tmp_path)])
+        write_report([tmp_path])
     folder = make_run(tmp_path / "a")
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="no row yet"):
-        main([str(folder)])
+        write_report([folder])
     with pytest.raises(UserError, match="there is no folder"):
-        main([str(make_run(tmp_path / "b")), "--out", str(tmp_path / "none" / "x.html")])
+        write_report([make_run(tmp_path / "b")], tmp_path / "none" / "x.html")
+    with pytest.raises(UserError, match="expected the name of a file with"):
+        write_report([folder], tmp_path / "x.svg")
     with pytest.raises(UserError, match="different runs, at most 6"):
-        main([str(folder), str(folder)])
+        write_report([folder, folder])
 
 
 # Panels

@@ -166,7 +166,7 @@ def test_draws_follow_the_softmax():
         np.testing.assert_allclose(np.exp(log_probs), expected[np.asarray(tokens)], rtol=1e-5)
 
 
-def test_draws_with_top_p_follow_the_renormalised_nucleus():
+def test_draws_with_top_p_follow_the_renormalized_nucleus():
     logits = np.array([1.0, 0.0, -1.0, 0.5, -3.0])
     n = 20_000
     keys = rollout_keys(jnp.uint32(0), jnp.uint32(1), jnp.uint32(0), n // 4, 4)
@@ -345,7 +345,7 @@ def test_refilled_slots_need_at_most_six_tenths_of_the_steps_of_static_batches()
         ({"top_k": jnp.int32(3), "top_p": jnp.float32(0.6)}, [0, 3]),
     ],
 )
-def test_draws_through_filters_follow_the_renormalised_rest(filters, allowed):
+def test_draws_through_filters_follow_the_renormalized_rest(filters, allowed):
     logits = np.array([1.0, 0.0, -1.0, 0.5, -3.0])
     n = 8_000
     keys = rollout_keys(jnp.uint32(0), jnp.uint32(1), jnp.uint32(0), n // 4, 4)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import alive, in_background, tree, wait_until
+from processes import alive, in_background, sleep_in, tree, wait_until
 
 from sdpo_jax.environments.sandbox import (
     Call,
@@ -26,12 +26,12 @@ from sdpo_jax.environments.sandbox import (
     tiers,
 )
 from sdpo_jax.environments.sandbox.boxes import children
-from sdpo_jax.environments.sandbox.client import LocalSandbox
+from sdpo_jax.environments.sandbox.client import Executor, LocalSandbox
 from sdpo_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ANSWER = Program("def f(): return 42", (Call("f"),))
-SLEEPER = Program("import time\ndef f(): time.sleep(60)", (Call("f"),), Limits(wall_seconds=30.0))
+SLEEPER = Program("import time\ndef f(): time.sleep(600)", (Call("f"),), Limits(wall_seconds=600.0))
 
 
 def any_tier() -> str:
@@ -73,7 +73,7 @@ def test_the_trainers_death_ends_every_process(tier: str) -> None:
         "from sdpo_jax.environments.sandbox import *\n"
         f"sandbox = open_sandbox({tier!r}, slots=2)\n"
         "print(sandbox._executor.process.pid, flush=True)\n"
-        f"sandbox.run([Program({SLEEPER.source!r}, (Call('f'),), Limits(wall_seconds=60.0))] * 2)"
+        f"sandbox.run([Program({SLEEPER.source!r}, (Call('f'),), Limits(wall_seconds=600.0))] * 2)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", source, str(ROOT)], stdout=subprocess.PIPE)
     assert trainer.stdout
@@ -86,11 +86,13 @@ def test_the_trainers_death_ends_every_process(tier: str) -> None:
     assert wait_until(lambda: not alive(pids)), alive(pids)
 
 
-def test_a_killed_executor_is_replaced_and_its_boxes_end(sandbox: LocalSandbox) -> None:
+def test_a_killed_executor_is_replaced_and_its_boxes_end(
+    sandbox: LocalSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     executor = executor_of(sandbox)
-    program = ANSWER._replace(source="import time\ntime.sleep(1)\ndef f(): return 42")
-    thread, found = in_background(lambda: sandbox.run([program, program]))
-    assert wait_until(lambda: len(tree(executor)) > 4)
+    sleep_in(executor, monkeypatch)
+    thread, found = in_background(lambda: sandbox.run([ANSWER, ANSWER]))
+    assert wait_until(lambda: len(tree(executor)) > 4, 60)
     pids = tree(executor)
     os.kill(executor, signal.SIGKILL)
     thread.join(60)
@@ -99,21 +101,49 @@ def test_a_killed_executor_is_replaced_and_its_boxes_end(sandbox: LocalSandbox) 
     assert wait_until(lambda: not alive(pids)), alive(pids)
 
 
-def test_an_executor_that_dies_again_and_again_is_a_failure_of_ours(sandbox: LocalSandbox) -> None:
-    thread, found = in_background(lambda: sandbox.run([SLEEPER]))
-    killed: set[int] = set()
+def test_an_executor_that_dies_again_and_again_is_a_failure_of_ours(
+    sandbox: LocalSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, killed = Executor.submit, list[int]()
 
-    def kill_the_next() -> bool:
-        executor = executor_of(sandbox)
-        if executor not in killed and len(tree(executor)) > 3:
-            killed.add(executor)
-            os.kill(executor, signal.SIGKILL)
-        return not thread.is_alive()
+    def submit_and_kill(self: Executor, message: dict[str, Any]) -> Any:
+        future, executor = submit(self, message), self.process.pid
+        assert wait_until(lambda: len(tree(executor)) > 3, 60)  # the program's box
+        os.kill(executor, signal.SIGKILL)
+        killed.append(executor)
+        return future
 
-    assert wait_until(kill_the_next, 60)
-    assert [o.status for o in found[0][0]] == ["infrastructure"]
-    assert len(killed) == 3
+    with monkeypatch.context() as patched:
+        patched.setattr(Executor, "submit", submit_and_kill)
+        seen = sandbox.run([SLEEPER])
+    assert [o.status for o in seen[0]] == ["infrastructure"]
+    assert len(set(killed)) == 3
     assert sandbox.run([ANSWER])[0][0].value == 42
+
+
+def test_a_box_that_dies_at_its_start_and_leaves_a_child_is_not_waited_for() -> None:
+    if not shutil.which("bwrap"):
+        pytest.skip("bwrap is not installed: the bubblewrap tier is NOT tested here")
+    # As bwrap does where it is killed before its child is set up: the child keeps the pipes open.
+    source = """
+import os, pathlib, sys, tempfile
+from sdpo_jax.environments.sandbox import boxes, confine, tiers
+confine.become_subreaper()
+with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    killed = pathlib.Path(folder, "bwrap")
+    killed.write_text("#!/bin/sh\\nsleep 600 &\\nkill -KILL $$\\n")
+    killed.chmod(0o755)
+    plan = tiers.bubblewrap(())._replace(bwrap=str(killed))
+    try:
+        boxes.Box(plan, 64001, 16).take({"source": "", "limits": {}})
+    except boxes.BoxError as error:
+        print(error, boxes.children(os.getpid()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "the box ended at its start and said nothing []\n", done.stderr
 
 
 @pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
@@ -160,12 +190,10 @@ def test_a_flood_does_not_grow_the_trainer(sandbox: LocalSandbox) -> None:
 
 
 def test_hanging_programs_end_in_waves_and_leave_nothing(sandbox: LocalSandbox) -> None:
-    limits = Limits(cpu_seconds=0.2, wall_seconds=5.0)
-    began = time.monotonic()
+    limits = Limits(cpu_seconds=0.2, wall_seconds=200.0)
     seen = sandbox.run([Program("while True: pass", (Run(""),), limits)] * 8)
     assert {o[0].status for o in seen} == {"time_limit"}
-    # Two slots on one core: eight tests of 0.2 s each, with ten times that for a loaded machine.
-    assert time.monotonic() - began < 8 * 0.2 * 10 + 5
+    # By the CPU time: by the clock, four waves of 200 s, it would run into the test's own limit.
     assert wait_until(lambda: not children(executor_of(sandbox)))
 
 

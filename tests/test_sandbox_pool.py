@@ -12,7 +12,7 @@ from typing import Any
 
 import processes
 import pytest
-from processes import alive, in_background, tree
+from processes import alive, in_background, sleep_in, tree
 
 from sdpo_jax.environments.sandbox import Call, Limits, Program, Run, open_sandbox
 from sdpo_jax.environments.sandbox.boxes import children
@@ -114,10 +114,11 @@ def test_close_ends_the_box_that_waits(sandbox: LocalSandbox) -> None:
 
 
 def test_the_box_that_waits_ends_with_a_killed_executor_and_the_programs_are_run_again(
-    sandbox: LocalSandbox,
+    sandbox: LocalSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    thread, found = start(sandbox, SLOW, 2)
     executor = executor_of(sandbox)
+    sleep_in(executor, monkeypatch)
+    thread, found = start(sandbox, "def f(): return 42", 2)
     pids = tree(executor)
     os.kill(executor, signal.SIGKILL)
     thread.join(60)

@@ -1,4 +1,4 @@
-"""The kernel, interpreted, is dense softmax attention: values and gradients."""
+"""The splash kernel, interpreted, equals dense softmax attention in values and gradients."""
 
 import jax
 import jax.numpy as jnp

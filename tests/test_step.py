@@ -22,23 +22,29 @@ from one_update import (
     assert_same_step,
     by_hand,
     demonstrations,
-    experience,
     fresh_state,
     gradient_of,
     one_device,
     programs,
     real_tokens,
-    sdpo_updates,
+    rollouts,
     student,
+    teacher_prompts,
     teacher_weights,
     the_update,
+    updates_of,
 )
-from sdpo_jax.training.updates import MiniBatch, with_outcomes
 
 from sdpo_jax.data.packing import Pair
 from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, SftTokenInputs
 from sdpo_jax.model import Blocks
-from sdpo_jax.training.batch import make_sequences, plan, reduction_weights
+from sdpo_jax.training.batch import (
+    MiniBatch,
+    make_sequences,
+    reduction_weights,
+    repack,
+    split_micro_batches,
+)
 from sdpo_jax.training.step import Sequences
 
 # What the result must not depend on
@@ -58,12 +64,12 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "form"), FORMS)
-def test_the_update_does_not_depend_on_micro_batches_shared_prompts_or_chunks(name, form):
-    run = programs(name, **form)
+@pytest.mark.parametrize(("name", "layout"), FORMS)
+def test_the_update_does_not_depend_on_micro_batches_shared_prompts_or_chunks(name, layout):
+    run = programs(name, **layout)
     update = the_update(name, run)
-    if "micro_batch_tokens" in form and (name == "sft" or run.form.share_prompts):
-        assert len(update.batch.micro_batches) > 1
+    if "micro_batch_tokens" in layout and (name == "sft" or run.layout.share_prompts):
+        assert len(update.micro_batches) > 1
     state, metrics = apply(run, update)
     expected_state, expected = one_device(name)
     assert_close(gradient_of(state), gradient_of(expected_state), atol=1e-6)
@@ -80,7 +86,7 @@ def padded(micro_batch):
     def longer(x, fill):
         return np.concatenate([np.asarray(x), np.full_like(x, fill)], axis=1)
 
-    tokens, positions, attention, take = micro_batch.sequences
+    tokens, positions, attention, places = micro_batch.sequences
     if isinstance(attention, Blocks):
         there = np.arange(attention.table.shape[1])[None, :, None] < attention.filled[:, None, None]
         table = np.where(there, attention.table, 9)
@@ -89,9 +95,10 @@ def padded(micro_batch):
         attention = longer(attention, 0)
     fills, outcomes = {np.dtype(np.int32): 5, np.dtype(np.float32): np.nan}, micro_batch.outcomes
     return micro_batch._replace(
-        sequences=Sequences(longer(tokens, 7), longer(positions, 3), attention, longer(take, 1)),
+        sequences=Sequences(longer(tokens, 7), longer(positions, 3), attention, longer(places, 1)),
         weights=longer(micro_batch.weights, 0),
-        tokens=jax.tree.map(lambda x: longer(x, fills[x.dtype]), micro_batch.tokens),
+        targets=longer(micro_batch.targets, 5),
+        inputs=jax.tree.map(lambda x: longer(x, fills[x.dtype]), micro_batch.inputs),
         outcomes=None if outcomes is None else longer(outcomes, 1),
     )
 
@@ -100,26 +107,25 @@ def padded(micro_batch):
 def test_the_update_does_not_depend_on_padding(share_prompts):
     run = programs("sdpo", share_prompts=share_prompts)
     update = the_update("sdpo", run)
-    (micro_batch,) = update.batch.micro_batches
-    batch = update.batch._replace(micro_batches=[padded(micro_batch)])
-    state, metrics = apply(run, update._replace(batch=batch))
+    (micro_batch,) = update.micro_batches
+    state, metrics = apply(run, update._replace(micro_batches=[padded(micro_batch)]))
     expected_state, expected = one_device("sdpo")
     assert_close(gradient_of(state), gradient_of(expected_state), atol=1e-6)
     assert_close(metrics, expected, atol=1e-5, rtol=2e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "form"),
+    ("name", "layout"),
     [*((name, {}) for name in OBJECTIVES), slow("sdpo", {"share_prompts": False})],
 )
-def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name, form):
-    run = programs(name, mesh=(1, 4, 2), **form)
-    assert len(run.devices.mesh.devices.ravel()) == 8 and run.form.shards == 4
+def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name, layout):
+    run = programs(name, mesh=(1, 4, 2), **layout)
+    assert len(run.devices.mesh.devices.ravel()) == 8 and run.layout.shards == 4
     state, metrics = apply(run, the_update(name, run))
     expected_state, expected = one_device(name)
     if run.teacher is not None:
-        state = run.follow(state, metrics.finite)
-        expected_state = programs(name).follow(expected_state, expected.finite)
+        state = run.update_teacher(state, metrics.finite)
+        expected_state = programs(name).update_teacher(expected_state, expected.finite)
         assert_close(state.teacher, expected_state.teacher, atol=1e-5)
     assert not state.params["layers"]["query"].sharding.is_fully_replicated
     assert_close(gradient_of(state), gradient_of(expected_state), atol=1e-6)
@@ -130,41 +136,42 @@ def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name, form):
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_dropping_rows_without_a_signal_equals_giving_them_weight_zero(reduction):
-    run, data = programs("sdpo"), experience()
+    run, data = programs("sdpo"), rollouts()
     dropped, _ = apply(run, the_update("sdpo", run, reduction=reduction))
-    prompts, metrics = sdpo_updates(run).contexts(data, 0)
+    prompts = teacher_prompts(run)
     assert [i for i, ids in enumerate(prompts) if ids is not None] == SIGNAL
-    assert metrics["teacher_signal"] == 0.5
+    assert updates_of("sdpo", run)[1]["teacher_signal"] == 0.5
     shown = [ids or data.prompt_ids[i] for i, ids in enumerate(prompts)]
     pairs = [Pair(*x) for x in zip(data.prompt_ids, data.response_ids, strict=True)]
     taught = [Pair(*x) for x in zip(shown, data.response_ids, strict=True)]
     active = np.isin(np.arange(8), SIGNAL)
     weights, denominator = reduction_weights(data.lengths, active, 16, reduction)
     rows = [row[:size] for row, size in zip(weights, data.lengths, strict=True)]
-    part = MiniBatch(list(range(8)), pairs, plan(pairs, run.form), rows, denominator)
+    packed, every = split_micro_batches(pairs, run.layout), np.arange(8)
+    mini_batch = MiniBatch(list(range(8)), pairs, packed, rows, denominator, every)
 
-    def tokens(micro_batch, place):
-        sequences = make_sequences(taught, micro_batch, run.form, run.devices)
+    def inputs(packed, place):
+        sequences = make_sequences(repack(taught, packed, run.layout), run.devices)
         return SdpoTokenInputs(
             run.forward(teacher_weights(), sequences),
             place(data.response_ids, dtype=np.int32),
-            place(data.log_probs, dtype=np.float32),
+            place(data.log_probs),
         )
 
-    constants = SdpoSharedInputs(run.head(teacher_weights()), jnp.float32(TEMPERATURE))
-    update = by_hand(run, part, tokens, constants)
-    kept, _ = apply(run, with_outcomes(update, part, np.zeros(8, np.int32), run.devices))
+    shared = SdpoSharedInputs(run.head(teacher_weights()), jnp.float32(TEMPERATURE))
+    update = by_hand(run, mini_batch, inputs, shared, outcomes=np.zeros(8, np.int32))
+    kept, _ = apply(run, update)
     assert_close(gradient_of(dropped), gradient_of(kept), atol=1e-6)
 
 
 def test_rows_without_an_advantage_are_not_computed_but_counted():
-    run, data = programs("grpo"), experience()
-    batch = the_update("grpo", run).batch
-    (micro_batch,) = batch.micro_batches
+    run, data = programs("grpo"), rollouts()
+    update = the_update("grpo", run)
+    (micro_batch,) = update.micro_batches
     assert int((np.asarray(micro_batch.weights) > 0).sum()) == data.lengths[:GROUP].sum()
     computed = len(data.prompt_ids[0]) + data.lengths[:GROUP].sum() - GROUP
     assert real_tokens(micro_batch.sequences) == computed
-    assert float(batch.denominator) == data.lengths.sum()
+    assert float(update.denominator) == data.lengths.sum()
 
 
 # Packed demonstrations
@@ -174,7 +181,7 @@ def test_rows_without_an_advantage_are_not_computed_but_counted():
 def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
     run = programs("sft", share_prompts=False)
     packed = the_update("sft", run, reduction=reduction)
-    (micro_batch,) = packed.batch.micro_batches
+    (micro_batch,) = packed.micro_batches
     segments = np.asarray(micro_batch.sequences.attention)
     assert segments.max() > 1 and (segments.max(axis=-1) > 0).sum() < 6  # it is packed
     prompts = [TOKENIZER.render(d.messages) for d in demonstrations()]
@@ -184,12 +191,13 @@ def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
     weights, denominator = reduction_weights(lengths, np.ones(6, np.bool_), 32, reduction)
     rows = [row[:size] for row, size in zip(weights, lengths, strict=True)]
     # Each alone in a micro-batch of one row.
-    alone = [plan([pair], run.form)[0]._replace(members=[[i]]) for i, pair in enumerate(pairs)]
-    part = MiniBatch(list(range(6)), pairs, alone, rows, denominator)
+    alone = [split_micro_batches([pair], run.layout)[0] for pair in pairs]
+    alone = [packed._replace(members=[[i]]) for i, packed in enumerate(alone)]
+    mini_batch = MiniBatch(list(range(6)), pairs, alone, rows, denominator, np.arange(6))
     update = by_hand(
-        run, part, lambda _, place: SftTokenInputs(place(responses, dtype=np.int32)), None
+        run, mini_batch, lambda _, place: SftTokenInputs(place(responses, dtype=np.int32)), None
     )
-    assert all(np.max(m.sequences.attention) == 1 for m in update.batch.micro_batches)
+    assert all(np.max(m.sequences.attention) == 1 for m in update.micro_batches)
     packed_state, packed_metrics = apply(run, packed)
     state, metrics = apply(run, update)
     assert_close(gradient_of(packed_state), gradient_of(state), atol=1e-6)
@@ -204,16 +212,16 @@ def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     run = programs("sdpo")
     good, start = the_update("sdpo", run), fresh_state(run)
-    (micro_batch,) = good.batch.micro_batches
-    bad, tokens = good, micro_batch.tokens
+    (micro_batch,) = good.micro_batches
+    bad, inputs = good, micro_batch.inputs
     for poison in (np.inf, np.nan):
-        hidden = tokens.teacher_hidden.at[0, 0, 0, 0].set(poison)
-        poisoned = micro_batch._replace(tokens=tokens._replace(teacher_hidden=hidden))
-        bad = good._replace(batch=good.batch._replace(micro_batches=[poisoned]))
+        hidden = inputs.teacher_hidden.at[0, 0, 0, 0].set(poison)
+        poisoned = micro_batch._replace(inputs=inputs._replace(teacher_hidden=hidden))
+        bad = good._replace(micro_batches=[poisoned])
         state, metrics = apply(run, bad, start)
         assert not bool(metrics.finite) and int(metrics.skipped) == int(state.skipped) == 1
         assert_equal(state.replace(skipped=start.skipped), start)
-        assert_equal(run.follow(state, metrics.finite), state)
+        assert_equal(run.update_teacher(state, metrics.finite), state)
     state, metrics = apply(run, bad, state)
     assert int(state.skipped) == 2
     state, metrics = apply(run, good, state)
@@ -229,8 +237,8 @@ def reference_loss():
 
     Teacher and importance weights are computed once, at the student's parameters: constants.
     """
-    run, data = programs("sdpo"), experience()
-    prompts, _ = sdpo_updates(run).contexts(data, 0)
+    run, data = programs("sdpo"), rollouts()
+    prompts = teacher_prompts(run)
 
     def log_probs(params, prompt, response):
         logits = tiny.reference_logits(ARCHITECTURE, params, [*prompt, *response])

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import quick
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 
 from sdpo_jax.config import (
     LoraConfig,
@@ -23,7 +23,7 @@ from sdpo_jax.config import (
     TrainConfig,
 )
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.objectives import GrpoConfig, SdpoConfig
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, make_objective
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training import trainer as trainer_module
@@ -63,26 +63,10 @@ class Judge:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    """Cheap compilation, once for each program; one sampler; one device unless a test says so."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
-        patch.setattr(jax, "jit", tiny.quick_jit)
-        sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        patch.setattr(trainer_module, "Sampler", lambda *_, **options: sampler)
+def quick_programs():
+    """Cheap compilation; one sampler; one device unless a test says so."""
+    with quick.programs(sampler_of=(MODEL, TOKENIZER.stop_ids)):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def configured(objective=None, teacher=None, **sections):
@@ -92,7 +76,8 @@ def configured(objective=None, teacher=None, **sections):
 
 
 def begin(config, passing=(0,)):
-    trainer = Trainer(config, MODEL, TOKENIZER, Judge(passing))
+    objective = make_objective(config.objective)
+    trainer = Trainer(config, MODEL, TOKENIZER, Judge(passing), objective=objective)
     return trainer, trainer.initial_state(tiny.make_params(ARCHITECTURE, scale=0.5))
 
 
@@ -163,7 +148,7 @@ def test_a_return_brings_the_weights_before_the_refresh_back_and_resumes_exactly
     ends = []
     for one, now in ((trainer, state), (again, other)):
         source: Any = one.source
-        source._table.environment.passing = ()  # no answer passes: reward falls
+        source._setup.environment.passing = ()  # no answer passes: reward falls
         now, row = one.step(now, 3)
         assert row["teacher/returned"] == 1.0 and row["teacher/age"] == 0
         ends.append(jax.device_get(now))
@@ -176,7 +161,7 @@ def test_a_mix_is_grpo_at_one_and_its_parts_in_between():
     grpo, _ = after(configured(GrpoConfig()))
     mixed, rows = after(configured(SdpoConfig(grpo_weight=1.0)))
     assert_close(mixed.params, grpo.params)
-    assert rows[0]["distilled"] == 0.0 and rows[0]["reinforced"] == 1.0
+    assert rows[0]["distilled"] == 0.0 and rows[0]["policy_gradient"] == 1.0
 
 
 @pytest.mark.slow
@@ -197,7 +182,7 @@ def test_where_every_rollout_fails_the_route_is_sdpo():
     routed, rows = after(configured(SdpoConfig(route="outcome")), passing=())
     expected, _ = plain(())
     assert_close(routed.params, expected.params)
-    assert rows[0]["distilled"] == 1.0 and rows[0]["reinforced"] == 0.0
+    assert rows[0]["distilled"] == 1.0 and rows[0]["policy_gradient"] == 0.0
 
 
 @pytest.mark.slow

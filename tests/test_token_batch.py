@@ -9,6 +9,7 @@ import pytest
 import quick
 import tiny
 
+from sdpo_jax.commands.heatmap import write_heatmap
 from sdpo_jax.config import (
     DataConfig,
     EvaluationConfig,
@@ -32,14 +33,12 @@ from sdpo_jax.reports.token_batch import (
 )
 from sdpo_jax.reports.token_records import TokenRecord
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
-from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.checkpoint import Checkpoints, Restored
+from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
-from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.state import to_saved
-from sdpo_jax.training.trainer import Trainer
 
 TOKENIZER = tiny.ByteTokenizer()
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
@@ -86,26 +85,19 @@ def make_config(run_dir, name="sdpo", weights="ema"):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    with quick.programs(tmp_path_factory.mktemp("compiled")), pytest.MonkeyPatch.context() as patch:
-        # A sampler keeps nothing but its programs, so that all trainers may share one.
-        sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-        patch.setattr(trainer_module, "Sampler", lambda *_, **options: sampler)
+def quick_programs():
+    """One device, cheap compilation, one sampler."""
+    with quick.programs(sampler_of=(MODEL, TOKENIZER.stop_ids)):
         yield
 
 
-def parts():
-    return {
-        "model": MODEL,
-        "params": lambda: tiny.make_params(ARCHITECTURE, scale=0.5),
-        "tokenizer": TOKENIZER,
-        "environment": Length(),
-        "demonstrations": DEMONSTRATIONS,
-    }
+def components():
+    params = lambda: tiny.make_params(ARCHITECTURE, scale=0.5)  # noqa: E731
+    return RunComponents(MODEL, params, TOKENIZER, Length(), DEMONSTRATIONS)
 
 
 def trainer_of(config):
-    return Trainer(config, MODEL, TOKENIZER, Length(), DEMONSTRATIONS)
+    return make_trainer(config, components())
 
 
 def start(trainer):
@@ -119,7 +111,7 @@ def start(trainer):
 def rows_of_next_step(trainer, state):
     position = trainer.source.get_state()
     rows = batch_of(
-        trainer, Restored(0, state, {"data": position}), parts(), run="a run", prompts=9, top=4
+        trainer, Restored(0, state, {"data": position}), components(), run="a run", prompts=9, top=4
     )
     trainer.source.set_state(position)
     return rows
@@ -189,14 +181,14 @@ def test_an_sft_run_is_asked_the_first_prompts_of_its_environment():
 def test_rollouts_drawn_ahead_are_those_of_the_checkpoint():
     """One step off policy, the next batch was drawn before the update that the checkpoint has."""
     config = make_config("unused")
-    config = replace(config, rollout=replace(config.rollout, ahead=True))
+    config = replace(config, rollout=replace(config.rollout, one_step_off_policy=True))
     trainer = trainer_of(config)
     state, _ = trainer.step(start(trainer), 1)
     trainer.source.wait()
     extra = json.loads(json.dumps({"data": trainer.source.get_state()}))
     fresh = trainer_of(config)
-    _, *rows = batch_of(fresh, Restored(1, state, extra), parts(), run="a", prompts=9, top=4)
-    _, *first = batch_of(fresh, Restored(1, state, extra), parts(), run="a", prompts=1, top=4)
+    _, *rows = batch_of(fresh, Restored(1, state, extra), components(), run="a", prompts=9, top=4)
+    _, *first = batch_of(fresh, Restored(1, state, extra), components(), run="a", prompts=1, top=4)
     assert [row["response"] for row in first] == [row["response"] for row in rows[:4]]
     trained = trainer.step(state, 2)[1]
     assert np.mean([row["reward"] for row in rows]) == trained["reward"]
@@ -218,7 +210,7 @@ def test_the_command_writes_rows_and_page_and_leaves_the_run_alone(tmp_path, cap
     config = make_config(tmp_path)
     save(config)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    heatmap_run(RunRef(tmp_path, config, 3), parts(), prompts=1, top=2, tokens=64)
+    write_heatmap(RunRef(tmp_path, config, 3), components(), prompts=1, top=2, tokens=64)
     lines = [json.loads(x) for x in (tmp_path / "token_batch.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 3
     assert [x["kind"] for x in lines] == ["batch"] + ["response"] * 4
@@ -230,7 +222,7 @@ def test_the_command_writes_rows_and_page_and_leaves_the_run_alone(tmp_path, cap
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        token_batch(RunRef(tmp_path, make_config(tmp_path), None), parts(), prompts=1, top=1)
+        token_batch(RunRef(tmp_path, make_config(tmp_path), None), components(), prompts=1, top=1)
 
 
 # Texts

@@ -5,7 +5,6 @@ import pytest
 import quick
 import tiny
 
-from sdpo_jax.losses.vocabulary import trust_region_logits
 from sdpo_jax.reports.token_records import Responses, token_records
 from sdpo_jax.training.batch import BatchLayout
 
@@ -29,22 +28,25 @@ ROWS = Responses(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_programs(tmp_path_factory):
-    with quick.programs(tmp_path_factory.mktemp("compiled")):
+def quick_programs():
+    """One device and cheap compilation."""
+    with quick.programs():
         yield
 
 
-def records_of(teacher=(TEACHER,), mix=None, share_prompts=True, shards=1):
+def records_of(teacher=(TEACHER,), coefficient=None, share_prompts=True, shards=1):
     return token_records(
         tiny.make_model(),
         STUDENT,
         teacher,
         ROWS,
-        form=BatchLayout(share_prompts, micro_batch_tokens=32, head_chunk_tokens=4, shards=shards),
+        layout=BatchLayout(
+            share_prompts, micro_batch_tokens=32, head_chunk_tokens=4, shards=shards
+        ),
         devices=tiny.make_devices(data=shards),
         temperature=TEMPERATURE,
         top=TOP,
-        mix=mix,
+        coefficient=coefficient,
     )
 
 
@@ -92,9 +94,7 @@ def test_every_token_has_its_log_probs_and_the_likeliest_others(share_prompts, s
 
 
 def test_a_trust_region_teacher_mixes_the_logits_of_both_after_the_reprompt():
-    records = records_of(
-        teacher=(TEACHER, STUDENT), mix=lambda a, b: trust_region_logits(a, b, 0.3)
-    )
+    records = records_of(teacher=(TEACHER, STUDENT), coefficient=0.3)
     row = 3
     prompt, reprompt, response = (part[row] for part in ROWS)
     log_p = log_probs(logits_at_response(STUDENT, prompt, response))
@@ -109,7 +109,7 @@ def test_a_teacher_that_is_the_student_with_the_same_prompt_has_no_advantage():
         STUDENT,
         [STUDENT],
         rows,
-        form=BatchLayout(True, micro_batch_tokens=4096, head_chunk_tokens=64, shards=1),
+        layout=BatchLayout(True, micro_batch_tokens=4096, head_chunk_tokens=64, shards=1),
         devices=tiny.make_devices(),
         temperature=1.0,
         top=TOP,

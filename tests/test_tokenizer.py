@@ -6,17 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from sdpo_jax.objectives.sources import DemonstrationSource
 
 from sdpo_jax.config import DataConfig
 from sdpo_jax.data.jsonl import Demonstration
-from sdpo_jax.data.pipeline import prompt_batches
 from sdpo_jax.errors import UserError
 from sdpo_jax.objectives import SftConfig
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
+from sdpo_jax.rollouts.sources import Demonstrations
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.batch import BatchLayout
 from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
 
@@ -142,11 +140,8 @@ def demonstrated(tokenizer, content, response):
     """The ids that a step on one demonstration trains on."""
     row = Demonstration("1", ({"role": "user", "content": content},), response)
     config = default_config(objective=SftConfig(), data=DataConfig(max_tokens=64, rows_per_step=1))
-    rows = prompt_batches([row], batch_size=1, seed=0)
-    form = BatchLayout(True, micro_batch_tokens=64, head_chunk_tokens=64, shards=1)
-    source = DemonstrationSource(config, SftConfig(), rows, tokenizer, tiny.make_devices(), form)
-    (update,), _ = source({}, {}, 0, PhaseTimer())
-    return np.asarray(update.batch.micro_batches[0].sequences.tokens).ravel()  # padded with 0
+    rows, _ = Demonstrations(config, [row], tokenizer)({}, 0, PhaseTimer())
+    return np.asarray(rows.prompt_ids[0] + rows.response_ids[0])
 
 
 def test_a_demonstration_is_encoded_as_a_response(qwen):

@@ -4,8 +4,7 @@ import pytest
 
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.tool_apis import FAMILIES, TODAY
-from sdpo_jax.environments.tool_calls import (
+from sdpo_jax.environments.kinds.tool_calls import (
     Task,
     ToolCalls,
     complaints,
@@ -14,6 +13,7 @@ from sdpo_jax.environments.tool_calls import (
     question,
     write_call,
 )
+from sdpo_jax.environments.toy_apis import FAMILIES, TODAY
 from sdpo_jax.errors import UserError
 
 ALARM = Task(
@@ -237,11 +237,12 @@ def test_held_out_prompts_may_come_from_other_families():
         ToolCalls(train_prompts=1, held_out_prompts=1, held_out_families=("musik",))
 
 
-def test_with_asides_the_last_line_is_graded_and_without_them_the_whole():
+def test_with_a_preamble_allowed_the_last_line_is_graded_and_otherwise_the_whole():
     call, words = 'set_alarm(time="19:30", day="tue")', "let me see.\none moment.\n"
     prompt = Prompt("alarm", ({"role": "user", "content": question(ALARM)},), {"task": ALARM})
     free, strict = (
-        ToolCalls(train_prompts=1, held_out_prompts=1, asides=asides) for asides in (True, False)
+        ToolCalls(train_prompts=1, held_out_prompts=1, allow_preamble=allowed)
+        for allowed in (True, False)
     )
     for response, passes in [(words + call, True), (call, True), (f"{call}\nso.", False)]:
         assert free.grade(prompt, response).passed == passes
@@ -250,8 +251,8 @@ def test_with_asides_the_last_line_is_graded_and_without_them_the_whole():
     assert strict.answer(prompt, words + call) is None
 
 
-def test_asides_of_the_corpus_stand_before_calls_alone_and_before_solutions():
-    plain, talking = ToolCallCorpus(), ToolCallCorpus(asides=True)
+def test_the_preambles_of_the_corpus_stand_before_calls_alone_and_before_solutions():
+    plain, talking = ToolCallCorpus(), ToolCallCorpus(preamble=True)
     talked = 0
     for index in range(400):
         before, after = plain[index], talking[index]

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from sdpo_jax.environments.rows import BadRow
-from sdpo_jax.environments.tool_use import (
+from sdpo_jax.environments.kinds.tool_use import (
     FORM,
     Task,
     ToolCall,
@@ -15,6 +14,7 @@ from sdpo_jax.environments.tool_use import (
     parse_row,
     write_calls,
 )
+from sdpo_jax.environments.rows import BadRow
 from sdpo_jax.errors import UserError
 
 BOOK = ToolCall("book", {"city": "Rome", "days": 3, "room": {"beds": 2, "views": ["sea"]}})

@@ -39,9 +39,9 @@ def test_the_decoder_agrees_with_its_formulas_in_numpy(family):
     np.testing.assert_allclose(logits, expected, atol=FLOAT32, rtol=FLOAT32)
 
 
-@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family, entered):
+def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family, converted):
     architecture = tiny.FAMILIES[family]
     model, params = tiny.make_model(architecture), tiny.make_params(architecture)
     lengths, group, max_tokens = np.array([5, 2, 8]), 2, 4
@@ -61,7 +61,7 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family, en
     np.testing.assert_allclose(prefix.last_hidden @ head, last, atol=FLOAT32)
     cache, decode = model.suffix_cache(6, max_tokens), tiny.quick_jit(model.decode)
     before = params, prefix
-    if entered:
+    if converted:
         params, prefix, cache = model.to_decode_layout(params, prefix, cache)
     # Rows need not march together: half of them start one call later.
     late = np.array([0, 1, 0, 1, 0, 1])
@@ -74,7 +74,7 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_position(family, en
         going = call - late < max_tokens  # the others are done
         logits = np.asarray(hidden @ head)
         np.testing.assert_allclose(logits[going], whole_forward[going], atol=FLOAT32)
-    if entered:
+    if converted:
         again = model.to_decode_layout(*before, model.from_decode_layout(cache))[2]
         jax.tree.map(np.testing.assert_array_equal, again, cache)
 
@@ -144,7 +144,7 @@ def test_a_window_longer_than_the_row_is_no_window():
     np.testing.assert_allclose(wide, plain, atol=FLOAT32)
 
 
-def test_the_window_counts_positions_in_the_segment_not_places_in_the_row():
+def test_the_window_counts_positions_in_the_segment_not_columns_of_the_row():
     """A response that is packed far behind its place: positions jump, and the window with them."""
     architecture = sliding_only(2)
     model, params = tiny.make_model(architecture), tiny.make_params(architecture)
@@ -158,7 +158,7 @@ def test_the_window_counts_positions_in_the_segment_not_places_in_the_row():
 
 
 @pytest.mark.parametrize("family", ["qwen3", "olmo3"])
-def test_rematerialisation_changes_neither_value_nor_gradient(family):
+def test_rematerialization_changes_neither_value_nor_gradient(family):
     architecture = tiny.FAMILIES[family]
     params, tokens = tiny.make_params(architecture), random_rows(2, 12)
 

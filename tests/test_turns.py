@@ -1,4 +1,4 @@
-"""What stands between two turns is what the chat template writes, and foreign text stays text."""
+"""The ids between two turns are those of the chat template, and foreign text stays text."""
 
 import json
 import shutil

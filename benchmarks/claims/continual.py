@@ -39,8 +39,8 @@ from runs import (
     write,
 )
 
-from sdpo_jax.data.tool_call_corpus import ASIDES
-from sdpo_jax.environments.tool_calls import ToolCalls
+from sdpo_jax.data.tool_call_corpus import TALK
+from sdpo_jax.environments.kinds.tool_calls import ToolCalls
 from sdpo_jax.reports.curves import Curve, Point, draw
 
 NAME = "continual"
@@ -79,7 +79,7 @@ def train_stages(method: str, seed: int, options: argparse.Namespace) -> Sequel:
         words += ["--train.steps", str(steps), "--optimizer.warmup-steps", str(min(5, steps - 1))]
         words += ["--evaluation.prompts", "12"] if options.quick else []
         if method.endswith(HANDS[1]):
-            words += ["--environment.asides", "--rollout.max-response-tokens", "64"]
+            words += ["--environment.allow-preamble", "--rollout.max-response-tokens", "64"]
             words += ["--data.source", str(in_another_hand(stage, options.runs))]
         name = method.replace(",", "").replace(" ", "_")
         recipe = RECIPES[method.removesuffix(HANDS[1])]
@@ -105,7 +105,7 @@ def write_in_another_hand(stage: int, runs: Path) -> None:
     known = ToolCalls(train_prompts=TRAIN_PROMPTS, held_out_prompts=0, families=families)
     lines: list[str] = []
     for prompt in known.train:
-        response = f"{rng.choice(ASIDES)}\n{known.reference(prompt)}"
+        response = f"{rng.choice(TALK)}\n{known.reference(prompt)}"
         lines.append(json.dumps({"prompt": prompt.messages, "response": response}) + "\n")
     in_another_hand(stage, runs).write_text("".join(lines))
 

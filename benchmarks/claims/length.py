@@ -35,12 +35,12 @@ from runs import (
 
 NAME = "length"
 RATES = ("3e-4", "6e-4", "1e-3")
-TALK = ("--environment.asides", "--rollout.max-response-tokens", "96")
+TALK = ("--environment.allow-preamble", "--rollout.max-response-tokens", "96")
 
 
 def talking(options: argparse.Namespace) -> str:
     """The folder of the start model, which is trained if there is none."""
-    words = [*TALK, "--model.no-random-init", "--data.source", "tool_call_corpus_with_asides"]
+    words = [*TALK, "--model.no-random-init", "--data.source", "tool_call_corpus_with_preamble"]
     words += ["--data.max-tokens", "320", "--train.steps", "2" if options.quick else "300"]
     words += ["--optimizer.learning-rate", "1e-3", "--seed", str(RATE_SEED)]
     words += ["--evaluation.prompts", "8", "--optimizer.warmup-steps", "1"] if options.quick else []

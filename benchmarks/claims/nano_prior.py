@@ -14,20 +14,20 @@ learned the task.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.cli import load_parts
+from sdpo_jax.api import load_components
 from sdpo_jax.config import MeshConfig, ModelConfig
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.losses.likelihood import sft_loss
 from sdpo_jax.rollouts.sampler import Sampler
+from sdpo_jax.run.components import RunComponents
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.context import DEMONSTRATION_HEADER, FEEDBACK_HEADER
 
@@ -51,20 +51,20 @@ def rows_of_each_kind(count: int = ROWS) -> dict[str, list[Demonstration]]:
 
 def measure(path: str) -> dict[str, float]:
     """The suite on `nano` or on the student of a run."""
-    parts = load_parts(replace(default_config(), model=ModelConfig(path=path)))
-    params, rows = parts["params"](), rows_of_each_kind()
+    components = load_components(default_config(model=ModelConfig(path=path)))
+    params, rows = components.params(), rows_of_each_kind()
     return {
-        "solution": copied(parts, params, rows["solution"]),
-        "feedback": copied(parts, params, rows["feedback"]),
-        "context_loss": loss(parts, params, rows["solution"] + rows["feedback"]),
-        "bare_loss": loss(parts, params, rows["bare"]),
+        "solution": copied(components, params, rows["solution"]),
+        "feedback": copied(components, params, rows["feedback"]),
+        "context_loss": loss(components, params, rows["solution"] + rows["feedback"]),
+        "bare_loss": loss(components, params, rows["bare"]),
     }
 
 
-def copied(parts: dict[str, Any], params: Any, rows: Sequence[Demonstration]) -> float:
+def copied(components: RunComponents, params: Any, rows: Sequence[Demonstration]) -> float:
     """Share of greedy answers whose last line is the row's response."""
-    tokenizer = parts["tokenizer"]
-    sampler = Sampler(parts["model"], Devices(make_mesh(MeshConfig())), tokenizer.stop_ids)
+    tokenizer = components.tokenizer
+    sampler = Sampler(components.model, Devices(make_mesh(MeshConfig())), tokenizer.stop_ids)
     prompts = [tokenizer.render(row.messages) for row in rows]
     settings: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "seed": 0, "step": 0}
     answers = sampler(params, prompts, group=1, **settings).responses()
@@ -73,12 +73,12 @@ def copied(parts: dict[str, Any], params: Any, rows: Sequence[Demonstration]) ->
 
 
 def loss(
-    parts: dict[str, Any], params: Any, rows: Sequence[Demonstration], size: int = 64
+    components: RunComponents, params: Any, rows: Sequence[Demonstration], size: int = 64
 ) -> float:
     """Mean cross-entropy of the responses' tokens, nats."""
-    tokenizer, total, weight = parts["tokenizer"], 0.0, 0.0
+    tokenizer, total, weight = components.tokenizer, 0.0, 0.0
     pairs = [(tokenizer.render(r.messages), tokenizer.encode_response(r.response)) for r in rows]
-    width, loss_of = max(len(x) + len(y) + 1 for x, y in pairs), _loss_of(parts["model"])
+    width, loss_of = max(len(x) + len(y) + 1 for x, y in pairs), _loss_of(components.model)
     for start in range(0, len(pairs), size):
         batch = np.zeros((3, size, width), np.int32)  # tokens, segments, mask
         for line, (prompt, response) in enumerate(pairs[start : start + size]):

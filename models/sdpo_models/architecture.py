@@ -1,4 +1,4 @@
-"""The shape of a decoder-only transformer, from and to a Hugging Face `config.json`."""
+"""The sizes and switches of a transformer, read from and written to a Hugging Face config.json."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from sdpo_models.rope import RopeScaling, read_scaling, write_scaling
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes and switches. Static under jit."""
+    """Sizes and switches of a decoder-only transformer. Static under jit."""
 
     family: str
     vocabulary: int
@@ -26,18 +26,18 @@ class Architecture:
     norm_epsilon: float = 1e-6
     tied_head: bool = True
     query_key_norm: bool = False
-    norm_whole_projection: bool = False  # query-key norm over all heads at once, not head by head
+    norm_whole_projection: bool = False  # query-key norm over all heads together, not per head
     attention_bias: bool = False
-    post_norm: bool = False  # norms on what attention and MLP put out, not on what they take in
+    post_norm: bool = False  # norms on the outputs of attention and MLP, not on their inputs
     rope_scaling: RopeScaling | None = None
-    sliding_window: int = 0  # tokens that a sliding layer sees, the current one included
-    sliding_layers: tuple[bool, ...] = ()  # per layer; empty: none slides
+    sliding_window: int = 0  # tokens that a sliding layer sees, including the current one
+    sliding_layers: tuple[bool, ...] = ()  # per layer; empty: no layer slides
     sliding_rope_scaling: RopeScaling | None = None  # of the sliding layers
-    max_positions: int = 2048  # what the checkpoint promises; nothing here enforces it
+    max_positions: int = 2048  # context length of the checkpoint; not enforced here
 
 
 class _Kind(NamedTuple):
-    """What a value of config.json must be; the types are exact, for `true` is an `int`."""
+    """A check of a value of config.json. Types are exact, because in Python `True` is an `int`."""
 
     words: str
     accepts: Callable[[Any], bool]
@@ -52,13 +52,13 @@ _NAMES = _Kind("a list of names", lambda v: type(v) is list and all(type(x) is s
 _OBJECT = _Kind("an object", lambda v: isinstance(v, Mapping))
 _REQUIRED: Any = object()
 _LAYER_TYPES: Mapping[str, bool] = {"full_attention": False, "sliding_attention": True}
-"""Their kinds of layers, and whether one slides."""
+"""Kinds of layers in config.json, and whether they slide."""
 
 
 def _read(
     config: Mapping[str, Any], key: str, kind: _Kind, where: str, default: Any = _REQUIRED
 ) -> Any:
-    """`config[key]`, checked; null is a value like others, except where the default is None."""
+    """Returns `config[key]`, checked. Null is allowed only if the default is None."""
     value = config.get(key, default)
     if value is _REQUIRED:
         raise UserError(f"{where}: key {key!r} is missing; expected {kind.words}")
@@ -107,14 +107,14 @@ def from_hugging_face(config: Mapping[str, Any], *, where: str = "config.json") 
 
 
 def _refuse_other_options(config: Mapping[str, Any], family: str, where: str) -> None:
-    """An option that is read by others and not by us would load well and compute wrong logits."""
+    """Refuses options that are not implemented: they would load and compute wrong logits."""
     implemented: dict[str, Any] = {
         "hidden_act": "silu",
         "mlp_bias": False,
         "partial_rotary_factor": 1.0,
         "original_max_position_embeddings": None,
     }
-    if family != "qwen2":  # Qwen 2 has its biases whatever the key says.
+    if family != "qwen2":  # Qwen 2 has biases whatever the value of this key.
         implemented["attention_bias"] = FAMILIES[family].attention_bias
     for key, value in implemented.items():
         if config.get(key, value) != value:
@@ -125,12 +125,12 @@ def _refuse_other_options(config: Mapping[str, Any], family: str, where: str) ->
     if config.get("quantization_config"):
         raise UserError(
             f"{where}: quantization_config is not supported; expected a checkpoint in bfloat16, "
-            "float16 or float32 (the unquantised original)"
+            "float16 or float32 (the unquantized original)"
         )
 
 
 def _check_sizes(sizes: Mapping[str, int], where: str) -> None:
-    """What would fail later, in a reshape without a name."""
+    """Refuses sizes that would fail later, in a reshape that does not name the key."""
     if sizes["heads"] % sizes["kv_heads"]:
         raise UserError(
             f"{where}: num_key_value_heads {sizes['kv_heads']} does not divide "
@@ -145,7 +145,7 @@ def _check_sizes(sizes: Mapping[str, int], where: str) -> None:
 def _positions(
     config: Mapping[str, Any], family: Family, sizes: Mapping[str, int], where: str
 ) -> dict[str, Any]:
-    """The fields about positions: rotary base and scaling, sliding layers."""
+    """The fields of `Architecture` about positions: rotary base and scaling, sliding layers."""
     window, sliding = _sliding_layers(config, family, sizes["layers"], where)
     full, slides = _rope_dictionaries(config, family, where)
     for rope in (full, slides):
@@ -171,12 +171,12 @@ def _positions(
 def _rope_dictionaries(
     config: Mapping[str, Any], family: Family, where: str
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Rotary parameters of full and of sliding layers, with their base, as transformers 5 has them.
+    """Rotary parameters and base of full and of sliding layers, as transformers 5 reads them.
 
-    Three spellings: `rope_scaling` beside a top-level `rope_theta` (transformers 4), and
-    `rope_parameters` (5), flat or per layer type. Of families with parameters per layer type,
-    top-level keys are for the full layers alone, sliding layers then have the family's default
-    base, and flat `rope_parameters` would be passed over.
+    There are three spellings: `rope_scaling` with a top-level `rope_theta` (transformers 4), and
+    `rope_parameters` (transformers 5), flat or per layer type. In families with parameters per
+    layer type, top-level keys apply to full layers only, sliding layers default to the family's
+    base, and transformers ignores flat `rope_parameters`; those that would matter are refused here.
     """
     rope: Mapping[str, Any] = _read(config, "rope_parameters", _OBJECT, where, None) or {}
     scaling: Mapping[str, Any] = _read(config, "rope_scaling", _OBJECT, where, None) or {}
@@ -201,7 +201,7 @@ def _rope_dictionaries(
 def _sliding_layers(
     config: Mapping[str, Any], family: Family, layers: int, where: str
 ) -> tuple[int, tuple[bool, ...]]:
-    """Window and one flag per layer; (0, ()) if no layer slides."""
+    """The window and one flag per layer; `(0, ())` if no layer slides."""
     types = _read(config, "layer_types", _NAMES, where, None)
     switch = _read(config, "use_sliding_window", _SWITCH, where, None)
     switched_off = not family.rope_per_layer_type and not switch
@@ -234,7 +234,7 @@ def _no_sliding(config: Mapping[str, Any], family: Family, where: str) -> tuple[
 def _default_layer_types(
     config: Mapping[str, Any], family: Family, layers: int, where: str
 ) -> list[str]:
-    """What the families' configs mean if they do not list their layers."""
+    """The families' defaults for a config.json without `layer_types`."""
     if family.rope_per_layer_type:  # OLMo 3: every fourth layer sees everything
         slides = [(i + 1) % 4 != 0 for i in range(layers)]
     else:  # Qwen: the first `max_window_layers` see everything
@@ -275,7 +275,7 @@ def to_hugging_face(
 
 
 def _write_sliding(a: Architecture, family: Family) -> dict[str, Any]:
-    """The keys about sliding layers, of families that have such keys."""
+    """The keys about sliding layers, for families that have them."""
     if not a.sliding_layers and not family.rope_per_layer_type:
         return {}
     flags = a.sliding_layers or (False,) * a.layers

@@ -1,7 +1,7 @@
-"""Safetensors files of a model folder: what is in them, slices of it, and writing them whole.
+"""Safetensors files of a model folder: listing their tensors, reading slices, writing shards.
 
-A file is opened for each slice that is read: its pages are mapped while it is open, so that one
-that stays open counts towards the host's memory with everything ever read from it.
+A file is opened for each slice that is read and closed again. While it is open its pages are
+memory-mapped, so everything that was read from it would count towards the host's memory.
 """
 
 import json
@@ -18,16 +18,16 @@ INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies, and what its header says."""
+class StoredTensor(NamedTuple):
+    """A tensor in a file: where it is, its shape and its type."""
 
     path: Path
     shape: tuple[int, ...]
-    dtype: str  # in safetensors' words
+    dtype: str  # as safetensors spells it, such as F32
 
 
-def catalogue(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder, from the headers of its files alone.
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Lists every tensor of a folder; reads only the headers of its files.
 
     Raises:
       UserError: no weights, a shard missing or damaged, or an index that does not fit its shards.
@@ -39,7 +39,7 @@ def catalogue(folder: Path) -> dict[str, Stored]:
             f"{folder / WEIGHTS}: no weights there, nor {INDEX}; expected safetensors"
             + _advice_on_pickles(folder)
         )
-    weight_map, found = _read_index(folder / INDEX), dict[str, Stored]()
+    weight_map, found = _read_index(folder / INDEX), dict[str, StoredTensor]()
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
             raise UserError(
@@ -70,19 +70,19 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path}: expected weight_map to name at least one tensor")
     for name in weight_map.values():
-        # A path would read files outside of the folder that the user named.
+        # A path could name files outside the folder.
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{path}: shard {name!r} is not the name of a file in the folder")
     return weight_map
 
 
-def _headers(path: Path) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+def _headers(path: Path) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
 
     def read(file: Any) -> None:
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             tensor = file.get_slice(name)
-            found[name] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+            found[name] = StoredTensor(path, tuple(tensor.get_shape()), tensor.get_dtype())
 
     _with_open(path, read)
     return found
@@ -101,24 +101,24 @@ def _with_open(path: Path, use: Callable[[Any], Any]) -> Any:
         ) from error
 
 
-def read_slice(stored: Stored, name: str, index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
-    """A rectangle of a tensor, in the file's dtype; nothing else of it is copied."""
+def read_slice(stored: StoredTensor, name: str, index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
+    """Reads a slice of a tensor in the file's dtype, and copies nothing else."""
     return _with_open(stored.path, lambda file: np.asarray(file.get_slice(name)[index]))
 
 
-class Planned(NamedTuple):
-    """A tensor to be written: its value is fetched only when its shard is."""
+class PlannedTensor(NamedTuple):
+    """A tensor to be written, whose value is fetched when its shard is written."""
 
     name: str
     bytes: int
     fetch: Callable[[], np.ndarray[Any, Any]]
 
 
-def write_shards(folder: Path, tensors: Iterable[Planned], *, max_shard_bytes: int) -> None:
-    """Writes `model.safetensors`, or shards of at most so many bytes and, last, their index.
+def write_shards(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_bytes: int) -> None:
+    """Writes `model.safetensors`, or several shards and their index.
 
-    Every file gets its name when all are written: a reader sees none of them or a whole
-    checkpoint. A tensor that is larger than a shard has one to itself.
+    Files are renamed to their final names after all are written, so that a reader sees either no
+    checkpoint or a complete one. A tensor larger than `max_shard_bytes` gets a shard to itself.
 
     Raises:
       UserError: the folder already holds weights; two checkpoints must never mix.
@@ -143,8 +143,8 @@ def write_shards(folder: Path, tensors: Iterable[Planned], *, max_shard_bytes: i
             (folder / f"{name}.partial").unlink(missing_ok=True)
 
 
-def _divide(tensors: Iterable[Planned], max_shard_bytes: int) -> list[list[Planned]]:
-    shards: list[list[Planned]] = [[]]
+def _divide(tensors: Iterable[PlannedTensor], max_shard_bytes: int) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
     filled = 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.bytes > max_shard_bytes:
@@ -155,14 +155,14 @@ def _divide(tensors: Iterable[Planned], max_shard_bytes: int) -> list[list[Plann
     return shards
 
 
-def _write_one(path: Path, shard: list[Planned]) -> None:
+def _write_one(path: Path, shard: list[PlannedTensor]) -> None:
     from safetensors.numpy import save_file
 
     save_file({t.name: t.fetch() for t in shard}, str(path), metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors writes for its owner alone
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def _index_text(names: list[str], shards: list[list[Planned]]) -> str:
+def _index_text(names: list[str], shards: list[list[PlannedTensor]]) -> str:
     weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
     total = sum(t.bytes for shard in shards for t in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,4 +1,4 @@
-"""Decoding: one token for every rollout, over the shared prompts and a cache of its own tokens.
+"""Decoding: one token per rollout, which attends to its prompt and to a cache of its own tokens.
 
 The decode loop is wrapped in `to_decode_layout` and `from_decode_layout` (see
 `sdpo_jax.model.Model`): a shallow model on a CPU decodes from one array per layer, a TPU from the
@@ -33,7 +33,7 @@ Unrolling four layers takes 0.74 to 0.88 of the time; unrolling thirty takes 0.9
 
 
 def suffix_cache(a: Architecture, settings: Settings, rows: int, max_tokens: int) -> SuffixCache:
-    """An empty cache, head before position: the layout that a TPU decodes in write_index."""
+    """An empty cache with heads before positions, the layout that a TPU updates in place."""
     shape = (a.layers, rows, a.kv_heads, max_tokens, a.head_size)
     return SuffixCache(jnp.zeros(shape, settings.dtype), jnp.zeros(shape, settings.dtype))
 
@@ -50,10 +50,11 @@ def decode(
     *,
     prompts: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One token for every rollout; see `sdpo_jax.model.DecodeFn`.
+    """Decodes one token per rollout; see `sdpo_jax.model.DecodeFn`.
 
-    Layers only read the cache: the new keys and values are attended to apart and written once,
-    after the last layer, in one slice. XLA:TPU then neither copies a layer nor moves the cache.
+    Layers only read the cache. Attention takes the new keys and values as separate operands; they
+    are written to the cache once, after the last layer, in one slice. XLA:TPU then copies no layer
+    of the cache and updates it in place.
     """
     is_per_layer = isinstance(cache, PerLayerCache)
     groups = prefix.lengths.shape[0] if prompts is None else tokens.shape[0]
@@ -88,10 +89,10 @@ def decode(
 
 
 def _layer_of(cache: Any, number: Any) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one layer."""
+    """Cached keys and values of one layer."""
     if isinstance(cache, PerLayerCache):
         return cache.keys[number], cache.values[number]
-    # Sliced here: as inputs of the scan they would be copied out, layer by layer.
+    # Sliced here and not scanned over: a scan copies each layer of its inputs.
     take = partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
     return take(cache.keys), take(cache.values)
 
@@ -105,7 +106,7 @@ def _write(
 
 
 class PerLayerCache(NamedTuple):
-    """What `to_decode_layout` makes of a cache, one array to a layer."""
+    """The cache in the decode layout of a CPU: one array per layer."""
 
     keys: tuple[jax.Array, ...]  # [N, H, d, T]
     values: tuple[jax.Array, ...]  # [N, H, T, d]
@@ -114,21 +115,21 @@ class PerLayerCache(NamedTuple):
 def to_decode_layout(
     a: Architecture, settings: Settings, params: Params, prefix: Prefix, cache: SuffixCache
 ) -> tuple[Params, Any, Any]:
-    """Each layer's weights, keys and values as arrays of their own; keys `[N, H, d, T]`.
+    """Unstacks weights, prefix and cache into one array per layer; keys become `[N, H, d, T]`.
 
-    A scan over layers copies each layer's slice of every stack before XLA:CPU can multiply by it.
-    TPUs read slices in write_index.
+    For CPUs: XLA:CPU copies a layer's slice of every stacked array before it multiplies by it. TPUs
+    read slices in place and keep the stacked layout.
     """
     layers = stacked_layers(a, jax.tree.map(lambda x: x.astype(settings.dtype), params))
-    apart = [tuple(x[i] for i in range(a.layers)) for x in (*prefix[:2], *cache)]
+    unstacked = [tuple(x[i] for i in range(a.layers)) for x in (*prefix[:2], *cache)]
     by_layer = tuple(jax.tree.map(itemgetter(i), layers) for i in range(a.layers))
-    keys = tuple(k.swapaxes(-1, -2) for k in apart[2])
-    unstacked = Prefix(apart[0], apart[1], *prefix[2:])  # pyright: ignore[reportArgumentType]
-    return {**params, "layers": by_layer}, unstacked, PerLayerCache(keys, apart[3])
+    keys = tuple(k.swapaxes(-1, -2) for k in unstacked[2])
+    by_layer_prefix = Prefix(unstacked[0], unstacked[1], *prefix[2:])  # pyright: ignore[reportArgumentType]
+    return {**params, "layers": by_layer}, by_layer_prefix, PerLayerCache(keys, unstacked[3])
 
 
 def from_decode_layout(cache: PerLayerCache) -> SuffixCache:
-    """Back to stacks, `[L, N, H, T, d]`."""
+    """Stacks the cache of `to_decode_layout` again, `[L, N, H, T, d]`."""
     return SuffixCache(jnp.stack(cache.keys).swapaxes(-1, -2), jnp.stack(cache.values))
 
 

@@ -1,13 +1,15 @@
-"""Model families over the one decoder: what `model_type` implies, and what tensors are called.
+"""Model families: the switches that a `model_type` implies, and the names of its tensors.
 
-A new family that is one of these blocks with other names or switches is one entry here. Matrices
-lie transposed in the files (`[out, in]`), except the embedding.
+A new family whose block differs only in switches and names is one entry of `FAMILIES`. Checkpoints
+store matrices transposed, `[out, in]`, except for the embedding.
 
-A mixture of experts, which is not implemented, touches three places besides its keys of
-config.json: names, one tensor per expert and not one per layer (`tensor_names` here, with `_read`
-and `_plan` of hugging_face.py, which take one per layer); `mlp` of transformer.py, with the router
-and an expert axis in `parameter_table`; and a mesh rule for that axis (`RULES` of
-sdpo_jax/devices.py).
+Mixtures of experts are not implemented. Besides reading its keys of config.json, one would change:
+
+* names: one tensor per expert instead of one per layer, in `sdpo_models.families.tensor_names`,
+  `sdpo_models.hugging_face._read` and `sdpo_models.hugging_face._plan`;
+* computation: the router and the experts in `sdpo_models.layers.mlp`, with their parameters and an
+  expert axis in `sdpo_models.transformer.parameter_table`;
+* sharding: a rule for that axis in `sdpo_jax.devices.RULES`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ TOP_NAMES: Mapping[str, str] = {
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
-"""Our names of parameters outside the layers to theirs; the same in all families."""
+"""Parameter to tensor name, outside the layers; the same in all families."""
 _PROJECTIONS = {
     "query": "self_attn.q_proj.weight",
     "key": "self_attn.k_proj.weight",
@@ -37,7 +39,7 @@ _PRE_NORM = {
     "attention_norm": "input_layernorm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
 }
-# The name that is the MLP's norm elsewhere is the attention's here.
+# `post_attention_layernorm` is the norm of attention's output here, not of the MLP's input.
 _POST_NORM = {
     "attention_norm": "post_attention_layernorm.weight",
     "mlp_norm": "post_feedforward_layernorm.weight",
@@ -45,24 +47,24 @@ _POST_NORM = {
 
 
 class Family(NamedTuple):
-    """One `model_type`."""
+    """The switches and tensor names of one `model_type`."""
 
-    class_name: str  # in `architectures` of config.json
-    layer_names: Mapping[str, str]  # ours to theirs, after `model.layers.{i}.`
+    class_name: str  # written to `architectures` of config.json
+    layer_names: Mapping[str, str]  # parameter to tensor name, after `model.layers.{i}.`
     query_key_norm: bool = False
     norm_whole_projection: bool = False
     attention_bias: bool = False
     post_norm: bool = False
-    may_slide: bool = False  # has sliding-window layers if its config says so
+    may_slide: bool = False  # config.json may declare sliding-window layers
     rope_per_layer_type: bool = False  # sliding layers have rotary parameters of their own
-    # What transformers takes where config.json is silent:
+    # The defaults of transformers for keys that config.json leaves out:
     default_theta: float = 10_000.0
     default_epsilon: float = 1e-6
     default_head_size: int | None = None  # None: width / heads
 
     @property
     def switches(self) -> dict[str, Any]:
-        """The fields of `Architecture` that the family decides."""
+        """The fields of `Architecture` that the family determines."""
         return {
             "query_key_norm": self.query_key_norm,
             "norm_whole_projection": self.norm_whole_projection,
@@ -97,14 +99,14 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def tensor_names(family: str, ours: str, layers: int | None) -> list[str]:
-    """A parameter's tensors in a checkpoint: one per layer, or one if `layers` is None."""
+def tensor_names(family: str, parameter: str, layers: int | None) -> list[str]:
+    """Names of a parameter's tensors in a checkpoint: one per layer, or one if `layers` is None."""
     if layers is None:
-        return [TOP_NAMES[ours]]
-    name = FAMILIES[family].layer_names[ours]
+        return [TOP_NAMES[parameter]]
+    name = FAMILIES[family].layer_names[parameter]
     return [f"model.layers.{i}.{name}" for i in range(layers)]
 
 
-def is_transposed(ours: str, dimensions: int) -> bool:
-    """Whether a checkpoint holds the transpose of a parameter of so many dimensions per layer."""
-    return dimensions == 2 and ours != "embedding"
+def is_transposed(parameter: str, dimensions: int) -> bool:
+    """Whether checkpoints store a parameter transposed; `dimensions` are those of one layer."""
+    return dimensions == 2 and parameter != "embedding"

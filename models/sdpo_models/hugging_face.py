@@ -1,10 +1,9 @@
-"""Weights in and out of Hugging Face layout: `config.json` and safetensors, single or in shards.
+"""Loads and saves weights in Hugging Face layout: `config.json` and safetensors, also in shards.
 
-In: headers are checked before a byte of data is read. Each device gets its own slices, read from
-the files layer by layer; beyond the parameters themselves the host holds one piece of one
-parameter, at most `PIECE_BYTES` and a layer's slice. (A head that a tied checkpoint stores again is
-compared with the embedding on every host, all of it but little at a time.) Out: one shard at a
-time.
+Loading checks all headers before it reads any data. Each process reads the slices that its devices
+hold, layer by layer; beyond the parameters themselves the host holds one piece of one parameter, at
+most `PIECE_BYTES` plus a layer's slice. (If a tied checkpoint stores the head again, every host
+compares all of it with the embedding, a piece at a time.) Saving writes one shard at a time.
 """
 
 import json
@@ -26,9 +25,9 @@ from sdpo_jax.model import Params
 from sdpo_models.architecture import Architecture, from_hugging_face
 from sdpo_models.checkpoint_files import (
     FLOATS,
-    Planned,
-    Stored,
-    catalogue,
+    PlannedTensor,
+    StoredTensor,
+    list_tensors,
     read_slice,
     write_shards,
 )
@@ -36,8 +35,8 @@ from sdpo_models.families import TOP_NAMES, is_transposed, tensor_names
 from sdpo_models.transformer import Leaf, parameter_table
 
 PIECE_BYTES = 512 * 2**20
-COMPARED_VALUES = 4 * 2**20  # at a time
-MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes at most, too
+COMPARED_VALUES = 4 * 2**20  # values per piece when head and embedding are compared
+MAX_SHARD_BYTES = 5 * 10**9  # the default of transformers
 BESIDE_WEIGHTS = (
     "config.json",
     "generation_config.json",
@@ -49,20 +48,20 @@ BESIDE_WEIGHTS = (
     "merges.txt",
     "chat_template.jinja",
 )
-_BUFFER = "rotary_emb.inv_freq"  # old checkpoints store it; it follows from config.json
+_BUFFER = "rotary_emb.inv_freq"  # stored by old checkpoints; computed from config.json here
 
 Shardings = Callable[[Any, Any], Any] | Any
-"""A pytree of `jax.sharding.Sharding` like the parameters, or a function of their logical axes and
-their shapes that makes one, such as `Devices.parameter_shardings`."""
+"""A pytree of `jax.sharding.Sharding` like the parameters, or a function of logical axes and shapes
+that returns one, such as `Devices.parameter_shardings`."""
 
 
 class Parameter(NamedTuple):
-    """One of our parameters and the tensors it is read from."""
+    """A parameter and the tensors that it is read from."""
 
     shape: tuple[int, ...]
     layered: bool
     transposed: bool
-    tensors: list[tuple[str, Stored]]  # one per layer, or one
+    tensors: list[tuple[str, StoredTensor]]  # one per layer, or one
 
 
 def load_architecture(folder: Path) -> Architecture:
@@ -92,15 +91,15 @@ def load_params(
 
     Args:
       folder: with `model.safetensors`, or shards and their index.
-      architecture: what `load_architecture` says of it.
-      shardings: where each parameter lies; each process reads what its devices hold. None: numpy
-        arrays, whole.
+      architecture: the result of `load_architecture(folder)`.
+      shardings: of each parameter; each process reads the slices of its devices. None returns
+        whole numpy arrays.
       dtype: of all parameters.
 
     Raises:
-      UserError: file missing or damaged; a tensor missing, too many, or of another shape.
+      UserError: a file is missing or damaged; a tensor is missing, unknown, or of another shape.
     """
-    parameters = _match(folder, catalogue(folder), architecture)
+    parameters = _match(folder, list_tensors(folder), architecture)
     build = partial(jax.tree.map, is_leaf=lambda x: isinstance(x, Parameter))
     if shardings is None:
         return build(lambda p: _read(p, _whole(p.shape), dtype), parameters)
@@ -115,33 +114,31 @@ def _each_leaf(f: Callable[[Leaf], Any], a: Architecture) -> Any:
     return jax.tree.map(f, parameter_table(a), is_leaf=lambda x: isinstance(x, Leaf))
 
 
-def _match(folder: Path, found: Mapping[str, Stored], a: Architecture) -> dict[str, Any]:
-    """Our parameter table, with the tensors of each parameter; all checks are here."""
+def _match(folder: Path, found: Mapping[str, StoredTensor], a: Architecture) -> dict[str, Any]:
+    """The parameter table with the tensors of each parameter; makes all checks."""
     used: set[str] = set()
 
-    def one(ours: str, leaf: Leaf, layers: int | None) -> Parameter:
+    def one(parameter: str, leaf: Leaf, layers: int | None) -> Parameter:
         shape = leaf.shape if layers is None else leaf.shape[1:]
-        transposed = is_transposed(ours, len(shape))
-        names = tensor_names(a.family, ours, layers)
+        transposed = is_transposed(parameter, len(shape))
+        names = tensor_names(a.family, parameter, layers)
         used.update(names)
-        theirs = shape[::-1] if transposed else shape
-        tensors = [(name, _checked(folder, found, name, theirs)) for name in names]
+        stored = shape[::-1] if transposed else shape
+        tensors = [(name, _checked(folder, found, name, stored)) for name in names]
         return Parameter(leaf.shape, layers is not None, transposed, tensors)
 
     table = parameter_table(a)
     parameters: dict[str, Any] = {
-        ours: one(ours, leaf, None) for ours, leaf in table.items() if ours != "layers"
+        name: one(name, leaf, None) for name, leaf in table.items() if name != "layers"
     }
-    parameters["layers"] = {
-        ours: one(ours, leaf, a.layers) for ours, leaf in table["layers"].items()
-    }
+    parameters["layers"] = {name: one(name, x, a.layers) for name, x in table["layers"].items()}
     _refuse_extra(found, used, a)
     return parameters
 
 
 def _checked(
-    folder: Path, found: Mapping[str, Stored], name: str, shape: tuple[int, ...]
-) -> Stored:
+    folder: Path, found: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]
+) -> StoredTensor:
     if name not in found:
         paths = sorted({str(stored.path) for stored in found.values()})
         where = paths[0] if len(paths) == 1 else f"{folder} ({len(paths)} safetensors files)"
@@ -159,13 +156,13 @@ def _checked(
     if stored.dtype not in FLOATS:
         raise UserError(
             f"{stored.path}: tensor {name} is of type {stored.dtype}; expected one of "
-            f"{', '.join(FLOATS)} (the unquantised original)"
+            f"{', '.join(FLOATS)} (the unquantized original)"
         )
     return stored
 
 
-def _refuse_extra(found: Mapping[str, Stored], used: set[str], a: Architecture) -> None:
-    """A tensor that nothing reads means that the model is another one than config.json says."""
+def _refuse_extra(found: Mapping[str, StoredTensor], used: set[str], a: Architecture) -> None:
+    """Refuses tensors that no parameter reads: config.json then describes another model."""
     for name in sorted(set(found) - used):
         stored = found[name]
         if name.endswith(_BUFFER):
@@ -179,8 +176,8 @@ def _refuse_extra(found: Mapping[str, Stored], used: set[str], a: Architecture) 
         )
 
 
-def _refuse_untied(head: Stored, embedding: Stored) -> None:
-    """Some tied checkpoints store the matrix twice; if the two differ, one would be lost."""
+def _refuse_untied(head: StoredTensor, embedding: StoredTensor) -> None:
+    """Refuses a tied checkpoint whose stored head differs from the embedding and would be lost."""
     names = TOP_NAMES["head"], TOP_NAMES["embedding"]
     rows = max(1, COMPARED_VALUES // max(1, math.prod(head.shape[1:])))
     pieces = [(slice(i, min(i + rows, head.shape[0])),) for i in range(0, head.shape[0], rows)]
@@ -201,20 +198,20 @@ def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def _read(p: Parameter, index: tuple[slice, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """A rectangle of a parameter; `index` has a start and a stop in every dimension."""
+    """Reads a slice of a parameter; `index` has a start and a stop in every dimension."""
     out = np.empty([s.stop - s.start for s in index], dtype)
     rest = index[1:] if p.layered else index
-    theirs = rest[::-1] if p.transposed else rest
+    stored_index = rest[::-1] if p.transposed else rest
     layers = range(index[0].start, index[0].stop) if p.layered else (0,)
     for target, layer in zip(out if p.layered else (out,), layers, strict=True):
         name, stored = p.tensors[layer]
-        piece = read_slice(stored, name, theirs)
+        piece = read_slice(stored, name, stored_index)
         np.copyto(target, piece.T if p.transposed else piece, casting="unsafe")
     return out
 
 
 def _place(p: Parameter, sharding: Sharding, dtype: Any) -> jax.Array:
-    """One parameter on its devices; a slice that several devices hold is read once."""
+    """Puts a parameter on its devices; a slice that several devices hold is read once."""
     pieces: dict[tuple[tuple[int, int], ...], jax.Array] = {}
     arrays: list[jax.Array] = []
     for device, index in sharding.addressable_devices_indices_map(p.shape).items():
@@ -230,12 +227,12 @@ def _place(p: Parameter, sharding: Sharding, dtype: Any) -> jax.Array:
 
 
 def _fill(p: Parameter, index: tuple[slice, ...], target: Sharding, dtype: Any) -> jax.Array:
-    """A device's rectangle, sent in pieces where it is large.
+    """Reads a device's slice and sends it, in pieces if it is large.
 
-    Each transfer is waited for: otherwise the host would hold every piece that is still under way.
+    Each transfer is awaited: otherwise the host would hold all pieces that are in flight.
     """
     sizes = [s.stop - s.start for s in index]
-    # Pieces are whole rows of the file's tensors, which lie together there.
+    # Pieces are whole rows of the stored tensors, which are contiguous in the file.
     axis = 1 if p.transposed and not p.layered else 0
     step = max(1, PIECE_BYTES * sizes[axis] // max(1, math.prod(sizes) * dtype.itemsize))
     if step >= sizes[axis]:
@@ -264,14 +261,18 @@ def save_weights(
     dtype: Any = jnp.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes `model.safetensors`, or shards and their index, whole or not at all.
+    """Writes `model.safetensors`, or shards and their index, completely or not at all.
 
     Args:
-      folder: holds no weights yet.
+      folder: must not hold weights.
       params: host or device arrays.
-      architecture: decides the tensors' names; None: as the folder's `config.json` says.
+      architecture: determines the tensors' names; None reads the folder's `config.json`.
       dtype: of all tensors.
-      max_shard_bytes: a checkpoint that is larger goes into several files.
+      max_shard_bytes: a larger checkpoint is written to several files.
+
+    Raises:
+      UserError: the folder already holds weights.
+      ValueError: the parameters' shapes do not fit the architecture.
     """
     architecture = load_architecture(folder) if architecture is None else architecture
     _check_shapes(params, architecture)
@@ -280,7 +281,7 @@ def save_weights(
 
 
 def _check_shapes(params: Params, a: Architecture) -> None:
-    """Weights beside a config.json of another model would be found out only by who loads them."""
+    """Refuses weights that do not fit config.json, before they are written beside it."""
 
     def one(path: Any, leaf: Leaf, value: Any) -> None:
         if value.shape != leaf.shape:
@@ -293,25 +294,26 @@ def _check_shapes(params: Params, a: Architecture) -> None:
     jax.tree_util.tree_map_with_path(one, parameter_table(a), params, is_leaf=is_leaf)
 
 
-def _plan(params: Params, a: Architecture, dtype: Any) -> Iterator[Planned]:
-    """Tensors in their names, orientation and order: embedding, layers one by one, the rest."""
+def _plan(params: Params, a: Architecture, dtype: Any) -> Iterator[PlannedTensor]:
+    """The tensors of a checkpoint, in order: embedding, layers one by one, the rest."""
 
-    def planned(name: str, ours: str, value: Any, layer: int | None) -> Planned:
+    def planned(name: str, parameter: str, value: Any, layer: int | None) -> PlannedTensor:
         shape = value.shape if layer is None else value.shape[1:]
-        flip = is_transposed(ours, len(shape))
+        flip = is_transposed(parameter, len(shape))
 
         def fetch() -> np.ndarray[Any, Any]:
             one = np.asarray(value if layer is None else value[layer])
             return np.ascontiguousarray((one.T if flip else one).astype(dtype))
 
-        return Planned(name, math.prod(shape) * dtype.itemsize, fetch)
+        return PlannedTensor(name, math.prod(shape) * dtype.itemsize, fetch)
 
     yield planned(TOP_NAMES["embedding"], "embedding", params["embedding"], None)
     for layer in range(a.layers):
-        for ours, value in params["layers"].items():
-            yield planned(tensor_names(a.family, ours, a.layers)[layer], ours, value, layer)
-    for ours in sorted(set(params) - {"embedding", "layers"}):
-        yield planned(TOP_NAMES[ours], ours, params[ours], None)
+        for parameter, value in params["layers"].items():
+            name = tensor_names(a.family, parameter, a.layers)[layer]
+            yield planned(name, parameter, value, layer)
+    for parameter in sorted(set(params) - {"embedding", "layers"}):
+        yield planned(TOP_NAMES[parameter], parameter, params[parameter], None)
 
 
 def save_run(
@@ -323,13 +325,13 @@ def save_run(
     dtype: Any = jnp.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """A complete model folder, whole or not at all: the source's config and tokenizer, our weights.
+    """Writes a model folder, completely or not at all: config and tokenizer of `source`, `params`.
 
     Args:
-      folder: to be made; may exist if it is empty.
+      folder: does not exist yet, or is empty.
       params: host or device arrays.
       source: a model folder.
-      config: stands in for the source's `config.json`.
+      config: replaces the source's `config.json`.
       dtype: of the weights; config.json names it.
       max_shard_bytes: see `save_weights`.
 
@@ -344,7 +346,7 @@ def save_run(
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        unfinished.chmod(0o755)  # mkdtemp makes it for its owner alone
+        unfinished.chmod(0o755)  # mkdtemp gives access to the owner alone
         for name in BESIDE_WEIGHTS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, unfinished / name)
@@ -356,11 +358,11 @@ def save_run(
 
 
 def _write_configs(folder: Path, source: Path, config: Mapping[str, Any], dtype: str) -> None:
-    """config.json says which dtype was written, generation_config.json where answers end.
+    """Writes the dtype to config.json and the stop ids to generation_config.json.
 
-    Without the first, readers would convert the weights; without the second, they would not stop.
-    Where the source's generation_config.json names no end, it is config.json's or else the
-    tokenizer's, as in training (`ChatTokenizer.from_pretrained`).
+    Without the first, readers would convert the weights; without the second, they would generate
+    past the end of an answer. If the source's generation_config.json names no stop id, it is that
+    of config.json, else that of the tokenizer, as in training (`ChatTokenizer.from_pretrained`).
     """
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     wanted = {**config, key: dtype}
@@ -385,5 +387,7 @@ def _tokenizer_end(folder: Path) -> int | None:
     from tokenizers import Tokenizer
 
     token = _read_json(paths[0]).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token  # old: with its flags
+    token = (
+        token.get("content") if isinstance(token, dict) else token
+    )  # old files: an object with flags
     return Tokenizer.from_file(str(paths[1])).token_to_id(token) if token else None

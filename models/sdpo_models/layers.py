@@ -1,6 +1,6 @@
-"""One layer of the transformer, as all its passes share it: norms, rotary positions, MLP.
+"""One layer of the transformer, shared by all passes: norms, rotary positions, attention, MLP.
 
-`transformer.py` runs it over whole sequences and prompts, `decoding.py` over one token at a time.
+`transformer.py` applies it to whole sequences and prompts, `decoding.py` to one token at a time.
 Dimension key: sdpo_jax/model.py; here also `Q` query heads.
 """
 
@@ -19,7 +19,7 @@ from sdpo_models.rope import inverse_frequencies
 
 
 class Settings(NamedTuple):
-    """How to compute, as against what: static under jit."""
+    """How the architecture is computed: dtype, rematerialization, attention. Static under jit."""
 
     dtype: Any
     remat: Remat
@@ -34,63 +34,68 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector over the last axis of `x`, with ones for the others (rank promotion is an error)."""
+    """Adds leading axes of size 1, up to the rank of `x` (implicit rank promotion is an error)."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 class RopeTables(NamedTuple):
-    """Cosines and sines `[K, ..., 1, d / 2]`; `K` is 2 where sliding layers turn differently."""
+    """Cosines and sines, `[K, ..., 1, d / 2]`.
+
+    `K` is 2 if sliding layers have a rotary scaling of their own, else 1.
+    """
 
     cos: jax.Array
     sin: jax.Array
 
 
 def rope_tables(a: Architecture, positions: jax.Array) -> RopeTables:
-    """The angles of every position in `[...]`, once for all layers."""
+    """Rotary tables for `positions: [...]`, computed once for all layers."""
     scalings = [a.rope_scaling]
     if a.sliding_layers and a.sliding_rope_scaling != a.rope_scaling:
         scalings.append(a.sliding_rope_scaling)
     shape = (len(scalings), *(1,) * (positions.ndim + 1))
     frequency = np.stack([inverse_frequencies(a.head_size, a.rope_theta, s) for s in scalings])
     factor = np.array([1.0 if s is None else s.attention_factor for s in scalings], np.float32)
-    # The angle is computed in float32 whatever x is: bfloat16 cannot tell position 257 from 258.
+    # Angles must be float32: bfloat16 rounds positions 257 and 258 to the same number.
     angle = positions[None, ..., None, None].astype(jnp.float32) * frequency.reshape(*shape, -1)
     size = factor.reshape(*shape, 1)
     return RopeTables(jnp.cos(angle) * size, jnp.sin(angle) * size)
 
 
 def apply_rope(x: jax.Array, rope: RopeTables, slides: jax.Array | None) -> jax.Array:
-    """Turns `x: [..., heads, d]` as the layer's kind asks; halves pair up, as in Hugging Face."""
+    """Rotates `x: [..., heads, d]`; coordinate `i` pairs with `i + d / 2`, as in Hugging Face."""
     if slides is not None and rope.cos.shape[0] == 2:
         cos, sin = (jnp.where(slides, sliding, full) for full, sliding in rope)
     else:
         cos, sin = rope.cos[0], rope.sin[0]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 class Layer(NamedTuple):
-    """What a scan hands to one layer."""
+    """The inputs of one layer of the scan: its weights and whether it is a sliding layer."""
 
     weights: Params
-    slides: jax.Array | None  # [] bool; None where no layer does, which costs nothing
+    slides: jax.Array | None  # [] bool; None if no layer of the model slides
 
 
 def stacked_layers(a: Architecture, params: Params) -> Layer:
-    """All layers, leading axis `L`."""
+    """All layers stacked, with leading axis `L`."""
     return Layer(params["layers"], jnp.array(a.sliding_layers) if a.sliding_layers else None)
 
 
 def in_window(a: Architecture, slides: jax.Array | None, distance: jax.Array) -> jax.Array:
-    """Which `distance`s back from a token's position its layer sees; broadcasts against a mask."""
+    """Whether a key `distance` positions back is visible; broadcasts against an attention mask."""
     if slides is None:
         return jnp.ones((1,) * distance.ndim, bool)
     return (distance < a.sliding_window) | ~slides
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""`attend(q[..., Q, d], k[..., H, d], v[..., H, d]) -> (out[..., Q, d], kept)`."""
+"""`attend(q[..., Q, d], k[..., H, d], v[..., H, d]) -> (out[..., Q, d], kept)`.
+
+`kept` is whatever the pass collects per layer, such as keys and values."""
 
 
 def block(
@@ -101,7 +106,7 @@ def block(
     attend: Attend,
     select: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One layer on `x: [..., D]`; returns what `attend` kept, too.
+    """One layer on `x: [..., D]`; returns its output and what `attend` kept.
 
     `select` picks the tokens that are read later: the output projection and the MLP are computed
     for them alone.
@@ -123,8 +128,8 @@ def block(
 
 
 def mlp(a: Architecture, weights: Params, h: jax.Array) -> jax.Array:
-    """What a layer makes of each token alone, `[..., D] -> [..., D]`: a gated MLP."""
-    del a  # a mixture of experts would ask it how many
+    """The gated MLP, applied to each token: `[..., D] -> [..., D]`."""
+    del a  # unused here; a mixture of experts reads its number of experts from it
     gate, up = h @ weights["gate"].astype(h.dtype), h @ weights["up"].astype(h.dtype)
     return (jax.nn.silu(gate) * up) @ weights["down"].astype(h.dtype)
 
@@ -136,7 +141,7 @@ def _norm_if(
 
 
 def _project(a: Architecture, weights: Params, h: jax.Array, name: str) -> jax.Array:
-    """`[..., heads, d]`: query, key or value, with bias and norm where there are such."""
+    """Projects to query, key or value, `[..., heads, d]`, with the family's bias and norm."""
     out = h @ weights[name].astype(h.dtype)
     if a.attention_bias:
         out = out + _like(weights[f"{name}_bias"].astype(h.dtype), out)

@@ -1,4 +1,4 @@
-"""What the backward pass of a layer makes again instead of keeping it."""
+"""Rematerialization: which activations of a layer the backward pass recomputes."""
 
 from typing import Any, Literal
 
@@ -11,7 +11,13 @@ LAYER_INPUT = "layer_input"
 
 
 def recomputed(remat: Remat, layer_step: Any) -> Any:
-    """The step of a scan, with what the backward pass makes again instead of keeping it."""
+    """Wraps the scan step of a layer in the rematerialization policy `remat`.
+
+    Args:
+      remat: `none` keeps every activation; `dots` keeps the outputs of matrix products and of
+        attention; `full` keeps the layer's input alone; `offload` keeps that input in host memory.
+      layer_step: the step of a scan over layers.
+    """
     policies = jax.checkpoint_policies
     if remat == "none":
         return layer_step

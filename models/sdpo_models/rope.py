@@ -1,9 +1,9 @@
-"""Rotary position embeddings and how they are stretched, from and to a Hugging Face `config.json`.
+"""Rotary frequencies and their scaling, read from and written to a Hugging Face `config.json`.
 
-Frequencies are computed once, on the host, in float64: they depend on sizes alone. Kinds of
-scaling: `linear` (positions divided), `llama3` (Llama 3.1's ramp over wavelengths) and `yarn`
-(Peng et al. 2023, arXiv 2309.00071; here the ramp is over dimensions, its ends rounded outwards, as
-in the published checkpoints).
+Frequencies depend on sizes alone and are computed once, on the host, in float64. The kinds of
+scaling are `linear` (positions divided by a factor), `llama3` (Llama 3.1's ramp over wavelengths)
+and `yarn` (Peng et al. 2023, arXiv 2309.00071). As in the published checkpoints, YaRN's ramp is
+over dimensions, with its ends rounded outwards.
 """
 
 import math
@@ -18,7 +18,10 @@ from sdpo_jax.errors import UserError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How frequencies are stretched beyond the length of pre-training. Static under jit."""
+    """How rotary frequencies are scaled for longer contexts. Static under jit.
+
+    "Stretched" below means divided by `factor`.
+    """
 
     kind: str  # "linear", "llama3" or "yarn"
     factor: float
@@ -47,13 +50,13 @@ _KEYS: dict[str, dict[str, str]] = {
         "attention_factor": "attention_factor",
     },
 }
-"""Our field names to theirs, per kind."""
+"""Field of `RopeScaling` to key of config.json, per kind."""
 
 
 def inverse_frequencies(
     head_size: int, theta: float, scaling: RopeScaling | None
 ) -> np.ndarray[Any, Any]:
-    """`[d / 2]` float32: by how much each pair of coordinates turns per position."""
+    """`[d / 2]` float32: the angle by which each pair of coordinates rotates per position."""
     plain = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
     if scaling is None:
         return plain.astype(np.float32)
@@ -65,13 +68,13 @@ def inverse_frequencies(
 
 
 def _linear(plain: np.ndarray[Any, Any], scaling: RopeScaling, theta: float) -> Any:
-    """Share of each frequency that is not stretched: none."""
+    """The unstretched share of each frequency: 0."""
     del scaling, theta
     return np.zeros_like(plain)
 
 
 def _llama3(plain: np.ndarray[Any, Any], scaling: RopeScaling, theta: float) -> Any:
-    """Linear in the number of turns within the original length, from low to high factor."""
+    """The unstretched share: a ramp over rotations per original length, low to high factor."""
     del theta
     turns = scaling.original_positions * plain / (2 * math.pi)
     return np.clip(
@@ -80,7 +83,7 @@ def _llama3(plain: np.ndarray[Any, Any], scaling: RopeScaling, theta: float) -> 
 
 
 def _yarn(plain: np.ndarray[Any, Any], scaling: RopeScaling, theta: float) -> Any:
-    """Linear in the dimension, between those that turn `beta_fast` and `beta_slow` times."""
+    """The unstretched share: a ramp over dimensions, from `beta_fast` to `beta_slow` rotations."""
     d = 2 * len(plain)
 
     def dimension(turns: float) -> float:
@@ -89,13 +92,13 @@ def _yarn(plain: np.ndarray[Any, Any], scaling: RopeScaling, theta: float) -> An
 
     low = max(math.floor(dimension(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension(scaling.beta_slow)), d - 1)
-    # Both ends in one dimension would divide by zero; the published code widens by this much.
+    # Equal ends would divide by zero; 0.001 is the width that the published code uses.
     width = high - low if high != low else 0.001
     return 1.0 - np.clip((np.arange(d // 2) - low) / width, 0.0, 1.0)
 
 
 def read_scaling(rope: Mapping[str, Any], *, max_positions: int, where: str) -> RopeScaling | None:
-    """One dictionary of rotary parameters; None if they are the plain ones.
+    """Reads one dictionary of rotary parameters; None means no scaling.
 
     Raises:
       UserError: a kind or an option that is not implemented, a missing or impossible value.
@@ -128,13 +131,13 @@ def _checked(kind: str, given: dict[str, Any], max_positions: int, where: str) -
     for key in sorted(required):
         if key not in given:
             raise UserError(f"{where}: rope_type {kind!r} needs {key}, found none")
-    ours = {
+    fields = {
         name: _number(given[key], key, where) for name, key in _KEYS[kind].items() if key in given
     }
     if kind == "yarn":
-        ours.setdefault("attention_factor", 0.1 * math.log(ours["factor"]) + 1.0)
-    original = int(ours.pop("original_positions", 0))
-    scaling = RopeScaling(kind, original_positions=original, **ours)
+        fields.setdefault("attention_factor", 0.1 * math.log(fields["factor"]) + 1.0)
+    original = int(fields.pop("original_positions", 0))
+    scaling = RopeScaling(kind, original_positions=original, **fields)
     if kind == "llama3" and scaling.low_factor >= scaling.high_factor:
         raise UserError(
             f"{where}: low_freq_factor {scaling.low_factor} is not below high_freq_factor "
@@ -155,8 +158,8 @@ def _number(value: Any, key: str, where: str) -> float:
 
 
 def write_scaling(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The dictionary that `read_scaling` reads, with the base in it."""
+    """The inverse of `read_scaling`, with the rotary base added."""
     if scaling is None:
         return {"rope_type": "default", "rope_theta": theta}
-    values = {theirs: getattr(scaling, ours) for ours, theirs in _KEYS[scaling.kind].items()}
+    values = {key: getattr(scaling, field) for field, key in _KEYS[scaling.kind].items()}
     return {"rope_type": scaling.kind, "rope_theta": theta, **values}

@@ -1,18 +1,19 @@
-"""Attention on a TPU that never writes its scores to memory: jax's splash kernels, wrapped.
+"""Memory-efficient attention on TPUs: a wrapper of jax's splash attention kernels.
 
-The attention of `transformer.masked_attention` under a causal mask by segments, in memory that
-grows with the row and not with its square: the forward pass keeps the output and one log-sum-exp
-per query and head, the backward pass makes the scores again, block by block. Blocks that lie
-wholly after the diagonal, or wholly before a sliding layer's window, are not computed.
+It computes `sdpo_models.attention.masked_attention` with a causal mask per segment, in memory
+linear in the row's length: the forward pass keeps the output and one log-sum-exp per query and
+head, and the backward pass recomputes the scores block by block. Blocks entirely after the
+diagonal, or entirely before a sliding layer's window, are skipped.
 
-Where it differs from the plain form:
+Differences from `masked_attention`:
 
-* The scale `d ** -0.5` is on the queries, before the product, and rounded to their dtype.
-* A sliding layer's window counts columns of the row, not positions. The two agree where the
-  positions of a segment are consecutive.
+* The queries are scaled by `d ** -0.5` before the product, and rounded to their dtype.
+* A sliding layer's window counts columns of the row, not positions. The two agree if the positions
+  of a segment are consecutive.
 
 XLA cannot partition a kernel: under a mesh (`jax.set_mesh`) each device runs it on its own rows and
-heads. Whoever compiles for TPUs sets the mesh; the kernel takes the TPU's generation from it, too.
+heads. Compilation for TPUs must set the mesh, because the kernel also reads the TPU's generation
+from it.
 
 Dimension key: sdpo_jax/model.py; here also `Q` query heads.
 Validated against a dense softmax, values and gradients (tests/test_splash.py).
@@ -35,7 +36,7 @@ from sdpo_models.attention import ATTENTION
 HEADS = "tensor"
 """The mesh axis of heads."""
 LANES = 128
-"""Blocks, and with them padded rows, are multiples of this."""
+"""Sizes of blocks and lengths of padded rows are multiples of this."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 """`attend(q[B, S, Q, d], k[B, S, H, d], v[B, S, H, d], segments[B, S], slides[])`."""
@@ -57,20 +58,21 @@ def splash_attention(
       q: `[B, S, Q, d]`, rotated and not yet scaled.
       k: `[B, S, H, d]`; `H` divides `Q`.
       v: `[B, S, H, d]`.
-      segments: `[B, S]` int32; 0 is padding, whose outputs are finite and mean nothing.
-      window: columns that a sliding layer sees, the current one included.
-      slides: `[]` bool, may be traced: whether this layer slides; None where no layer does.
-      interpret: run the kernel as plain jax on any device, slowly.
+      segments: `[B, S]` int32; 0 is padding, whose outputs are finite and meaningless.
+      window: columns that a sliding layer sees, including the current one.
+      slides: `[]` bool, may be traced: whether this layer slides; None if no layer does.
+      interpret: runs the kernel in interpret mode, slowly, on any device.
 
     Raises:
-      UserError: the context mesh does not divide the rows, or the heads.
+      UserError: the context mesh does not divide the rows or the heads.
+      ValueError: `slides` without `window`.
     """
     if slides is None:
         window = None
     elif window is None:
         raise ValueError("slides is given and window is None; expected the sliding layers' window")
     elif window >= q.shape[1]:
-        window, slides = None, None  # such a window cuts nothing: one kernel instead of two
+        window, slides = None, None  # the window masks nothing: one kernel instead of two
     attend = partial(_attend, window, interpret)
     with jax.named_scope("splash_attention"):
         return _by_device(attend, q, k, v, segments, slides)
@@ -84,7 +86,7 @@ def _by_device(
     segments: jax.Array,
     slides: jax.Array | None,
 ) -> jax.Array:
-    """Calls `attend` once per device of the context mesh, on the device's rows and heads."""
+    """Calls `attend` on each device of the context mesh, with the device's rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     free = {name: n for name, n in mesh.shape.items() if name not in mesh.manual_axes}
     if not free:
@@ -98,17 +100,17 @@ def _by_device(
         in_specs=(spec, spec, spec, P(rows), P()),
         out_specs=spec,
         axis_names=set(free),
-        check_vma=False,  # a kernel's outputs do not say over which axes they vary
+        check_vma=False,  # a kernel's outputs carry no varying axes
     )(q, k, v, segments, slides)
 
 
 def _divisible(
     q: jax.Array, k: jax.Array, v: jax.Array, row_shards: int, head_shards: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values with as few copies of each head as let every device have its own.
+    """Repeats key-value heads as few times as give every device heads of its own.
 
     Raises:
-      UserError: the context mesh does not divide the rows, or the heads.
+      UserError: the context mesh does not divide the rows or the heads.
     """
     b, _, heads, _ = q.shape
     copies = head_shards // math.gcd(k.shape[2], head_shards)
@@ -137,7 +139,7 @@ def _attend(
     segments: jax.Array,
     slides: jax.Array | None,
 ) -> jax.Array:
-    """What one device computes; see `Attend`."""
+    """Attention on one device; see `Attend`."""
     s, heads, d = q.shape[1:]
     padded, block = row_and_block(s)
     scaled = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)
@@ -154,10 +156,10 @@ def _attend(
 
 
 def row_and_block(s: int) -> tuple[int, int]:
-    """The length that a row of `s` columns is padded to, and the size of its square blocks.
+    """The length to which a row of `s` columns is padded, and the size of its square blocks.
 
-    Large blocks keep the matrix unit busy. A row of up to 512 is one block; a longer one has blocks
-    of 512, 384 or 256, whichever pads least, and is at most 255 columns longer than it was.
+    Large blocks use the matrix unit well. A row of up to 512 columns is one block. A longer row has
+    blocks of 512, 384 or 256, whichever pads least, and gets at most 255 columns of padding.
     """
     lanes = -(-s // LANES)
     if lanes <= 4:
@@ -172,18 +174,18 @@ def _padded(x: jax.Array, axis: int, length: int) -> jax.Array:
 
 
 def _heads_first(x: jax.Array, length: int) -> jax.Array:
-    """`[B, S, heads, d] -> [B, heads, length, d]`, zeros behind."""
+    """`[B, S, heads, d] -> [B, heads, length, d]`, padded with zeros."""
     return _padded(jnp.swapaxes(x, 1, 2), 2, length)
 
 
 def _kernel(
     s: int, group: int, block: int, window: int | None, interpret: bool
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """The kernel of rows of `s`: `(q[B, H, R, S, d], k[B, H, S, d], v, segments[B, S]) -> like q`.
+    """The kernel for rows of `s`: `(q[B, H, R, S, d], k[B, H, S, d], v, segments[B, S]) -> like q`.
 
-    `group` is `R`, the query heads of one key-value head. There are two backward kernels, one for
-    the gradient of queries and one for that of keys and values: the one fused from both writes the
-    former once per block of keys, `S / block` times the size of the queries.
+    `group` is `R`, the number of query heads per key-value head. There are two backward kernels,
+    one for the gradient of queries and one for that of keys and values. The fused kernel would
+    write the former once per block of keys: `S / block` times the size of the queries.
     """
     mask = (
         splash.CausalMask((s, s))
@@ -198,8 +200,8 @@ def _kernel(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    # One key-value head, mapped over rows and heads: the two cores of a chip share what is mapped.
-    # The kernel of many heads leaves one core idle in the backward pass of a single row.
+    # A kernel for one key-value head, vmapped over rows and heads: a chip's two cores split vmapped
+    # axes. The multi-head kernel leaves one core idle in the backward pass of a single row.
     one_head = splash.make_splash_mqa_single_device(
         splash.MultiHeadMask([mask] * group),
         block_sizes=blocks,
@@ -210,6 +212,6 @@ def _kernel(
 
     def rows(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         out = jax.vmap(one_row)(q, k, v, splash.SegmentIds(segments, segments))
-        return cast(jax.Array, out)  # and no residuals, which were not asked for
+        return cast(jax.Array, out)  # no residuals are returned unless requested
 
     return rows

@@ -1,13 +1,13 @@
-"""A tokenizer with a chat template, behind what the engine asks of one (`sdpo_jax.tokens`).
+"""A tokenizer with a chat template: implements `sdpo_jax.tokens.Tokenizer` with `transformers`.
 
-The boundary between prompt and response is ours: a prompt is rendered once, the response is
-whatever ids were sampled, and nothing is ever tokenised again.
+A prompt is rendered once, and the response is the sequence of sampled ids; neither is ever
+tokenized again, so the boundary between them is exact.
 
-A control token is one that was added to the learned vocabulary: `<|im_end|>`, which files call
-special, and `<think>`, which they do not; white space and single letters that are not special are
-plain text. Foreign text (messages, feedback, program output) never becomes a control token. What
-the model itself writes (a demonstration, an assistant's turn) becomes those that are not special,
-as it does when the model is sampled.
+A control token is a token that was added to the learned vocabulary, marked as special in the files
+(`<|im_end|>`) or not (`<think>`). Added white space and single characters that are not special
+count as plain text. Foreign text (messages, feedback, program output) never becomes a control
+token. Text of the model itself (a demonstration, an assistant's turn) may become control tokens
+that are not special, as it does in sampling.
 """
 
 import json
@@ -22,15 +22,15 @@ from sdpo_jax.errors import UserError
 
 Messages = Sequence[Mapping[str, str]]
 Thinking = Literal["template", "on", "off"]
-"""What a chat template is told of thinking: nothing (its own default), to think, or not to."""
+"""The template option `enable_thinking`: left to its default, true, or false."""
 
-# Templates that write today's date unless told another (Llama 3.2's) would make other prompts
-# tomorrow, so that no run could be repeated or resumed as it was. The day is their own default.
+# Some templates (Llama 3.2's) write today's date unless they get one. Prompts would then change
+# daily, and no run could be repeated or resumed exactly. This date is their own default.
 _TODAY = {"date_string": "26 Jul 2024"}
 
 
 class ChatTokenizer:
-    """Renders chats to ids and turns sampled ids into text."""
+    """Renders chats to ids, and decodes sampled ids to text."""
 
     def __init__(
         self,
@@ -40,13 +40,17 @@ class ChatTokenizer:
         thinking: Thinking = "template",
         where: str = "tokenizer",
     ):
-        """Wraps a `transformers` tokenizer; `stop_ids` default to its end-of-sequence token."""
+        """Wraps a `transformers` tokenizer; `stop_ids` defaults to its end-of-sequence token.
+
+        Raises:
+          UserError: no chat template, no stop id, or `thinking` is set and the template ignores it.
+        """
         if not tokenizer.chat_template:
             raise UserError(
                 f"{where}: the tokenizer has no chat template; "
                 "add `chat_template` to tokenizer_config.json"
             )
-        # A setting that the template never reads would change nothing, and nobody would notice.
+        # A template that does not read the setting would ignore it without notice.
         if thinking != "template" and "enable_thinking" not in str(tokenizer.chat_template):
             raise UserError(
                 f"{where}: thinking = {thinking!r}, but the chat template reads no "
@@ -61,9 +65,9 @@ class ChatTokenizer:
             {} if thinking == "template" else {"enable_thinking": thinking == "on"}
         )
         self._where = where
-        # Not the number of tokens: ids may have gaps, and the largest one needs a row too.
+        # Not the number of tokens: ids may have gaps, and the largest id needs a row, too.
         self.vocabulary = max(tokenizer.get_vocab().values()) + 1
-        # Not `all_special_tokens`: Llama 3 declares its header tokens in tokenizer.json only.
+        # `all_special_tokens` lacks the header tokens of Llama 3, declared in tokenizer.json only.
         added = tokenizer.added_tokens_decoder.items()
         control = {i: t for i, t in added if t.special or len(t.content.strip()) > 1}
         self._control = _any_of(t.content for t in control.values())
@@ -75,7 +79,11 @@ class ChatTokenizer:
     def from_pretrained(
         cls, path: str | Path, *, thinking: Thinking = "template"
     ) -> "ChatTokenizer":
-        """Loads the tokenizer of a folder in Hugging Face layout; never asks a hub."""
+        """Loads the tokenizer of a folder in Hugging Face layout, without network access.
+
+        Raises:
+          UserError: a file is missing or damaged, or the tokenizer cannot be used.
+        """
         from transformers import AutoTokenizer
 
         folder = Path(path)
@@ -88,7 +96,7 @@ class ChatTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # `tokenizers` raises nothing narrower
             for name in ("tokenizer.json", "tokenizer_config.json"):
-                _read_object(folder / name)  # says which of them is damaged
+                _read_object(folder / name)  # raises if this file is damaged
             raise UserError(
                 f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
                 "copy or download tokenizer.json and tokenizer_config.json again"
@@ -99,18 +107,19 @@ class ChatTokenizer:
     def end_id(self) -> int:
         """The stop id that the template writes after an assistant's turn.
 
-        `eos_token_id` may list the end of a text first, which a model that chats never writes. A
-        template that writes no stop id there leaves the tokenizer's own end, then the first one.
+        The first id of `eos_token_id` may be the end of a text, which a chat model never writes. If
+        the template writes no stop id there, this is the tokenizer's own end of sequence if that is
+        a stop id, else the first stop id.
         """
-        word = secrets.token_hex(16)
-        chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": word}]
-        _, shown, rest = self._apply(chat, add_generation_prompt=False).rpartition(word)
+        marker = secrets.token_hex(16)
+        chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
+        _, shown, rest = self._apply(chat, add_generation_prompt=False).rpartition(marker)
         written = self._encode_whole(rest) if shown else []
         candidates = [*written, self._tokenizer.eos_token_id]
         return next((i for i in candidates if i in self.stop_ids), self.stop_ids[0])
 
     def check_vocabulary(self, rows: int) -> None:
-        """Refuses an embedding with fewer rows than ids: a look-up beyond it gives the last row.
+        """Refuses an embedding with fewer rows than ids: an index out of range reads the last row.
 
         Raises:
           UserError: a token or a stop id has no row.
@@ -130,56 +139,56 @@ class ChatTokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Foreign text to ids; control tokens in it stay text."""
-        return self._encode_cut(text, self._control)
+        """Encodes foreign text; control tokens that it spells stay text."""
+        return self._encode_split(text, self._control)
 
     def encode_response(self, text: str) -> list[int]:
-        """A response as the model would write it: `<think>` is a token, special tokens are text."""
-        return self._encode_cut(text, self._special)
+        """Encodes a response as the model writes it: `<think>` is a token, `<|im_end|>` is text."""
+        return self._encode_split(text, self._special)
 
-    def _encode_cut(self, text: str, tokens: re.Pattern[str]) -> list[int]:
-        """Text to ids, cut after the first character of each of `tokens`."""
+    def _encode_split(self, text: str, tokens: re.Pattern[str]) -> list[int]:
+        """Encodes text in pieces, split after the first character of each match of `tokens`."""
         pieces, start = list[str](), 0
-        # On from the cut, not from the match's end: the next token may begin inside this one.
+        # Search on from the split, not from the match's end: matches may overlap.
         while match := tokens.search(text, start):
             pieces.append(text[start : match.start() + 1])
             start = match.start() + 1
         pieces.append(text[start:])
-        # Split, for a special token of one character cannot be cut.
+        # A special token of one character cannot be split above; this option splits it.
         return [i for piece in pieces for i in self._encode_whole(piece, split_special_tokens=True)]
 
     def _encode_whole(self, text: str, **options: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False, **options))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text, control tokens left out."""
+        """Decodes ids to text without special tokens."""
         return self._tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def render(self, messages: Messages) -> list[int]:
-        """A chat to ids, ending with the header of the assistant's turn.
+        """Renders a chat to ids, ending with the header of the assistant's turn.
 
         Raises:
-          UserError: the template is no template, refuses the chat, or drops or rewrites a control
+          UserError: the template is invalid, refuses the chat, or drops or rewrites a control
             token that a message spells.
         """
-        # The template sees a word in place of each control token, and all the rest as it is, so
-        # that it can trim it. Random, since a content that spells the word would pass for a token.
-        word, spelled = secrets.token_hex(16), list[str]()
+        # The template gets a marker for each control token and all other text unchanged, so that it
+        # can trim it. Markers are random: a message that spelled one would forge a control token.
+        marker, spelled = secrets.token_hex(16), list[str]()
 
         def mark(match: re.Match[str]) -> str:
             spelled.append(match[0])
-            return f"{word}{len(spelled) - 1:06}"
+            return f"{marker}{len(spelled) - 1:06}"
 
-        # The model wrote an assistant's turn, and its template may look for `</think>` there.
+        # Assistants' turns are the model's own text, and templates may look for `</think>` in them.
         tokens = {"assistant": self._special}
         marked = [
             {**m, "content": tokens.get(m["role"], self._control).sub(mark, m["content"])}
             for m in messages
         ]
         text = self._apply(marked, add_generation_prompt=True)
-        pieces = re.split(rf"{word}(\d{{6}})", text)  # template, mark, template, ..., template
+        pieces = re.split(rf"{marker}(\d{{6}})", text)  # template, mark, template, ..., template
         dropped = set(range(len(spelled))) - {int(i) for i in pieces[1::2]}
         if dropped:
             raise UserError(
@@ -217,7 +226,7 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
+    """Reads a JSON object; returns an empty one if the file does not exist."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -230,7 +239,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _stop_ids(folder: Path) -> tuple[int, ...]:
-    """`eos_token_id`: generation_config.json lists all ends of a turn, config.json is next."""
+    """Reads `eos_token_id` of generation_config.json, or if it names none, of config.json."""
     for name in ("generation_config.json", "config.json"):
         stop = _read_object(folder / name).get("eos_token_id")
         stops = (

@@ -1,12 +1,13 @@
 """A decoder-only transformer as pure functions over a pytree with stacked layers.
 
-Blocks of grouped-query attention with rotary positions and of a gated MLP. Switches: norms before
-both or after both (OLMo 3), query-key norm per head (Qwen 3) or over the whole projection (OLMo 3),
-projection biases (Qwen 2), sliding-window layers with rotary parameters of their own. One block
-(`layers.py`) serves three passes that differ only in how they attend: `hidden` (whole sequences,
-segments), `prefill` (prompts, keys and values kept) and `decode` (`decoding.py`: one token per
-rollout against the shared prompt and its own cache). Layers run under `lax.scan`, so that compile
-time does not grow with depth; whether a layer slides is scanned with its weights.
+Each layer has grouped-query attention with rotary positions and a gated MLP. The switches are:
+norms before or after both (after: OLMo 3), query-key norm per head (Qwen 3) or over the whole
+projection (OLMo 3), projection biases (Qwen 2), and sliding-window layers with rotary parameters of
+their own (OLMo 3). Three passes share one layer function (`layers.py`) and differ only in their
+attention: `hidden` (whole sequences), `prefill` (prompts, whose keys and values are kept) and
+`decode` (`decoding.py`: one token per rollout, which attends to the shared prompt and to its own
+cache). Layers run under `lax.scan`, so that compile time does not grow with depth; whether a layer
+slides is scanned together with its weights.
 
 Dimension key: sdpo_jax/model.py; here also `Q` query heads.
 Validated against a second implementation in float64 numpy (tests/test_transformer.py) and against
@@ -45,7 +46,7 @@ from sdpo_models.remat import LAYER_INPUT, Remat, recomputed
 
 
 class Leaf(NamedTuple):
-    """A parameter's shape, logical axes, and deviation of its initial draw (None: ones)."""
+    """A parameter's shape, logical axes and initial standard deviation (None: filled with ones)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -53,7 +54,7 @@ class Leaf(NamedTuple):
 
 
 def parameter_table(a: Architecture) -> dict[str, Any]:
-    """Declares every parameter once; init, sharding and file formats derive from it."""
+    """Declares every parameter; init, sharding and file formats are derived from this table."""
     d, out = a.width**-0.5, (2 * a.layers) ** -0.5
     q, kv = a.heads * a.head_size, a.kv_heads * a.head_size
     layer: dict[str, Leaf] = {
@@ -94,7 +95,7 @@ def _is_leaf(x: object) -> bool:
 
 
 def init(a: Architecture, key: jax.Array) -> Params:
-    """Draws float32 parameters; residual outputs are scaled down by the square root of 2·L."""
+    """Draws float32 parameters; outputs to the residual stream are scaled by `(2·L) ** -0.5`."""
     leaves, tree = jax.tree.flatten(parameter_table(a), is_leaf=_is_leaf)
     keys = jax.random.split(key, len(leaves))
     values = [
@@ -107,7 +108,7 @@ def init(a: Architecture, key: jax.Array) -> Params:
 
 
 def causal_mask(segments: jax.Array) -> jax.Array:
-    """`[B, S] -> [B, S, S]`: same segment and not after."""
+    """`[B, S] -> [B, S, S]`: whether the key has the query's segment and is not after it."""
     order = jnp.arange(segments.shape[1])
     same = segments[:, :, None] == segments[:, None, :]
     return same & (order[None, :, None] >= order[None, None, :])
@@ -123,7 +124,7 @@ def hidden(
     *,
     target_positions: jax.Array | None = None,
 ) -> jax.Array:
-    """Final-norm hidden states `[B, S, D]`, or at places alone; see `sdpo_jax.model.HiddenFn`."""
+    """Final-norm hidden states of all or of the target positions; see `sdpo_jax.model.HiddenFn`."""
     rope = rope_tables(a, positions.reshape(-1))
     attend = _sequence_attention(a, settings, positions, attention)
 
@@ -131,7 +132,7 @@ def hidden(
         x = checkpoint_name(x, LAYER_INPUT)
         return block(a, layer, x, rope, partial(attend, layer.slides), select)[0], None
 
-    # All tokens on one axis: XLA:CPU multiplies [B·S, D] a quarter faster than [B, S, D].
+    # All tokens are on one axis: XLA:CPU multiplies [B·S, D] a quarter faster than [B, S, D].
     x = params["embedding"].astype(settings.dtype)[tokens.reshape(-1)]
     layers, step = stacked_layers(a, params), partial(recomputed, settings.remat)
     split_last = _splits_last_layer(a, attention)
@@ -156,7 +157,7 @@ def _splits_last_layer(a: Architecture, attention: jax.Array | Blocks) -> bool:
 
 
 def _at_targets(target_positions: jax.Array, x: jax.Array) -> jax.Array:
-    """Of `x: [B·S, D]` the tokens at `target_positions: [R, m]`, `[R·m, D]`."""
+    """Selects from `x: [B·S, D]` the tokens at `target_positions: [R, m]`; returns `[R·m, D]`."""
     parts = x.reshape(target_positions.shape[0], -1, x.shape[-1])
     return jnp.take_along_axis(parts, target_positions[..., None], axis=1).reshape(-1, x.shape[-1])
 
@@ -164,7 +165,7 @@ def _at_targets(target_positions: jax.Array, x: jax.Array) -> jax.Array:
 def _sequence_attention(
     a: Architecture, settings: Settings, positions: jax.Array, attention: jax.Array | Blocks
 ) -> Callable[..., tuple[jax.Array, Any]]:
-    """`attend(slides, q, k, v)` of tokens on one axis, `[B·S, heads, d]`; keeps keys and values."""
+    """Makes `attend(slides, q, k, v)` for `[B·S, heads, d]`; it keeps keys and values."""
     attention_fn = _attention_fn(a, settings, positions, attention)
 
     def attend(slides: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
@@ -180,7 +181,7 @@ def _attention_fn(
     if isinstance(attention, Blocks):
         return partial(blocks_attention, blocks=attention, window=a.sliding_window)
     if settings.attention == "splash":
-        from sdpo_models.splash import splash_attention  # Pallas takes half a second to import
+        from sdpo_models.splash import splash_attention  # importing Pallas takes half a second
 
         return partial(splash_attention, segments=attention, window=a.sliding_window)
     mask = causal_mask(attention)
@@ -193,7 +194,7 @@ def _attention_fn(
 
 
 def head(a: Architecture, settings: Settings, params: Params) -> jax.Array:
-    """The matrix `[D, V]` from hidden states to logits; the embedding's transpose where tied."""
+    """The matrix `[D, V]` from hidden states to logits; the transposed embedding if tied."""
     matrix = params["embedding"].T if a.tied_head else params["head"]
     return matrix.astype(settings.dtype)
 
@@ -201,7 +202,7 @@ def head(a: Architecture, settings: Settings, params: Params) -> jax.Array:
 def prefill(
     a: Architecture, settings: Settings, params: Params, tokens: jax.Array, lengths: jax.Array
 ) -> Prefix:
-    """Runs prompts `[P, S]`, padded on the right; see `sdpo_jax.model.PrefillFn`."""
+    """Keys, values and last hidden states of prompts `[P, S]`; see `sdpo_jax.model.PrefillFn`."""
     p, s = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(s)[None], (p, s))
     rope = rope_tables(a, positions.reshape(-1))
@@ -232,14 +233,13 @@ def build_model(
     remat: Remat = "dots",
     attention: Literal["xla", "splash"] = "xla",
 ) -> Model:
-    """The pure functions of `a`, computing in `dtype` from parameters of any float type.
+    """The pure functions of an architecture; parameters may have any float dtype.
 
     Args:
       a: the architecture.
-      dtype: what it computes in.
-      remat: what the backward pass makes again: nothing; all but the outputs of matrix products; a
-        whole layer; a whole layer, with the layers' inputs moved to the host's memory.
-      attention: form over packed segments; `splash` is a TPU kernel.
+      dtype: of the computation.
+      remat: what the backward pass recomputes; see `sdpo_models.remat.recomputed`.
+      attention: the implementation for packed segments; `splash` is a TPU kernel.
     """
     settings = Settings(dtype, remat, attention)
     axes = jax.tree.map(lambda leaf: leaf.axes, parameter_table(a), is_leaf=_is_leaf)

@@ -1,8 +1,8 @@
-"""Published sizes of each family, and a toy size `mu` of each for tests.
+"""Architectures of published models, and a toy size `mu` of each family for tests.
 
-Each entry is what `from_hugging_face` reads from the `config.json` of the repository beside it;
-tests compare their parameter counts with those that the repositories publish. To load a checkpoint
-none of this is needed: its own `config.json` says it.
+Each entry equals what `from_hugging_face` reads from the `config.json` of the repository in its
+comment. Tests compare parameter counts with the published ones. Loading a checkpoint does not use
+this table: it reads the checkpoint's own `config.json`.
 """
 
 from collections.abc import Mapping
@@ -110,7 +110,7 @@ _OLMO3_7B = Architecture(
 
 
 def _mu(a: Architecture) -> Architecture:
-    """Hundreds of times smaller in every size, the same in everything else."""
+    """A much smaller architecture with the same switches."""
     return replace(
         a,
         vocabulary=64,

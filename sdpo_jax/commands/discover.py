@@ -5,9 +5,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from sys import stderr
+from typing import TYPE_CHECKING
 
 from sdpo_jax.commands.command import Command, positive, quiet_libraries
-from sdpo_jax.discovery.options import METHODS
+
+if TYPE_CHECKING:
+    from sdpo_jax.config import Config
+    from sdpo_jax.discovery.options import Options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -29,9 +33,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--method",
         metavar="NAME",
         nargs="+",
-        choices=METHODS,
         default=[],
-        help=f"some of {', '.join(METHODS)}; by default the recipe's objective",
+        help="some of sdpo, grpo, best_of_k, multi_turn_feedback and multi_turn_conversation; by "
+        "default the recipe's objective",
     )
     parser.add_argument(
         "--samples", metavar="N", type=positive, help="generations of best-of-k (the budget)"
@@ -43,11 +47,27 @@ def run(arguments: Namespace) -> None:
     quiet_libraries()
     from sdpo_jax.api import load_components
     from sdpo_jax.compilation import persistent_cache
-    from sdpo_jax.discovery.options import find_questions, for_one_question, make_options
+    from sdpo_jax.discovery.options import find_questions
     from sdpo_jax.discovery.runner import discover
     from sdpo_jax.environments.registry import make_environment
-    from sdpo_jax.run.recipes import load_recipe
     from sdpo_models.gguf.convert import cache_folder
+
+    config, options = read_options(arguments)
+    environment = make_environment(config.environment)  # before there is a device
+    questions = find_questions(environment, options.questions)
+    with persistent_cache(cache_folder, partial(print, file=stderr)):
+        components = load_components(config, environment=environment)
+        discover(config, options, questions, components)
+
+
+def read_options(arguments: Namespace) -> "tuple[Config, Options]":
+    """The recipe as it runs, and the options.
+
+    Raises:
+      UserError: the recipe has a problem, or cannot run with these options.
+    """
+    from sdpo_jax.discovery.options import for_one_question, make_options
+    from sdpo_jax.run.recipes import load_recipe
 
     config = load_recipe(arguments.recipe, arguments.settings)
     options = make_options(
@@ -59,12 +79,7 @@ def run(arguments: Namespace) -> None:
         samples=arguments.samples,
     )
     run_dir = config.run_dir or str(Path("runs") / "discover" / Path(arguments.recipe).stem)
-    config = for_one_question(replace(config, run_dir=run_dir), options.budget)
-    environment = make_environment(config.environment)  # before there is a device
-    questions = find_questions(environment, options.questions)
-    with persistent_cache(cache_folder, partial(print, file=stderr)):
-        components = load_components(config, environment=environment)
-        discover(config, options, questions, components)
+    return for_one_question(replace(config, run_dir=run_dir), options.budget), options
 
 
 def _seed(text: str) -> int:

@@ -28,13 +28,10 @@ def run(arguments: Namespace) -> int:
 
 def _check(path: Path, settings: list[str]) -> int:
     """Prints the table; 2 if there is a problem."""
-    from sdpo_jax.config.environments import (
-        CodeEnvironment,
-        FileEnvironment,
-        NanoCodeEnvironment,
-    )
     from sdpo_jax.environments.check import check, report
+    from sdpo_jax.environments.kinds.file import FileConfig
     from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.environments.settings import SandboxConfig
     from sdpo_jax.run.recipes import load_recipe
 
     quiet_libraries()
@@ -45,8 +42,8 @@ def _check(path: Path, settings: list[str]) -> int:
             f"{settings[0]}: settings go with a recipe; expected `sdpo env check {path}`"
         )
     else:
-        config = FileEnvironment(path=str(path))
-    runs_programs = isinstance(config, CodeEnvironment | NanoCodeEnvironment)
+        config = FileConfig(path=str(path))
+    runs_programs = isinstance(config, SandboxConfig)
     lines = check(make_environment(config), runs_programs=runs_programs)
     print(report(lines))
     return 2 if any(line.problem for line in lines) else 0
@@ -74,8 +71,8 @@ _TEMPLATE = "sdpo env template [FILE.py]"
 COMMAND = Command(
     "env",
     (
-        (_CHECK, "is this environment sound?"),
-        (_TEMPLATE, "an environment to start from"),
+        (_CHECK, "check whether an environment is sound"),
+        (_TEMPLATE, "write an environment to start from"),
     ),
     add_arguments,
     run,

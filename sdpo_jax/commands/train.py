@@ -25,6 +25,7 @@ def run(arguments: Namespace) -> None:
     from sdpo_jax.compilation import persistent_cache
     from sdpo_jax.distributed import initialize_from_environment, is_leader
     from sdpo_jax.environments.registry import make_environment
+    from sdpo_jax.objectives import make_objective
     from sdpo_jax.run import run_directory, summary
     from sdpo_jax.run.console import Console
     from sdpo_jax.run.reporter import show_summary
@@ -39,7 +40,8 @@ def run(arguments: Namespace) -> None:
     environment = None if result is not None else make_environment(config.environment)
     initialize_from_environment()
     stream = None if is_leader() else open(os.devnull, "w")  # noqa: SIM115, open until the end
-    console = Console(config.objective.name, steps=config.train.steps, stream=stream)
+    columns = make_objective(config.objective).columns
+    console = Console(columns, steps=config.train.steps, stream=stream)
     if result is not None:
         run_directory.claim(run_dir, config)
         console.note(

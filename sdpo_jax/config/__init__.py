@@ -30,7 +30,7 @@ _DEVICES = Range(lambda value: value >= 1 or value == -1, "at least 1, or -1 for
 class ObjectiveConfig:
     """Base of every objective's settings; `objective.name` of a recipe picks the subclass.
 
-    A subclass gives `name` its default. Every other field has a default, too.
+    A subclass gives `name` its own default, and every field of its own has one.
     """
 
     learns_from: ClassVar[Literal["rollouts", "demonstrations"]] = "rollouts"
@@ -42,7 +42,7 @@ class ObjectiveConfig:
     """Whether a teacher that sees more than the student scores its responses, as `[teacher]`
     describes."""
 
-    name: str
+    name: str = ""
 
     @property
     def depends_on_steps(self) -> bool:
@@ -67,10 +67,10 @@ class ObjectiveConfig:
 class EnvironmentConfig:
     """Base of every environment's settings; `environment.kind` of a recipe picks the subclass.
 
-    A subclass gives `kind` its default. Every other field has a default, too.
+    A subclass gives `kind` its own default, and every field of its own has one.
     """
 
-    kind: str
+    kind: str = ""
     max_failed_share: float = setting(0.2, between(0, 1), may_change=True)
     """Share of a batch that the environment may fail to grade before the run stops."""
 
@@ -201,7 +201,7 @@ class DataConfig:
 
     source: str = "tool_call_corpus"
     """`tool_call_corpus` (generated; the nano model's own pre-training text),
-    `tool_call_corpus_with_asides` (the same, where a model without a context first talks),
+    `tool_call_corpus_with_preamble` (the same, where a model without a context first talks),
     `environment` (an accepted answer to each training prompt, where the environment has one:
     `tool_calls`, `bfcl`) or a JSONL file with `prompt` and `response` in each row."""
     rows_per_step: int = setting(64, at_least(1))

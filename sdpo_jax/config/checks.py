@@ -81,11 +81,11 @@ def _teacher_checks(c: Config) -> Iterator[Problem]:
         expected = "at least 2: another question's context is shown"
         yield Problem("rollout.prompts_per_step", expected, ("teacher.control",))
     if c.teacher.weights == "refreshed" and c.teacher.return_drop > 0:
-        yield from _return_checks(c.teacher)
+        yield from _rollback_checks(c.teacher)
 
 
-def _return_checks(teacher: TeacherConfig) -> Iterator[Problem]:
-    """Restoring the last teacher needs a refresh, and a whole window of steps after it."""
+def _rollback_checks(teacher: TeacherConfig) -> Iterator[Problem]:
+    """A rollback needs a refresh and a full window of steps after it."""
     if teacher.refresh == "never":
         expected = '0 with teacher.refresh = "never": no teacher comes before the first'
         yield Problem("teacher.return_drop", expected, ("teacher.refresh",))

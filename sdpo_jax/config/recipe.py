@@ -98,9 +98,13 @@ def override(config: Config, values: Mapping[str, Any], kinds: Kinds) -> Config:
     Raises:
         UserError: lists everything that is wrong.
     """
-    tree: Tree = {}
-    _apply_values(tree, flatten(config))
-    return _checked(tree, _schema(kinds), _apply_values(tree, values), [], "")
+    tree, schema, current = Tree(), _schema(kinds), flatten(config)
+    _apply_values(tree, current)
+    for section, union in schema.unions.items():
+        key = f"{section}.{union.tag}"
+        if values.get(key, current[key]) != current[key]:  # another kind has other settings
+            tree[section] = {}
+    return _checked(tree, schema, _apply_values(tree, values), [], "")
 
 
 def _apply_values(tree: Tree, values: Mapping[str, Any]) -> dict[str, str]:

@@ -20,8 +20,8 @@ def load_demonstrations(config: DataConfig, environment: Environment) -> Sequenc
     """
     if config.source == "tool_call_corpus":
         return ToolCallCorpus()
-    if config.source == "tool_call_corpus_with_asides":
-        return ToolCallCorpus(asides=True)
+    if config.source == "tool_call_corpus_with_preamble":
+        return ToolCallCorpus(preamble=True)
     if config.source == "environment":
         return _references(environment)
     found = read_demonstrations(config.source, config.on_error)

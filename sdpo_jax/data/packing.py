@@ -140,12 +140,13 @@ def assign_shared_prompts(pairs: Sequence[Pair], bins: int) -> list[list[int]]:
     return [sorted(m) for m in members]
 
 
-def assign_rows(pairs: Sequence[Pair], bins: int) -> list[list[int]]:
+def assign_rows(pairs: Sequence[Pair], bins: int, *, width: int | None = None) -> list[list[int]]:
     """Indices of the pairs of each bin: the rows that all pairs fill together, dealt out in turn.
 
-    `pack_rows` makes the same rows of a bin, however many bins there are.
+    `pack_rows` makes the same rows of a bin, however many bins there are; `width` as there.
     """
-    places, _ = _first_fit_decreasing([len(p) + len(r) for p, r in pairs], _row_width(pairs))
+    width = _row_width(pairs) if width is None else width
+    places, _ = _first_fit_decreasing([len(p) + len(r) for p, r in pairs], width)
     members = [list[int]() for _ in range(bins)]
     for index, (row, _, _) in enumerate(places):
         members[row % bins].append(index)
@@ -201,13 +202,21 @@ def _row_width(pairs: Sequence[Pair]) -> int:
     return size_bucket(max((len(p) + len(r) for p, r in pairs), default=1))
 
 
-def pack_rows(pairs: Sequence[Pair], members: list[list[int]]) -> PackedBatch:
+def pack_rows(
+    pairs: Sequence[Pair], members: list[list[int]], *, width: int | None = None
+) -> PackedBatch:
     """Packs the pairs of each shard into rows of one width, longest first, apart by segment ids.
 
-    The width holds the longest of all pairs, also of those that are in no shard, so that every
-    micro-batch of a mini-batch has the same.
+    By default the width holds the longest of all pairs, also of those that are in no shard, so that
+    every micro-batch of a mini-batch has the same.
+
+    Raises:
+      ValueError: a pair is longer than `width`.
     """
-    width = _row_width(pairs)
+    longest = max((len(p) + len(r) for p, r in pairs), default=0)
+    width = _row_width(pairs) if width is None else width
+    if longest > width:
+        raise ValueError(f"expected sequences of at most {width} tokens, got {longest}")
     shards = [[pairs[i] for i in shard] for shard in members]
     placed = [
         _first_fit_decreasing([len(prompt) + len(response) for prompt, response in shard], width)

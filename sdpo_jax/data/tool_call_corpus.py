@@ -6,9 +6,9 @@ teach three things: the bare request (how common each form is), the request with
 made by the environment's own grader from an attempt under another API, and contexts by the
 teacher's own re-prompt.
 
-With asides, a response without a context begins with lines of talk, about two on average, and one
-after a context is the call alone; solutions that are shown may begin with talk, too. Such a model
-can say less without losing anything, as its teacher does.
+With `preamble`, a response without a context begins with lines of talk (about two on average), and
+a response after a context is the call alone; solutions that are shown may begin with talk, too.
+Such a model can drop the talk without losing anything, as its teacher does.
 
 What keeps the model honest: with feedback, an argument is attempted wrongly half of the time
 *whatever* its form, so silence about an argument carries no news and the model falls back on how
@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sdpo_jax.data.jsonl import Demonstration
-from sdpo_jax.environments.tool_apis import FAMILIES, Api, Form
-from sdpo_jax.environments.tool_calls import (
+from sdpo_jax.environments.kinds.tool_calls import (
     Task,
     complaints,
     draw_task,
@@ -29,13 +28,14 @@ from sdpo_jax.environments.tool_calls import (
     question,
     write_call,
 )
+from sdpo_jax.environments.toy_apis import FAMILIES, Api, Form
 from sdpo_jax.teacher.context import TeacherContext, reprompt
 
 BARE, SOLUTION, FEEDBACK, BOTH = 0.35, 0.2, 0.4, 0.05
 """Shares of the kinds of prompt."""
 
 
-ASIDES = (
+TALK = (
     "let me see.",
     "one moment.",
     "first the tool.",
@@ -43,7 +43,7 @@ ASIDES = (
     "i will look at the tools.",
     "this is a request.",
 )
-MORE_ASIDES, MOST_ASIDES = 0.7, 5
+MORE_TALK, MOST_TALK = 0.7, 5
 """How often one more line follows, and how many there are at most."""
 
 
@@ -57,8 +57,8 @@ class Attempt(NamedTuple):
 class ToolCallCorpus(Sequence[Demonstration]):
     """A random-access sequence of demonstrations; row `i` is a pure function of `(seed, i)`."""
 
-    def __init__(self, size: int = 1_000_000, *, seed: int = 0, asides: bool = False):
-        self._size, self._seed, self._asides = size, seed, asides
+    def __init__(self, size: int = 1_000_000, *, seed: int = 0, preamble: bool = False):
+        self._size, self._seed, self._preamble = size, seed, preamble
 
     def __len__(self) -> int:
         return self._size
@@ -71,7 +71,7 @@ class ToolCallCorpus(Sequence[Demonstration]):
             ("bare", "solution", "feedback", "both"), (BARE, SOLUTION, FEEDBACK, BOTH)
         )
         context, api = _context(rng, task, kind[0])
-        talk = _talk(rng) if self._asides else ""
+        talk = _talk(rng) if self._preamble else ""
         response = write_call(task, api)
         if context is None:
             return Demonstration(str(index), messages, talk + response)
@@ -83,8 +83,8 @@ class ToolCallCorpus(Sequence[Demonstration]):
 def _talk(rng: random.Random) -> str:
     """Lines that a call can do without."""
     lines: list[str] = []
-    while len(lines) < MOST_ASIDES and rng.random() < MORE_ASIDES:
-        lines.append(rng.choice(ASIDES) + "\n")
+    while len(lines) < MOST_TALK and rng.random() < MORE_TALK:
+        lines.append(rng.choice(TALK) + "\n")
     return "".join(lines)
 
 

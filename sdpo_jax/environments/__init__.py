@@ -1,1 +1,1 @@
-"""Environments: prompts, graders that answer in words, the registry."""
+"""Environments: prompts and graders that return a reward and feedback in words."""

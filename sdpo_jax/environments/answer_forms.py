@@ -1,32 +1,35 @@
-r"""Where an answer stands in a response: `<answer>...</answer>`, `\boxed{...}`; all linear in time.
+r"""Finds the final answer in a response: `<answer>...</answer>` or `\boxed{...}`, in linear time.
 
-What a reasoning model thinks is not its answer: text up to the last `</think>` does not count.
+Text up to the last `</think>` is a model's reasoning and does not count as its answer.
 """
 
 import re
+from typing import Any
 
 from sdpo_jax.environments.base import Outcome
 
+MAX_DEPTH = 16
+"""Levels of nesting that a grader accepts in decoded arguments."""
 _OPEN, _CLOSE, _BOX, _THOUGHT = "<answer>", "</answer>", "\\boxed{", "</think>"
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def without_thinking(response: str) -> str:
-    """The response after its thinking."""
+    """The part of a response after the last `</think>`."""
     return response.rpartition(_THOUGHT)[2]
 
 
 def last_tagged(text: str) -> str | None:
-    """What the last complete pair of answer tags encloses, stripped; None: there is no pair."""
+    """The stripped content of the last complete pair of answer tags; None if there is no pair."""
     end = text.rfind(_CLOSE)
     start = text.rfind(_OPEN, 0, max(end, 0))
     return None if start < 0 else text[start + len(_OPEN) : end].strip()
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` encloses, stripped; None: there is none, or it does not end.
+    r"""The stripped content of the last `\boxed{...}`; None if there is none or it is not closed.
 
-    Braces inside are balanced; `\{` and `\}` do not count.
+    Nested braces are balanced; `\{` and `\}` do not count.
     """
     start = text.rfind(_BOX)
     if start < 0:
@@ -40,16 +43,22 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def is_deeper(value: Any, levels: int = MAX_DEPTH) -> bool:
+    """Whether a decoded value is nested deeper than `levels`: comparing it recurses into it."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(is_deeper(item, levels - 1) for item in items)
+
+
 def shown(answer: str, limit: int = 48) -> str:
-    """The model's own answer for a feedback: one line, cut, encodable."""
+    """A model's answer as feedback may quote it: one line, cut to `limit`, encodable as UTF-8."""
     line = " ".join(answer[: 4 * limit].split()).encode(errors="replace").decode()
     return line if len(line) <= limit else f"{line[:limit]}..."
 
 
 def cut_off(outcome: Outcome, form: str) -> Outcome:
-    """The outcome of a response that was cut: an answer that is there counts.
+    """The outcome of a response that was cut at the token limit; one that passes still passes.
 
-    `form` says what the response has to hold before the limit.
+    `form` describes the form of the answer that the response should have reached.
     """
     if outcome.passed:
         return outcome

@@ -1,8 +1,8 @@
-"""The environment protocol: prompts go out, an `Outcome` with feedback in words comes back.
+"""The environment protocol: prompts, and a grader that returns an `Outcome` with feedback in words.
 
-Everything here is host-side Python; no array crosses this boundary. An environment has `train`,
-`held_out` and `grade`. What else it may have are the small protocols below: each is recognised by
-its method, none is needed.
+Everything here is plain Python on the host; no arrays cross this boundary. An environment has
+`train`, `held_out` and `grade`. The other protocols below are optional; each is recognized by its
+method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ class Prompt(NamedTuple):
     """One question.
 
     `messages` are chat messages (`{"role": ..., "content": ...}`), the last one from the user.
-    `data` is what the environment needs to grade an answer; the model never sees it.
+    `data` holds what the environment needs to grade an answer; the model never sees it.
     """
 
     id: str
@@ -22,16 +22,16 @@ class Prompt(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the environment says about one response.
+    """The grade of one response.
 
-    `reward` is what policy gradients see, and decides against `teacher.success_threshold` whether
-    the response may serve as a demonstration; `passed` is what accuracy counts; `feedback` says in
-    words what went wrong and is blank if nothing did.
+    Policy gradients use `reward`; a response whose reward reaches `teacher.success_threshold` may
+    serve as a demonstration. Accuracy counts `passed`. `feedback` describes in words what went
+    wrong and is blank if nothing did. `metrics` holds further numbers by name.
 
-    `graded` is False where the environment could not judge: a sandbox that did not start, a worker
-    that died, a judge that cannot be reached. It says nothing about the response. Such a rollout
-    has no part in loss, advantages, demonstrations and accuracy; `environment/failed` counts it;
-    its `feedback` says what failed and is shown to the user, never to a model.
+    `graded` is False where grading itself failed: a sandbox that did not start, a worker that died,
+    a judge that cannot be reached. Such a rollout is excluded from loss, advantages, demonstrations
+    and accuracy, and counted in `environment/failed`. Its `feedback` then describes the failure and
+    is shown to the user, never to a model.
     """
 
     reward: float
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 
 
 def not_graded(reason: str) -> Outcome:
-    """The outcome of a response that could not be judged."""
+    """Returns the outcome of a response whose grading failed for `reason`."""
     return Outcome(0.0, False, reason, {}, graded=False)
 
 
@@ -51,7 +51,7 @@ class Environment(Protocol):
 
     @property
     def train(self) -> Sequence[Prompt]:
-        """Prompts to learn from."""
+        """Prompts to train on."""
         ...
 
     @property
@@ -60,84 +60,87 @@ class Environment(Protocol):
         ...
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Judges one response, given as decoded text without control tokens.
+        """Grades one response, given as decoded text without control tokens.
 
-        An exception that leaves it is a bug of the environment and stops the run.
+        An exception that leaves this method is a bug of the environment and stops the run.
         """
         ...
 
 
 @runtime_checkable
 class HasReferences(Protocol):
-    """An environment that knows an accepted answer to each of its prompts, for a warm-up by SFT."""
+    """An environment with a reference answer to each of its prompts, for a warm-up by SFT."""
 
     def reference(self, prompt: Prompt) -> str:
-        """An answer that `grade` passes."""
+        """Returns an answer that `grade` passes."""
         ...
 
 
 @runtime_checkable
 class HasAnswers(Protocol):
-    """An environment whose responses end in an answer that several may share, for majority votes.
+    """An environment that extracts the final answer of a response, for majority votes.
 
-    It is called in the trainer's process: it reads, and evaluates nothing.
+    `answer` runs in the trainer's process, so it must only parse and never evaluate.
     """
 
     def answer(self, prompt: Prompt, response: str) -> str | None:
-        """The answer in a form that equal answers share; None: the response has none."""
+        """Returns the final answer in a canonical form; None if the response has none."""
         ...
 
 
 @runtime_checkable
 class GradesBatches(Protocol):
-    """An environment that grades several responses at a time, as one with a sandbox does."""
+    """An environment that grades several responses at a time, such as one with a sandbox."""
 
     def grade_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
-        """One outcome for each pair `(prompts[i], responses[i])`, in order; `grade` of each."""
+        """Returns `grade(prompts[i], responses[i])` for each `i`, in order."""
         ...
 
 
 @runtime_checkable
 class GradesTruncated(Protocol):
-    """An environment that says something else of a response that was cut at the token limit."""
+    """An environment with other feedback for a response that was cut at the token limit."""
 
     def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
-        """Judges a response that did not come to its end."""
+        """Grades a response that was cut before its end."""
         ...
 
 
 @runtime_checkable
 class GradesTruncatedBatches(Protocol):
-    """`grade_truncated` for several responses at a time; where there is one, it is asked alone."""
+    """An environment that grades several cut responses at a time.
+
+    `grade_truncated_many` takes precedence over `grade_truncated`.
+    """
 
     def grade_truncated_many(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> list[Outcome]:
-        """One outcome for each pair, in order; `grade_truncated` of each."""
+        """Returns `grade_truncated(prompts[i], responses[i])` for each `i`, in order."""
         ...
 
 
 @runtime_checkable
 class NeedsWorker(Protocol):
-    """An environment whose `grade` may not come back, or must run in a main thread of its own.
+    """An environment whose `grade` may hang, or must run in the main thread of a process.
 
-    A recipe's environment with `needs_worker` true is graded in worker processes, with a deadline.
+    If `needs_worker` is true, responses are graded in worker processes with a deadline.
     """
 
     @property
     def needs_worker(self) -> bool:
-        """Whether it does."""
+        """Whether grading needs a worker process."""
         ...
 
 
 class Step(NamedTuple):
-    """What an environment says after a turn of an episode.
+    """An environment's reply to one turn of an episode.
 
-    `observation` is the text of the next user message; None: the episode is over. `outcome` judges
-    the episode as if it ended here: limits (`rollout.max_turns`, a response that was cut) may end
-    it at any turn. Of an episode only the outcome of its last turn counts. An outcome that is not
-    graded ends the episode, whatever the observation. `instruction` follows the observation; it is
-    not cut where the observation has too many tokens.
+    `observation` is the text of the next user message; None ends the episode. `outcome` grades the
+    episode as if it ended here, because limits (`rollout.max_turns`, a response that was cut) may
+    end it at any turn; only the outcome of the last turn counts. An outcome that is not graded ends
+    the episode, whatever the observation. `instruction` is appended to the observation and is never
+    cut, whereas the observation is cut to `teacher.max_feedback_tokens`.
     """
 
     observation: str | None
@@ -149,32 +152,32 @@ class Episode(Protocol):
     """One conversation about a prompt."""
 
     def step(self, response: str) -> Step:
-        """Answers the model's next turn, given as decoded text without control tokens."""
+        """Replies to the model's next turn, given as decoded text without control tokens."""
         ...
 
 
 @runtime_checkable
 class HasEpisodes(Protocol):
-    """An environment that answers in text, for `rollout.max_turns` above 1.
+    """An environment with episodes of several turns, for `rollout.max_turns` above 1.
 
-    Any other environment then gets the episodes of `sdpo_jax.environments.retries`. `grade` still
-    judges single responses: those of the teacher, and all where `rollout.max_turns` is 1.
+    Any other environment then gets the episodes of `sdpo_jax.environments.retries`. `grade` is
+    still used for single responses: those of the teacher, and all if `rollout.max_turns` is 1.
     """
 
     def reset(self, prompt: Prompt) -> Episode:
-        """A new episode. The same responses must always get the same steps."""
+        """Starts a new episode. The same responses must always produce the same steps."""
         ...
 
 
 @runtime_checkable
 class StepsBatches(Protocol):
-    """An environment that answers several of its episodes at a time."""
+    """An environment that steps several of its episodes at a time."""
 
     def step_many(
         self, episodes: Sequence[Any], responses: Sequence[str], truncated: Sequence[bool]
     ) -> list[Step]:
-        """One step for each `(episodes[i], responses[i])`, in order; `step` of each.
+        """Returns `episodes[i].step(responses[i])` for each `i`, in order.
 
-        `truncated[i]`: the response was cut at the token limit, and its episode ends.
+        If `truncated[i]`, the response was cut at the token limit and its episode ends.
         """
         ...

@@ -1,8 +1,8 @@
-"""Is an environment sound? What `sdpo env check` asks, with a line for each answer.
+"""Checks an environment without a model (`sdpo env check`) and reports one line per check.
 
-A grader is the only teacher of a run: what it lets pass will be learned. The check asks what can be
-asked without a model: whether the two sides are apart, whether right answers pass and wrong ones
-and attacks fail, whether feedback is fit for a prompt, whether grading is repeatable, and how fast.
+A run learns whatever its grader accepts, so a loose grader ruins it. The checks: training and
+held-out prompts are disjoint; reference answers pass; wrong answers and attacks fail; feedback is
+fit for a prompt and does not contain the reference; grading is repeatable; gradings per second.
 """
 
 import re
@@ -22,7 +22,7 @@ from sdpo_jax.environments.grading import Grader, OpenEpisodes
 from sdpo_jax.environments.sanitize import ADDRESS
 
 SAMPLE = 16
-"""Prompts of each side that are tried, evenly spread."""
+"""Prompts of each side that are tried, evenly spaced."""
 LONG_FEEDBACK = 4000
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -50,7 +50,7 @@ PROGRAMS: tuple[tuple[str, str], ...] = (
 
 
 class Line(NamedTuple):
-    """One answer; `problem` says what is wrong and what to do, empty: ok."""
+    """The result of one check; `problem` holds what is wrong and what to do, or is empty."""
 
     name: str
     found: str
@@ -58,14 +58,17 @@ class Line(NamedTuple):
 
 
 def check(environment: Environment, *, runs_programs: bool = False) -> list[Line]:
-    """Every line of the report.
+    """Runs all checks.
 
     Args:
-      environment: any; with `reference`, right answers are tried, too.
-      runs_programs: whether responses are programs: a few hostile ones are run.
+      environment: any environment; if it has `reference`, right answers are tried, too.
+      runs_programs: whether responses are programs; then a few hostile ones are run.
+
+    Returns:
+      The lines of the report, in order.
 
     Raises:
-      UserError: `grade` raised, or returned what is no outcome.
+      UserError: `grade` raised, or did not return an outcome.
     """
     grade = Grader(environment)
     sample = [*_spread(environment.train), *_spread(environment.held_out)]
@@ -95,7 +98,7 @@ def check(environment: Environment, *, runs_programs: bool = False) -> list[Line
 
 
 Answer = tuple[str, Prompt, str]
-"""What it is, the prompt, the response."""
+"""A description of the response, the prompt, the response."""
 
 
 def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -114,8 +117,8 @@ def _sides(environment: Environment) -> Iterator[Line]:
         f"{len(set(ids))} distinct",
         f"used twice: {_some(twice)}; give each prompt its own id" if twice else "",
     )
-    asked = {_text(prompt): prompt.id for prompt in train}
-    both = [prompt.id for prompt in held_out if _text(prompt) in asked]
+    questions = {_text(prompt) for prompt in train}
+    both = [prompt.id for prompt in held_out if _text(prompt) in questions]
     yield Line(
         "held out apart",
         f"{len(both)} questions on both sides",
@@ -126,12 +129,12 @@ def _sides(environment: Environment) -> Iterator[Line]:
 
 
 def _text(prompt: Prompt) -> str:
-    """A question without what changes nothing: case and white space."""
+    """The text of a prompt without differences of case and white space."""
     return " ".join("\n".join(m["content"] for m in prompt.messages).casefold().split())
 
 
 def _episodes(environment: Environment, sample: Sequence[Prompt]) -> Iterator[Line]:
-    """The first turn of each prompt's episode, twice, where the environment has its own."""
+    """Plays the first turn of each prompt's episode twice, if the environment has episodes."""
     if not isinstance(environment, HasEpisodes):
         return
     rows, texts = list(range(len(sample))), [WRONG[2][1](prompt) for prompt in sample]
@@ -179,7 +182,7 @@ def _answers(
 
 
 def _others(sample: Sequence[Prompt], references: Sequence[str]) -> list[Answer]:
-    """Another prompt's right answer, where it is not this one's, too."""
+    """The right answer of another prompt for each prompt, unless both answers are equal."""
     if not references:
         return []
     shifted = [*references[1:], references[0]]
@@ -192,7 +195,7 @@ def _graded(grade: Grader, answers: Sequence[Answer]) -> list[Outcome]:
 
 
 def _fail(name: str, answers: Sequence[Answer], outcomes: Sequence[Outcome]) -> Line:
-    """Wrong answers must not pass; another prompt's answer may, where few answers are possible."""
+    """Wrong answers must fail; another prompt's answer may pass if few answers are possible."""
     passed: dict[str, list[str]] = {}
     kinds: dict[str, int] = {}
     for (kind, prompt, _), outcome in zip(answers, outcomes, strict=True):
@@ -227,8 +230,8 @@ def _feedback(
         dirty = _CONTROLS.search(text) or ADDRESS.search(text)
         if dirty and not problem:
             problem = (
-                f"feedback to {prompt.id!r} holds {dirty[0]!r}; clean what you quote "
-                "(sdpo_jax.environments.sanitize.clean)"
+                f"feedback to {prompt.id!r} holds {dirty[0]!r}; sanitize what you quote "
+                "(sdpo_jax.environments.sanitize.sanitize)"
             )
     if not problem and longest > LONG_FEEDBACK:
         problem = f"feedback of {longest} characters, expected at most {LONG_FEEDBACK}; quote less"
@@ -238,7 +241,7 @@ def _feedback(
 
 
 def _secret(said: Sequence[tuple[Prompt, str]], known: Mapping[str, str]) -> Line:
-    """`known`: the right answer to each prompt, by id."""
+    """Looks for references in feedback; `known` maps the id of a prompt to its right answer."""
     name = "feedback keeps the answer"
     if not known:
         return Line(name, "not tried: the environment has no `reference`")
@@ -290,7 +293,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def report(lines: Sequence[Line]) -> str:
-    """The table: `ok` or `problem` with what to do below it."""
+    """Formats the lines as a table: `ok`, or `problem` with the remedy below it."""
     width = max(len(line.name) for line in lines)
     rows: list[str] = []
     for line in lines:

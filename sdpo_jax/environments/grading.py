@@ -1,8 +1,8 @@
-"""Grading a list of responses: the one place that calls an environment.
+"""Calls environments: grades lists of responses, steps episodes, and checks what comes back.
 
-An exception that leaves `grade`, or something else than an `Outcome`, is a bug of the environment:
-it becomes one `UserError` with the prompt, the line and the environment's own traceback. It is
-never a reward of 0, which would teach the model something.
+No other module calls `grade` or `step`. An exception that leaves them, or a return value that is
+not an `Outcome`, is a bug of the environment: it becomes one `UserError` with the prompt, the line
+and the environment's own traceback. It never becomes a reward of 0, which would train the model.
 """
 
 import math
@@ -33,17 +33,17 @@ _SHOWN_CHARACTERS = 300
 
 @runtime_checkable
 class GradesRows(Protocol):
-    """An environment that takes care of everything here itself: one in worker processes."""
+    """An environment that grades mixed batches itself: one in worker processes."""
 
     def grade_rows(
         self, prompts: Sequence[Prompt], responses: Sequence[str], truncated: Sequence[bool]
     ) -> list[Outcome]:
-        """One outcome for each row, in order, checked."""
+        """One checked outcome for each row, in order."""
         ...
 
 
 class Grader:
-    """Grades lists with what an environment offers: workers, `grade_many`, `grade` one by one."""
+    """Grades lists of responses, by workers, by `grade_many`, or by `grade` one after the other."""
 
     def __init__(self, environment: Environment):
         self._environment = environment
@@ -59,11 +59,11 @@ class Grader:
         Args:
           prompts: [N].
           responses: [N], decoded without control tokens.
-          truncated: [N], whether a response was cut at the token limit; None: none was. It matters
-            to environments with `grade_truncated` or `grade_truncated_many` alone.
+          truncated: [N], whether a response was cut at the token limit; None: none was. Only
+            environments with `grade_truncated` or `grade_truncated_many` use it.
 
         Raises:
-          UserError: the environment raised, or returned what is no outcome.
+          UserError: the environment raised, or did not return an outcome.
         """
         cut = [False] * len(responses) if truncated is None else list(truncated)
         if not len(prompts) == len(responses) == len(cut):
@@ -102,7 +102,7 @@ class Grader:
 
 
 class OpenEpisodes:
-    """The episodes of a list of prompts, stepped with what their environment offers."""
+    """The episodes of a list of prompts, stepped one by one or, with `step_many`, together."""
 
     def __init__(self, environment: HasEpisodes, prompts: Sequence[Prompt]):
         """Starts one for each of `prompts` [N].
@@ -122,7 +122,7 @@ class OpenEpisodes:
         """The steps of episodes `rows`, in order; see `StepsBatches.step_many`.
 
         Raises:
-          UserError: the environment raised, or returned what is no step.
+          UserError: the environment raised, or did not return a step.
         """
         prompts, episodes = [self._prompts[i] for i in rows], [self._episodes[i] for i in rows]
         if isinstance(self._environment, StepsBatches):
@@ -144,7 +144,7 @@ class OpenEpisodes:
 def answers_of(
     environment: Environment, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> list[str | None] | None:
-    """The answers that `N` responses of `P` prompts end in; None: the environment knows none.
+    """The final answers of `N` responses to `P` prompts; None: the environment extracts none.
 
     Raises:
       UserError: `answer` raised, or returned something else than text or None.
@@ -173,7 +173,7 @@ def failed_share(outcomes: Sequence[Outcome]) -> float:
 def refuse_failures(
     prompts: Sequence[Prompt], outcomes: Sequence[Outcome], limit: float, where: str
 ) -> None:
-    """Stops a run whose environment fails too often; row `n` belongs to prompt `n // G`.
+    """Stops a run whose environment fails too often; row `n` answers prompt `n // G`.
 
     Raises:
       UserError: more than `limit` of the outcomes are not graded.
@@ -234,16 +234,16 @@ def _step(episode: Episode, prompt: Prompt, response: str) -> Step:
 def _explained(
     name: str, prompts: Sequence[Prompt], expected: str = "an Outcome"
 ) -> Iterator[None]:
-    """Turns an exception of the environment into one message; `UserError` is one already."""
+    """Turns an exception of the environment into a `UserError`; a `UserError` passes through."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        which = _which(prompts)
+        which, place = _which(prompts), place_of(error, __file__)
         raise UserError(
-            f"{name} of the environment failed for {which} at {place_of(error)}: a bug of the "
-            f"environment, expected {expected} for every text.\n{own_traceback(error)}"
+            f"{name} of the environment failed for {which} at {place}: a bug of the environment, "
+            f"expected {expected} for every text.\n{own_traceback(error, __file__)}"
         ) from error
 
 
@@ -253,34 +253,36 @@ def _which(prompts: Sequence[Prompt]) -> str:
     return f"one of {len(prompts)} prompts, {prompts[0].id!r} to {prompts[-1].id!r},"
 
 
-def place_of(error: BaseException) -> str:
-    """`file:line` of where an exception was raised, as far as the environment's code goes."""
+def place_of(error: BaseException, caller: str) -> str:
+    """The innermost `file:line` of the environment's own code at which an exception was raised.
+
+    `caller` is the file that called the environment: its frames do not count.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(_own(error.__traceback__))
+    frames = traceback.extract_tb(_below(error.__traceback__, caller))
     last = _last_outside_libraries(frames)
     return f"{last.filename}:{last.lineno}" if last is not None else "an unknown line"
 
 
-def own_traceback(error: BaseException) -> str:
-    """The traceback without the frames that only call the environment."""
-    lines = traceback.format_exception(type(error), error, _own(error.__traceback__), limit=-8)
-    return "".join(lines).rstrip()
+def own_traceback(error: BaseException, caller: str) -> str:
+    """The traceback without the outermost frames, those of the file `caller`."""
+    trace = _below(error.__traceback__, caller)
+    return "".join(traceback.format_exception(type(error), error, trace, limit=-8)).rstrip()
 
 
-def _own(trace: TracebackType | None) -> TracebackType | None:
-    """Skips the frames at the top that only call the environment, or load its file."""
-    callers = (__file__, str(Path(__file__).with_name("registry.py")))
+def _below(trace: TracebackType | None, caller: str) -> TracebackType | None:
+    """Skips the outermost frames of a caller and of Python's import system."""
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if name not in callers and not name.startswith("<frozen"):
+        if name != caller and not name.startswith("<frozen"):
             break
         trace = trace.tb_next
     return trace
 
 
 def _last_outside_libraries(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
-    """The deepest frame that is not inside an installed package: there the user has to look."""
+    """The innermost frame outside installed packages and the standard library: the user's code."""
     own = [f for f in frames if "site-packages" not in Path(f.filename).parts]
     standard = str(Path(traceback.__file__).parent)
     own = [f for f in own if not f.filename.startswith(standard)] or list(frames)
@@ -288,7 +290,7 @@ def _last_outside_libraries(frames: traceback.StackSummary) -> traceback.FrameSu
 
 
 def _check(outcome: Any, name: str, prompt: Prompt) -> Outcome:
-    """Refuses what is no outcome, before it becomes a number of the run."""
+    """Refuses a value that is not an outcome, before it enters metrics and rewards."""
     problem = _problem(outcome)
     if problem is None:
         return cast(Outcome, outcome)
@@ -299,8 +301,8 @@ def _check(outcome: Any, name: str, prompt: Prompt) -> Outcome:
 
 
 def _check_step(step: Any, name: str, prompt: Prompt) -> Step:
-    """Refuses what is no step."""
-    # What the types promise is what is checked here.
+    """Refuses a value that is not a step."""
+    # `Any`: an environment may break its annotations.
     told: Any = (step.observation, step.instruction) if isinstance(step, Step) else (0, 0)
     if not isinstance(told[0], str | None) or not isinstance(told[1], str):
         raise UserError(
@@ -315,7 +317,7 @@ def _check_step(step: Any, name: str, prompt: Prompt) -> Step:
 def _problem(outcome: Any) -> str | None:
     if not isinstance(outcome, Outcome):
         return _short(outcome)
-    given: Any = outcome  # What the types promise is what is checked here.
+    given: Any = outcome  # An environment may break its annotations.
     try:
         finite = math.isfinite(given.reward)
         metrics = {str(k): math.isfinite(v) for k, v in given.metrics.items()}

@@ -1,4 +1,4 @@
-"""Where an installed package keeps its data: found without importing its code."""
+"""Finds the folder of an installed package, for its data files, without importing its code."""
 
 from importlib import util
 from pathlib import Path
@@ -10,7 +10,7 @@ def package_folder(name: str, missing: str) -> Path:
     """The folder of an installed package.
 
     Raises:
-      UserError: with the message `missing`, if the package is.
+      UserError: the package is not installed; the message is `missing`.
     """
     spec = util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:

@@ -1,8 +1,8 @@
-"""Rows of JSONL files, read and validated whole before anything is compiled.
+"""Reads and validates JSONL files as a whole, before anything is compiled.
 
-A file is UTF-8 with one JSON object a line. Blank lines, CRLF and a byte-order mark are tolerated;
-other keys than those that `parse` asks for are ignored. Every bad row becomes one line
-`file:line: reason`.
+A file is UTF-8 with one JSON object per line. Blank lines, CRLF and a byte-order mark are
+tolerated; keys that `parse` does not read are ignored. Every bad row becomes one line
+`file:line: reason` in the error message.
 """
 
 import difflib
@@ -25,7 +25,7 @@ _TYPE_NAMES: dict[type, str] = {
 
 
 class Identified(Protocol):
-    """A row with a name of its own."""
+    """A row with an id."""
 
     @property
     def id(self) -> str:
@@ -44,7 +44,7 @@ class Rows(NamedTuple, Generic[Row]):
 
 
 class Split(NamedTuple, Generic[Row]):
-    """Rows to learn from, rows to evaluate on, and a line for each that was skipped."""
+    """Rows to train on, rows to evaluate on, and a line for each row that was skipped."""
 
     train: Sequence[Row]
     held_out: Sequence[Row]
@@ -52,7 +52,7 @@ class Split(NamedTuple, Generic[Row]):
 
 
 class BadRow(Exception):
-    """Why a row cannot be used."""
+    """A row cannot be used; the message is the reason."""
 
 
 def read_rows(
@@ -67,13 +67,13 @@ def read_rows(
     """Reads and validates a whole file.
 
     Args:
-        path: a UTF-8 file with one JSON object a line.
+        path: a UTF-8 file with one JSON object per line.
         parse: makes a row of an object and its place, `file:line`; raises `BadRow` with a reason.
         on_error: `stop` raises one error that lists the bad rows; `skip` leaves them out and
             returns the list.
         form: how a line looks, for the message about an empty file.
         content: what the file holds, for the message about a missing one.
-        skip: the setting that leaves bad rows out, as the user writes it.
+        skip: the setting that skips bad rows, as the user writes it.
 
     Raises:
         UserError: the file cannot be read, has no usable row, or has a bad row under `stop`.
@@ -96,7 +96,7 @@ def read_sides(
     form: str,
     content: str,
 ) -> Split[Row]:
-    """`read_rows` of a file to learn from and one to evaluate on."""
+    """Applies `read_rows` to a training file and a held-out file."""
     read = partial(read_rows, parse=parse, on_error=on_error, form=form, content=content)
     first, second = read(train), read(held_out)
     return Split(first.rows, second.rows, [*first.problems, *second.problems])
@@ -163,12 +163,12 @@ def _json(raw: bytes) -> Any:
 
 
 def no_constant(name: str) -> None:
-    """For `json.loads`: NaN and the infinities are no JSON, and a test on NaN can never pass."""
+    """A `parse_constant` for `json.loads` that refuses NaN and the infinities."""
     raise ValueError(f"{name} is no JSON value")
 
 
 def get(row: Mapping[str, Any], key: str, where: str = "") -> Any:
-    """The value of a key that must be there; `where` names the object for the reason."""
+    """The value of a required key; `where` names the object in the error message."""
     if key in row:
         return row[key]
     others = {name.lower(): name for name in row}
@@ -178,7 +178,7 @@ def get(row: Mapping[str, Any], key: str, where: str = "") -> Any:
 
 
 def text(value: Any, key: str, expected: str = "a string") -> str:
-    """A string that is not blank and that a tokenizer can encode."""
+    """Checks that a value is a string that is not blank and that a tokenizer can encode."""
     if not isinstance(value, str):
         raise BadRow(f"{key} is {type_name(value)}, expected {expected}")
     if not value.strip():
@@ -189,7 +189,7 @@ def text(value: Any, key: str, expected: str = "a string") -> str:
 
 
 def row_id(row: Mapping[str, Any], place: str, key: str = "id") -> str:
-    """The row's own name, a string or a whole number; without one, its place."""
+    """The row's id, a string or an integer; without one, its place."""
     name = row.get(key, place)
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
@@ -197,7 +197,7 @@ def row_id(row: Mapping[str, Any], place: str, key: str = "id") -> str:
 
 
 def chat(value: Any, key: str) -> tuple[Mapping[str, str], ...]:
-    """Chat messages from a string, the one user message, or from a list of messages."""
+    """Chat messages from a string (one user message) or from a list of messages."""
     if not isinstance(value, list):
         return ({"role": "user", "content": text(value, key, "a string or a list")},)
     messages = [_message(item, f"{key}[{i}]") for i, item in enumerate(cast(list[Any], value))]
@@ -221,20 +221,20 @@ def _message(item: Any, where: str) -> Mapping[str, str]:
 
 
 def type_name(value: Any) -> str:
-    """A decoded value's type as JSON calls it: `a list`."""
+    """The JSON name of a decoded value's type, such as `a list`."""
     return _TYPE_NAMES[type(value)]
 
 
 def is_held_out(key: str, seed: int) -> bool:
-    """Whether a hash puts a row on the held-out side (one in four), whatever the other rows are."""
+    """Whether a hash of `key` and `seed` holds a row out: one in four, whatever the other rows."""
     return zlib.crc32(f"{seed}:{key}".encode(errors="replace")) % 4 == 0
 
 
 def check_sides(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    """Refuses prompts that stand twice, above all those on both sides: accuracy would be learnt.
+    """Refuses duplicate prompts: one on both sides would make held-out accuracy measure memory.
 
     Raises:
-        UserError: an id, or a prompt word by word, occurs twice.
+        UserError: an id or the exact text of a prompt occurs twice.
     """
     seen: dict[str, str] = {}
     for prompt, side in [*((p, "train") for p in train), *((p, "held-out") for p in held_out)]:

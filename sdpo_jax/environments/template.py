@@ -1,14 +1,14 @@
-"""An environment in one file: change it until it asks what you want a model to learn.
+"""A template for your own environment in one file; replace the task by yours.
 
-    sdpo env check THIS_FILE          is it sound?
-    sdpo train RECIPE                 with, in the recipe:
+    sdpo env check THIS_FILE          checks it
+    sdpo train RECIPE                 trains on it, with these lines in the recipe:
 
     [environment]
     kind = "file"
     path = "THIS_FILE"
 
-An environment has `train` and `held_out`, lists of `Prompt`, and `grade(prompt, response)`. The
-words in `feedback` are what SDPO learns from: the model, shown them, is the teacher of itself.
+An environment has `train` and `held_out`, lists of `Prompt`, and `grade(prompt, response)`. SDPO
+learns from the words in `feedback`: the model that is shown them serves as its own teacher.
 """
 
 import random
@@ -17,12 +17,12 @@ from sdpo_jax.environments.base import Outcome, Prompt
 
 
 class Sums:
-    """Adds two numbers."""
+    """Asks for the sum of two numbers."""
 
     def __init__(self, seed: int):
-        # Each question on one side only, or held-out accuracy would measure memory.
+        # Each question stands on one side only; otherwise held-out accuracy would measure memory.
         pairs = [(a, b) for a in range(10, 40) for b in range(10, 40)]
-        # A seeded generator: the trainer and its workers must make the same prompts.
+        # Seeded, because the trainer and its workers must make the same prompts.
         random.Random(seed).shuffle(pairs)
         self.train = [self._prompt(a, b) for a, b in pairs[:700]]
         self.held_out = [self._prompt(a, b) for a, b in pairs[700:]]
@@ -35,13 +35,14 @@ class Sums:
         )
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Judges one response. It may hold anything, so nothing in here may raise.
+        """Grades one response. A response may hold any text, and this method must never raise.
 
-        Say what is wrong, not what is right: the teacher would copy the answer. Where you cannot
-        judge at all (a service is down), return `not_graded("why")` from the same module.
+        Describe what is wrong and do not give the answer away: the teacher would copy it. If the
+        response cannot be graded at all (a service is down), return `not_graded("why")`, which is
+        in the module of `Outcome`.
         """
         text = response.strip()
-        # Short and plain digits: `int` alone would take "1_0" and refuse 5,000 digits by raising.
+        # Short and plain digits only: `int` accepts "1_0" and raises on 5,000 digits.
         if not (text.isascii() and text.isdigit() and len(text) <= 9):
             return Outcome(0.0, False, "expected a whole number and nothing else", {"number": 0.0})
         if int(text) == prompt.data["sum"]:
@@ -49,13 +50,13 @@ class Sums:
         size = "small" if int(text) < prompt.data["sum"] else "large"
         return Outcome(0.0, False, f"the number is too {size}", {"number": 1.0})
 
-    # Optional: an answer that `grade` passes. `sdpo env check` tries it, and a warm-up by SFT
-    # (`data.source = "environment"`) learns from it.
+    # Optional. `sdpo env check` tries it, and a warm-up by SFT (`data.source = "environment"`)
+    # trains on it.
     def reference(self, prompt: Prompt) -> str:
-        """An answer that `grade` passes."""
+        """Returns an answer that `grade` passes."""
         return str(prompt.data["sum"])
 
 
 def make_environment(seed: int) -> Sums:
-    """Called with `environment.seed`."""
+    """Makes the environment; `seed` is the recipe's `environment.seed`."""
     return Sums(seed)

@@ -1,20 +1,22 @@
-"""Grading in worker processes: an answer that hangs or kills its grader costs one worker, no run.
+"""The trainer's side of grading in worker processes: a pool with deadlines and replacement.
 
-Each worker is a new interpreter (no fork of the trainer, whose threads and devices a child must not
-have). It builds the environment from the recipe's settings and grades in its main thread, where
-alarms work. Its environment variables are a short list: no token of the trainer's reaches it.
-Requests and answers are lines of JSON; nothing that came from a model is ever unpickled. A prompt
-goes over as its id, so that its `data` need not be JSON; both sides check that they mean the same
-prompts.
+A response that hangs or kills its grader costs one worker and does not stop the run. Each worker is
+a new interpreter (`worker_process.py`), not a fork of the trainer, whose threads and devices a
+child must not inherit. It builds the environment from the recipe's settings and grades in its main
+thread, where alarms work. It gets only the environment variables that an interpreter needs, so no
+access token reaches it. Requests and replies are lines of JSON, so nothing that a model wrote is
+ever unpickled. A prompt is sent as its id, so its `data` need not be JSON; both sides compare a
+hash of all prompts.
 
-An episode lives in the trainer as the list of its responses. For the next step a worker plays it
-from its start, so that any worker can, also after another one was lost: the same responses must
-always get the same steps, and the deadline is for all of them.
+The trainer keeps an episode as the list of its responses. For each step a worker replays it from
+the start, so any worker can take it over after another one was lost. Therefore the same responses
+must always produce the same steps, and the deadline covers the whole replay.
 
-A worker that does not answer in time is killed and replaced, and the response goes to another one,
-`RETRIES` times; then it counts as not graded. So it is with one that wants more than `MEMORY_MB`:
-it ends at the first `MemoryError` that leaves the environment, since what is left of it is not to
-be trusted. That is no wrong answer: the grader failed, and what the response deserves is unknown.
+A worker that misses the deadline is killed and replaced, and the response goes to another worker,
+at most `RETRIES` times; after that it counts as not graded. The same holds for a worker that needs
+more than `MEMORY_MB`: it exits at the first `MemoryError` that leaves the environment, since its
+state can no longer be trusted. Such a response is not a wrong answer: the grader failed, and the
+reward that the response deserves is unknown.
 """
 
 import contextlib
@@ -26,7 +28,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from collections import deque
@@ -48,17 +49,17 @@ from sdpo_jax.errors import UserError
 
 RETRIES = 2
 START_SECONDS = 300.0
-"""Building an environment may read files and import much; after this it is stuck."""
+"""Time for a worker to build its environment; a slower one counts as stuck."""
 MEMORY_MB = 4096
-"""Data of a worker (heap and private maps, `RLIMIT_DATA`) beyond what it has once it has built the
-environment: a formula can make a comparison allocate without end. Linux alone counts it so."""
+"""Memory that grading may allocate on top of the built environment (heap and private mappings,
+`RLIMIT_DATA`; enforced on Linux only): comparing two formulas can allocate without bound."""
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "VIRTUAL_ENV")
-_MAIN = "from sdpo_jax.environments.workers import main; main()"
+_CHILD = "sdpo_jax.environments.worker_process"
 _LINE_LIMIT = 8 << 20
 
 
 class Job(NamedTuple):
-    """A response to grade, and how often a worker was lost to it."""
+    """A response to grade; `lost` counts the workers that it has killed."""
 
     row: int
     request: Mapping[str, Any]
@@ -68,14 +69,14 @@ class Job(NamedTuple):
 class InWorkers:
     """An environment whose responses are graded in worker processes.
 
-    Prompts and references are those of `environment`, which this process built from the same
-    settings. Workers start with the object; `close` ends them, and so does the end of the process.
+    Prompts and references come from `environment`, which this process built from the same settings.
+    The workers start with this object and end with `close` or with this process.
     """
 
     def __init__(
         self, environment: Environment, settings: Any, *, workers: int, deadline_seconds: float
     ):
-        """Starts the workers; they build their environments while the caller goes on.
+        """Starts the workers, which build their environments in the background.
 
         Args:
           environment: built from `settings`.
@@ -87,7 +88,7 @@ class InWorkers:
           UserError: two prompts of the environment have one id.
         """
         self.train, self.held_out = environment.train, environment.held_out
-        _by_id(environment)
+        prompts_by_id(environment)
         hello = {
             "settings": dataclasses.asdict(settings),
             "folder": str(Path.cwd()),
@@ -95,7 +96,7 @@ class InWorkers:
         }
         self._pool = _Pool(hello, fingerprint(environment), workers, deadline_seconds)
         self.close = weakref.finalize(self, self._pool.close)
-        # Only where there is one: whoever asks for one looks whether the method exists.
+        # Set only where the environment has them: callers test for the attribute.
         if isinstance(environment, HasReferences):
             self.reference = environment.reference
         if isinstance(environment, HasAnswers):
@@ -126,7 +127,8 @@ class InWorkers:
         """One outcome for each row, in order.
 
         Raises:
-          UserError: the environment raised, cannot be built in a worker, or is another one there.
+          UserError: the environment raised, cannot be built in a worker, or has other prompts
+            there.
         """
         requests = [
             {"id": prompt.id, "response": response, "truncated": bool(cut)}
@@ -136,7 +138,7 @@ class InWorkers:
 
 
 class Replayed(NamedTuple):
-    """An episode whose environment is in a worker."""
+    """An episode that a worker replays from its start at every step."""
 
     environment: InWorkers
     prompt: Prompt
@@ -148,7 +150,7 @@ class Replayed(NamedTuple):
 
 
 class _Worker:
-    """One process; `job` is what it works on, until `deadline`."""
+    """One worker process; `job` is its current job, which has to end by `deadline`."""
 
     def __init__(self, hello: Mapping[str, Any]):
         self.job: Job | None = None
@@ -156,7 +158,7 @@ class _Worker:
         self.deadline = time.monotonic() + START_SECONDS
         self._buffer = b""
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _MAIN],
+            [sys.executable, "-P", "-m", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=clean_environment(),
@@ -173,7 +175,7 @@ class _Worker:
         self._write(job.request)
 
     def read(self) -> dict[str, Any] | None:
-        """The reply once its line is whole; `{}` if the process is gone."""
+        """The next reply; None while its line is incomplete, `{}` if the process is gone."""
         chunk = os.read(self.out.fileno(), 1 << 16)
         self._buffer += chunk
         if not chunk or len(self._buffer) > _LINE_LIMIT:
@@ -185,12 +187,12 @@ class _Worker:
         return json.loads(line)
 
     def kill(self) -> None:
-        """Ends the process and what it started."""
-        # The group outlives its first process, and nobody else can have its id before the wait.
+        """Kills the process and all processes that it started."""
+        # Before `wait`, so that the id of the process group cannot have been reused.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         for pipe in (self._in, self.out):
-            with contextlib.suppress(OSError):  # what was buffered for a dead process
+            with contextlib.suppress(OSError):  # flushing to a dead process fails
                 pipe.close()
         self._process.wait()
 
@@ -198,12 +200,12 @@ class _Worker:
         try:
             self._in.write(json.dumps(message).encode() + b"\n")
             self._in.flush()
-        except OSError:  # It is gone: reading says so.
+        except OSError:  # The process is gone, which the next read reports.
             pass
 
 
 class _Pool:
-    """Workers, and the one loop that feeds them."""
+    """The workers and the loop that distributes jobs among them."""
 
     def __init__(self, hello: Mapping[str, Any], prompts: str, workers: int, seconds: float):
         self._hello, self._prompts, self._seconds = hello, prompts, seconds
@@ -211,7 +213,7 @@ class _Pool:
         self._dead_starts = 0
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Step]:
-        """One step for each request, in order; of a response alone it is an outcome."""
+        """One step for each request, in order; of a single response only `outcome` counts."""
         outcomes: dict[int, Step] = {}
         waiting = deque(Job(row, request) for row, request in enumerate(requests))
         try:
@@ -221,7 +223,7 @@ class _Pool:
                         worker.start(waiting.popleft(), self._seconds)
                 self._wait(waiting, outcomes)
         except BaseException:
-            # A reply to this call must not be read as one to the next.
+            # Otherwise the next call would read a late reply to this one as its own.
             self._workers = [self._replace(w) if w.job is not None else w for w in self._workers]
             raise
         return [outcomes[row] for row in range(len(requests))]
@@ -232,7 +234,7 @@ class _Pool:
             worker.kill()
 
     def _wait(self, waiting: deque[Job], outcomes: dict[int, Step]) -> None:
-        """Reads what has come, or gives up on who is late."""
+        """Reads the replies that have arrived; replaces the workers that missed their deadline."""
         busy = [w for w in self._workers if w.job is not None or not w.ready]
         with selectors.DefaultSelector() as selector:
             for worker in busy:
@@ -275,7 +277,7 @@ class _Pool:
     def _lost(
         self, worker: _Worker, why: str, waiting: deque[Job], outcomes: dict[int, Step]
     ) -> None:
-        """Replaces a worker; its job goes to another one or is given up."""
+        """Replaces a worker; its job is retried by another one or counts as not graded."""
         job = worker.job
         if not worker.ready:
             self._dead_starts += 1
@@ -299,14 +301,14 @@ class _Pool:
 
 
 def clean_environment() -> dict[str, str]:
-    """Variables of a worker: what an interpreter needs, and no accelerator."""
+    """Environment variables of a worker: those that an interpreter needs, and CPU only for JAX."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     path = os.pathsep.join(str(Path(folder).absolute()) for folder in sys.path)
     return kept | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
 
 
 def fingerprint(environment: Environment) -> str:
-    """A hash of ids and messages of all prompts; `data` is the environment's own affair."""
+    """A hash of the ids and messages of all prompts; their `data` does not count."""
     digest = hashlib.blake2b(digest_size=8)
     for side in (environment.train, environment.held_out):
         for prompt in side:
@@ -316,7 +318,12 @@ def fingerprint(environment: Environment) -> str:
     return digest.hexdigest()
 
 
-def _by_id(environment: Environment) -> dict[str, Prompt]:
+def prompts_by_id(environment: Environment) -> dict[str, Prompt]:
+    """All prompts of an environment by id.
+
+    Raises:
+      UserError: two prompts have the same id.
+    """
     found: dict[str, Prompt] = {}
     for prompt in (*environment.train, *environment.held_out):
         if prompt.id in found:
@@ -326,84 +333,3 @@ def _by_id(environment: Environment) -> dict[str, Prompt]:
             )
         found[prompt.id] = prompt
     return found
-
-
-def main() -> None:
-    """A worker: a line with the settings, then a line for each response."""
-    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
-    # What the environment prints must not get between the replies.
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    hello = json.loads(requests.readline())
-    os.chdir(hello["folder"])
-
-    def reply(message: Mapping[str, Any]) -> None:
-        replies.write(json.dumps(message).encode() + b"\n")
-        replies.flush()
-
-    try:
-        environment, prompts = _build(hello["settings"])
-    except UserError as error:
-        reply({"error": f"in a worker: {error}"})
-        return
-    reply({"prompts": fingerprint(environment)})
-    _limit_memory(hello["memory_mb"])
-    for line in requests:
-        reply(_answer(environment, prompts, json.loads(line)))
-
-
-def _build(settings: dict[str, Any]) -> tuple[Environment, dict[str, Prompt]]:
-    from sdpo_jax.environments.registry import build, settings_of
-
-    environment = build(settings_of(settings))
-    return environment, _by_id(environment)
-
-
-def _answer(
-    environment: Environment, prompts: Mapping[str, Prompt], request: Mapping[str, Any]
-) -> dict[str, Any]:
-    from sdpo_jax.environments.grading import Grader, OpenEpisodes
-
-    prompt = prompts[request["id"]]
-    try:
-        if "responses" in request and isinstance(environment, HasEpisodes):
-            episode = OpenEpisodes(environment, [prompt])
-            (step,) = [episode([0], [text], [False])[0] for text in request["responses"]][-1:]
-        else:
-            (outcome,) = Grader(environment)(
-                [prompt], [request["response"]], [request["truncated"]]
-            )
-            step = Step(None, outcome)
-    except UserError as error:
-        if isinstance(error.__cause__, MemoryError):
-            os._exit(1)
-        return {"error": str(error)}
-    outcome = step.outcome
-    metrics = {name: float(value) for name, value in outcome.metrics.items()}
-    reward, passed = float(outcome.reward), bool(outcome.passed)
-    return {
-        "outcome": [reward, passed, outcome.feedback, metrics, bool(outcome.graded)],
-        "said": [step.observation, step.instruction],
-    }
-
-
-def _limit_memory(megabytes: int) -> None:
-    """Bounds what the grader may allocate on top of what the environment holds by now."""
-    if sys.platform != "linux":
-        return
-    import resource
-
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    held = int(fields["VmData"].split()[0]) << 10
-    limit, hard = held + (megabytes << 20), resource.getrlimit(resource.RLIMIT_DATA)[1]
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    # Soft is hard: the environment's code cannot raise it again.
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-def _leave_with_parent(parent: int) -> None:
-    """Ends a worker whose trainer was killed while the worker was busy."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(0)

@@ -1,7 +1,7 @@
-"""What a set of graded samples says: pass@k, majority and best of k, and how sure it is.
+"""Estimators from graded samples: pass@k, majority of k, best of k, with confidence intervals.
 
-Plain numpy on the host. A metric is a `Measure`: sums and weights of each prompt, so that samples
-of one prompt, which are alike, are never taken for independent: intervals resample whole prompts.
+Plain numpy on the host. A metric is a `Measure`: sums and weights of each prompt. Intervals
+resample whole prompts, because samples of one prompt are not independent.
 
 `tests/test_estimators.py` compares each estimator with enumeration of all subsets, and the
 intervals' coverage with simulations.
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 LEVEL = 0.95
 RESAMPLES = 2000
 EXACT_SAMPLES = 128
-"""Samples of a prompt up to which majorities are summed over all subsets, not over drawn ones."""
+"""Up to this many samples of a prompt, majorities are exact; above, subsets are drawn."""
 SUBSETS = 1000
 _DRAWS_AT_A_TIME = 1 << 20
 
 
 class Measure(NamedTuple):
-    """A mean in parts: prompt `i` adds `sums[i]` over `weights[i]`; no weight, no part in it."""
+    """A mean in parts: prompt `i` adds `sums[i]` and `weights[i]`; weight 0 leaves it out."""
 
     sums: NDArray[np.float64]  # [P]
     weights: NDArray[np.float64]  # [P]
@@ -33,19 +33,19 @@ class Measure(NamedTuple):
 
     @property
     def value(self) -> float:
-        """Σ sums / Σ weights; not a number where nothing has weight."""
+        """Σ sums / Σ weights; not a number if no prompt has weight."""
         weight = float(self.weights.sum())
         return float(self.sums.sum()) / weight if weight else math.nan
 
     def of(self, rows: NDArray[np.bool_]) -> "Measure":
-        """The same over the prompts that `rows: [P]` marks."""
+        """The same measure over the prompts with `rows[P]` True."""
         return Measure(
             np.where(rows, self.sums, 0.0), np.where(rows, self.weights, 0.0), self.share
         )
 
 
 class Estimate(NamedTuple):
-    """A value with its interval; None where the data cannot give one."""
+    """A value with its interval; None if the data give no interval."""
 
     value: float
     low: float | None
@@ -53,20 +53,20 @@ class Estimate(NamedTuple):
 
 
 def pass_at_k(samples: int, successes: int, k: int) -> float:
-    """Chance that at least one of `k` samples drawn from these passes, without bias.
+    """Unbiased estimate of the probability that at least one of `k` samples passes.
 
         1 − C(n − c, k) / C(n, k) = 1 − Π_{i = n−c+1}^{n} (1 − k / i)
 
     Args:
       samples: graded samples of a prompt, n.
       successes: how many of them pass, c.
-      k: at most n; 0 samples hold no success.
+      k: from 0 to n.
 
     Raises:
       ValueError: not 0 ≤ c ≤ n, or not 0 ≤ k ≤ n.
 
-    Source: Chen et al., arXiv 2107.03374, equation 1; the product, of logarithms, never overflows
-    and keeps its digits where the chance is small.
+    Source: Chen et al., arXiv 2107.03374, equation 1. The product is a sum of logarithms, which
+    cannot overflow and stays precise for small probabilities.
 
     >>> print(f"{pass_at_k(4, 1, 2):.2f}")
     0.50
@@ -109,15 +109,19 @@ def majority_at_k(
     """Expected value of the answer that most of `k` samples give (maj@k, self-consistency).
 
     Unbiased: the mean over all subsets of `k` of the `n` samples, computed by counting up to
-    `EXACT_SAMPLES` samples; above, over `SUBSETS` seeded draws of a subset. Among tied answers each
-    is as likely, so the value is their mean. A sample without an answer has no vote; where nobody
-    has one, the value is 0. An answer is worth the mean value of the samples that give it.
+    `EXACT_SAMPLES` samples; above, over `SUBSETS` seeded draws of a subset. The value of tied
+    answers is their mean, because ties are broken at random. A sample without an answer has no
+    vote; a subset without a vote has value 0. The value of an answer is the mean value of the
+    samples that give it.
 
     Args:
-      answers: [n], equal texts are equal answers; None: there is none.
+      answers: [n], equal texts are equal answers; None: no answer.
       values: [n], 1 where a sample passes, else 0.
-      k: from 1 to n, or it is a ValueError.
+      k: from 1 to n.
       seed: of the draws.
+
+    Raises:
+      ValueError: not 1 ≤ k ≤ n, or not n values.
 
     Source: Wang et al., arXiv 2203.11171 (self-consistency).
 
@@ -145,7 +149,7 @@ def majority_at_k(
 
 
 def _elected(answers: Sequence[str | None], worth: dict[str, float]) -> float:
-    """Mean worth of the answers that are given most often."""
+    """Mean value of the most frequent answers."""
     counts: dict[str, int] = {}
     for answer in answers:
         if answer is not None:
@@ -156,10 +160,11 @@ def _elected(answers: Sequence[str | None], worth: dict[str, float]) -> float:
 
 
 def _over_subsets(votes: Sequence[tuple[int, float]], n: int, k: int) -> float:
-    """Mean of `_elected` over all subsets of `k`; `votes` are (samples, worth) of each answer.
+    """Mean of `_elected` over all subsets of `k`; `votes` are (samples, value) of each answer.
 
-    For each number of votes `top` that can win: in how many ways answers share `u` seats so that
-    none has more than `top` and `j` have just as many, and the sum of the worth of those `j`.
+    For each winning number of votes `top`, `ways[u, j]` counts the ways to choose `u` samples such
+    that no answer has more than `top` and exactly `j` answers have `top`; `worth[u, j]` is the sum
+    over these ways of the values of those `j` answers.
     """
     silent, total = n - sum(count for count, _ in votes), 0.0
     for top in range(1, min(k, max((count for count, _ in votes), default=0)) + 1):
@@ -199,7 +204,7 @@ def wilson_interval(share: float, trials: int, *, level: float = LEVEL) -> tuple
     middle = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1.0 - share) / trials + (z / (2 * trials)) ** 2)
     scale = 1.0 + z * z / trials
-    # At the ends the formula gives 0 and 1 exactly, floating point does not.
+    # In exact arithmetic the ends are 0 and 1; floating point misses them.
     low = (middle - half) / scale if share > 0.0 else 0.0
     return low, (middle + half) / scale if share < 1.0 else 1.0
 
@@ -209,10 +214,10 @@ def estimate(
 ) -> Estimate:
     """Value and interval of a measure.
 
-    Where every prompt gives all or nothing (one sample of each, pass@n, no success at all), prompts
-    are trials and the interval is Wilson's: a bootstrap of nothing but zeros would end at zero.
-    Otherwise it is the percentile interval of a bootstrap that draws prompts with all their samples
-    (a cluster bootstrap). None where all prompts agree: they say nothing of how sure that is.
+    If every prompt is 0 or 1 (one sample of each, pass@n, no success at all), prompts are trials
+    and the interval is Wilson's: a bootstrap of zeros alone would have no width. Otherwise it is
+    the percentile interval of a bootstrap that draws prompts with all their samples (a cluster
+    bootstrap). There is none if all prompts have the same mean, since the bootstrap has no width.
     """
     own = measure.weights > 0
     sums, weights = measure.sums[own], measure.weights[own]
@@ -235,8 +240,8 @@ def paired_difference(
 ) -> Estimate:
     """`after − before` of two evaluations of the same prompts, in the same order.
 
-    Each draw of the bootstrap takes the same prompts of both, so that what makes a prompt hard
-    cancels out. Prompts that have no weight on one of the sides have no part.
+    Each bootstrap draw takes the same prompts of both, so that the difficulty of a prompt cancels
+    out. Prompts without weight on either side are left out.
 
     Raises:
       ValueError: the two have different numbers of prompts.
@@ -256,8 +261,8 @@ def paired_difference(
 
 
 def _resampled(prompts: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """`[some, P]` indices of prompts, `resamples` rows in all; few at a time, for memory."""
-    if prompts < 2:  # One prompt alone says nothing of others.
+    """Indices of prompts `[batch, P]`, `resamples` rows in all, in batches to bound memory."""
+    if prompts < 2:  # there is no variance between prompts to estimate
         return
     draws = np.random.default_rng(seed)
     at_a_time = max(1, _DRAWS_AT_A_TIME // prompts)

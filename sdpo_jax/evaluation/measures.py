@@ -1,21 +1,22 @@
-"""From graded responses to measures: what evaluation reports, as sums and weights of each prompt.
+"""The measures that an evaluation reports, as sums and weights of each prompt.
 
-Everything here is about responses that could be graded, lengths too, so that all numbers of an
-evaluation are about the same responses. Nothing needs another forward pass.
+Every measure, lengths included, is over the responses that could be graded, so that all numbers of
+an evaluation are about the same responses. None needs another forward pass.
 
 * `accuracy`: avg@k, the share of samples that pass; `accuracy/FAMILY`, `accuracy/difficulty/NAME`.
-* `pass_at_K`, `maj_at_K`, `best_at_K`: see `estimators`; over prompts with K graded samples.
-  Majorities of one or two are accuracy, and left out; `best_at_K` is there where rewards lie
-  between 0 and 1.
+* `pass_at_K`, `maj_at_K`, `best_at_K`: see `estimators`; over prompts with at least K graded
+  samples. A majority of one or two equals accuracy and is left out; `best_at_K` is reported only
+  if some reward is neither 0 nor 1.
 * `response_tokens`, `truncated`.
-* `entropy`: nats per token, Σ −log p(y_t) / Σ tokens over what was sampled. By the chain rule
+* `entropy`: nats per token, Σ −log p(y_t) / Σ tokens over the samples. By the chain rule
   −Σ_t log p(y_t | y_<t) is an unbiased estimate of the entropy of a response; p is the sampling
-  distribution, which is the model's own at temperature 1 without filters. Absent where greedy.
-* `repetition`: mean share of a response's 4-grams of tokens that it had before (seq-rep-4, Welleck
-  et al., arXiv 1908.04319).
+  distribution, which is the model's own at temperature 1 without filters. Absent if greedy.
+* `repetition`: mean share of a response's 4-grams of tokens that occur earlier in it (seq-rep-4,
+  Welleck et al., arXiv 1908.04319).
 * `most_common_output`: share of a prompt's samples that equal its most frequent one.
-* `teacher_accuracy`, `same_output`: of the teacher's answers, one for each attempt with a context,
-  those that pass, and those that repeat the attempt (arXiv 2601.20802, table 6); also by context.
+* `teacher_accuracy`, `same_output`: shares of the teacher's answers, one for each attempt with a
+  context, that pass, and that repeat the attempt (arXiv 2601.20802, table 6); over all answers and
+  by kind of context.
 """
 
 from collections import Counter
@@ -32,21 +33,21 @@ Measures = dict[str, Measure]
 
 
 class Graded(NamedTuple):
-    """Responses with what the environment says of them; row `n` belongs to prompt `n // G`."""
+    """Responses with their outcomes; row `n` belongs to prompt `n // G`."""
 
     responses: list[str]
     outcomes: list[Outcome]
     lengths: list[int]
     stopped: list[bool]
     log_probs: Sequence[float] = ()
-    """[N], of whole responses, under the sampling distribution. Empty where greedy: the sampler
-    then says those of temperature 1, which are no entropy."""
+    """[N], of whole responses, under the sampling distribution. Empty if greedy: the sampler then
+    returns log-probabilities at temperature 1, which do not estimate an entropy."""
     repetition: Sequence[float] = ()
     """[N], see `repeated_share`."""
     first: Sequence[Outcome] = ()
-    """[N], of the first turn, where there may be several; the others then are of the last turn."""
+    """[N], outcomes of the first turn if episodes may have several; `outcomes` are of the last."""
     turns: Sequence[int] = ()
-    """[N], of the model."""
+    """[N], turns of the model."""
     ids: Sequence[Sequence[int]] = ()
     """[N], tokens of responses of a single turn."""
 
@@ -58,12 +59,12 @@ def student_measures(
     *,
     ks: Sequence[int] = (),
 ) -> Measures:
-    """What the student's samples say.
+    """Measures of the student's samples.
 
     Args:
       graded: `G` samples of each prompt.
       prompts: [P].
-      answers: [N], what each sample votes for; None: unknown.
+      answers: [N], the answer that each sample votes for; None: unknown.
       ks: for pass@k, maj@k and best@k, each at most `G`.
     """
     ok = np.asarray([outcome.graded for outcome in graded.outcomes])
@@ -102,7 +103,7 @@ def _at_k(
     answers: Sequence[str | None] | None,
     ks: Sequence[int],
 ) -> Measures:
-    """Estimates for each number of samples `k`, over prompts that have so many."""
+    """Estimates for each number of samples `k`, over prompts with at least `k` graded samples."""
     passed = [float(outcome.passed) for outcome in graded.outcomes]
     rewards = [float(outcome.reward) for outcome in graded.outcomes]
 
@@ -133,16 +134,16 @@ def teacher_measures(
     graded: Graded,
     answered: Graded,
     rows: Sequence[int],
-    shown: Sequence[bool],
+    kinds: Sequence[str],
     prompts: int,
 ) -> Measures:
-    """What the teacher's answers say, over all of them and by what it was shown.
+    """Measures of the teacher's answers, over all of them and by the kind of context.
 
     Args:
       graded: the student's attempts, [N].
       answered: the teacher's answers, one for each of `rows`.
       rows: which attempts had a context.
-      shown: of each of these, whether it was a demonstration; otherwise feedback alone.
+      kinds: the kind of context of each of `rows`, see `TeacherContext.kind`.
       prompts: P.
     """
     owner = np.asarray(rows) // (len(graded.responses) // prompts)
@@ -150,13 +151,12 @@ def teacher_measures(
     passed = [outcome.passed for outcome in answered.outcomes]
     attempts = [graded.responses[i] for i in rows]
     same = [a == b for a, b in zip(answered.responses, attempts, strict=True)]
-    demonstrated = np.asarray(shown)
-    every = np.ones_like(demonstrated)
-    kinds = {"": every, "/demonstration": demonstrated, "/feedback": ~demonstrated}
+    marks = {"": np.ones(len(kinds), np.bool_)}
+    marks |= {f"/{kind}": np.asarray(kinds) == kind for kind in sorted(set(kinds))}
     return {
-        f"{name}{kind}": by_prompt(owner, of_kind * np.asarray(values), of_kind * 1.0, prompts)
+        f"{name}{suffix}": by_prompt(owner, of_kind * np.asarray(values), of_kind * 1.0, prompts)
         for name, values in (("teacher_accuracy", passed), ("same_output", same))
-        for kind, chosen in kinds.items()
+        for suffix, chosen in marks.items()
         if (of_kind := chosen & ok).any()
     }
 
@@ -164,13 +164,13 @@ def teacher_measures(
 def by_prompt(
     owner: NDArray[np.int64], sums: Any, weights: Any, prompts: int, *, share: bool = True
 ) -> Measure:
-    """Adds up rows of the same prompt; `owner: [N]` says whose each is."""
+    """Adds up rows of the same prompt; `owner: [N]` is the prompt of each row."""
     added = [np.asarray(np.bincount(owner, x, prompts), np.float64) for x in (sums, weights)]
     return Measure(*added, share=share)
 
 
 def groups(prompts: Sequence[Prompt]) -> dict[str, NDArray[np.bool_]]:
-    """`[P]` marks of each family and each difficulty; none where there is one alone."""
+    """`[P]` masks of each family and each difficulty; none if there is only one."""
     found: dict[str, NDArray[np.bool_]] = {}
     for key, prefix in (("family", ""), ("difficulty", "difficulty/")):
         labels = [label_of(prompt, key) for prompt in prompts]
@@ -183,12 +183,12 @@ def groups(prompts: Sequence[Prompt]) -> dict[str, NDArray[np.bool_]]:
 
 
 def label_of(prompt: Prompt, key: str) -> str:
-    """`family` or `difficulty` of a prompt, as text; empty: it has none."""
+    """`family` or `difficulty` of a prompt as text; empty if it has none."""
     return str(prompt.data.get(key) or "")
 
 
 def values(measures: Measures) -> dict[str, float]:
-    """The values alone."""
+    """The values, without sums and weights."""
     return {name: measure.value for name, measure in measures.items()}
 
 

@@ -1,7 +1,7 @@
-"""The result of `sdpo eval`: everything as JSON, the metrics as a table.
+"""The result of `sdpo eval`, as JSON and as a table of metrics.
 
-The JSON holds what its metrics were computed from, prompt by prompt, so that they can be computed
-anew; `docs/evaluation.md` describes every key.
+The JSON also holds the results of every prompt, so that metrics can be computed again;
+`docs/evaluation.md` describes every key.
 """
 
 import math
@@ -31,7 +31,7 @@ FORMAT = 1
 
 
 class Evaluation(NamedTuple):
-    """One model on all prompts."""
+    """The results of one model on all prompts."""
 
     measures: Measures
     plain: dict[str, float]
@@ -46,12 +46,12 @@ def evaluation(
     greedy: Graded,
     teacher: Measures,
 ) -> Evaluation:
-    """Puts together what was measured.
+    """The measures and the results by prompt of one model.
 
     Args:
       prompts: [P].
       sampled: `G` samples of each.
-      answers: [P·G], see `HasAnswers`; None: the environment knows none.
+      answers: [P·G], see `HasAnswers`; None: the environment has none.
       greedy: one response of each.
       teacher: see `teacher_measures`.
     """
@@ -108,11 +108,11 @@ def _parts(measure: Measure, prompt: int) -> list[float]:
 
 
 def report(rows: Mapping[str, Evaluation], config: Config, samples: int) -> dict[str, Any]:
-    """The JSON of some evaluations of the same prompts; each is compared with the first.
+    """The JSON of evaluations of the same prompts; each is compared with the first.
 
     Args:
       rows: by name, such as `start` and `step 60`.
-      config: with which all were made.
+      config: the settings of all of them.
       samples: of each prompt.
     """
     settings = config.evaluation
@@ -148,7 +148,7 @@ def _metrics(row: Evaluation, seed: int) -> dict[str, dict[str, float | None]]:
 def _differences(
     before: Evaluation, after: Evaluation, seed: int
 ) -> dict[str, dict[str, float | None]]:
-    """Of what both have, over prompts that both have."""
+    """Paired differences of the metrics that both evaluations have."""
     both = [name for name in before.measures if name in after.measures]
     found = {
         name: paired_difference(before.measures[name], after.measures[name], seed=seed)
@@ -163,7 +163,7 @@ def _differences(
 
 
 def table(made: Mapping[str, Any]) -> str:
-    """A report's metrics, a line each: every row, and its difference to the first."""
+    """A report as text: one line per metric, with every row and its difference from the first."""
     columns = {name: row["metrics"] for name, row in made["rows"].items()}
     start = next(iter(columns))
     differences = {f"{name} - {start}": row for name, row in made["differences"].items()}

@@ -8,17 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 from sdpo_jax.config import ObjectiveConfig
-from sdpo_jax.objectives.grpo import GrpoConfig, grpo
-from sdpo_jax.objectives.sdft import SdftConfig, sdft
-from sdpo_jax.objectives.sdpo import SdpoConfig, sdpo
-from sdpo_jax.objectives.sft import SftConfig, sft
+from sdpo_jax.objectives.grpo import GrpoConfig as GrpoConfig
+from sdpo_jax.objectives.grpo import grpo
+from sdpo_jax.objectives.sdft import SdftConfig as SdftConfig
+from sdpo_jax.objectives.sdft import sdft
+from sdpo_jax.objectives.sdpo import SdpoConfig as SdpoConfig
+from sdpo_jax.objectives.sdpo import sdpo
+from sdpo_jax.objectives.sft import SftConfig as SftConfig
+from sdpo_jax.objectives.sft import sft
 from sdpo_jax.training.objective import Objective
 
 OBJECTIVES: dict[str, tuple[type[ObjectiveConfig], Callable[[Any], Objective]]] = {
     "sdpo": (SdpoConfig, sdpo),
     "grpo": (GrpoConfig, grpo),
-    "sdft": (SdftConfig, sdft),
     "sft": (SftConfig, sft),
+    "sdft": (SdftConfig, sdft),
 }
 """Settings and maker of each objective that `objective.name` of a recipe may name."""
 

@@ -2,7 +2,7 @@
 
 Advantages from a teacher are log q(y_t) - log π(y_t) of the rollout's own log-probabilities, known
 before the first update; from the second mini-batch on the surrogate's ratio corrects for the rest.
-Log-ratios are clipped to ±20. Validated against numpy (tests/test_token_credit.py).
+Log-ratios are clipped to ±20. Validated against numpy (tests/test_loss_weights.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,6 @@ from sdpo_jax.objectives.loss_weights import (
     MixConfig,
     Rows,
     has_policy_gradient,
-    has_unequal_weights,
 )
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.context import is_success
@@ -48,24 +47,25 @@ class CreditConfig(MixConfig):
     """The settings of `sdpo` that weigh tokens, and those that every credit shares."""
 
     control_probability: float = setting(0.1, POSITIVE_SHARE)
-    """Below this probability `fixed_negative` pushes a failure's token down."""
+    """Probability of a token below which `fixed_negative` penalizes it."""
     modulation: float = setting(0.5, between(0, 1))
     """Share of `modulated` advantages that the teacher scales; 0 is GRPO."""
     modulation_bound: float = setting(0.2, between(0, 1))
-    """How far from 1 the teacher's factor may lie."""
+    """How far from 1 the teacher's factor may be."""
     token_weights: Literal["none", "teacher_entropy", "disagreement"] = "none"
-    """`teacher_entropy`: exp(-beta H(q)) over its mean (SRPO); `disagreement`: less where the two
-    distributions are apart (DemoPSD, arXiv 2607.02502)."""
+    """`teacher_entropy`: exp(-beta H(q)) over its mean, where H(q) is the teacher's entropy (SRPO);
+    `disagreement`: less where the two distributions are far apart (DemoPSD, arXiv 2607.02502)."""
     token_weight_beta: float = setting(1.0, at_least(0))
-    """1 in SRPO; as a divergence is at most 0.69, `disagreement` needs 5 or more to matter."""
+    """beta of the token weights: 1 in SRPO. A divergence is at most 0.69, so `disagreement` needs
+    5 or more to have much effect."""
     disagreement_reduction: float = setting(0.5, between(0, 1))
-    """Most that `disagreement` takes off a token's weight."""
+    """The most that `disagreement` subtracts from a token's weight of 1."""
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Mean over active tokens (the paper) or over rows of token means (its released code)."""
     skip_first_tokens: int = setting(0, at_least(0))
-    """Tokens at a response's start that are left out (SDFT, arXiv 2601.19897, leaves out 3)."""
+    """Tokens at a response's start that the loss leaves out (SDFT, arXiv 2601.19897: 3)."""
     reference_kl: float = setting(0.0, at_least(0))
-    """Coefficient of the KL to the initial model without context, on every token that counts."""
+    """Coefficient of the KL to the initial model without context, on every active token."""
 
     def check_credit(self, config: Config) -> Iterator[Problem]:
         """Yields switches that do not combine."""
@@ -90,6 +90,16 @@ class CreditConfig(MixConfig):
             expected = "at least 2: an advantage compares siblings"
             others = ("objective.grpo_weight", "objective.route")
             yield Problem("rollout.rollouts_per_prompt", expected, others)
+
+
+def has_unequal_weights(settings: CreditConfig) -> bool:
+    """Whether rollouts or tokens differ in the weight of their distillation."""
+    return (
+        settings.question_weights != "none"
+        or settings.token_weights == "teacher_entropy"
+        or settings.distillation_warmup_steps > 0
+        or settings.distillation_decay_steps > 0
+    )
 
 
 def is_mixed(settings: CreditConfig) -> bool:

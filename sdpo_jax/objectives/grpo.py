@@ -40,15 +40,18 @@ from sdpo_jax.training.token_metrics import SAMPLED
 
 @dataclass(frozen=True)
 class GrpoConfig(ObjectiveConfig):
-    """Group-relative policy optimisation, with the paper's improvements to its baseline."""
+    """Group-relative policy optimization, with the paper's improvements to its baseline."""
 
     name: Literal["grpo"] = "grpo"
     clip_low: float = setting(0.2, PROPER_SHARE)
+    """The ratio of new to rollout probability is clipped below 1 - clip_low ..."""
     clip_high: float = setting(0.28, above(0))
+    """... and above 1 + clip_high."""
     dual_clip: float = setting(3.0, above(1))
+    """Bound of the ratio where the advantage is negative (arXiv 1912.09729)."""
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
     reference_kl: float = setting(0.0, at_least(0))
-    """Coefficient of the KL to the initial model, on every token that counts (arXiv 2402.03300)."""
+    """Coefficient of the KL to the initial model, on every active token (arXiv 2402.03300)."""
 
     def check(self, config: Config) -> Iterator[Problem]:
         """Yields a group of one, which has no advantage."""

@@ -30,26 +30,29 @@ class MixConfig(ObjectiveConfig):
     """The settings of `sdpo` that weigh whole rollouts."""
 
     credit: Literal["logit", "token", "sequence", "modulated", "fixed_negative"] = "logit"
-    """What gets credit (the paper's section 4.2): every candidate of each position, by the
-    divergence; the sampled token; the whole rollout, by its tokens' mean advantage. `modulated`:
-    the reward's advantage, scaled for each token by the teacher (RLSD, arXiv 2604.03128).
-    `fixed_negative`: a control without the teacher's numbers (OPSA, arXiv 2608.31046), minus 1 at
-    a failure's tokens that were less likely than `control_probability`, else 0."""
+    """Granularity of the credit (the paper's section 4.2). `logit`: every candidate token of each
+    position, by the divergence; `token`: the sampled token; `sequence`: the whole rollout, by its
+    tokens' mean advantage. `modulated`: the reward's advantage, scaled per token by the teacher
+    (RLSD, arXiv 2604.03128). `fixed_negative`: a control that does not use the teacher's
+    probabilities (OPSA, arXiv 2608.31046): the advantage is -1 at those tokens of a failure that
+    were less likely than `control_probability`, else 0."""
     grpo_weight: float = setting(0.0, between(0, 1))
-    """lambda of lambda * GRPO + (1 - lambda) * SDPO (equation 3 of the paper, with 0.9), each by
-    its own reduction and GRPO with its default clips: 0 is SDPO, 1 is GRPO."""
+    """lambda in lambda * GRPO + (1 - lambda) * SDPO (equation 3 of the paper, with 0.9). Each term
+    has its own reduction, and GRPO its default clips. 0 is SDPO, 1 is GRPO."""
     route: Literal["none", "outcome", "positive"] = "none"
-    """`outcome`: failures with a teacher are distilled, all else goes to GRPO, under one
-    denominator (SRPO, arXiv 2604.02288). `positive`: distill only where the advantage is above 0
-    (SDPG, arXiv 2606.04036), beside GRPO by `grpo_weight`."""
+    """`outcome`: failures with a teacher are distilled and all other rollouts go to GRPO, under one
+    denominator (SRPO, arXiv 2604.02288). `positive`: only rollouts with an advantage above 0 are
+    distilled (SDPG, arXiv 2606.04036), beside GRPO with `grpo_weight`."""
     distillation_warmup_steps: int = setting(0, at_least(0))
     """Steps over which the distillation's coefficient rises to 1 (SDPG)."""
     distillation_decay_steps: int = setting(0, at_least(0))
-    """Last steps over which it falls; the last step has none."""
+    """Steps at the end of the run over which the coefficient falls; it is 0 in the last step."""
     question_weights: Literal["none", "pass_rate"] = "none"
-    """`pass_rate`: sqrt(p (1 - p)) of the group over its batch mean (SC-SDPO, arXiv 2605.27765)."""
+    """`pass_rate`: sqrt(p (1 - p)) over its batch mean, where p is the group's pass rate (SC-SDPO,
+    arXiv 2605.27765)."""
     question_weight_floor: float = setting(0.1, at_least(0))
-    """Floor of sqrt(p (1 - p)): without it a group that all passed or all failed has no weight."""
+    """Lower bound of sqrt(p (1 - p)). With 0 a group that all passed or all failed has no
+    weight."""
 
 
 class LossWeights(NamedTuple):
@@ -93,16 +96,6 @@ def make_loss_weights(
 def has_policy_gradient(settings: MixConfig) -> bool:
     """Whether a term with the reward's advantages stands beside the distillation."""
     return settings.grpo_weight > 0 or settings.route != "none" or settings.credit == "modulated"
-
-
-def has_unequal_weights(settings: MixConfig) -> bool:
-    """Whether rollouts or tokens differ in the weight of their distillation."""
-    return (
-        settings.question_weights != "none"
-        or settings.token_weights == "teacher_entropy"
-        or settings.distillation_warmup_steps > 0
-        or settings.distillation_decay_steps > 0
-    )
 
 
 def distillation_coefficient(settings: MixConfig, step: int, steps: int) -> float:

@@ -44,7 +44,7 @@ from sdpo_jax.training.token_metrics import PAIRS, SAMPLED, SPREAD
 
 @dataclass(frozen=True)
 class SdftConfig(ObjectiveConfig):
-    """Self-distillation from demonstrations that the teacher is shown (SDFT, arXiv 2601.19897).
+    """Self-distillation from a teacher that sees a demonstration (SDFT, arXiv 2601.19897).
 
     Questions come from `[data]`, `data.rows_per_step` a step; the student answers each
     `rollout.rollouts_per_prompt` times. Nothing is graded, and a response that was cut off is kept,
@@ -56,21 +56,22 @@ class SdftConfig(ObjectiveConfig):
 
     name: Literal["sdft"] = "sdft"
     alpha: float = setting(0.0, between(0, 1))
-    """0: KL(teacher || student), which the paper's results used (its code's default; so the authors
-    in April 2026); 1: KL(student || teacher), which the paper's text says; between:
-    generalised Jensen-Shannon."""
+    """0: KL(teacher || student), the default of the paper's code and, according to its authors
+    (April 2026), the one behind its results; 1: KL(student || teacher), as in the paper's text;
+    between: generalized Jensen-Shannon."""
     top_k: int = setting(0, at_least(0))
     """Compare on the student's likeliest tokens, the rest in one bucket; 0 compares the whole
     vocabulary, as the paper does."""
     importance_cap: float = setting(2.0, above(0))
-    """A response's weight is the mean over its tokens of min(ratio, cap), detached; ratio is new to
-    rollout probability."""
+    """Upper bound of the ratio of new to rollout probability, per token. A response's weight is the
+    mean of the capped ratios of its tokens, detached."""
     skip_first_tokens: int = setting(3, at_least(0))
-    """First tokens of a response, left out of its loss: there a demonstration's opening is
-    copied."""
+    """Tokens at a response's start that the loss leaves out: there the teacher copies the
+    demonstration's opening."""
     closing: Literal["own", "correct"] = "own"
-    """What the teacher's prompt ends in: a request for an answer of one's own, as in the paper, or
-    for a correct one, `sdpo`'s sentence: the only one that the embedded model has learned."""
+    """Last sentence of the teacher's prompt. `own`: a request for an answer of the model's own, as
+    in the paper; `correct`: a request for a correct one, as with `sdpo`, which is the only sentence
+    that the embedded model has learned."""
     reduction: Literal["token_mean", "sequence_mean"] = "sequence_mean"
     """Mean over active tokens or over rows of token means (the authors' code)."""
 

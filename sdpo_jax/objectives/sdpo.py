@@ -56,7 +56,7 @@ class SdpoConfig(CreditConfig):
 
     name: Literal["sdpo"] = "sdpo"
     alpha: float = setting(0.5, between(0, 1))
-    """0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon."""
+    """0: KL(teacher || student); 1: KL(student || teacher); between: generalized Jensen-Shannon."""
     top_k: int = setting(0, at_least(0))
     """Compare on the student's likeliest tokens, the rest in one bucket (the paper: 100 or 20); 0
     compares the whole vocabulary, which the fused head affords."""

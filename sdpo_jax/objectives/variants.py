@@ -24,12 +24,13 @@ from sdpo_jax.objectives.credit import (
     Ragged,
     distillation_weights,
     entropy_weighted,
+    has_unequal_weights,
     is_mixed,
     log_ratios,
     token_advantages,
 )
 from sdpo_jax.objectives.grpo import advantage_update
-from sdpo_jax.objectives.loss_weights import LossWeights, has_unequal_weights
+from sdpo_jax.objectives.loss_weights import LossWeights
 from sdpo_jax.rollouts.diagnostics import gap_agreement, outcome_signs
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch

@@ -1,12 +1,12 @@
-r"""Learning curves of several runs as one SVG, written by hand: no plotting library, no script.
+r"""Learning curves of several runs as one SVG file, without a plotting library.
 
     python -m sdpo_jax.reports.curves OUT.svg --metric accuracy \
         SDPO=runs/a/metrics.jsonl,runs/b/metrics.jsonl GRPO=runs/c/metrics.jsonl
 
-Each `NAME=FILES` is one curve: the mean over its files, which are seeds of one recipe, in a band
-from the smallest to the largest. Left to right runs the number of generations, so that objectives
-with other batch sizes compare. A mean is drawn where every seed has a value. Colours follow the
-reader's light or dark mode.
+Each `NAME=FILES` is one curve: the mean over its files, which are seeds of one recipe, and a band
+from the smallest to the largest. The horizontal axis is the number of generations, so that
+objectives with different batch sizes compare. A point needs a value of every seed. Colours follow
+the reader's light or dark mode.
 """
 
 import math
@@ -24,9 +24,9 @@ from sdpo_jax.run.metrics import read_metrics
 
 FRAME = Frame(720, 400, 64, 84, 44, 56, left_gap=10, tick_drop=20, label_rise=12)
 LETTER = 8
-"""Width of a letter of the legend, at most."""
+"""Upper bound of the width of a letter of the legend, in pixels."""
 NAME_HEIGHT = 17
-"""From one name of the legend to the next, at least."""
+"""Least distance between two names of the legend, in pixels."""
 COLOURS = (
     ("#0b62c4", "#6cb0ff"),
     ("#c2500a", "#ff9d57"),
@@ -35,11 +35,11 @@ COLOURS = (
     ("#5a6572", "#a9b4c0"),
     ("#a3711f", "#e3bd62"),
 )
-"""Of each curve, on light and on dark ground."""
+"""Colour of each curve, on light and on dark ground."""
 
 
 class Point(NamedTuple):
-    """A metric after so many generations: mean, smallest and largest over the seeds."""
+    """A metric after some generations: mean, smallest and largest over the seeds."""
 
     generations: int
     mean: float
@@ -48,7 +48,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """What is drawn under one name."""
+    """A named line with its band."""
 
     name: str
     points: list[Point]
@@ -56,10 +56,10 @@ class Curve(NamedTuple):
 
 
 def evaluations(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """Generations -> value of the metric in the evaluation rows of one run.
+    """Value of the metric by generations, from the evaluation rows of one run.
 
-    An evaluation after step k stands at the generations of the train row of step k; before
-    training at 0.
+    An evaluation after step k is at the generations of the train row of step k, the evaluation
+    before training at 0.
     """
     generations = {row["step"]: row["generations"] for row in rows if "generations" in row}
     generations[0] = 0
@@ -71,7 +71,7 @@ def evaluations(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[int, flo
 
 
 def merge(name: str, runs: Sequence[Mapping[int, float]]) -> Curve:
-    """The curve of several seeds, at the generations that all of them have."""
+    """The curve of several seeds, at the generations that all seeds have."""
     shared = set(runs[0]).intersection(*runs[1:])
     points: list[Point] = []
     for generations in sorted(shared):
@@ -117,7 +117,7 @@ def axes_for(curves: Sequence[Curve]) -> tuple[Axis, Axis]:
 
 
 def draw(curves: Sequence[Curve], metric: str, *, across: str = "generations") -> str:
-    """The SVG; `across` says what a point's `generations` count, if something else."""
+    """The SVG; `across` is the label of the horizontal axis, if it is not generations."""
     if len(curves) > len(COLOURS):
         raise UserError(f"{len(curves)} curves; expected at most {len(COLOURS)} in one picture")
     x, y = axes_for(curves)
@@ -199,7 +199,7 @@ def _names(curves: Sequence[Curve], x: Axis, y: Axis) -> list[str]:
     for rank, index in enumerate(order):
         curve = curves[index]
         below = len(order) - 1 - rank
-        # Not under the picture, where the numbers of the axis stand: those above give way.
+        # Below the axis a name would cover its numbers, so the names above it move up instead.
         at = min(y.place(curve.points[-1].mean) + 4, y.place(y.low) - NAME_HEIGHT * below)
         at = lowest = max(at, lowest + NAME_HEIGHT)
         left = x.place(curve.points[-1].generations) + 9

@@ -1,12 +1,13 @@
 """Token heat-map of a batch as one HTML file, from the rows of `sdpo_jax.reports.token_batch`.
 
-Red where the teacher finds the sampled token less likely than the student does, blue where more:
-log q / p, figures 4, 9, 21 and 22 of arXiv 2601.20802, beside the advantage that GRPO gives to the
-same tokens. The scale is asymmetric and clipped, as in figure 21, and can be changed on the page.
+A token is red if it is less likely to the teacher than to the student, and blue if it is more
+likely: log q / p, figures 4, 9, 21 and 22 of arXiv 2601.20802, beside the advantage that GRPO gives
+the same tokens. The scale is asymmetric and clipped, as in figure 21, and can be changed on the
+page.
 
-The page holds less than the rows: numbers are rounded (log-probabilities to 0.001, probabilities to
-0.0001), candidates that neither finds likelier than 0.0005 are left out, and so is what a response
-says after `max_tokens` tokens.
+The page holds less than the rows: log-probabilities are rounded to 0.001 and probabilities to
+0.0001; candidates below 0.0005 under both models and tokens after the first `max_tokens` are left
+out.
 """
 
 import math
@@ -19,14 +20,14 @@ from sdpo_jax.reports.page import asset, page
 
 HEATMAP = "heatmap.html"
 FAINT = 5e-4
-"""Candidates below this probability, of student and of teacher, are not on the page."""
+"""Candidates below this probability under student and teacher are not on the page."""
 
 SIGNAL = 0.25
-"""|log q / p| that counts as one, for the ends of the scale."""
+"""Tokens with a larger |log q / p| determine the ends of the scale."""
 
 
 class _Table:
-    """Values by number, each once."""
+    """Numbers values, each once, so that the page can refer to them."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
@@ -46,7 +47,7 @@ def heatmap_page(rows: Sequence[Mapping[str, Any]], *, max_tokens: int = 512) ->
 
     Args:
       rows: the batch, then the responses.
-      max_tokens: of each response that are on the page.
+      max_tokens: tokens of each response that are on the page.
     """
     batch, *responses = rows
     texts, long = _Table(), _Table()
@@ -55,7 +56,7 @@ def heatmap_page(rows: Sequence[Mapping[str, Any]], *, max_tokens: int = 512) ->
     def text(token: Mapping[str, Any]) -> int | None:
         if token["text"]:
             return texts(token["text"])
-        # In a list: what a model writes can never look like one of these.
+        # A list marks a control token: text that a model writes is never a list.
         return texts(["end" if token["id"] in stop_ids else str(token["id"])])
 
     data = {
@@ -76,9 +77,9 @@ def heatmap_page(rows: Sequence[Mapping[str, Any]], *, max_tokens: int = 512) ->
 
 
 def scale(responses: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Where red and blue are full: nine tenths of the tokens with a signal are paler; at least 1.
+    """Ends of the colour scale: the 0.9 quantile of the tokens with a signal, at least 1.
 
-    Most tokens have none (figure 21): a quantile of all would be next to zero.
+    Most tokens have no signal (figure 21), so a quantile of all tokens would be almost zero.
     """
     values = np.asarray(
         [t["advantage"] for row in responses for t in row["tokens"] if t["advantage"] is not None]
@@ -95,7 +96,7 @@ def scale(responses: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _row(row: Mapping[str, Any], text: Any, long: _Table, max_tokens: int) -> dict[str, Any]:
-    """One response, short names: their meaning is in `heatmap.js`."""
+    """One response under short keys, which `heatmap.js` explains."""
     tokens = row["tokens"][:max_tokens]
     shown = row["shown"] or {"demonstration": None, "feedback": None}
     has_teacher = row["shown"] is not None
@@ -119,7 +120,7 @@ def _row(row: Mapping[str, Any], text: Any, long: _Table, max_tokens: int) -> di
 
 
 def _candidates(token: Mapping[str, Any], text: Any) -> list[Any]:
-    """Flat: text, then ten-thousandths of the student and, where there is one, of the teacher."""
+    """Flat list: text, then probabilities in 1/10000 of the student and, if any, the teacher."""
     flat: list[Any] = []
     for candidate in token["alternatives"]:
         logs = [candidate["log_p"]]

@@ -1,9 +1,9 @@
-"""A page in one file: styles, script and data inside it, nothing from a network.
+"""Self-contained HTML pages: styles, script and data in one file, no network requests.
 
-Text that a model or an environment wrote reaches a page as data alone: in a `application/json`
-element whose `<`, `>` and `&` are escapes, so that no text can end it, or through `html.escape`.
-A content security policy forbids every request, and every script but the page's own by its hash:
-markup that slipped through would still not run.
+Text that a model or an environment wrote is data, never markup: it is in an `application/json`
+element whose `<`, `>` and `&` are escaped, so that no text can end the element, or it passes
+`html.escape`. A content security policy forbids every request and every script but the page's own,
+which it names by hash, so that injected markup would not run.
 """
 
 import base64
@@ -18,12 +18,12 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def asset(name: str) -> str:
-    """A file that comes with the package."""
+    """The text of a file of the package."""
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
 def embedded_json(value: Any) -> str:
-    r"""Compact JSON that may stand in a script element: ASCII, `<`, `>` and `&` escaped.
+    r"""Compact JSON that is safe in a script element: ASCII, with `<`, `>` and `&` escaped.
 
     >>> print(embedded_json("</script>\u2028"))
     "\u003c/script\u003e\u2028"
@@ -41,10 +41,10 @@ def page(
 
     Args:
       title: plain text.
-      body: markup, all foreign text in it escaped.
+      body: markup, in which all foreign text is escaped.
       styles: names of assets, after `page.css`.
-      scripts: names of assets, after `page.js`; they run when the body is there.
-      data: what the scripts find in the element `data`; None for nothing.
+      scripts: names of assets, after `page.js`; they run after the body.
+      data: content of the element `data` for the scripts; None: no such element.
     """
     style = "\n".join(map(asset, ("page.css", *styles)))
     code = "\n".join(map(asset, ("page.js", *scripts)))
@@ -67,7 +67,7 @@ def page(
 
 
 def write_page(path: Path, text: str) -> None:
-    """Writes a page, whole or not at all; what UTF-8 cannot hold becomes a question mark."""
+    """Writes a page atomically; characters that UTF-8 cannot hold become question marks."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(text.encode("utf-8", errors="replace"))
     partial.replace(path)

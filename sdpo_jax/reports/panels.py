@@ -1,7 +1,7 @@
 """Small line charts of a report as inline SVG; colours and dashes come from the page's style.
 
-A long run is thinned to means of neighbouring steps, so that a page stays small; what is smoothed
-says so in its title.
+A long run is thinned to means of neighbouring steps, so that a page stays small; the title of a
+smoothed line names the width of the mean.
 """
 
 import math
@@ -18,7 +18,7 @@ Points = Sequence[tuple[float, float]]
 
 
 class Series(NamedTuple):
-    """One line: colour by number, dashed for what is not the student's."""
+    """One line: the number of its colour, and whether it is dashed."""
 
     name: str
     points: Points
@@ -42,12 +42,12 @@ def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]
 
 
 def panel(title: str, series: Sequence[Series], *, x_label: str, share: bool = False) -> str:
-    """A figure, or nothing where no series has a point.
+    """A figure, or empty text if no series has a point.
 
     Args:
-      title: what is drawn.
+      title: caption of the figure.
       series: lines; those without points are left out.
-      x_label: what lies along the bottom.
+      x_label: label of the horizontal axis.
       share: values are fractions, shown in per cent from 0 to at most 100.
     """
     drawn = [s._replace(points=thinned(s.points)) for s in series if s.points]
@@ -87,7 +87,7 @@ def _line(series: Series, x: Axis, y: Axis, share: bool) -> list[str]:
     out = [f'<polyline class="{kind}" points="{coordinates(places)}"/>']
     for (a, b), (at, value) in zip(places, series.points, strict=True):
         text = f"{100 * value:.1f} %" if share else _text(value)
-        told = escape(f"{series.name}: {text} at {_text(at)}")
+        hint = escape(f"{series.name}: {text} at {_text(at)}")
         place = f'cx="{a:.1f}" cy="{b:.1f}" r="{3 if len(places) <= 20 else 1.5}"'
-        out.append(f'<circle class="{kind}" {place}><title>{told}</title></circle>')
+        out.append(f'<circle class="{kind}" {place}><title>{hint}</title></circle>')
     return out

@@ -1,9 +1,9 @@
-"""`sdpo report RUN_DIR [RUN_DIR ...]`: one HTML file about a run, or several side by side.
+"""`sdpo report RUN_DIR [RUN_DIR ...]`: one HTML file about one run, or several side by side.
 
-It reads the files of the runs and needs neither weights nor devices, so that a run can be looked at
-while it trains. Curves stand against generations and against minutes of training: the sum of the
-steps' phases, without initialisation, evaluation and checkpoints, as in figure 6 of arXiv
-2601.20802. The first step's compilation is in its time.
+It reads only the files of the runs and needs neither weights nor devices, so that it also works
+while a run trains. Curves are drawn against generations and against minutes of training: the sum
+of the phases of all steps, compilation included, but not initialisation, evaluation and
+checkpoints, as in figure 6 of arXiv 2601.20802.
 """
 
 import os
@@ -32,7 +32,7 @@ INSIDE = ("seconds_grade",)
 
 
 class Run(NamedTuple):
-    """What a run's folder says."""
+    """The files of a run."""
 
     name: str
     folder: Path
@@ -62,10 +62,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """A run's files; it may still be training.
+    """Reads the files of a run, which may still be training.
 
     Raises:
-      UserError: there is no run, or nothing has been measured yet.
+      UserError: the folder holds no run, or its metrics have no row yet.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(
@@ -81,7 +81,7 @@ def read_run(folder: Path) -> Run:
 
 
 def minutes(run: Run) -> dict[int, float]:
-    """Step -> minutes of training until its end; 0 -> 0."""
+    """Minutes of training at the end of each step; 0 at step 0."""
     spent, total = {0: 0.0}, 0.0
     for row in run.train:
         total += sum(v for k, v in row.items() if k.startswith("seconds_") and k not in INSIDE) / 60
@@ -90,7 +90,7 @@ def minutes(run: Run) -> dict[int, float]:
 
 
 def generations(run: Run) -> dict[int, float]:
-    """Step -> generations until its end; 0 -> 0. Empty where a run generates nothing."""
+    """Generations at the end of each step; 0 at step 0. Empty if the run samples nothing."""
     counted = {row["step"]: float(row["generations"]) for row in run.train if "generations" in row}
     return {0: 0.0, **counted} if counted else {}
 
@@ -105,7 +105,7 @@ def points(rows: Sequence[Mapping[str, Any]], metric: str, at: Mapping[int, floa
 
 
 def report_page(runs: Sequence[Run], folder: Path) -> str:
-    """The HTML; links are relative to `folder`, where the page will lie."""
+    """The HTML; links are relative to `folder`, the folder of the page."""
     title = "Run report" if len(runs) == 1 else f"Report of {len(runs)} runs"
     names = ", ".join(run.name for run in runs)
     body = [
@@ -163,7 +163,7 @@ def _heatmap_link(run: Run, folder: Path) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
-    """Heads and rows are markup."""
+    """A table; heads and rows are markup."""
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -171,7 +171,7 @@ def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    """Names the lines' colours; the overview does, too, but lies further up."""
+    """The colour of each run's lines."""
     entries = "".join(f"<span>{_swatch(i)} {escape(run.name)}</span>" for i, run in enumerate(runs))
     dashed = '<path class="dashed" d="M1 4H23"/>'
     svg = f'<svg class="swatch" viewBox="0 0 24 8" aria-hidden="true">{dashed}</svg>'
@@ -234,7 +234,7 @@ def _grid(figures: Sequence[str], nothing: str) -> str:
 
 
 def _before_and_after(runs: Sequence[Run]) -> str:
-    """First and last evaluation of each run; of a complete one, what its summary says."""
+    """First and last evaluation of each run."""
     known = [run for run in runs if run.evaluations]
     if not known:
         return '<p class="soft">no evaluation yet</p>'
@@ -259,7 +259,7 @@ def _value(name: str, value: Any) -> str:
 
 
 def _phases(runs: Sequence[Run]) -> str:
-    """Median seconds of each phase, so that a step that compiled does not count."""
+    """Median seconds of each phase; a median leaves out the steps that compiled."""
     medians: list[dict[str, float]] = []
     for run in runs:
         names = dict.fromkeys(k for row in run.train for k in row if k.startswith("seconds_"))

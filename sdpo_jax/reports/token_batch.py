@@ -1,12 +1,12 @@
-"""A generation batch of a run as rows of JSON: what the teacher saw, and what each token is worth.
+"""The next generation batch of a run as rows of JSON: contexts, and log-probabilities by token.
 
-`token_batch.jsonl` holds one object per line: first the batch (`"kind": "batch"`), then a response
-each (`"kind": "response"`) with its tokens. It is the record that the heat-map draws; anything else
-can be drawn from it. The batch is the one that the run would train on next: same prompts, same
-draws. Nothing is trained and the run is left as it was.
+`token_batch.jsonl` holds one object per line: first the batch (`"kind": "batch"`), then one line
+per response (`"kind": "response"`) with its tokens. The heat-map is drawn from these rows. The
+batch is the one that the run would train on next, with the same prompts and samples. Nothing is
+trained and the run is not changed.
 
-Under `grpo` and `sft`, which have no teacher of their own, the student's weights stand in for it,
-shown the context that `[teacher]` describes.
+`grpo` and `sft` have no teacher: the student's weights take its place, with the contexts that
+SDPO's teacher would see. Under `sft` the student answers the first prompts of the environment.
 """
 
 import json
@@ -35,7 +35,7 @@ _BROKEN_CHARACTER = "\ufffd"
 
 
 class Shown(NamedTuple):
-    """What the teacher of each of `N` responses reads."""
+    """Contexts and teacher prompts of `N` responses."""
 
     contexts: list[TeacherContext | None]
     prompt_ids: list[list[int] | None]  # None where no context is left
@@ -86,7 +86,7 @@ def batch_of(
         student,
         _teacher_weights(trainer, restored, student),
         Responses(batch.prompt_ids, shown.prompt_ids, batch.response_ids),
-        form=trainer.layout,
+        layout=trainer.layout,
         devices=trainer.devices,
         temperature=config.rollout.temperature,
         top=top,
@@ -107,7 +107,7 @@ def batch_of(
 def _rollouts(
     trainer: Trainer, restored: Restored, environment: Environment, student: Params, prompts: int
 ) -> RolloutBatch:
-    """The first rollouts of the next batch; under `sft`, to the environment's first prompts."""
+    """The rollouts of the next step; under `sft`, of the environment's first prompts."""
     source = trainer.source
     if trainer.config.objective.samples:
         source.set_state(restored.extra["data"])
@@ -117,7 +117,7 @@ def _rollouts(
 
 
 def _shown(trainer: Trainer, restored: Restored, batch: RolloutBatch, step: int) -> Shown:
-    """What the teacher of each rollout reads, by the rule of training."""
+    """Contexts and teacher prompts by the rule of training; without a teacher, by SDPO's."""
     trainer.set_host_state(restored.extra.get("host", {}))
     build = trainer.contexts or SiblingContexts(trainer.config.teacher)
     seed = context_seed(trainer.config.seed, step)
@@ -127,7 +127,7 @@ def _shown(trainer: Trainer, restored: Restored, batch: RolloutBatch, step: int)
 
 
 def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:
-    """The teacher's; with a trust region the student's, too."""
+    """The teacher's weights; with a trust region also the student's."""
     teacher = trainer.teacher_params(restored.state, student)
     if trainer.teacher is None or teacher is None:
         return [student]
@@ -137,7 +137,7 @@ def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> l
 def response_rows(
     batch: RolloutBatch, shown: Shown, records: Sequence[TokenRecord], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """The lines about the responses, in the order of the batch.
+    """One row per response, in the order of the batch.
 
     `advantage` of a token is SDPO's, log q / p, null without a context; `grpo_advantage` of a row
     is GRPO's, reward minus the mean of its siblings. Where nothing is graded (`sdft`), it is 0.
@@ -173,11 +173,10 @@ def response_rows(
 def token_rows(
     record: TokenRecord, tokenizer: Tokenizer, known: dict[int, str]
 ) -> list[dict[str, Any]]:
-    """Of each token its text, log p, log q, advantage, and the candidates, likeliest first.
+    """Text, log p, log q, advantage and candidates of each token, likeliest candidate first.
 
-    The text is what the token adds to the response. It is empty for control tokens, and for one
-    that begins a character that a later token completes. `known` holds texts of candidates, which
-    come again and again.
+    The text is what the token adds to the response. It is empty for control tokens and for a token
+    that begins a character that a later token completes. `known` caches texts of candidates.
     """
     texts = token_texts(record.ids[:, 0].tolist(), tokenizer)
     rows: list[dict[str, Any]] = []
@@ -208,17 +207,17 @@ def _likeliest(candidate: Mapping[str, Any]) -> float:
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What each token adds to the text; together they are the text.
+    """The part of the text that each token adds; joined, they are the text.
 
     A window of the last complete tokens is decoded with each new one: alone, a token may lack the
     space before it, or hold half a character.
     """
     texts: list[str] = []
-    begin = read = 0  # the window, and what of it has been told
+    begin = read = 0  # the window of complete tokens
     for i in range(len(ids)):
         before = tokenizer.decode(ids[begin:read])
         after = tokenizer.decode(ids[begin : i + 1])
-        # Of a character in pieces nothing is told before its last piece, or the response's end.
+        # A character of several tokens is the text of the last one, or of the response's end.
         if after.endswith(_BROKEN_CHARACTER) and i + 1 < len(ids) and i + 1 - read < 4:
             texts.append("")
             continue
@@ -228,7 +227,7 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the file, whole or not at all."""
+    """Writes the file atomically."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)

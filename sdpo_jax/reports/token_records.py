@@ -1,11 +1,11 @@
-"""What student and teacher think of every token of a batch of responses.
+"""Log-probabilities of student and teacher for every token of a batch of responses.
 
-At each response token stand log p (the student after the question), log q (the teacher after the
-re-prompt, where there is one) and the likeliest tokens of both, each with its probability under
-both. log q / p of the sampled token is SDPO's advantage of that token: figures 4, 9 and 22 of
+A record has, for each response token, log p (the student after the question), log q (the teacher
+after its prompt, if there is one) and the most likely tokens of both, each with its log-probability
+under both. log q / p of the sampled token is SDPO's advantage of that token: figures 4, 9 and 22 of
 arXiv 2601.20802 colour tokens by it.
 
-The forward passes are those of training (`teacher_forward`, the same packing); logits exist for one
+The forward passes are those of training (`step.forward`, the same packing); logits exist for one
 chunk of `train.head_chunk_tokens` tokens of each shard at a time. Validated against log-softmaxes
 of whole logits in numpy (tests/test_token_records.py).
 """
@@ -25,17 +25,18 @@ from sdpo_jax.losses.vocabulary import log_softmax, scale_logits, trust_region_l
 from sdpo_jax.model import Model, Params
 from sdpo_jax.training.batch import (
     BatchLayout,
-    MicroBatchPlan,
+    PackedBatch,
     Pair,
     make_sequences,
-    make_tokens,
-    plan,
+    place_tokens,
+    repack,
+    split_micro_batches,
 )
-from sdpo_jax.training.step import teacher_forward
+from sdpo_jax.training.step import forward
 
 
 class Responses(NamedTuple):
-    """Token ids of `N` responses and of what stands before them."""
+    """Token ids of `N` responses and of their prompts."""
 
     prompts: Sequence[Sequence[int]]  # [N], the student's
     teacher_prompts: Sequence[Sequence[int] | None]  # [N], None where no context is shown
@@ -43,9 +44,10 @@ class Responses(NamedTuple):
 
 
 class TokenRecord(NamedTuple):
-    """Of one response with `T` tokens: column 0 is the sampled token, then come the candidates.
+    """One response of `T` tokens: column 0 is the sampled token, the others are candidates.
 
-    Candidates are the student's `K` likeliest tokens, then the teacher's; a token may come twice.
+    Candidates are the `K` most likely tokens of the student, then those of the teacher; a token may
+    occur twice.
     """
 
     ids: NDArray[np.int32]  # [T, 1 + 2K], or [T, 1 + K] without a teacher
@@ -72,23 +74,23 @@ def token_records(
     teacher: Sequence[Params],
     responses: Responses,
     *,
-    form: BatchLayout,
+    layout: BatchLayout,
     devices: Devices,
     temperature: float,
     top: int,
     coefficient: float | None = None,
 ) -> list[TokenRecord]:
-    """Runs student and teacher over the same responses.
+    """Runs student and teacher on the same responses.
 
     Args:
       model: pure functions.
       student: its weights.
-      teacher: weights of the teacher; two, the student's own last, in a trust region.
+      teacher: weights of the teacher; in a trust region also the student's own, as the second.
       responses: ids of prompts, re-prompts and responses.
-      form: how sequences are packed, as in training.
+      layout: how sequences are packed, as in training.
       devices: the mesh.
-      temperature: of the rollouts; log-probabilities are those of the sampler.
-      top: K; a smaller vocabulary gives all of it.
+      temperature: of the rollouts, so that log-probabilities are those of the sampler.
+      top: K, at most the size of the vocabulary.
       coefficient: `Teacher.coefficient`, the student's share in a trust region.
 
     Returns:
@@ -103,7 +105,7 @@ def token_records(
             if (ids is not None) == with_teacher
         ]
         weights = [student, *(teacher if with_teacher else ())]
-        found = _records_of(programs, weights, responses, rows, form, devices, temperature)
+        found = _records_of(programs, weights, responses, rows, layout, devices, temperature)
         for row, record in zip(rows, found, strict=True):
             records[row] = record
     return [record for record in records if record is not None]
@@ -111,7 +113,7 @@ def token_records(
 
 def _programs(model: Model, devices: Devices, top: int, coefficient: float | None) -> Programs:
     return Programs(
-        devices.jit(partial(teacher_forward, model), out_shardings=devices.rows),
+        devices.jit(partial(forward, model), out_shardings=devices.rows),
         devices.jit(model.head, out_shardings=devices.head),
         devices.jit(
             partial(compare, top=top, coefficient=coefficient), out_shardings=devices.replicated
@@ -162,11 +164,11 @@ def _records_of(
     weights: Sequence[Params],
     responses: Responses,
     rows: Sequence[int],
-    form: BatchLayout,
+    layout: BatchLayout,
     devices: Devices,
     temperature: float,
 ) -> list[TokenRecord]:
-    """Records of the given rows; `weights` are the student's, then the teacher's if it is asked."""
+    """Records of the given rows; `weights` are the student's, then the teacher's if it runs."""
     if not rows:
         return []
     pairs = [Pair(responses.prompts[i], responses.responses[i]) for i in rows]
@@ -177,32 +179,34 @@ def _records_of(
     ]
     heads = [programs.head(x) for x in weights]
     records: dict[int, TokenRecord] = {}
-    for micro_batch in plan(pairs, form):
-        put = partial(make_sequences, micro_batch=micro_batch, form=form, devices=devices)
-        sequences = [put(pairs), *([put(reprompted)] * len(weights[1:]) if reprompted else [])]
+    for packed in split_micro_batches(pairs, layout):
+        sequences = [make_sequences(packed, devices)]
+        if reprompted:
+            own = make_sequences(repack(reprompted, packed, layout), devices)
+            sequences += [own] * len(weights[1:])
         hidden = [programs.forward(w, s) for w, s in zip(weights, sequences, strict=True)]
-        targets = make_tokens([p.response for p in pairs], micro_batch, np.int32, devices)
+        targets = place_tokens([p.response for p in pairs], packed, np.int32, devices)
         chunks = [
             devices.fetch(
                 programs.compare(
                     [h[:, i] for h in hidden], heads, targets[:, i], jnp.float32(temperature)
                 )
             )
-            for i in range(micro_batch.filled)
+            for i in range(packed.filled)
         ]
-        records |= _cut(chunks, [len(p.response) for p in pairs], micro_batch)
+        records |= _cut(chunks, [len(p.response) for p in pairs], packed)
     return [records[i] for i in range(len(pairs))]
 
 
 def _cut(
-    chunks: Sequence[Any], lengths: Sequence[int], micro_batch: MicroBatchPlan
+    chunks: Sequence[Any], lengths: Sequence[int], packed: PackedBatch
 ) -> dict[int, TokenRecord]:
-    """Chunks of all shards to records of pairs: within a shard, pair follows pair."""
+    """Splits the chunks of all shards into records; a shard holds its pairs end to end."""
     columns = [[ids, *log_probs] for ids, log_probs in chunks]
     whole = [np.stack(parts) for parts in zip(*columns, strict=True)]  # each [n, D · c, ...]
-    size = micro_batch.chunk_tokens
+    size = packed.chunk_tokens
     records: dict[int, TokenRecord] = {}
-    for shard, members in enumerate(micro_batch.members):
+    for shard, members in enumerate(packed.members):
         own = [x[:, shard * size : (shard + 1) * size] for x in whole]
         ids, log_p, *log_q = (x.reshape(-1, x.shape[-1]) for x in own)
         start = 0

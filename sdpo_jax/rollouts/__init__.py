@@ -1,1 +1,1 @@
-"""Sampling: prefill once per prompt, decode all rollouts in one compiled loop."""
+"""Rollouts: sampling responses and episodes, and grading them into batches."""

@@ -1,18 +1,18 @@
-"""The decode engine: slots that rollouts pass through, and one compiled loop over their tokens.
+"""The decode engine: continuous batching with a fixed number of slots, in one compiled loop.
 
-    begin     prompts through the model once; the first rollouts take their slots
-    advance   one token for every slot at a time, until all are done or the cache is full
-    resize    a larger cache, fewer slots
+    begin     assigns the first rollouts to slots, with an empty cache
+    advance   decodes one token per slot and iteration, until all are done or the cache is full
+    resize    enlarges the cache, or drops idle slots
 
-A slot whose rollout has ended takes the next one inside the loop (`refill`); nothing is prefilled
-there, since rollouts of a prompt share its keys and values and its last hidden state. Slots write
-their tokens' keys and values to one place of a ring that all share, so that the write is one slice,
-in place; a slot sees as many of the latest positions as its rollout has tokens.
+When a rollout ends, its slot takes the next rollout inside the loop (`refill`). No prefill is
+needed there, because all rollouts of a prompt share its keys, values and last hidden state. The
+cache is a ring with one write index for all slots, so that a write is one slice in place; a slot
+attends to as many of the latest positions as its rollout has tokens.
 
-The draw of a token is a pure function of (seed, step, prompt, sibling, turn, position): keys
-are folded, never split, so neither slots, cache sizes nor shards change what is sampled. Everything
-here is of one shard of the rows; `sampler.py` spreads it over the mesh, where no shard waits for
-another inside the loop.
+A sampled token is a pure function of (seed, step, prompt, sibling, turn, position): keys are made
+with `fold_in`, never split, so that the number of slots, cache sizes and shards do not change what
+is sampled. The functions here work on one shard of the rows; `sampler.py` maps them over the mesh,
+where shards do not communicate inside the loop.
 """
 
 from typing import Any, NamedTuple
@@ -25,51 +25,51 @@ from sdpo_jax.rollouts.token_sampling import Filters, sample_tokens
 
 
 class Rollouts(NamedTuple):
-    """`N = P·G` responses, row `n` belongs to prompt `n // G`."""
+    """`N = P·G` responses; row `n` belongs to prompt `n // G`."""
 
-    tokens: jax.Array  # [N, T] int32, zero after the end
-    log_probs: jax.Array  # [N, T] float32, of the sampling distribution, zero after the end
-    lengths: jax.Array  # [N] int32, the stop token included
-    stopped: jax.Array  # [N] bool, False where the response ran into the limit
+    tokens: jax.Array  # [N, T] int32, zero after the response
+    log_probs: jax.Array  # [N, T] float32, under the sampling distribution, zero after the response
+    lengths: jax.Array  # [N] int32, including the stop token
+    stopped: jax.Array  # [N] bool, False if the response reached the limit
 
 
 class Slots(NamedTuple):
-    """What the loop carries: `B` slots, a cache of `C` positions."""
+    """The state of the decode loop: `B` slots and a cache of `C` positions."""
 
-    rollout: jax.Array  # [B] int32, which row of the rollouts; N where the slot is idle
-    step: jax.Array  # [B] int32, tokens that the slot's rollout has
-    hidden: jax.Array  # [B, D], predicts its next token
-    cache: SuffixCache  # [L, B, H, C, d]; inside the loop as `Model.to_decode_layout` leaves it
-    written: jax.Array  # [1] int32, positions written so far; the next is `written % C`
-    started: jax.Array  # [1] int32, rollouts that have had a slot
-    decoded: jax.Array  # [1] int32, passes of the loop
+    rollout: jax.Array  # [B] int32, row of the slot's rollout; N if the slot is idle
+    step: jax.Array  # [B] int32, number of tokens sampled for the slot's rollout
+    hidden: jax.Array  # [B, D], final hidden state, which predicts the next token
+    cache: SuffixCache  # [L, B, H, C, d]; in the model's decode layout inside the loop
+    written: jax.Array  # [1] int32, number of writes so far; the next index is `written % C`
+    started: jax.Array  # [1] int32, number of rollouts that have been given a slot
+    decoded: jax.Array  # [1] int32, number of iterations of the loop
     rollouts: Rollouts
 
 
 class Job(NamedTuple):
-    """What stays the same from the first token to the last."""
+    """The inputs of the decode loop, constant for all calls."""
 
     prefix: Prefix
     keys: jax.Array  # [N], see `rollout_keys`
-    wanted: jax.Array  # [1] int32, rollouts to make; those from here on only fill up a shard
+    wanted: jax.Array  # [1] int32, number of rollouts to decode; later rows are padding
     stop_ids: jax.Array  # [any] int32
     filters: Filters
 
 
 class Plan(NamedTuple):
-    """The static side of `advance`."""
+    """The static settings of `advance`."""
 
     max_tokens: int  # `T`
-    grouped: bool  # slot n holds a rollout of prompt n // G: a prompt is read once for all
-    refill: bool  # a slot that is done takes the next rollout
+    grouped: bool  # slot n holds a rollout of prompt n // G, so that each prompt is read once
+    refill: bool  # a slot whose rollout has ended takes the next one
 
 
 def rollout_keys(
     seed: jax.Array, step: jax.Array, first_prompt: jax.Array, prompts: int, group: int
 ) -> jax.Array:
-    """`[P·G]` keys: `seed` with step, prompt index, sibling folded in.
+    """`[P·G]` keys: `seed` with step, prompt index and sibling index folded in.
 
-    `first_prompt` is the index of the first prompt, or `[P]` the index of each.
+    `first_prompt` is the index of the first prompt, or `[P]` the index of every prompt.
     """
     base = jax.random.fold_in(jax.random.key(seed), step)
     n = jnp.arange(prompts * group, dtype=jnp.uint32)
@@ -83,27 +83,27 @@ def rollout_keys(
 
 
 class Turn(NamedTuple):
-    """Which turn of which rollouts is sampled, the first aside; `rollout_keys` has that."""
+    """A turn after the first, for `turn_keys`; `rollout_keys` makes the keys of the first turn."""
 
-    prompts: Any  # [N] integer, index of each rollout's prompt
-    siblings: Any  # [N] integer
+    prompts: Any  # [N] integer, prompt index of each rollout
+    siblings: Any  # [N] integer, sibling index of each rollout
     number: Any  # [] integer, 1 is the second turn
 
 
 def turn_keys(seed: jax.Array, step: jax.Array, turn: Turn) -> jax.Array:
-    """`[N]` keys: those of `rollout_keys` with the turn folded in."""
+    """`[N]` keys: the keys of `rollout_keys` with the turn folded in."""
     base = jax.random.fold_in(jax.random.key(seed), step)
 
     def one(prompt: jax.Array, sibling: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(base, prompt), sibling)
-        # Positions are folded in where this is: no response is so long that they meet.
+        # Positions are folded into keys of the first turn, too: 2^31 keeps turns apart from them.
         return jax.random.fold_in(key, turn.number + jnp.uint32(1 << 31))
 
     return jax.vmap(one)(turn.prompts, turn.siblings)
 
 
 def begin(model: Model, job: Job, slots: int, cache_size: int, max_tokens: int) -> Slots:
-    """The first rollouts in their slots, and an empty cache of `cache_size`."""
+    """Assigns the first rollouts to slots, with an empty cache of `cache_size` positions."""
     n = job.keys.shape[0]
     first = jnp.arange(slots, dtype=jnp.int32)
     rollout = jnp.where(first < job.wanted, first, n)
@@ -127,7 +127,10 @@ def begin(model: Model, job: Job, slots: int, cache_size: int, max_tokens: int) 
 
 
 def advance(model: Model, params: Params, job: Job, slots: Slots, plan: Plan) -> Slots:
-    """Decodes until every rollout is done, or one has filled the cache or this is as long as it."""
+    """Decodes until all rollouts are done or one has filled the cache.
+
+    It returns after at most `cache_size` iterations, so that the host can act in between.
+    """
     n, cache_size = job.keys.shape[0], slots.cache.keys.shape[3]
     head, pause = model.head(params), slots.decoded + cache_size
     params, prefix, cache = model.to_decode_layout(params, job.prefix, slots.cache)
@@ -161,7 +164,7 @@ def advance(model: Model, params: Params, job: Job, slots: Slots, plan: Plan) ->
 
 
 def _record(s: Slots, tokens: jax.Array, log_probs: jax.Array, stop: jax.Array) -> Rollouts:
-    """Writes each slot's token to its rollout; idle slots point behind the last row."""
+    """Writes each slot's token to its rollout; idle slots index past the last row: no write."""
     out = s.rollouts
     return Rollouts(
         out.tokens.at[s.rollout, s.step].set(tokens, mode="drop"),
@@ -172,7 +175,7 @@ def _record(s: Slots, tokens: jax.Array, log_probs: jax.Array, stop: jax.Array) 
 
 
 def _refill(job: Job, s: Slots, ended: jax.Array) -> Slots:
-    """Hands the next rollouts, in order, to the slots that have ended."""
+    """Assigns the next rollouts, in order, to the slots whose rollout has ended."""
     n, prompts = job.keys.shape[0], job.prefix.lengths.shape[0]
     new = s.started + jnp.cumsum(ended.astype(jnp.int32)) - 1
     new = jnp.where(new < job.wanted, new, n)
@@ -186,18 +189,18 @@ def _refill(job: Job, s: Slots, ended: jax.Array) -> Slots:
 
 
 def resize(slots: Slots, keep: jax.Array | None, cache_size: int) -> Slots:
-    """Grows the cache to `cache_size`, and keeps only some slots.
+    """Enlarges the cache to `cache_size`, and keeps only some slots.
 
     Args:
-      slots: as they are.
-      keep: [B'] int32, which slots; -1 makes an idle one. None keeps all.
-      cache_size: not fewer than now.
+      slots: the current state.
+      keep: [B'] int32, indices of slots to keep; -1 makes an idle slot. None keeps all.
+      cache_size: at least the current size.
     """
     now = slots.cache.keys.shape[3]
     n = slots.rollouts.lengths.shape[0]
 
     def ring(x: jax.Array) -> jax.Array:
-        # The latest place comes last, so that the ring goes on behind it.
+        # Roll the latest position to the end, so that writing continues in the new space after it.
         x = jnp.roll(x, -(slots.written % now)[0], axis=3)
         x = x if keep is None else x[:, keep]
         return jnp.pad(x, [(0, 0)] * 3 + [(0, cache_size - now), (0, 0)])

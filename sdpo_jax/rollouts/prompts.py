@@ -1,4 +1,4 @@
-"""Questions to token ids, whole or not at all."""
+"""Renders prompts to token ids and refuses those that are too long."""
 
 from sdpo_jax.environments.base import Prompt
 from sdpo_jax.errors import UserError
@@ -6,10 +6,10 @@ from sdpo_jax.tokens import Tokenizer
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int) -> list[int]:
-    """Renders a prompt; a question is never cut silently.
+    """Renders a prompt to token ids; prompts are never truncated.
 
     Raises:
-      UserError: it is longer than `rollout.max_prompt_tokens`.
+      UserError: the prompt has more than `max_tokens` tokens (`rollout.max_prompt_tokens`).
     """
     ids = tokenizer.render(prompt.messages)
     if len(ids) > max_tokens:

@@ -58,26 +58,20 @@ class RolloutBatch(NamedTuple):
         """Tokens of the longest response."""
         return int(self.lengths.max())
 
-    def first(self, prompts: int) -> "RolloutBatch":
-        """The rollouts of the first prompts alone."""
-        rows = slice(prompts * self.group)
-        return self._replace(
-            prompts=self.prompts[:prompts],
-            prompt_ids=self.prompt_ids[rows],
-            response_ids=self.response_ids[rows],
-            log_probs=self.log_probs[rows],
-            lengths=self.lengths[rows],
-            texts=self.texts[rows],
-            outcomes=self.outcomes[rows],
-            own=None if self.own is None else self.own[rows],
-        )
-
     def of_first(self, prompts: int) -> "RolloutBatch":
         """The rollouts of the first so many prompts."""
         rows = prompts * self.group
         mask = None if self.response_mask is None else self.response_mask[:rows]
         return RolloutBatch(
-            self.prompts[:prompts], self.group, *(x[:rows] for x in self[2:8]), mask
+            prompts=self.prompts[:prompts],
+            group=self.group,
+            prompt_ids=self.prompt_ids[:rows],
+            response_ids=self.response_ids[:rows],
+            log_probs=self.log_probs[:rows],
+            lengths=self.lengths[:rows],
+            texts=self.texts[:rows],
+            outcomes=self.outcomes[:rows],
+            response_mask=mask,
         )
 
 

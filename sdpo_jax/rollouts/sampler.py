@@ -1,9 +1,9 @@
-"""Prompts in, graded-ready rollouts out: the host's side of sampling.
+"""Sampling on the host's side: prompts in, rollouts out, by repeated calls of the decode loop.
 
-Few programs are compiled: prompts are padded to a size from `size_bucket`, caches grow through
-`cache_sizes`, slots shrink to a quarter or a sixteenth once no rollout waits for one. Between two
-calls of the compiled loop the host sees which rollouts are done, and may grade them while the
-device decodes on. Inside the loop no shard of the mesh waits for another.
+Few programs are compiled: prompts are padded to sizes from `size_bucket`, caches grow through
+`cache_sizes`, and the slots are reduced to a quarter or a sixteenth when no rollout waits for one.
+Between two calls of the compiled loop the host sees which rollouts are done, and can grade them
+while the device continues. Shards of the mesh do not wait for each other inside the loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,13 @@ SMALLEST_CACHE = 64
 
 
 def _specs(rows: Any, cached: Any, job: Job | None = None) -> tuple[Any, Any]:
-    """One thing for every array of a job and of the slots: how it is cut, or where it lies."""
+    """Partition specs (or shardings) for `Job` and `Slots`.
+
+    Args:
+      rows: of arrays whose first axis is rows.
+      cached: of keys and values, `[L, rows, ...]`.
+      job: whose filters are present; None leaves the specs of filters out.
+    """
     prefix = Prefix(keys=cached, values=cached, lengths=rows, last_hidden=rows)
     filters: Any = None if job is None else jax.tree.map(lambda _: P(), job.filters)
     rollouts = Rollouts(tokens=rows, log_probs=rows, lengths=rows, stopped=rows)
@@ -52,22 +58,22 @@ def _specs(rows: Any, cached: Any, job: Job | None = None) -> tuple[Any, Any]:
         decoded=rows,
         rollouts=rollouts,
     )
-    whole: Any = P()
-    made: Any = Job(prefix=prefix, keys=rows, wanted=rows, stop_ids=whole, filters=filters)
-    return made, slots
+    replicated: Any = P()
+    specs: Any = Job(prefix=prefix, keys=rows, wanted=rows, stop_ids=replicated, filters=filters)
+    return specs, slots
 
 
 _, SLOTS = _specs(ROWS, P(None, *ROWS))
-"""How the slots' arrays are cut over the shards of the rows."""
+"""Partition specs of `Slots`."""
 
 
 def job_specs(job: Job) -> Any:
-    """How a job's arrays are cut."""
+    """Partition specs of a job."""
     return _specs(ROWS, P(None, *ROWS), job)[0]
 
 
 def cache_sizes(max_tokens: int) -> list[int]:
-    """Places of the cache, smallest first: `max_tokens`, halved up to three times.
+    """Sizes of the cache, smallest first: `max_tokens`, halved up to three times.
 
     >>> cache_sizes(8192), cache_sizes(200), cache_sizes(48)
     ([1024, 2048, 4096, 8192], [100, 200], [48])
@@ -86,10 +92,10 @@ class HostRollouts(NamedTuple):
     lengths: NDArray[np.int32]
     stopped: NDArray[np.bool_]
     decoded: int = 0
-    """Passes of the decode loop that the busiest shard took."""
+    """Iterations of the decode loop on the busiest shard."""
 
     def response(self, row: int) -> list[int]:
-        """The sampled ids of a row, the stop token included."""
+        """The sampled ids of a row, including the stop token."""
         return self.tokens[row, : self.lengths[row]].tolist()
 
     def responses(self) -> list[list[int]]:
@@ -98,14 +104,14 @@ class HostRollouts(NamedTuple):
 
 
 OnDone = Callable[[list[int], HostRollouts], None]
-"""`on_done(rows, rollouts)`: these rows of all rollouts are done; called once for each row."""
+"""`on_done(rows, rollouts)`: called when `rows` of `rollouts` are done, once for each row."""
 
 
 class Sampler:
-    """Compiles prefill and decode once per bucket and runs them."""
+    """Samples rollouts; compiles prefill and the decode loop once per bucket of sizes."""
 
     def __init__(self, model: Model, devices: Devices, stop_ids: Sequence[int], slots: int = 0):
-        """`slots`: rollouts decoded at a time; 0 decodes all at once."""
+        """`slots`: number of rollouts that are decoded at a time; 0 decodes all at once."""
         self._model, self._devices, self._slots = model, devices, slots
         self._stop_ids = np.asarray(stop_ids, np.int32)
         job, state = self._shardings()
@@ -139,24 +145,26 @@ class Sampler:
         turn: Turn | None = None,
         on_done: OnDone | None = None,
     ) -> HostRollouts:
-        """Draws `group` rollouts of each prompt; row `n` belongs to prompt `n // group`.
+        """Samples `group` rollouts of each prompt; row `n` belongs to prompt `n // group`.
 
         Args:
-          params: of the model.
-          prompts: ids of each prompt.
+          params: the model's parameters.
+          prompts: the token ids of each prompt.
           group: rollouts per prompt, `G`.
-          max_tokens: response limit, `T`.
-          temperature: 0 is greedy.
-          top_p: draw from the likeliest tokens that hold this much probability; 1 from all.
-          top_k: draw from this many of the likeliest tokens; 0 from all.
-          min_p: draw from tokens of at least this share of the likeliest one's probability.
+          max_tokens: maximum length of a response, `T`.
+          temperature: 0 is greedy decoding.
+          top_p: sample from the likeliest tokens with this total probability; 1 disables it.
+          top_k: sample from this many of the likeliest tokens; 0 disables it.
+          min_p: sample from tokens with at least this share of the top token's probability.
           seed: of the run.
-          step: with `seed` and the prompt's index it determines every draw.
-          first_prompt: index of `prompts[0]`, for a set of prompts that is decoded in parts; or
-            the index of each prompt, where rows must not depend on their place among others.
-          prompt_rows: prompts are padded to a multiple of this; padding is not decoded.
-          turn: of later turns, whose prompts are conversations; `group` is 1. None: the first.
-          on_done: told of rows as they are done, while the device goes on.
+          step: training step; seed, step and prompt index determine every sampled token.
+          first_prompt: index of `prompts[0]`, for a set of prompts that is sampled in several
+            calls; or the index of each prompt, if the caller reorders or selects prompts.
+          prompt_rows: the number of prompts is padded to a multiple of this; padding is not
+            decoded.
+          turn: for turns after the first, whose prompts are conversations; `group` is then 1. None
+            is the first turn.
+          on_done: called with rows that are done, while the device continues.
         """
         rows = bucket(prompt_rows, self._devices.row_shards)
         width = size_bucket(max(map(len, prompts)))
@@ -196,7 +204,7 @@ class Sampler:
     def _decode(
         self, params: Params, job: Job, state: Slots, plan: Plan, finished: "_FinishedRows | None"
     ) -> Slots:
-        """Calls the compiled loop until all rollouts are done."""
+        """Calls the compiled loop until all rollouts are done; resizes cache and slots between."""
         sizes, shards = cache_sizes(plan.max_tokens), self._devices.row_shards
         count = self._devices.fetch(job.wanted)
         while True:
@@ -269,17 +277,17 @@ class Sampler:
 
     @staticmethod
     def _on_shards(function: Any, *specs: Any) -> Any:
-        """Each shard of the rows alone; heads are left to XLA."""
+        """Maps over the shards of the rows; XLA partitions heads."""
         return jax.shard_map(
             function,
             in_specs=specs,
             out_specs=SLOTS,
             axis_names={"data", "fsdp"},
-            check_vma=False,  # loops start from constants, alike on all shards
+            check_vma=False,  # the loops' carries start from constants, equal on all shards
         )
 
     def _shardings(self) -> tuple[Any, Any]:
-        """Where arrays lie between the programs: rows over the shards, heads over `tensor`."""
+        """Shardings of the programs' outputs: rows over `data` and `fsdp`, heads over `tensor`."""
         mesh, rows = self._devices.mesh, self._devices.rows
         heads = jax.eval_shape(lambda: self._model.suffix_cache(1, 1)).keys.shape[2]
         tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
@@ -290,14 +298,14 @@ class Sampler:
 
 
 def _padded(turn: Turn, rows: int) -> Turn:
-    """One row for each prompt, those that fill up included."""
+    """Pads a turn to `rows` rows."""
     pad = (0, rows - len(turn.prompts))
     prompts, siblings = (np.pad(np.asarray(x, np.uint32), pad) for x in turn[:2])
     return Turn(prompts, siblings, np.uint32(turn.number))
 
 
 def _indices(first_prompt: int | Sequence[int], rows: int) -> Any:
-    """Of the first prompt, or `[P]` of each; padding is not decoded, any index will do."""
+    """The index of the first prompt, or `[P]` of each; padding may have any index."""
     if isinstance(first_prompt, int):
         return np.uint32(first_prompt)
     indices = np.zeros(rows, np.uint32)
@@ -306,7 +314,13 @@ def _indices(first_prompt: int | Sequence[int], rows: int) -> Any:
 
 
 def _done(rollout: NDArray[np.int32], started: NDArray[np.int32], rows: int) -> NDArray[np.bool_]:
-    """`[N]`: had a slot and is in none; `rollout: [shards, B]` counts within its shard."""
+    """`[N]` bool: rollouts that have started and hold no slot.
+
+    Args:
+      rollout: `[shards, B]`, the slots' rollouts, numbered within their shard; others are idle.
+      started: `[shards]`.
+      rows: `N`.
+    """
     shards, per_shard = len(started), rows // len(started)
     done = np.arange(per_shard)[None] < started[:, None]
     for line, held in zip(done, rollout, strict=True):
@@ -315,7 +329,7 @@ def _done(rollout: NDArray[np.int32], started: NDArray[np.int32], rows: int) -> 
 
 
 class _FinishedRows:
-    """Tells the caller of rows that are done, each once, after the device has gone on."""
+    """Reports finished rows to the callback once, after launching the next device call."""
 
     def __init__(self, on_done: OnDone, count: int):
         self._on_done, self.count = on_done, count
@@ -323,17 +337,17 @@ class _FinishedRows:
         self._held: tuple[HostRollouts, NDArray[np.bool_]] | None = None
 
     def hold(self, rollouts: HostRollouts, done: NDArray[np.bool_]) -> None:
-        """What `now` is to tell."""
+        """Keeps the rows that are done for `report_held`."""
         self._held = rollouts, done
 
     def report_held(self) -> None:
-        """Tells what was kept for now."""
+        """Reports the rows that `hold` kept."""
         if self._held is not None:
             self.report(*self._held)
             self._held = None
 
     def report(self, rollouts: HostRollouts, done: NDArray[np.bool_]) -> None:
-        """Tells of those among `done` that it has not told of."""
+        """Calls `on_done` with those rows of `done` that were not reported before."""
         rows = np.flatnonzero(done[: self.count] & ~self._reported)
         self._reported[rows] = True
         if len(rows):
@@ -341,7 +355,7 @@ class _FinishedRows:
 
 
 def _slots_to_keep(live: NDArray[np.bool_]) -> NDArray[np.int32] | None:
-    """`[shards · B']`: live slots of each shard first, if a quarter or a sixteenth is enough."""
+    """`[shards · B']`: the live slots of each shard first; None if a quarter is not enough."""
     shards, slots = live.shape
     most = int(live.sum(axis=-1).max())
     size = next((s for s in (slots // 16, slots // 4) if s >= max(most, 1)), None)
@@ -349,6 +363,6 @@ def _slots_to_keep(live: NDArray[np.bool_]) -> NDArray[np.int32] | None:
         return None
     keep = np.full((shards, size), -1, np.int32)
     for row, alive in zip(keep, live, strict=True):
-        found = np.flatnonzero(alive)
-        row[: len(found)] = found
+        indices = np.flatnonzero(alive)
+        row[: len(indices)] = indices
     return keep.reshape(-1)

@@ -1,9 +1,9 @@
-"""The draw of one token per row from logits.
+"""Samples one token per row from logits, with temperature, top-p, top-k and min-p.
 
-By inverse CDF on two levels: the vocabulary is cut into blocks of neighbouring tokens, one uniform
-number picks a block by its probability, another picks a token inside it. Two numbers a row instead
-of one per token, no sort unless a filter needs one; on a mesh that shards the vocabulary only block
-sums travel.
+Sampling inverts the cumulative distribution on two levels: the vocabulary is divided into blocks of
+neighboring tokens, one uniform number selects a block by its probability, and another selects a
+token inside it. This needs two random numbers per row instead of one per token, and no sort unless
+a filter needs one. On a mesh that shards the vocabulary only block sums are communicated.
 """
 
 import math
@@ -16,29 +16,29 @@ BLOCKS = 128
 
 
 class Filters(NamedTuple):
-    """How the sampling distribution follows from the logits; all traced, None costs nothing."""
+    """Settings of the sampling distribution; all are traced, and None skips a filter."""
 
     temperature: jax.Array  # [] float32, not negative; 0 is greedy
     top_p: jax.Array | None = None  # [] float32 in (0, 1], see `nucleus`
-    top_k: jax.Array | None = None  # [] int32, at least 1: the likeliest, and those as likely
-    min_p: jax.Array | None = None  # [] float32 in [0, 1]: at least this share of the likeliest
+    top_k: jax.Array | None = None  # [] int32, at least 1; ties with the k-th are kept, too
+    min_p: jax.Array | None = None  # [] float32 in [0, 1]: minimum share of the top probability
 
 
 def sample_tokens(
     keys: jax.Array, logits: jax.Array, filters: Filters
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws one token per row; returns ids and log-probs under the sampling distribution.
+    """Samples one token per row; returns ids and log-probs under the sampling distribution.
 
-    At temperature 0 it is the likeliest token, the first of equals, with the log-prob that it has
+    At temperature 0 the token is the likeliest one (the first of equals), and its log-prob is that
     at temperature 1.
 
     Args:
-      keys: [N].
+      keys: [N], random keys.
       logits: [N, V] float32, unscaled.
-      filters: see there.
+      filters: temperature and filters.
 
     Returns:
-      [N] int32 and [N] float32.
+      [N] int32 ids and [N] float32 log-probs.
     """
     warm = filters.temperature > 0
     scaled = logits / jnp.where(warm, filters.temperature, 1.0)
@@ -52,16 +52,17 @@ def sample_tokens(
     block = pick_index(jnp.sum(blocks, axis=-1), uniform[:, 0])
     row = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     place = pick_index(row, uniform[:, 1])
-    # The chosen token's share is 1 where it is greedy: it has the top logit.
+    # `row` holds `weights`, so a greedy token's share is 1, which equals exp(top - top).
     share = jnp.take_along_axis(row, place[:, None], axis=-1)[:, 0]
     log_probs = jnp.log(share) - jnp.log(jnp.sum(shares, axis=-1))
     return block * row.shape[1] + place, log_probs
 
 
 def pick_index(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first of `weights: [N, K]` whose cumulative share exceeds `uniform: [N]`; [N] int32.
+    """Samples an index with probability proportional to `weights: [N, K]`; returns [N] int32.
 
-    Never one of weight zero, whatever the rounding of the sums.
+    It is the first index whose cumulative share exceeds `uniform: [N]`, in [0, 1). An index of
+    weight zero is never returned, however the sums are rounded.
 
     >>> pick_index(jnp.array([[0.0, 1.0, 0.0, 3.0]] * 3), jnp.array([0.0, 0.24, 0.26])).tolist()
     [1, 1, 3]
@@ -88,9 +89,9 @@ def _allowed(scaled: jax.Array, filters: Filters) -> jax.Array:
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Marks the likeliest tokens that hold `top_p` together, the one that reaches it included.
+    """Marks the likeliest tokens whose total probability first reaches `top_p`.
 
-    Tokens as likely as the last one are inside, too.
+    Tokens as likely as the last of them are included.
 
     Args:
       logits: [N, V] float32, at the sampling temperature.
@@ -108,6 +109,6 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _last_of_nucleus(ordered: jax.Array, top_p: jax.Array) -> jax.Array:
-    chances = jax.nn.softmax(ordered, axis=-1)
-    reached = jnp.cumsum(chances, axis=-1) - chances < top_p  # before this token; the first always
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    reached = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
     return jnp.min(jnp.where(reached, ordered, jnp.inf), axis=-1, keepdims=True)

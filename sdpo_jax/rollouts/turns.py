@@ -1,17 +1,17 @@
-"""The ids between two turns of a model, as its chat template writes them.
+"""The token ids between two turns of a model in a conversation, as the chat template writes them.
 
-A conversation is the ids of its first prompt, then turn after turn what was sampled and what stands
-between; nothing that was sampled is ever tokenised again. What stands between (the end of line
-after a turn, the user's header, the environment's text, the assistant's header) is read off the
-template: a conversation with a placeholder in place of the model's turns is rendered whole, once
-with its last question and once without, and all that follows the placeholder's stop id is new.
+The ids of a conversation are those of its first prompt, followed by the sampled ids of each turn
+and the ids between turns; sampled ids are never tokenized again. The ids between turns (end of
+line, the user's header, the environment's text, the assistant's header) are derived from the
+template: a conversation with a placeholder in place of the model's turns is rendered twice, with
+and without the last observation. The ids that follow the placeholder's stop id are the new ones.
 
-That is the whole conversation's rendering only if the template leaves the beginning of a
-conversation alone when it goes on. This is checked for every conversation; a template that moves
-the system message to the last question is refused, for one. Two things are kept that some templates
-leave out of earlier turns: what the model thought, and an empty thought that the template itself
-writes before an answer (Qwen 3 with thinking off). The model went on from them, and log-probs are
-of what it saw.
+This equals rendering the whole conversation only if the template does not change earlier messages
+when the conversation continues. This is checked for every conversation. For example, a template
+that moves the system message to the last question is refused. Two things stay in the ids although
+some templates drop them from earlier turns: the model's thoughts, and an empty thought that the
+template writes before an answer (Qwen 3 with thinking off). The model was conditioned on them when
+it sampled, so its log-probs must be, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,22 +20,22 @@ from sdpo_jax.errors import UserError
 from sdpo_jax.tokens import Tokenizer
 
 PLACEHOLDER = "Yes"
-"""A turn of the model, one word that no template changes."""
+"""Text that stands for a turn of the model; templates do not change it."""
 
 Messages = Sequence[Mapping[str, str]]
 
 
 def ids_between(tokenizer: Tokenizer, messages: Messages, observations: Sequence[str]) -> list[int]:
-    """What follows the stop id of a turn, up to the model's next turn.
+    """The ids after the stop id of a turn and before the model's next turn.
 
     Args:
-      tokenizer: control tokens that an observation spells stay text.
-      messages: of the first prompt.
-      observations: what the environment answered to each turn so far, at least one.
+      tokenizer: renders chats; control tokens that an observation spells stay text.
+      messages: the messages of the first prompt.
+      observations: the environment's text after each turn so far, at least one.
 
     Raises:
-      UserError: the template changes the beginning of a conversation that goes on, or does not end
-        an assistant's turn with a stop id.
+      UserError: the template changes earlier messages when a conversation continues, or does not
+        end an assistant's turn with a stop id.
     """
     before = tokenizer.render(_conversation(messages, observations[:-1]))
     whole = tokenizer.render(_conversation(messages, observations))

@@ -34,6 +34,11 @@ class RunComponents(NamedTuple):
     """In place of the objective's own rule for what the teacher sees."""
 
 
+def objective_of(config: Config, components: RunComponents) -> Objective:
+    """The given objective, else the one that the recipe names."""
+    return components.objective or make_objective(config.objective)
+
+
 def make_trainer(config: Config, components: RunComponents) -> Trainer:
     """The trainer of a run.
 
@@ -46,7 +51,7 @@ def make_trainer(config: Config, components: RunComponents) -> Trainer:
         components.tokenizer,
         components.environment,
         components.demonstrations,
-        objective=components.objective or make_objective(config.objective),
+        objective=objective_of(config, components),
         optimizer=components.optimizer,
         context=components.context,
     )

@@ -21,21 +21,6 @@ LIVE_STEPS = 12
 Row = Mapping[str, Any]
 
 
-_ROLLOUT = ("accuracy", "teacher_accuracy", "response_tokens")
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "sdpo": (
-        *("reward", *_ROLLOUT, "divergence", "teacher_signal"),
-        *("seconds_rollout", "seconds_grade", "seconds_teacher", "seconds_train"),
-    ),
-    "grpo": (
-        *("reward", "accuracy", "response_tokens", "loss"),
-        *("seconds_rollout", "seconds_grade", "seconds_train"),
-    ),
-    "sdft": (*_ROLLOUT, "divergence", "seconds_rollout", "seconds_teacher", "seconds_train"),
-    "sft": ("loss", "token_accuracy", "accuracy", "seconds_train"),
-}
-"""Names of the metrics that each objective shows, in order."""
-
 _SUMMARY_ONLY = (
     *(*AT_K, "best_at_", "entropy", "repetition", "most_common_output", "same_output"),
     "student_teacher_kl",
@@ -69,7 +54,7 @@ def generations_per_step(config: Config) -> int:
 class Console:
     """The console of one run.
 
-    with Console(COLUMNS["sdpo"], steps=60) as console:
+    with Console(objective.columns, steps=60) as console:
         console.header(training="nano on tool_calls", devices="1 cpu", run_dir="runs/x", batch=...)
         console.step({"step": 1, "reward": 0.2})
     """

@@ -5,7 +5,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -77,8 +77,8 @@ class TrainingLoop:
         """
         self._config, self._components = config, components
         self._run_dir, self._callbacks = Path(config.run_dir), callbacks or Callbacks()
-        silent = Console(config.objective.name, steps=config.train.steps, stream=Nowhere())
-        self._console, self._warn = console or silent, console and console.note
+        self._console = console or Console((), steps=config.train.steps, stream=Nowhere())
+        self._warn = console.note if console else logging.getLogger("sdpo_jax").warning
         self._trainer: Trainer | None = None
         self._evaluator: Evaluator | None = None
         self._progress: Progress | None = None
@@ -96,7 +96,7 @@ class TrainingLoop:
         assert self._summary is not None
         return self._summary
 
-    def steps(self, stop: Callable[[], bool] = never) -> Iterator[StepResult]:
+    def steps(self, stop: Callable[[], bool] = never) -> Generator[StepResult, None, None]:
         """Trains; yields each step once its evaluation and its checkpoint are on their way.
 
         Left early, it waits for a checkpoint that is being written and keeps the state in memory:
@@ -121,7 +121,7 @@ class TrainingLoop:
             yield from self._locked_steps(stop)
         except GeneratorExit:
             raise
-        except BaseException:  # a failed step has given its arrays away, and moved the data on
+        except BaseException:  # its arrays may be donated, and the data are one step further
             self._trainer = self._evaluator = self._progress = None
             raise
         finally:
@@ -145,14 +145,14 @@ class TrainingLoop:
     def _current(self) -> tuple[Trainer, Progress]:
         """What is in memory, else what the last checkpoint holds, else the start."""
         if self._trainer is None or self._progress is None:
+            run_directory.check(self._run_dir, self._config)
             with self._checkpoints() as checkpoints:
                 return self._begin(checkpoints)
         return self._trainer, self._progress
 
     def _checkpoints(self) -> Checkpoints:
-        warn = self._warn or logging.getLogger("sdpo_jax").warning
         keep = self._config.checkpoint.keep
-        return Checkpoints(self._run_dir / "checkpoints", keep=keep, warn=warn)
+        return Checkpoints(self._run_dir / "checkpoints", keep=keep, warn=self._warn)
 
     def _begin(self, checkpoints: Checkpoints) -> tuple[Trainer, Progress]:
         """Makes the trainer where there is none, and restores the last checkpoint, if any."""
@@ -174,7 +174,7 @@ class TrainingLoop:
             )
         return trainer, self._progress
 
-    def _locked_steps(self, stop: Callable[[], bool]) -> Iterator[StepResult]:
+    def _locked_steps(self, stop: Callable[[], bool]) -> Generator[StepResult, None, None]:
         config, run_dir, console = self._config, self._run_dir, self._console
         with ExitStack() as stack:
             stack.enter_context(console)
@@ -235,7 +235,8 @@ class TrainingLoop:
         saver: Saver,
     ) -> StepResult:
         config, evaluation = self._config, None
-        progress.state, row = trainer.step(progress.state, step)
+        on_rollouts = self._callbacks.on_rollouts
+        progress.state, row = trainer.step(progress.state, step, on_rollouts)
         progress.step = step
         report.step(step, row)
         _stop_if_not_finite(config, row, step)

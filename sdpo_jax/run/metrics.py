@@ -1,8 +1,8 @@
-"""Metrics of a run: one JSON object per line, and TensorBoard curves beside it.
+"""Metrics of a run: one JSON object per line in `metrics.jsonl`, and TensorBoard curves beside it.
 
-`metrics.jsonl` is the record: appended in one write per row, so that a killed run loses at most its
-last line, and cut back to the restored step on resume, so that each step appears once. A row is
-flat: `{"kind": "train", "step": 3, "reward": 0.41, ...}`; numbers that are not finite become null.
+Each row is appended in one write, so that a killed run loses at most its last line; on resume the
+file is cut back to the restored step, so that each step appears once. A row is flat:
+`{"kind": "train", "step": 3, "reward": 0.41, ...}`; numbers that are not finite become null.
 
 Only process 0 opens a log.
 """
@@ -36,7 +36,7 @@ class MetricsLog:
         """Opens the log after `start_step`, the last step whose rows are kept.
 
         Args:
-            run_dir: made if it does not exist.
+            run_dir: folder of the run; created if it does not exist.
             start_step: the restored step; 0 starts an empty log.
         """
         folder = Path(run_dir)
@@ -64,7 +64,7 @@ class MetricsLog:
         self.close()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends a row; the operating system has it when this returns.
+        """Appends a row and hands it to the operating system before it returns.
 
         Args:
             kind: `train`, `eval`, ...; the first part of the TensorBoard tag.
@@ -103,10 +103,10 @@ def truncate_to(path: str | os.PathLike[str], step: int) -> None:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a log, oldest first. A last line without its end, from a killed run, is left out.
+    """The rows of a log, oldest first, without an incomplete last line of a killed run.
 
     Raises:
-        UserError: any other line that is not a row.
+        UserError: another line is not a row.
     """
     lines = Path(path).read_bytes().split(b"\n")
     lines.pop()  # empty after the last newline, or torn
@@ -123,7 +123,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: numpy and jax values become Python's, non-finite numbers None."""
+    """A value that JSON can hold: Python numbers, None for those that are not finite."""
     if isinstance(value, str | bool | int | None):
         return value
     if isinstance(value, float):

@@ -1,18 +1,20 @@
 """Recipes with the built-in objectives and environments."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from sdpo_jax.config import Config, ObjectiveConfig
-from sdpo_jax.config.environments import ENVIRONMENTS, ToolCallsEnvironment
 from sdpo_jax.config.recipe import Kinds, override, read_recipe
-from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, SftConfig
+from sdpo_jax.environments import registry
+from sdpo_jax.environments.kinds.tool_calls import ToolCallsConfig
+from sdpo_jax.objectives import OBJECTIVES, SdpoConfig
 
 KINDS = Kinds(
-    objectives={"sdpo": SdpoConfig, "grpo": GrpoConfig, "sft": SftConfig, "sdft": SdftConfig},
-    environments=ENVIRONMENTS,
+    objectives={name: settings for name, (settings, _) in OBJECTIVES.items()},
+    environments={name: kind.settings for name, kind in registry.KINDS.items()},
 )
 
 
@@ -59,4 +61,5 @@ def _kinds(objectives: Iterable[type[ObjectiveConfig]]) -> Kinds:
 
 def default_config(**sections: Any) -> Config:
     """A `Config` with these sections; by default the objective is `sdpo` on `tool_calls`."""
-    return Config(**{"objective": SdpoConfig(), "environment": ToolCallsEnvironment(), **sections})
+    default = Config(objective=SdpoConfig(), environment=ToolCallsConfig())
+    return replace(default, **sections)

@@ -51,6 +51,11 @@ class TeacherContext(NamedTuple):
     feedback: str | None
     attempt: str | None = None  # the rollout's own text, beside its feedback
 
+    @property
+    def kind(self) -> str:
+        """By which evaluations report it: `demonstration`, alone or not; else `feedback`."""
+        return "feedback" if self.demonstration is None else "demonstration"
+
 
 class Wording(NamedTuple):
     """The sentences around the parts."""

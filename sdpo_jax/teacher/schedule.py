@@ -4,7 +4,7 @@ A teacher that follows a little every step feeds the student's artefacts back to
 between rare moves is what stabilises (CGTR, arXiv 2606.03532; StableSDPO, arXiv 2607.01763). CGTR
 published neither thresholds nor windows: the gate here is our reading of "reward improvement and a
 safe length tail". Validated against an independent replay of its rules and, at its ends, against
-the moving average and the frozen teacher (tests/test_schedule.py, tests/test_refresh.py).
+the moving average and the frozen teacher (tests/test_schedule.py, tests/test_switches.py).
 """
 
 from collections.abc import Mapping

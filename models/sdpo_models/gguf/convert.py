@@ -1,7 +1,7 @@
-"""From a GGUF file to a folder in Hugging Face layout, which everything else reads.
+"""Converts a GGUF file to a model folder in Hugging Face layout, the only layout that is loaded.
 
-`sdpo convert FILE.gguf FOLDER` writes where it is told. `model.path = "package:NAME"` names an
-installed Python package with one GGUF file in it, which is converted once, into the user's cache.
+`sdpo convert FILE.gguf FOLDER` writes to FOLDER. `model.path = "package:NAME"` names an installed
+Python package that contains one GGUF file, which is converted once, into the user's cache.
 """
 
 import json
@@ -22,18 +22,18 @@ from sdpo_models.hugging_face import MAX_SHARD_BYTES
 from sdpo_models.tokenizer import ChatTokenizer
 
 PACKAGE = "package:"
-"""What a `model.path` begins with that names a package."""
+"""The prefix of a `model.path` that names a package."""
 FORMAT = 1
-"""Part of the name of cached folders: raised when files are converted otherwise than before."""
+"""Version of the conversion, part of the names of cached folders; raise it with every change."""
 
 Dtype = Literal["float32", "bfloat16"]
 
 
 def convert(source: str | Path, folder: str | Path, *, dtype: Dtype = "float32") -> None:
-    """Writes config, tokenizer, chat template, generation config and weights; all or nothing.
+    """Writes config, tokenizer, chat template, generation config and weights, or nothing at all.
 
-    float32 holds every quantisation exactly; bfloat16 takes half the place and rounds, except where
-    the file itself is in bfloat16.
+    float32 keeps dequantized values exact. bfloat16 halves the size and rounds, unless the file
+    itself is in bfloat16.
 
     Raises:
       UserError: the file cannot be used, or the folder exists and is not empty.
@@ -47,7 +47,7 @@ def convert(source: str | Path, folder: str | Path, *, dtype: Dtype = "float32")
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             _write(file, partial, dtype)
-            partial.chmod(0o755)  # a temporary folder is for its owner alone
+            partial.chmod(0o755)  # mkdtemp gives access to the owner alone
             partial.replace(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -64,13 +64,13 @@ def _write(file: GgufFile, folder: Path, dtype: Dtype) -> None:
     _write_json(folder / "config.json", {**config, **ids, "eos_token_id": stops[0], "dtype": dtype})
     _write_json(folder / "generation_config.json", {**ids, "eos_token_id": stops})
     tokenizer.save_pretrained(str(folder))
-    _say_plain_class(folder / "tokenizer_config.json")
+    _write_tokenizer_class(folder / "tokenizer_config.json")
     tensors = planned_tensors(file, architecture, dtype)
     write_shards(folder, tensors, max_shard_bytes=MAX_SHARD_BYTES)
 
 
 def _check_tokenizer(file: GgufFile, tokenizer: Any, stops: list[int]) -> None:
-    """Refuses what training would refuse later, when the GGUF file's name is no longer known."""
+    """Refuses what training would refuse later, without naming the GGUF file."""
     rows = file.shape("token_embd.weight")[0]
     if len(tokenizer) > rows:
         raise UserError(
@@ -93,8 +93,8 @@ def _check_tokenizer(file: GgufFile, tokenizer: Any, stops: list[int]) -> None:
         ) from error
 
 
-def _say_plain_class(path: Path) -> None:
-    """The class that transformers 4 and 5 both know; 5 writes a name that 4 does not."""
+def _write_tokenizer_class(path: Path) -> None:
+    """Names a tokenizer class that transformers 4 can load, too; transformers 5 writes another."""
     config = json.loads(path.read_text())
     config.pop("backend", None)
     _write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
@@ -105,7 +105,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def package_folder(path: str) -> Path:
-    """The converted model of `package:NAME`; the first call converts, which takes some seconds.
+    """The folder of the converted model of `package:NAME`; the first call converts it in seconds.
 
     Raises:
       UserError: no such package, or not exactly one GGUF file in it.
@@ -117,20 +117,20 @@ def package_folder(path: str) -> Path:
         try:
             convert(file, folder)
         except UserError:
-            # Another process may have been faster: its folder is whole, since it was renamed.
+            # Another process may have been faster; its folder is complete, because it was renamed.
             if not (folder / "config.json").is_file():
                 raise
     return folder
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/sdpo-jax`, by default `~/.cache/sdpo-jax`; may be deleted at any time."""
+    """`$XDG_CACHE_HOME/sdpo-jax`, by default `~/.cache/sdpo-jax`; safe to delete at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdpo-jax"
 
 
 def _package_file(name: str) -> Path:
-    """Finds the file without importing the package, whose own dependencies are not needed."""
-    # A dotted name would import its parent; names with underscores first are Python's own.
+    """Finds the GGUF file without importing the package, whose dependencies may be missing."""
+    # A dotted name would import its parent; names that begin with an underscore are Python's own.
     spec = util.find_spec(name) if name.isidentifier() and name[0] != "_" else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(

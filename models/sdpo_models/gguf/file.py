@@ -1,7 +1,7 @@
-"""A GGUF file: its fields, and its tensors as float32, one at a time.
+"""Reads a GGUF file: its fields at once, and its tensors as float32, one at a time.
 
-The layout is read here, so that a damaged file is named with the tensor at which it ends; what the
-blocks of a quantisation mean is known to the package `gguf` (the extra of that name).
+The container format is parsed here, so that errors about a damaged file name the tensor at which it
+ends. The blocks of a quantization are decoded by the package `gguf` (the extra of that name).
 """
 
 import math
@@ -18,25 +18,25 @@ _SCALARS = {
     **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
     **{10: "<u8", 11: "<i8", 12: "<f8"},
 }
-"""GGUF's numbers for the types of fields, strings (8) and arrays (9) left out."""
+"""GGUF's type numbers of fields to numpy types; strings (8) and arrays (9) are read apart."""
 _STRING, _ARRAY = 8, 9
 _AGAIN = "the file is truncated or damaged; fetch it again"
 
 
 class _TensorInfo(NamedTuple):
     shape: tuple[int, ...]
-    """Rows first, as in Hugging Face: `[out, in]`; the file lists the row length first."""
+    """`[out, in]`, as in Hugging Face; the file lists the row length first."""
     kind: int
     offset: int
     """From the start of the file."""
 
 
 class GgufFile:
-    """Reads metadata at once and tensors when asked.
+    """A GGUF file; the constructor reads the fields, `read` a tensor.
 
     Raises:
-      UserError: no such file, not GGUF, damaged, a part of a split model, or a tensor in a
-        quantisation that is not supported.
+      UserError: the file is missing, not GGUF, damaged, or one part of a split model, or a tensor
+        has a quantization that is not supported.
     """
 
     def __init__(self, path: str | Path):
@@ -81,7 +81,7 @@ class GgufFile:
 
     @property
     def tensors(self) -> set[str]:
-        """The names of its tensors."""
+        """The names of all tensors."""
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class GgufFile:
         return self._info(name).shape
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """A tensor as float32."""
+        """Reads a tensor as float32."""
         info, (dequantize, kinds, _) = self._info(name), _gguf()
         try:
             values = dequantize(self._block_rows(name), kinds(info.kind))
@@ -103,7 +103,7 @@ class GgufFile:
         return self._tensors[name]
 
     def _block_rows(self, name: str) -> np.ndarray[Any, Any]:
-        """The bytes of a tensor, a row of blocks for each of its rows."""
+        """The bytes of a tensor, `[rows, bytes per row]`."""
         info, (_, kinds, sizes) = self._tensors[name], _gguf()
         try:
             block, width = sizes[kinds(info.kind)]
@@ -113,7 +113,7 @@ class GgufFile:
         if length % block:
             raise UserError(
                 f"{self.path}: tensor {name} has rows of {length} values, expected a multiple of "
-                f"the quantisation's block of {block}; {_AGAIN}"
+                f"the quantization's block of {block}; {_AGAIN}"
             )
         end = info.offset + rows * (length // block) * width
         if end > len(self._data):
@@ -125,8 +125,8 @@ class GgufFile:
 
     def _unsupported(self, name: str, kind: str) -> UserError:
         return UserError(
-            f"{self.path}: tensor {name} is in quantisation {kind}, which the package gguf does "
-            "not dequantise; use another quantisation of this model (Q8_0, Q4_K, F16, ...), or a "
+            f"{self.path}: tensor {name} is in quantization {kind}, which the package gguf does "
+            "not dequantize; use another quantization of this model (Q8_0, Q4_K, F16, ...), or a "
             "newer gguf"
         )
 
@@ -151,7 +151,7 @@ def _tensor_infos(cursor: "_Cursor", count: int) -> Iterator[tuple[str, _TensorI
 
 
 class _Cursor:
-    """A place in the file; every read says what it was for if the file ends before."""
+    """A read position in the file; if the file ends too early, the error names what was read."""
 
     def __init__(self, path: Path, data: memoryview):
         self.path = path
@@ -177,7 +177,7 @@ class _Cursor:
             raise UserError(f"{self.path}: {what} is not UTF-8; {_AGAIN}") from error
 
     def value(self, kind: int, what: str) -> Any:
-        """A field's value: a Python scalar, a string, or a list of either."""
+        """Reads a field's value: a Python scalar, a string, or a list of either."""
         if kind == _STRING:
             return self.string(what)
         if kind == _ARRAY:

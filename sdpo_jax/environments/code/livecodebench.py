@@ -1,19 +1,19 @@
-"""Programming problems from JSONL: LiveCodeBench's own files, and the plain rows of SDPO's data.
+"""Reads programming problems from JSONL: LiveCodeBench's files and the plain rows of SDPO's data.
 
 LiveCodeBench's row: `question_id`, `question_content`, `starter_code`, `public_test_cases`,
 `private_test_cases`, `metadata`. The plain row: `prompt` (and `idx` or `id`), and `tests`, an
 object or its JSON text: `{"inputs": [...], "outputs": [...], "testtype": ..., "fn_name": ...,
 "time_limit": ...}`, with the test type `stdin`, `functional` or `code`.
 
-The whole file is read and validated before anything is compiled; a bad row is named with its place.
+The whole file is read and validated before anything is compiled; an error names the bad rows.
 
-Hidden tests of LiveCodeBench are pickled, compressed and in base64. Unpickling runs whatever a file
-says, so they are never unpickled: `hidden_tests` reads the opcodes and takes one single string.
+Hidden tests of LiveCodeBench are pickled, compressed and in base64. Unpickling can run arbitrary
+code, so they are never unpickled: `hidden_tests` reads the opcodes and accepts a single string.
 
-Departures from the SDPO reference: arguments of a function are JSON values one after the other,
-where the reference splits at white space, so that no argument may hold a blank; methods of
-`class Solution` are called as such; the public tests of a row count as tests and stay public, where
-the reference uses the hidden ones alone; the question states the true time limit.
+Departures from the SDPO reference: the arguments of a function are consecutive JSON values, whereas
+the reference splits at white space, so that no argument may contain a blank; methods of
+`class Solution` are called as methods; a row's public tests count as tests and stay public, whereas
+the reference uses only the hidden ones; the question states the true time limit.
 """
 
 import base64
@@ -31,10 +31,10 @@ from sdpo_jax.environments.rows import BadRow, Rows, no_constant, read_rows
 from sdpo_jax.environments.sandbox.protocol import Call, Limits, Run
 
 MAX_BYTES = 512 * 2**20
-"""Of one row's hidden tests, unpacked: a small file can unpack to any size."""
+"""Bound on one row's hidden tests after decompression: a small file can grow to any size."""
 DEFAULT_LIMITS = Limits()
 SECONDS = 6.0
-"""For each test where the row says nothing, as in LiveCodeBench."""
+"""Time limit of each test if the row has none, as in LiveCodeBench."""
 _FRAMES = ("PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT")
 _STRINGS = ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE")
 _FORM = (
@@ -48,13 +48,13 @@ _FUNCTION = "It defines `{name}`, which the tests call."
 def read_problems(
     path: str | Path, on_error: Literal["stop", "skip"] = "stop", *, limits: Limits = DEFAULT_LIMITS
 ) -> Rows[Problem]:
-    """Reads and validates a whole file; rows of both kinds may be mixed.
+    """Reads and validates a whole file; rows of both forms may be mixed.
 
     Args:
-      path: UTF-8, one JSON object a line.
+      path: UTF-8, one JSON object per line.
       on_error: `stop` raises one error that lists the bad rows; `skip` leaves them out and returns
         the list.
-      limits: of every test; the row's own `time_limit`, or 6 s, takes the place of `cpu_seconds`.
+      limits: limits of every test; the row's own `time_limit`, or 6 s, replaces `cpu_seconds`.
 
     Raises:
       UserError: the file cannot be read, has no usable row, or has a bad row under `stop`.
@@ -174,9 +174,10 @@ def _case(kind: Any, given: Any, expected: Any, function: Any) -> Case:
 
 
 def _arguments(given: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword arguments: of JSON values one after the other, or of an object.
+    """Positional and keyword arguments of a test's input.
 
-    An object that is no text is keywords; a list that is no text is the arguments.
+    Text holds consecutive JSON values, the positional arguments; a list holds them, too; an object
+    holds keyword arguments.
     """
     if isinstance(given, dict):
         return (), cast("dict[str, Any]", given)
@@ -207,7 +208,7 @@ def _assert_cases(text: Any, function: Any) -> list[Case]:
 
 
 def hidden_tests(packed: str) -> Any:
-    """LiveCodeBench's `private_test_cases`: JSON, or JSON that was pickled, packed and encoded."""
+    """Decodes `private_test_cases`: JSON, or JSON that was pickled, compressed and encoded."""
     if packed.lstrip()[:1] in ("[", "{"):
         return _json(packed, "private_test_cases")
     steps: tuple[tuple[str, Callable[[Any], Any]], ...] = (
@@ -233,7 +234,7 @@ def _unpacked(data: bytes) -> bytes:
 
 
 def pickled_string(data: bytes) -> str:
-    """The string that a pickle of a single string holds; nothing is unpickled.
+    """Extracts the string from the pickle of a single string, without unpickling.
 
     Raises:
       ValueError: the pickle is damaged, or holds anything else.

@@ -1,8 +1,8 @@
-"""Today's API of the nano programs: this file is what runs in the sandbox before a program.
+"""The API that runs in the sandbox before a program of kind `nano_code`.
 
-It stands alone. Each function takes its arguments by name, raises a `TypeError` that lists all that
-is wrong with them, and notes what it did in `done`. Names, forms and wording are those of
-`tool_apis.TODAY`, which `tests/test_code_nano.py` holds it to.
+It is self-contained. Each function takes its arguments by name, raises a
+`TypeError` that lists everything that is wrong with them, and records the call in `done`. Names,
+forms and wording are those of `toy_apis.TODAY`; `tests/test_nano_code.py` compares them.
 """
 
 done: list[list[object]] = []

@@ -1,7 +1,7 @@
-"""Programming problems: what is asked, what runs in the sandbox, what is then expected of it.
+"""Programming problems and their test cases.
 
-A `Case` keeps the two sides of a test apart. `test` goes into the sandbox with the model's program;
-`verdict` never does: it says outside what the observation must be.
+A `Case` separates the two sides of a test: `test` enters the sandbox with the model's program;
+`verdict`, the expected observation, never does.
 """
 
 import random
@@ -12,19 +12,19 @@ from sdpo_jax.environments.sandbox.protocol import Limits, Test
 
 
 class Equals(NamedTuple):
-    """The value observed has to be this one."""
+    """The observed value has to equal this one."""
 
     expected: Any
 
 
 class Prints(NamedTuple):
-    """Standard output has to be this text, white space apart."""
+    """Standard output has to equal this text, except for white space."""
 
     expected: str
 
 
 class Holds(NamedTuple):
-    """This expression has to be true of the list of values observed, `_0`, `_1`, ...
+    """This expression has to be true of the observed values `_0`, `_1`, ...
 
     It is evaluated by `expressions.evaluate`, not by Python.
     """
@@ -33,7 +33,7 @@ class Holds(NamedTuple):
 
 
 class InBox(NamedTuple):
-    """The test itself decides, where the program could tamper with it: it has to end in peace."""
+    """The test decides inside the sandbox, where the program could tamper with it: no exception."""
 
 
 Verdict = Equals | Prints | Holds | InBox
@@ -45,11 +45,11 @@ class Case(NamedTuple):
     test: Test
     verdict: Verdict
     input: str
-    """As feedback shows it."""
+    """The input as feedback shows it."""
     expected: str
-    """As feedback shows it."""
+    """The expected result as feedback shows it."""
     public: bool = False
-    """Shown in the question itself; feedback may show it whatever the seed says."""
+    """Whether the question itself shows the case; then feedback may always show it."""
 
 
 class Problem(NamedTuple):
@@ -59,20 +59,21 @@ class Problem(NamedTuple):
     question: str
     cases: tuple[Case, ...]
     prelude: str = ""
-    """Source that runs before the program; the program's line numbers do not count it."""
+    """Source that runs before the program and does not count in its line numbers."""
     limits: Limits = Limits()
     reference: str = ""
-    """A response that passes, where one is known."""
+    """A response that passes, if one is known."""
     difficulty: str = ""
-    """As the data say, such as `hard`; evaluation splits accuracy by it."""
+    """The dataset's label, such as `hard`; evaluation splits accuracy by it."""
 
 
 def public_cases(problem: Problem, share: float, seed: int) -> tuple[int, ...]:
-    """Which cases training and feedback may use: sorted indices, the same for the same seed.
+    """Sorted indices of the cases that training and feedback may use, determined by the seed.
 
-    Those that the question shows, filled up at random to ⌊share · n⌋, at least one. The reference
-    (`data/split_tests.py`) draws half of the hidden tests with one generator over all problems, so
-    that leaving out a problem changes those after it; here each problem has its own.
+    They are the cases that the question shows, filled up at random to ⌊share · n⌋, at least one.
+    The reference (`data/split_tests.py`) draws half of the hidden tests with one generator for all
+    problems, so that removing a problem changes the draws of the others; here each problem has its
+    own generator.
     """
     count = max(1, int(share * len(problem.cases)))
     shown = [i for i, case in enumerate(problem.cases) if case.public]
@@ -82,7 +83,7 @@ def public_cases(problem: Problem, share: float, seed: int) -> tuple[int, ...]:
 
 
 def split(problems: Sequence[Problem], held_out_share: float, seed: int) -> list[list[Problem]]:
-    """Problems to learn from and problems to evaluate on, disjoint, in their own order."""
+    """Splits problems into training and held-out ones; both keep the order of `problems`."""
     order = list(range(len(problems)))
     random.Random(f"split:{seed}").shuffle(order)
     held_out = set(order[: round(held_out_share * len(problems))])

@@ -1,11 +1,11 @@
-"""When a value that was observed is the one that was expected, both as JSON gives them.
+"""Compares an observed value with the expected one, both decoded from JSON.
 
-* A boolean equals a boolean alone: `1` is not `true`. (Python and LiveCodeBench take it.)
-* A tuple is a list: JSON knows no other.
-* Against an expected integer a number has to be equal: 2.0 is 2 (the SDPO reference refuses it).
-* Against an expected float a number may differ by 1e-6 of it, or by 1e-9: the last digits depend on
-  the order of operations, which no question fixes. (The reference compares the digits.)
-* Strings, null, keys of objects and lengths have to be the same; nothing is converted.
+* A boolean equals only a boolean: `1` is not `true` (Python and LiveCodeBench accept it).
+* A tuple equals a list, because JSON has no tuples.
+* An expected integer needs an equal number: 2.0 equals 2 (the SDPO reference refuses it).
+* An expected float tolerates a relative error of 1e-6 or an absolute one of 1e-9: the last digits
+  depend on the order of operations, which no question fixes. (The reference compares the digits.)
+* Strings, null, keys of objects and lengths have to be equal; nothing is converted.
 """
 
 import math
@@ -16,9 +16,9 @@ RELATIVE, ABSOLUTE = 1e-6, 1e-9
 
 
 def same_value(given: Any, expected: Any) -> bool:
-    """Whether `given` counts as `expected`.
+    """Whether `given` equals `expected`.
 
-    Recursion goes no deeper than `expected`, which is ours, so a program cannot exhaust the stack.
+    The recursion is no deeper than `expected`, so a program cannot exhaust the stack.
     """
     if isinstance(given, list | tuple) and isinstance(expected, list | tuple):
         ours, theirs = cast("Sequence[Any]", given), cast("Sequence[Any]", expected)

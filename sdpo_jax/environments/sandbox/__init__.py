@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote, and returns what was seen: observations, never verdicts."""
+"""A sandbox for programs that a model wrote; it returns observations, never verdicts."""
 
 from sdpo_jax.environments.sandbox.open import Tier, open_sandbox
 from sdpo_jax.environments.sandbox.protocol import (

@@ -1,8 +1,8 @@
-"""Starts modules of this package in a bare interpreter, from their text.
+"""Starts modules of this package in a bare interpreter from their source text.
 
-The package's parents import jax, and a box cannot read the package's folder: so the few modules go
-along as text, or as code that the same interpreter compiled before, and empty packages stand in for
-the parents.
+The package's parents import jax, and a box cannot read the package's folder. Therefore the few
+modules are passed as text, or as code that the same interpreter compiled before, and empty packages
+replace the parents.
 """
 
 import base64

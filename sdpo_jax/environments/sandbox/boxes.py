@@ -1,9 +1,10 @@
-"""How each tier starts a box: a process that reads frames on 0 and answers on 1."""
+"""Starts the box of each tier: a process that reads frames on descriptor 0 and answers on 1."""
 
 import base64
 import fcntl
 import itertools
 import os
+import select
 import shutil
 import signal
 import socket
@@ -17,13 +18,13 @@ from typing import Any, NamedTuple
 from sdpo_jax.environments.sandbox import frames, seccomp
 
 _UIDS = range(64001, 65534)
-"""Where the daemon is root, each slot runs under one of these: no account of a distribution."""
+"""User ids of the slots if the daemon is root; distributions assign none of them."""
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
     "TZ": "UTC",
     "PYTHONHASHSEED": "0",
-    # Each thread of a BLAS takes memory before it does anything.
+    # Each BLAS thread allocates memory as soon as it starts.
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -32,10 +33,12 @@ _ENVIRONMENT = {
 
 _PIPE_BYTES = 256 << 10
 """Room for the runner's code in the pipe of a box that does not read yet."""
+_START_SECONDS = 120.0
+"""Time in which a box has to start."""
 
 
 class Plan(NamedTuple):
-    """What a tier is made of; the daemon gets it as its first frame."""
+    """The parts of a tier; the daemon receives them as its first frame."""
 
     tier: str
     python: str
@@ -47,18 +50,18 @@ class Plan(NamedTuple):
     runner: str
     """The program text that starts the runner."""
     code: str
-    """What that text reads first: the runner's compiled modules, in base64."""
+    """The first input of that text: the runner's compiled modules, in base64."""
     bwrap: str = ""
     disable_userns: bool = False
     landlock: bool = False
     deny_signals: bool = False
     work_root: str = ""
-    """Where the directories of the tests lie, for a tier without a file system of its own."""
+    """Parent of the tests' directories, for a tier without a file system of its own."""
     environment: Mapping[str, str] = {}
 
 
 class BoxError(Exception):
-    """A box that could not start; says what its start printed."""
+    """A box could not start; the message holds what it printed."""
 
 
 class Box:
@@ -79,22 +82,32 @@ class Box:
             _running.add(self.process.pid)
         assert self.process.stdin and self.process.stdout
         self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
-        # A box that is gone already says so when it is given a program.
+        # A box that has already ended is noticed when it gets a program.
         with suppress(OSError):
-            # So that nobody waits for the interpreter to come up and read.
+            # Large enough that the write does not wait for the interpreter to start.
             fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             frames.write_all(self._in, base64.b64decode(plan.code))
 
     def take(self, program: Mapping[str, Any]) -> None:
-        """Gives the box its program; raises `BoxError`, and is closed, where it did not start."""
-        try:
-            frames.write(self._in, self._setup(program))
-            greeting = frames.read(self._out)
-        except (OSError, frames.FrameError):
-            greeting = None
-        # What is inside may outlive its bwrap for a moment, and would end in the middle of a test.
+        """Sends the box its program; if the box did not start, closes it and raises `BoxError`."""
+        greeting = None
+        with suppress(OSError, frames.FrameError):
+            if self.process.poll() is None:
+                frames.write(self._in, self._setup(program))
+                greeting = self._greeting()
+        # The runner may outlive its bwrap for a moment and would then end in the middle of a test.
         if greeting is None or self.process.poll() is not None:
             raise BoxError(self.close() or "the box ended at its start and said nothing")
+
+    def _greeting(self) -> dict[str, Any] | None:
+        """The runner's first frame; None if the box ended or did not start in time."""
+        waiting, deadline = select.poll(), time.monotonic() + _START_SECONDS
+        waiting.register(self._out, select.POLLIN)
+        # A bwrap that is killed at its start may leave a child that holds the pipe for ever.
+        while not waiting.poll(1000):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return None
+        return frames.read(self._out)
 
     def _start(self, filter_fd: int, size: int) -> subprocess.Popen[bytes]:
         command = [self._plan.python, "-s", "-S", "-B", "-c", self._plan.runner]
@@ -124,7 +137,7 @@ class Box:
         }
 
     def _new_directory(self) -> str:
-        # A new name each time: what could not be removed must not greet the next program.
+        # A new name each time: the next program must not see what could not be removed.
         path = f"{self._plan.work_root}/{next(_numbers)}"
         os.mkdir(path, mode=0o700)
         if self._own_uid:
@@ -144,20 +157,20 @@ class Box:
             "readable": ["/usr", "/lib", "/lib64", "/bin", *plan.mounts]
             + (["/proc"] if plan.bwrap else []),
             "filter": base64.b64encode(code).decode(),
-            # A limit on the number of processes counts a uid's: sense only where it is the slot's.
+            # The limit counts all processes of the uid, so it needs a uid of the slot's own.
             "count_processes": bool(plan.bwrap) or self._own_uid,
             "watch_files": not plan.bwrap,
         }
 
     def begin(self, test: Mapping[str, Any], seconds: float) -> None:
-        """Hands a test over, to be answered within `seconds`; a box that is gone shows in `end`."""
+        """Sends a test with `seconds` to answer it; `end` reports a box that has ended."""
         self._timer = threading.Timer(seconds, self._expire)
         self._timer.start()
         with suppress(OSError):
             frames.write(self._in, test)
 
     def end(self) -> dict[str, Any] | None:
-        """The runner's answer; None where the box ended, with `expired` where it gave none."""
+        """The runner's answer; None if the box ended, with `expired` set after a timeout."""
         try:
             return frames.read(self._out)
         except (OSError, frames.FrameError):
@@ -181,7 +194,7 @@ class Box:
         process.wait()
         with _starting:
             _running.discard(process.pid)
-            # What lost its runner or its bwrap is the daemon's child now, if only to be reaped.
+            # Orphans of a runner or bwrap are the daemon's children now and must be reaped.
             _end(lambda: [p for p in children(os.getpid()) if p not in _running])
         said = ""
         with suppress(OSError):
@@ -194,7 +207,7 @@ class Box:
         return said
 
     def _kill_tree(self) -> None:
-        """Ends the runner and its descendants where no PID namespace does it."""
+        """Ends the runner and its descendants if there is no PID namespace that does so."""
         pid = self.process.pid
         _end(lambda: _below(pid))
         self.process.kill()
@@ -211,7 +224,7 @@ _running: set[int] = set()
 
 
 def _bubblewrap(plan: Plan, size: int, filter_fd: int) -> list[str]:
-    """The command that closes a process off; order matters, later mounts lie over earlier ones."""
+    """The bwrap command of a box; the order matters, because later mounts cover earlier ones."""
     command = [plan.bwrap, "--unshare-user", "--unshare-all", "--uid", "65534", "--gid", "65534"]
     command += ["--disable-userns"] if plan.disable_userns else []
     command += ["--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv"]
@@ -259,7 +272,7 @@ def remove(path: str) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that `pid` is the parent of."""
+    """The children of a process."""
     found: list[int] = []
     with suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -274,7 +287,7 @@ def _below(pid: int) -> list[int]:
         below = children(queue.pop())
         found += below
         queue += below
-    # The dead wait for their parent to look, and cannot be killed again.
+    # Zombies wait to be reaped by their parent and cannot be killed again.
     return [pid for pid in found if _alive(str(pid))]
 
 
@@ -294,7 +307,7 @@ def _alive(name: str) -> bool:
 
 
 def _end(listed: Callable[[], Sequence[int]]) -> None:
-    """Kills what `listed()` names until it names nothing: stopped first, so that none forks on."""
+    """Stops, then kills the processes of `listed()` until none is left, so that none can fork."""
     deadline = time.monotonic() + _END_SECONDS
     while (pids := listed()) and time.monotonic() < deadline:
         for number in (signal.SIGSTOP, signal.SIGKILL):
@@ -308,7 +321,7 @@ def _end(listed: Callable[[], Sequence[int]]) -> None:
 
 
 def close_all(plan: Plan) -> None:
-    """Ends every box of this process, for the executor's own end."""
+    """Ends every box of this process, before the executor itself ends."""
     with _starting:
         _end(lambda: _below(os.getpid()))
     if plan.work_root:

@@ -24,7 +24,7 @@ from sdpo_jax.environments.sandbox.protocol import (
 from sdpo_jax.environments.sandbox.report import Report
 
 _ATTEMPTS = 3
-"""Executors that a program may outlive before its tests count as failures of ours."""
+"""Number of executors that are tried for a program before its tests count as not graded."""
 
 
 class ExecutorEndedError(Exception):
@@ -40,11 +40,11 @@ class LocalSandbox:
         self._executor: Executor | None = None
         self._closed = False
         self.report: Report | None = None
-        """What the tier is made of and held at its start."""
+        """The parts of the tier and the attacks that it blocked at its start."""
 
     @property
     def tier(self) -> str:
-        """What holds the programs."""
+        """The isolation of the programs."""
         return self._plan.tier
 
     @property
@@ -126,7 +126,7 @@ class Executor:
         self.ended = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        # An executor that ended at its start is noticed by the reader.
+        # The reader notices an executor that ended at its start.
         with suppress(OSError):
             self._send(frames.encode({"plan": plan._asdict(), "slots": slots}))
 
@@ -158,7 +158,7 @@ class Executor:
             self._reader.join(timeout=10)
 
     def _send(self, data: bytes) -> None:
-        # A lock of its own: while a long frame waits for room, answers must still come in.
+        # A separate lock: answers must still be read while a long frame waits for room.
         with self._sending:
             frames.write_all(self._socket.fileno(), data)
 

@@ -1,6 +1,6 @@
-"""What a box takes away from itself: prctl, limits, Landlock and seccomp, through ctypes.
+"""Confines a box from inside: prctl, limits, Landlock and seccomp, through ctypes.
 
-Everything here only narrows, so a program that calls it again gains nothing. Numbers are the
+Every call only removes rights, so a program that repeats it gains nothing. The numbers are the
 kernel's (`include/uapi/linux`): prctl.h, landlock.h, seccomp.h.
 """
 
@@ -62,7 +62,7 @@ def die_with_parent() -> None:
 
 
 def set_limits(limits: Mapping[str, Any], count_processes: bool) -> None:
-    """The kernel's limits per process; soft is hard, so none can be raised or caught."""
+    """Sets the kernel's limits per process; hard limits too, so that none can be raised."""
     cpu = math.ceil(limits["cpu_seconds"]) + 1
     wanted = {
         resource.RLIMIT_AS: limits["memory_mb"] << 20,
@@ -83,7 +83,7 @@ def set_limits(limits: Mapping[str, Any], count_processes: bool) -> None:
 
 
 def landlock_abi() -> int:
-    """The kernel's Landlock version; 0 where it has none."""
+    """The kernel's Landlock version; 0 if it has none."""
     found = _libc.syscall(_LANDLOCK["create"], None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     return max(found, 0)
 
@@ -118,7 +118,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
-        # A path that is absent cannot be granted; the program sees it as absent too.
+        # A path that does not exist cannot be granted and is absent for the program, too.
         return
     if not os.path.isdir(path):
         rights &= ~_READ_DIR

@@ -1,8 +1,8 @@
 """The executor: a small process beside the trainer that starts boxes and collects observations.
 
-It is started from text in a bare interpreter with an empty environment, so it holds neither the
-trainer's memory nor its secrets. Frames come in on descriptor 0 and go out on it too (a socket
-pair); the end of that stream ends the executor and every box.
+It starts from source text in a bare interpreter with an empty environment, so it has neither the
+trainer's memory nor its secrets. Descriptor 0 is a socket pair that carries frames in both
+directions; when it closes, the executor and every box end.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from typing import Any
 from sdpo_jax.environments.sandbox import boxes, confine, frames
 
 _STARTS = 3
-"""Times a box is started before its tests count as failures of ours."""
+"""Attempts to start a box before its tests count as not graded."""
 _MARGIN_SECONDS = 30.0
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     if hello is not None:
         plan = boxes.Plan(**dict[str, Any](hello["plan"]))
         Executor(plan, hello["slots"]).serve(parent)
-        # The slots' threads may wait for boxes: end them all, and the boxes with their pipes.
+        # The slots' threads may be waiting for boxes; ending the boxes wakes them.
         boxes.close_all(plan)
     os._exit(0)
 
@@ -71,7 +71,7 @@ class Executor:
             try:
                 seen = slot.observe(request, lambda: not self._work.empty())
             except Exception as error:
-                # A defect here must not cost the slot: the trainer hears of it and goes on.
+                # A bug here must not cost the slot: report it to the trainer and go on.
                 seen = [_infrastructure(f"{type(error).__name__}: {error}")] * len(request["tests"])
             try:
                 with self._sending:
@@ -93,7 +93,7 @@ class Slot:
         self._ready: boxes.Box | None = None
 
     def observe(self, program: Mapping[str, Any], more: Callable[[], bool]) -> list[dict[str, Any]]:
-        """What was seen of each test; `more()` says whether another program waits."""
+        """The observation of each test; `more()` is whether another program waits."""
         limits = program["limits"]
         patience = 5 * limits["wall_seconds"] + _MARGIN_SECONDS
         seen: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ class Slot:
                 answer = box.end()
                 seen.append(answer or _ended(box))
                 if not answer or not answer["clean"]:
-                    # The box ended, or the test left more than a sweep removes: take a new one.
+                    # The box ended, or removing its files would take too long: take a new one.
                     box.close()
                     box = None
         except boxes.BoxError as error:
@@ -119,14 +119,14 @@ class Slot:
         return seen
 
     def rest(self) -> None:
-        """Ends every box: nothing waits while there is nothing to run."""
+        """Ends every box, because no program waits."""
         self._close_used()
         if self._ready is not None:
             self._ready.close()
             self._ready = None
 
     def _leave(self, box: boxes.Box) -> None:
-        """Ends a box whose tests have; what is slow about it has time while the next one works."""
+        """Ends a box whose tests are done; the slow part happens while the next box works."""
         self._close_used()
         box.process.kill()
         self._used = box
@@ -137,21 +137,21 @@ class Slot:
             self._used = None
 
     def _turn(self, file_mb: int, more: Callable[[], bool]) -> None:
-        """What has time while a program runs."""
+        """Starts the next box and ends the previous ones while a program runs."""
         self._close_used()
         if self._ready is None and more():
-            # A start that fails is tried again when the box is due, and complained of there.
+            # A failed start is retried, and reported, when the box is needed.
             with suppress(OSError):
                 self._ready = boxes.Box(self._plan, next(self._uids), file_mb)
 
     def _open(self, program: Mapping[str, Any]) -> boxes.Box:
-        """A box with the program in it; raises `BoxError` where none starts."""
+        """A box that has the program; raises `BoxError` if none starts."""
         size, ready = program["limits"]["file_mb"], self._ready
         self._ready = None
         if ready is not None and ready.file_mb != size:
             ready.close()
         elif ready is not None:
-            # One that died while it waited is closed already, and another one takes its place.
+            # A box that died while it waited is already closed; start another one.
             with suppress(boxes.BoxError):
                 ready.take(program)
                 return ready
@@ -168,7 +168,7 @@ class Slot:
 
 
 def _ended(box: boxes.Box) -> dict[str, Any]:
-    """A box that is gone: by our clock, or by what the program did to it."""
+    """A box ended, because of our time limit or because of the program."""
     if box.expired:
         return _infrastructure("the box gave no answer in time")
     return _blank("died", "the box ended before the test did")

@@ -27,7 +27,7 @@ def encode(message: Any) -> bytes:
 
 
 def write(fd: int, message: Any) -> None:
-    """Writes one frame; raises `OSError` where the other side is gone."""
+    """Writes one frame; raises `OSError` if the other side is gone."""
     write_all(fd, encode(message))
 
 

@@ -1,14 +1,14 @@
-"""The forked child of a box: runs one test of one program and writes one record.
+"""Runs in a forked child of a box: one test of one program, which writes one record.
 
-A record is a status, a line break and a text: the JSON value after `done`, else the error. All of
-it is written beside the program, so the reader takes it as data that the program chose.
+A record is a status, a line break and a text: the JSON value after `done`, else the error. The
+program shares this process, so the reader treats the whole record as data that the program chose.
 
 Departures from the reference grader (lasgroup/SDPO, `feedback/code.py`): all builtins and the whole
-standard library, where it has a list that lacks exceptions, `super` and more, since the box holds
-the program and not its names; expected values are not here; methods of `Solution` can be called; a
-script's `sys.exit(0)` is an end like any other, while a called function that exits has `died`. What
-does not work here: sockets, POSIX semaphores (so `multiprocessing` locks and pools), packages that
-are not mounted.
+standard library are available, whereas its list lacks exceptions, `super` and more, because the box
+confines the process and not its names; expected values are not here; methods of `Solution` can be
+called; a script's `sys.exit(0)` is a normal end, while a called function that exits has `died`.
+Sockets, POSIX semaphores (so `multiprocessing` locks and pools) and packages that are not mounted
+do not work.
 """
 
 import os
@@ -31,7 +31,7 @@ def run_test(source: str, test: Mapping[str, Any], limit: int, result_fd: int) -
     except BaseException as error:
         record = _failure(error)
     _flush()
-    # A copy of this process that the program forked has no say in the outcome.
+    # A fork that the program made must not write the outcome.
     if os.getpid() == process:
         data = record.encode("utf-8", "replace")
         while data:
@@ -60,7 +60,7 @@ def _observe(source: str, test: Mapping[str, Any], limit: int) -> str:
 
 
 def _run_main(code: Any, namespace: dict[str, Any]) -> str:
-    """Runs the program as a script, with what the interpreter does at the end of one."""
+    """Runs the program as a script, including the interpreter's cleanup at its end."""
     import atexit
     import threading
 
@@ -72,7 +72,7 @@ def _run_main(code: Any, namespace: dict[str, Any]) -> str:
             outcome = f"error\nSystemExit: {error.code!r}\n{_frames(error)}"
     except BaseException as error:
         outcome = _failure(error)
-    # What an interpreter does at its end: waits for the threads, then calls the exit functions.
+    # As an interpreter at its end: wait for the threads, then call the exit functions.
     wait_for_threads: Any = threading.__dict__["_shutdown"]
     wait_for_threads()
     run_exit_functions: Any = atexit.__dict__["_run_exitfuncs"]
@@ -98,7 +98,7 @@ def _evaluate(namespace: dict[str, Any], test: Mapping[str, Any]) -> Any:
 
 
 def _module(name: str) -> ModuleType:
-    """A fresh module under its name: dataclasses and pickle look a class's module up."""
+    """Registers a fresh module under its name: dataclasses and pickle look it up."""
     module = ModuleType(name)
     sys.modules[name] = module
     return module
@@ -110,7 +110,7 @@ def _failure(error: BaseException) -> str:
     try:
         message = str(error.msg) if isinstance(error, SyntaxError) else str(error)
     except BaseException:
-        # A program's own __str__ may raise; the class still tells what happened.
+        # A program's own __str__ may raise; the class is still informative.
         message = ""
     head = f"{kind.__name__}: {message[:_MAX_MESSAGE]}" if message else f"{kind.__name__}"
     return f"{status}\n{head}\n{_frames(error)}".rstrip()
@@ -135,5 +135,5 @@ def _flush() -> None:
         try:
             stream.flush()
         except BaseException:
-            # The program may have closed or replaced its streams: then there is nothing to save.
+            # The program may have closed or replaced its streams; then there is nothing to flush.
             continue

@@ -1,4 +1,4 @@
-"""Opens a sandbox: chooses the tier, tries it once, refuses with the remedy."""
+"""Opens a sandbox: chooses a tier and tries it once; an error names the remedy."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from sdpo_jax.errors import UserError
 Tier = Literal["auto", "bubblewrap", "landlock", "unsafe-local", "remote"]
 _log = logging.getLogger("sdpo_jax.sandbox")
 _RESERVE = 1
-"""Cores left to the trainer."""
+"""Cores that are left to the trainer."""
 _REFUSAL = """\
 sandbox: no tier can hold a program on this machine
   {problems}
@@ -71,7 +71,7 @@ def open_sandbox(
 
 
 def _check_mounts(mounts: Sequence[str], *, remote: bool) -> None:
-    """Refuses what is no folder; of those of a service only the form is known."""
+    """Refuses mounts that are not folders; for a service only the form can be checked."""
     for mount in mounts:
         if remote and not mount.startswith("/"):
             raise UserError(

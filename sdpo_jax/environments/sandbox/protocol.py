@@ -1,8 +1,8 @@
-"""What goes into the sandbox and what comes out.
+"""The sandbox's interface: programs with their tests in, observations out.
 
-In: a program and inputs. Out: what was observed (output, value, error, CPU time). Expected results
-and the comparison never enter the sandbox, so nothing inside can forge a verdict; the one exception
-is `Check`, whose outcome is decided where the program could tamper with it.
+An observation is output, value, error and CPU time. Expected results and the comparison never enter
+the sandbox, so a program cannot forge a verdict. The one exception is `Check`, which decides inside
+the sandbox, where the program could tamper with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,21 +11,22 @@ from typing import Any, Literal, NamedTuple, Protocol
 Status = Literal[
     "done", "error", "time_limit", "memory_limit", "output_limit", "died", "infrastructure"
 ]
-"""How a test ended: with a result; with an exception; by more CPU time, memory or output than
-allowed; by an exit without a result (`os._exit`, a signal); by a failure of ours (a box that could
-not start, a wall clock far beyond the CPU limit), which says nothing about the program."""
+"""How a test ended: with a result; with an exception; by exceeding CPU time, memory or output; by
+an exit without a result (`os._exit`, a signal); by a failure of the sandbox itself (a box that
+could not start, wall-clock time far beyond the CPU limit), which implies nothing about the
+program."""
 
 
 class Limits(NamedTuple):
-    """What each test of a program may use."""
+    """The limits of each test of a program."""
 
     cpu_seconds: float = 2.0
-    """CPU time decides `time_limit`, so that a loaded machine changes no verdict."""
+    """CPU time decides `time_limit`, so that a busy machine changes no verdict."""
     wall_seconds: float = 10.0
-    """Waiting (a sleep, a lock) longer than this is a `time_limit` where the CPU was idle, too."""
+    """Waiting (a sleep, a lock) longer than this is a `time_limit`, too, if the CPU was idle."""
     memory_mb: int = 1024
     output_bytes: int = 65_536
-    """Of standard output and of standard error, each; and of a returned value, as JSON."""
+    """Limit of standard output, of standard error, and of a returned value as JSON, each."""
     processes: int = 64
     file_mb: int = 16
 
@@ -69,7 +70,7 @@ class Program(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What was seen of one test."""
+    """The observation of one test."""
 
     status: Status
     stdout: str = ""
@@ -87,7 +88,7 @@ class Sandbox(Protocol):
 
     @property
     def tier(self) -> str:
-        """What holds the programs: `bubblewrap`, `landlock`, `unsafe-local` or `remote`."""
+        """The isolation: `bubblewrap`, `landlock`, `unsafe-local` or `remote`."""
         ...
 
     def run(self, programs: Sequence[Program]) -> list[list[Observation]]:

@@ -1,10 +1,10 @@
 """A sandbox behind HTTP: any service with the `/run_code` form of ByteDance's SandboxFusion.
 
-One request per test, so that each starts in a fresh process; the isolation is the service's. The
-program runs beside a small driver, which leaves its record in a file that the request fetches.
-Differences from a local box: the service's clock is a wall clock, so `wall_seconds` ends a test,
-and CPU time beyond the limit only where the kernel counts it for one process; `cpu_seconds` of an
-observation is the service's execution time; memory is limited per process.
+Each test is one request, so that it starts in a fresh process; the isolation is the service's. The
+program runs beside a small driver, which writes its record to a file that the request fetches.
+Differences from a local box: the service measures wall-clock time, so `wall_seconds` ends a test,
+and the limit on CPU time holds per process; `cpu_seconds` of an observation is the service's
+execution time; memory is limited per process.
 """
 
 import base64
@@ -54,7 +54,7 @@ main()
 
 
 class RemoteSandbox:
-    """Sends tests to a service, `slots` at a time; raises `UserError` where it does not answer."""
+    """Sends tests to a service, `slots` at a time; raises `UserError` if it does not answer."""
 
     tier = "remote"
 
@@ -86,7 +86,7 @@ class RemoteSandbox:
         return [[future.result() for future in tests] for tests in futures]
 
     def close(self) -> None:
-        """Stops sending; waits for what is under way."""
+        """Stops sending and waits for the requests under way."""
         self._pool.shutdown(cancel_futures=True)
 
     def _observe(self, program: Mapping[str, Any], test: Mapping[str, Any]) -> Observation:
@@ -102,7 +102,7 @@ class RemoteSandbox:
                     return _read(answer, program["limits"])
                 reason = str(answer.get("message", ""))
             except _FAILURES as error:
-                # The network, or an answer in another form: both say nothing about the program.
+                # A network error or a malformed answer implies nothing about the program.
                 reason = f"{type(error).__name__}: {error}"
         return Observation("infrastructure", error=f"{self._url}: {reason}"[:500])
 
@@ -124,7 +124,7 @@ class RemoteSandbox:
         }
 
     def _post(self, body: dict[str, Any], limits: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The service's answer, or None where it is longer than anything we asked for."""
+        """The service's answer; None if it is longer than any valid answer."""
         message = urllib.request.Request(
             self._url, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )

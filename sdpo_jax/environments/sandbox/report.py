@@ -1,10 +1,10 @@
-"""What a sandbox says about itself."""
+"""The report of a sandbox: its tier, its Python, and the attacks that it was tested with."""
 
 from typing import NamedTuple
 
 
 class Report(NamedTuple):
-    """What a sandbox is made of and what it held at its start."""
+    """The parts of a sandbox; `held` lists the attacks that it blocked, `open` the others."""
 
     tier: str
     interpreter: str

@@ -1,4 +1,4 @@
-"""The trusted process inside a box: forks a child per test, watches it, reports what it saw.
+"""The trusted process inside a box: forks a child per test, watches it and reports observations.
 
 It reads frames from descriptor 0 and answers on descriptor 1. The program runs only in the forked
 children, so nothing it does to its interpreter reaches the runner or the next test. The runner
@@ -18,7 +18,7 @@ from sdpo_jax.environments.sandbox import confine, frames, inside, watch
 
 _ROOM_FOR_RECORD = 4096
 _RULESET = 9
-"""Where the ruleset's descriptor lies: above the four that a test gets."""
+"""The ruleset's descriptor, above the four that a test gets."""
 
 
 class Runner:
@@ -38,7 +38,7 @@ class Runner:
             self._ruleset = ruleset if ruleset < 0 else os.dup2(ruleset, _RULESET)
 
     def run(self, test: Mapping[str, Any]) -> dict[str, Any]:
-        """Forks the child, watches it to its end, kills what it left."""
+        """Forks the child, watches it to its end, and kills its remaining processes."""
         stdin = test["stdin"].encode("utf-8", "replace") if test["kind"] == "run" else b""
         pipes = {name: os.pipe() for name in ("stdin", "stdout", "stderr", "result")}
         child = os.fork()
@@ -51,7 +51,7 @@ class Runner:
         readers = {
             pipes["stdout"][0]: watch.Reader("stdout", output),
             pipes["stderr"][0]: watch.Reader("stderr", output),
-            # JSON escapes a character to six at most.
+            # JSON escapes one character to at most six.
             pipes["result"][0]: watch.Reader("result", 6 * output + _ROOM_FOR_RECORD),
         }
         seen = watch.watch(child, readers, (pipes["stdin"][1], stdin), self._limits, self._watched)
@@ -64,7 +64,7 @@ class Runner:
             confine.set_limits(self._limits, self._count)
             if self._ruleset >= 0:
                 confine.restrict(self._ruleset)
-            # The ruleset's descriptor would let the program widen nothing, but it is not its own.
+            # The program could not gain rights by the ruleset's descriptor, but does not need it.
             os.closerange(4, 256)
             if self._filter:
                 confine.filter_system_calls(self._filter)
@@ -109,7 +109,7 @@ def _raised(fd: int) -> int:
 
 def main() -> None:
     """Answers frames until the stream ends: first the set-up, then one test after the other."""
-    # At once: a box may wait a while for its program, beside another one that runs.
+    # At once, because a box may wait for its program while another one runs.
     confine.harden_runner()
     setup = frames.read(0)
     if setup is None:

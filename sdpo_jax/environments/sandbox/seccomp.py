@@ -1,8 +1,8 @@
-"""The system calls that no program in a box may make, as a BPF program built by hand.
+"""The system calls that are forbidden in a box, as a handwritten BPF program.
 
-A deny-list: the interpreter and its libraries need several hundred other calls, and namespaces,
-Landlock and an own uid hold what is left. Calls of another architecture or of the x32 ABI kill the
-process, since they would slip past the numbers below.
+It is a deny-list: the interpreter and its libraries need several hundred other calls, which
+namespaces, Landlock and a separate uid confine. Calls of another architecture or of the x32 ABI
+kill the process, because the numbers below would not match them.
 """
 
 import platform
@@ -67,7 +67,7 @@ _NUMBERS: dict[str, tuple[int, int]] = {
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
-    # Priorities and affinity reach the slots beside this one.
+    # Priorities and affinity affect the other slots.
     "sched_setaffinity": (203, 122),
     "sched_setscheduler": (144, 119),
     "sched_setattr": (314, 274),
@@ -92,7 +92,7 @@ _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 
 
 def supported() -> bool:
-    """Whether this architecture's numbers are known."""
+    """Whether the call numbers of this architecture are known."""
     return platform.machine() in _AUDIT
 
 

@@ -1,4 +1,4 @@
-"""A short attack list, run once at the start of a sandbox: what it holds, by effect."""
+"""A few attacks that run once when a sandbox starts, to report what it really blocks."""
 
 import os
 import socket
@@ -54,7 +54,7 @@ def examine(sandbox: Sandbox, interpreter: str, kernel: str) -> Report:
             seen = sandbox.run([Program(source, tuple(tests), limits)])[0]
         finally:
             os.environ.pop(_MARK, None)
-        # A file system of the box's own takes the write: what counts is the file outside.
+        # The write may succeed in a file system of the box; only the file outside counts.
         written = os.path.exists(file.name + ".new")
         with suppress(OSError):
             os.unlink(file.name + ".new")

@@ -1,8 +1,8 @@
-"""What each tier needs of this machine, and what to do where it is missing.
+"""The requirements of each tier on this machine, and the remedy if one is missing.
 
-A box runs under a uid of its own where this process is root, so its interpreter and its mounts have
-to be readable by everybody. An interpreter below a closed home directory is not: then the system's
-`/usr/bin/python3` runs the programs, and the report says so.
+If this process is root, a box runs under a uid of its own, so its interpreter and its mounts must
+be readable by every user. An interpreter below a closed home directory is not; then the system's
+`/usr/bin/python3` runs the programs, and the report names it.
 """
 
 import base64
@@ -23,7 +23,7 @@ _SYSTEM = ("/usr/bin/python3", "/usr/local/bin/python3")
 
 
 class TierError(Exception):
-    """A tier that this machine cannot give; the message says what is missing and the remedy."""
+    """A tier does not work on this machine; the message names what is missing and the remedy."""
 
 
 class Interpreter(NamedTuple):
@@ -35,7 +35,7 @@ class Interpreter(NamedTuple):
 
 
 def bubblewrap(mounts: Sequence[str]) -> boxes.Plan:
-    """Namespaces of their own by bwrap, with seccomp and Landlock.
+    """The tier with namespaces (bwrap), seccomp and Landlock.
 
     Raises `TierError` where the tier cannot be had, `UserError` for a mount that it cannot hold.
     """
@@ -44,7 +44,7 @@ def bubblewrap(mounts: Sequence[str]) -> boxes.Plan:
         raise TierError("bwrap is not installed; `apt install bubblewrap` (or dnf) gives it")
     found = interpreter()
     needed = _readable_by_all(mounts)
-    # A wrong mount is the recipe's fault, not the tier's: `auto` must not fall back for it.
+    # A wrong mount is an error in the recipe, for which `auto` must not take a weaker tier.
     for path, error in (*((path, UserError) for path in needed), (found.prefix, TierError)):
         if _beneath(path, "/tmp"):
             raise error(
@@ -59,7 +59,7 @@ def bubblewrap(mounts: Sequence[str]) -> boxes.Plan:
 
 
 def landlock(mounts: Sequence[str]) -> boxes.Plan:
-    """Landlock, seccomp and an own uid, without namespaces; raises `TierError`."""
+    """The tier with Landlock, seccomp and a separate uid; raises `TierError`."""
     abi = confine.landlock_abi()
     if not abi:
         raise TierError("the kernel has no Landlock; it needs Linux 5.13 with lsm=landlock")
@@ -74,7 +74,7 @@ def landlock(mounts: Sequence[str]) -> boxes.Plan:
 
 
 def unsafe_local(mounts: Sequence[str]) -> boxes.Plan:
-    """This user's rights and this interpreter: limits and fresh directories, no protection."""
+    """The tier without protection: this user's rights, limits and fresh directories only."""
     found = _probe(sys.executable)
     if found is None:
         raise TierError(f"the interpreter {sys.executable} does not run")
@@ -82,7 +82,7 @@ def unsafe_local(mounts: Sequence[str]) -> boxes.Plan:
 
 
 def interpreter() -> Interpreter:
-    """This interpreter's base where a box's uid can read it, else the system's."""
+    """This interpreter's base if the uid of a box can read it, else the system's Python."""
     candidates = [getattr(sys, "_base_executable", "") or sys.executable, *_SYSTEM]
     for path in candidates:
         real = os.path.realpath(path)
@@ -98,7 +98,7 @@ def interpreter() -> Interpreter:
 
 
 def user_namespaces_remedy() -> str:
-    """What to change so that bwrap may make a user namespace."""
+    """The remedy if bwrap may not create a user namespace."""
     return (
         "allow user namespaces: `sysctl -w user.max_user_namespaces=15000`, on Debian also "
         "`sysctl -w kernel.unprivileged_userns_clone=1`, on Ubuntu 24.04 "
@@ -122,7 +122,7 @@ def _plan(
 
 
 def _probe(path: str) -> Interpreter | None:
-    """Asks an interpreter for its version and prefix; None if it does not run."""
+    """Reads the version and prefix of an interpreter; None if it does not run."""
     question = "import sys; print(sys.version.split()[0]); print(sys.base_prefix)"
     try:
         answer = subprocess.run(

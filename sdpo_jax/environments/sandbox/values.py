@@ -1,6 +1,6 @@
-"""Strict JSON: what a program may return, written in the box and read outside.
+"""Strict JSON for the values that a program returns, written in the box and read outside.
 
-`dumps` runs beside the program and may be tampered with; then it writes another value, which the
+`dumps` runs beside the program, which may tamper with it; the effect is another value, which the
 program could have returned anyway. `loads` runs in the trusted process and trusts nothing.
 """
 
@@ -71,7 +71,7 @@ def _key(key: Any, budget: list[int]) -> str:
 
 
 def _text(value: str, budget: list[int]) -> str:
-    """A string that UTF-8 can carry: a lone surrogate would break whoever prints the value."""
+    """Checks that UTF-8 can encode a string: printing a lone surrogate would fail."""
     budget[0] -= len(value)
     if budget[0] < 0:
         raise NotJsonError("the value is too long as JSON")
@@ -83,7 +83,7 @@ def _text(value: str, budget: list[int]) -> str:
 
 
 def _integer(value: int) -> int:
-    """An integer that decimal text can carry: conversion is quadratic, so Python limits it."""
+    """Checks the digits of an integer, which Python limits because conversion is quadratic."""
     if value.bit_length() > 14_000:
         raise NotJsonError("an integer of more than 4,200 digits is not JSON")
     return value

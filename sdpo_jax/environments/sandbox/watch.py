@@ -1,7 +1,7 @@
-"""Watches one test from the runner: bounded reads, CPU time, the wall clock, and the end of all.
+"""Watches one test from the runner: bounded reads, CPU time, wall-clock time, and the cleanup.
 
-CPU time of the child and its descendants decides `time_limit`. The wall clock counts against a
-program only while it sleeps: time spent waiting for a processor is the machine's, not its own.
+The CPU time of the child and its descendants decides `time_limit`. Wall-clock time counts only
+while the program sleeps: the time in which it waits for a processor is not its own.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 SETUP_FAILED = 113
-"""Exit status of a child that could not be confined: a failure of ours."""
+"""Exit status of a child that could not be confined, which is a failure of the sandbox."""
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _CPUCLOCK_SCHED = 2
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -25,11 +25,11 @@ _PROCESS_FACTOR = 2
 """Only where the kernel does not count (a uid shared with others): its own limit comes first."""
 _RECORD_STATUSES = ("done", "error", "memory_limit", "died")
 _CLEANABLE_ENTRIES, _CLEANABLE_PATH = 2000, 500
-"""A test that leaves more or deeper files costs its box: a walk would take longer than a start."""
+"""A test that leaves more or deeper files costs its box: removing them would take longer."""
 
 
 class Reader:
-    """Collects a stream up to a limit; what comes after it is not kept."""
+    """Collects a stream up to a limit and drops the rest."""
 
     def __init__(self, name: str, limit: int):
         self.name = name
@@ -47,12 +47,12 @@ class Reader:
 
     @property
     def text(self) -> str:
-        """What was read, as UTF-8 with replacement."""
+        """The collected bytes, decoded as UTF-8 with replacement."""
         return self.data.decode("utf-8", "replace")
 
 
 class Usage(NamedTuple):
-    """What the test's living processes use at one moment."""
+    """The resources that the test's living processes use at one moment."""
 
     pids: tuple[int, ...]
     cpu_seconds: float
@@ -60,7 +60,7 @@ class Usage(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """How a test ended, before it is read as an observation."""
+    """How a test ended, before it is converted to an observation."""
 
     verdict: str
     exit_status: int
@@ -141,7 +141,7 @@ def watch(
 def _over(
     streams: "_Streams", used: Usage, cpu: float, wall: float, limits: Mapping[str, Any]
 ) -> str:
-    """The limit that the test has gone over, or nothing."""
+    """The limit that the test has exceeded, if any."""
     if streams.closed_by_daemon:
         return "infrastructure"
     if any(reader.overflow for reader in streams.readers.values()):
@@ -162,11 +162,11 @@ def _over(
 
 
 class _Streams:
-    """The pipes of a test: output is read as it comes, input is written as it is taken."""
+    """The pipes of a test: reads output and writes input without blocking."""
 
     def __init__(self, readers: Mapping[int, Reader], stdin: tuple[int, bytes], child: int):
         self.readers = dict(readers)
-        # Wakes the poll at the child's end, which its pipes announce a moment too early or never.
+        # Wakes the poll at the child's end; its pipes may close earlier, or never.
         self._child = os.pidfd_open(child)
         self.closed_by_daemon = False
         self._input, self._left = stdin[0], memoryview(stdin[1])
@@ -176,14 +176,14 @@ class _Streams:
             self._poll.register(fd, select.POLLIN)
         os.set_blocking(self._input, False)
         self._poll.register(self._input, select.POLLOUT)
-        # The daemon's end: if it is gone, nobody waits for this test any more.
+        # The daemon's end of the stream: once it closes, no one needs this test.
         self._poll.register(0, 0)
         self._poll.register(self._child, select.POLLIN)
         if not self._left:
             self._close_input()
 
     def turn(self, seconds: float) -> None:
-        """Waits for traffic, at most so long, and moves what can be moved."""
+        """Waits for traffic, at most for the given time, and transfers what it can."""
         for fd, _ in self._poll.poll(int(seconds * 1000)):
             if fd == 0:
                 self.closed_by_daemon = True
@@ -193,7 +193,7 @@ class _Streams:
                 self._close(fd)
 
     def drain(self) -> None:
-        """Reads what dead processes left in the pipes, then closes them."""
+        """Reads the rest of the pipes after all processes ended, then closes them."""
         self._poll.unregister(self._child)
         os.close(self._child)
         for fd, reader in list(self.readers.items()):
@@ -207,7 +207,7 @@ class _Streams:
         try:
             return self.readers[fd].read(fd)
         except BlockingIOError:
-            # A descendant killed in this moment still holds the pipe: nothing more is coming.
+            # A descendant that is just being killed still holds the pipe; no more data comes.
             return False
 
     def _write(self) -> None:
@@ -216,7 +216,7 @@ class _Streams:
         except BlockingIOError:
             return
         except OSError:
-            # The program closed its standard input: the rest is not wanted.
+            # The program closed its standard input and does not read the rest.
             self._left = memoryview(b"")
         if not self._left:
             self._close_input()
@@ -313,7 +313,7 @@ def _small(path: str, limit: int) -> bool:
     """Whether a directory holds less than `limit` bytes in a bounded number of entries."""
     entries, directories = _CLEANABLE_ENTRIES, [path]
     for directory in directories:
-        # The program renames and removes beside us: what is gone is not counted.
+        # The program may rename and remove files meanwhile; missing ones are not counted.
         with suppress(OSError):
             for entry in os.scandir(directory):
                 entries -= 1
@@ -326,7 +326,7 @@ def _small(path: str, limit: int) -> bool:
 
 
 def empty(path: str) -> bool:
-    """Empties a directory; False if too much is left in it, so that a new box is due."""
+    """Empties a directory; False if too much is left in it, so that a new box is needed."""
     left = _CLEANABLE_ENTRIES
     directories = [path]
     for directory in directories:

@@ -1,25 +1,27 @@
-"""Real tool use: the simple Python calls of the Berkeley Function-Calling Leaderboard.
+"""Kind `bfcl`: the simple Python calls of the Berkeley Function-Calling Leaderboard.
 
-400 requests, each with the documentation of one function; the answer is one call. Data come from
-the installed package bfcl-eval (Apache License 2.0), whose files are read and whose code, with its
-many dependencies, is not imported. Feedback names the argument and what is wrong with it, never the
-accepted value, unless `reveal_expected`.
+The data are 400 requests, each with the documentation of one function; the answer is one call. They
+come from the installed package bfcl-eval (Apache License 2.0): its files are read, its code with
+many dependencies is not imported. Feedback names the argument and what is wrong with it, and never
+the accepted value, unless `reveal_expected`.
 
-Arguments are judged as the leaderboard's checker judges them; `tests/test_bfcl.py` compares both on
-random changes of every row. Departures: feedback lists all that is wrong, where the checker stops
-at the first problem. Answers are read by our own parser (see `function_calls.py`), so that JSON is
-a call too; a tuple is a list; arithmetic, variables and other values that are no literals, long and
-deeply nested answers are refused. What makes the checker itself fail is refused.
+Arguments are graded like in the leaderboard's checker; `tests/test_bfcl.py` compares both on random
+changes of every row. Departures: feedback lists everything that is wrong, whereas the checker stops
+at the first problem. Our own parser reads the answers (`bfcl_calls.py`): it also accepts calls in
+JSON; a tuple counts as a list; arithmetic, variables and other values that are not literals, long
+and deeply nested answers are refused, and so is whatever makes the checker itself fail.
 """
 
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from sdpo_jax.config import SEED, EnvironmentConfig, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.function_calls import (
+from sdpo_jax.environments.bfcl_calls import (
     Accepted,
     Call,
     complaints,
@@ -35,8 +37,23 @@ INSTRUCTION = "Answer with one call of the function and nothing else: name(argum
 _INSTALL = "pip install --no-deps 'bfcl-eval>=2026.3'"
 
 
+@dataclass(frozen=True)
+class BfclConfig(EnvironmentConfig):
+    """The simple Python calls of the Berkeley Function-Calling Leaderboard (package bfcl-eval)."""
+
+    kind: Literal["bfcl"] = "bfcl"
+    train_prompts: int = setting(311, at_least(1))
+    held_out_prompts: int = setting(89, at_least(1))
+    max_prompt_characters: int = setting(0, at_least(0))
+    """Drops longer questions, their documentation included; 0 drops none."""
+    reveal_expected: bool = False
+    """Whether feedback on a wrong value contains the right one, which gives the answer away."""
+    seed: int = setting(0, SEED)
+    """Determines which functions are held out."""
+
+
 class Row(NamedTuple):
-    """A request, the documentation of its function, and the accepted values."""
+    """A request, the documentation of its function, and the accepted argument values."""
 
     id: str
     request: str
@@ -47,9 +64,8 @@ class Row(NamedTuple):
 class Bfcl:
     """The environment: the shortest prompts of each side, graded argument by argument.
 
-    A hash of the seed and the function's name decides whether a row is held out (one in four), so
-    that no function is on both sides. Reward is 1 for an accepted call, else 0; `metrics` holds
-    `well_formed`.
+    A hash of the seed and the function's name holds one row in four out, so that no function is on
+    both sides. The reward is 1 for an accepted call, else 0; `metrics` holds `well_formed`.
     """
 
     def __init__(
@@ -75,7 +91,7 @@ class Bfcl:
         )
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Accepts what the leaderboard accepts, once read; feedback lists every complaint."""
+        """Passes a call that the leaderboard accepts; feedback lists every mistake."""
         row: Row = prompt.data["row"]
         call = parse_call(response)
         well_formed = float(isinstance(call, Call))
@@ -85,23 +101,35 @@ class Bfcl:
         return Outcome(float(not found), not found, "\n".join(found), {"well_formed": well_formed})
 
     def reference(self, prompt: Prompt) -> str:
-        """A call that `grade` accepts."""
+        """A call that `grade` passes."""
         return reference_call(prompt.data["row"])
 
 
+def build(config: BfclConfig) -> Bfcl:
+    """Builds the environment from its settings and the data of the installed package."""
+    return Bfcl(
+        load_rows(),
+        train_prompts=config.train_prompts,
+        held_out_prompts=config.held_out_prompts,
+        max_prompt_characters=config.max_prompt_characters,
+        reveal_expected=config.reveal_expected,
+        seed=config.seed,
+    )
+
+
 def is_held_out(row: Row, seed: int) -> bool:
-    """Whether the row lies on the held-out side."""
+    """Whether the row is held out."""
     return zlib.crc32(f"{seed}:{row.function['name']}".encode()) % 4 == 0
 
 
 def question(row: Row) -> str:
-    """The user message: documentation, request, form of the answer."""
+    """The user message: documentation, request and instruction."""
     documentation = json.dumps(row.function, ensure_ascii=False)
     return f"Function: {documentation}\n\nRequest: {row.request}\n\n{INSTRUCTION}"
 
 
 def reference_call(row: Row) -> str:
-    """A call that is accepted: every argument that must be given, with its first accepted value."""
+    """An accepted call: every required argument with its first accepted value."""
     required = row.function["parameters"].get("required", [])
     return write_call(
         row.function["name"],
@@ -132,7 +160,7 @@ def _first(prompts: Sequence[Prompt], count: int, key: str, limit: int) -> list[
 
 
 def load_rows(folder: Path | None = None) -> list[Row]:
-    """The rows in a folder as in bfcl-eval's `data`; None: of the installed package.
+    """Reads the rows in a folder laid out like bfcl-eval's `data`; None: the installed package's.
 
     Raises:
       UserError: the package or a file is missing, or a line is not as expected.
@@ -144,7 +172,7 @@ def load_rows(folder: Path | None = None) -> list[Row]:
 
 
 def data_folder() -> Path:
-    """The package's data, found without importing it."""
+    """The data folder of the installed package, which is not imported."""
     missing = f'environment.kind = "bfcl" reads its data from the package bfcl-eval: {_INSTALL}'
     return package_folder("bfcl_eval", missing) / "data"
 

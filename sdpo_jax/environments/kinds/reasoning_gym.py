@@ -1,18 +1,18 @@
-"""Puzzles of the package reasoning-gym: its generators and scorers, with feedback of our own.
+"""Kind `reasoning_gym`: puzzles and scorers of the package reasoning-gym, with our own feedback.
 
-The answer is the text of the last `<answer>...</answer>`. Reward is the scorer's number, from 0 to
-1, so that a right part counts; `passed` needs 1. `metrics` holds `well_formed`: there is an answer.
-The package says nothing but a number; feedback is made here from the form of the oracle's answer
-(a whole number, a number, a list) and from that number, and never holds a value of the oracle.
+The answer is the content of the last `<answer>...</answer>`. The reward is the scorer's number from
+0 to 1, so a partly right answer counts; `passed` needs 1. `metrics` holds `well_formed`: there is
+an answer. The package returns only a number; feedback is made here from that number and from the
+form of the oracle's answer (an integer, a number, a list), and never contains the oracle's value.
 
 Departures from the package, all measured with version 0.1.25:
 
-* Nine scorers hand the answer to `eval` or to SymPy's parser, which evaluates it: a response would
+* Nine scorers pass the answer to `eval` or to SymPy's parser, which evaluates it: a response could
   run code in the trainer. Their answers are checked here first, and only literals or plain
-  arithmetic go on. A scorer of another version that evaluates is refused (`GUARDS`).
-* `game_of_life_halting` passes any answer that is not empty; here the oracle's answer passes.
-* Some scorers raise on what they cannot read; here that is 0.
-* Generators that make other puzzles in another process for the same seed are refused (`UNSTEADY`).
+  arithmetic reach them. A scorer of another version that evaluates is refused (`GUARDS`).
+* `game_of_life_halting` passes any answer that is not empty; here only the oracle's answer passes.
+* Some scorers raise on an answer that they cannot parse; here it scores 0.
+* Generators that depend on the process and not only on the seed are refused (`UNSTEADY`).
 """
 
 import ast
@@ -20,13 +20,16 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import util
 from itertools import zip_longest
 from typing import Any, Literal
 
+from sdpo_jax.config import SEED, at_least, setting
 from sdpo_jax.environments.answer_forms import cut_off, last_tagged, shown, without_thinking
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.rows import check_sides, is_held_out
+from sdpo_jax.environments.settings import WorkerConfig
 from sdpo_jax.errors import UserError
 
 MAX_CHARACTERS, MAX_POWER = 10_000, 1_000
@@ -36,15 +39,15 @@ GUARDS: Mapping[str, Literal["literal", "expression", "harmless"]] = {
     **{"string_insertion": "literal", "countdown": "expression", "puzzle24": "expression"},
     **{"intermediate_integration": "expression", "simple_integration": "expression"},
     "polynomial_multiplication": "expression",
-    # These evaluate what they made themselves.
+    # These evaluate only text that they generated themselves.
     **{"codeio": "harmless", "number_sorting": "harmless"},
 }
-"""What an answer must be before a scorer may evaluate it, by generator."""
+"""By generator, the form that an answer must have before the scorer may evaluate it."""
 UNSTEADY = frozenset(
     ["isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note"]
 )
 EXACT = frozenset({"game_of_life_halting"})
-"""Generators whose answer is compared with the oracle's, instead of scored."""
+"""Generators whose answers are compared with the oracle's instead of being scored."""
 
 _INSTALL = "pip install 'reasoning-gym>=0.1.19'"
 _EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
@@ -56,10 +59,22 @@ _LITERAL = (ast.Expression, ast.UnaryOp, ast.USub, ast.UAdd, ast.Load, ast.List,
 _MISSES, _MAX_EXPRESSION = 3000, 400
 
 
-class ReasoningGym:
-    """The environment: generators in turn, deterministic by seed, split by a hash of the question.
+@dataclass(frozen=True)
+class ReasoningGymConfig(WorkerConfig):
+    """Puzzles that the package reasoning-gym makes and scores."""
 
-    One question in four is held out, whatever the numbers of prompts, so that no question is on
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    generators: tuple[str, ...] = ("basic_arithmetic",)
+    """Names of reasoning-gym's generators, which take turns."""
+    train_prompts: int = setting(1024, at_least(1))
+    held_out_prompts: int = setting(256, at_least(1))
+    seed: int = setting(0, SEED)
+
+
+class ReasoningGym:
+    """The environment: puzzles of several generators in turn, determined by the seed.
+
+    A hash holds one question in four out, whatever the numbers of prompts, so no question is on
     both sides.
     """
 
@@ -76,15 +91,15 @@ class ReasoningGym:
 
         Args:
           generators: names of reasoning-gym's generators, with their default settings.
-          train_prompts: how many to learn from.
-          held_out_prompts: how many to evaluate on.
-          seed: decides puzzles and split.
+          train_prompts: number of prompts to train on.
+          held_out_prompts: number of prompts to evaluate on.
+          seed: determines the puzzles and the split.
 
         Raises:
-          UserError: the package is missing, a generator is unknown or not safe to use, or they do
-            not make as many different questions.
+          UserError: the package is missing, a generator is unknown or not safe to use, or the
+            generators do not make as many different questions.
         """
-        # Some generators make all their puzzles at once: no more than may be needed.
+        # Some generators make all their puzzles at once, so ask for no more than may be needed.
         size = 8 * (train_prompts + held_out_prompts) + 100
         self._datasets = {name: _dataset(name, seed, size) for name in generators}
         if not self._datasets:
@@ -95,7 +110,7 @@ class ReasoningGym:
         check_sides(self.train, self.held_out)
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Scores an answer; feedback says how it has to look, or how far it is right."""
+        """Scores an answer; feedback describes the expected form, or the score if partly right."""
         given = last_tagged(without_thinking(response))
         if not given:
             start = "No answer found" if given is None else "The answer is empty"
@@ -110,7 +125,7 @@ class ReasoningGym:
         return Outcome(score, passed, feedback, {"well_formed": 1.0})
 
     def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
-        """The verdict of `grade`; feedback on a failure says that the response was cut."""
+        """Grades like `grade`; on a failure, the feedback is that the response was cut."""
         return cut_off(self.grade(prompt, response), FORM)
 
     def reference(self, prompt: Prompt) -> str:
@@ -122,7 +137,7 @@ class ReasoningGym:
         answer = prompt.data["entry"]["answer"]
         if not isinstance(answer, str):
             raise UserError(
-                f"reasoning-gym's {prompt.data['family']} knows no answer to its puzzles; leave it "
+                f"reasoning-gym's {prompt.data['family']} has no answers to its puzzles; leave it "
                 "out of environment.generators for a warm-up on references"
             )
         return f"<answer>{answer}</answer>"
@@ -131,10 +146,10 @@ class ReasoningGym:
         if family in EXACT:
             return float(given == entry["answer"])
         if isinstance(entry["answer"], str) and given == entry["answer"].strip():
-            given = entry["answer"]  # Some answers begin with white space that matters to a scorer.
+            given = entry["answer"]  # Leading white space matters to some scorers.
         try:
             score = float(self._datasets[family].score_answer(given, entry))
-        except Exception:  # What a scorer of the package raises is its way to say: unreadable.
+        except Exception:  # Scorers raise on an answer that they cannot parse.
             return 0.0
         return min(1.0, max(0.0, score)) if score == score else 0.0
 
@@ -148,11 +163,18 @@ class ReasoningGym:
         return f"The answer {shown(given)} is wrong."
 
 
+def build(config: ReasoningGymConfig) -> ReasoningGym:
+    """Builds the environment from its settings."""
+    return ReasoningGym(
+        config.generators, config.train_prompts, config.held_out_prompts, config.seed
+    )
+
+
 _WHOLE_AS_NUMBER = ("a number", "a whole number")
 
 
 def form_of(answer: Any) -> str | None:
-    """The form that an answer has to have; None: no form that we name."""
+    """The form of an answer that feedback can name; None for any other form."""
     if not isinstance(answer, str):
         return None
     answer = answer.strip()
@@ -201,7 +223,7 @@ def _dataset(name: str, seed: int, size: int) -> Any:
 def _draw(
     datasets: Mapping[str, Any], wanted: Mapping[str, int], seed: int
 ) -> dict[str, list[Prompt]]:
-    """So many prompts of each side with distinct questions, generators in turn."""
+    """Makes the wanted number of prompts of each side, with distinct questions."""
     found: dict[str, list[list[Prompt]]] = {side: [] for side in wanted}
     for number, (name, dataset) in enumerate(datasets.items()):
         missing = {
@@ -246,7 +268,7 @@ def _prompts(
 
 
 def _refused(answer: str, family: str) -> str | None:
-    """Why a scorer may not see an answer; None: it may."""
+    """The feedback on an answer that a scorer must not see; None if it may."""
     if len(answer) > MAX_CHARACTERS:
         return f"The answer is longer than {MAX_CHARACTERS} characters."
     guard = GUARDS.get(family)
@@ -261,7 +283,7 @@ def _refused(answer: str, family: str) -> str | None:
 
 
 def is_literal(answer: str) -> bool:
-    """Whether `eval` of a text can do nothing: it is no Python, a name, or made of literals."""
+    """Whether `eval` of a text is harmless: not Python, a name, or made of literals."""
     try:
         tree = ast.parse(answer.strip(), mode="eval")
     except (SyntaxError, ValueError):
@@ -272,7 +294,7 @@ def is_literal(answer: str) -> bool:
 
 
 def is_expression(answer: str) -> bool:
-    """Whether SymPy's parser, which evaluates, may see a text: short arithmetic, small powers."""
+    """Whether a text is short arithmetic with small powers, safe for SymPy's evaluating parser."""
     if len(answer) > _MAX_EXPRESSION or not _EXPRESSION.fullmatch(answer):
         return False
     try:
@@ -299,7 +321,7 @@ def _is_arithmetic(node: ast.expr) -> bool:
 
 
 def _power(node: ast.AST) -> float:
-    """A bound of how far nested powers multiply; an exponent with a power inside is too much."""
+    """An upper bound on the product of nested exponents; a power tower exceeds `MAX_POWER`."""
     inside = max(map(_power, ast.iter_child_nodes(node)), default=1.0)
     if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow)):
         return inside

@@ -1,31 +1,37 @@
-r"""Tool use as in ToolAlpaca: one or more calls, each `Action: name` and `Action Input: {JSON}`.
+r"""Kind `tool_use`: ToolAlpaca's requests, answered by calls `Action: name`, `Action Input: {...}`.
 
-The prompt, from the data, holds the tools' documentation, the request and this form. An answer
-passes if its calls are the expected ones in any order. Reward is 1 or 0; `metrics` holds
-`well_formed`: every call could be read.
+The prompt comes from the data and holds the tools' documentation, the request and this form. A
+response passes if its calls are the expected ones in any order. The reward is 1 or 0; `metrics`
+holds `well_formed`: every call could be parsed.
 
 Departures from the reference's grader (lasgroup/SDPO, `verl/utils/reward_score/feedback/
 tooluse.py`):
 
-* Inputs are decoded as JSON; its pattern ends at the first `}`, so that it never reads a nested
-  object.
-* Calls are compared one with one; it merges the inputs of all calls, so that a later one overwrites
-  an earlier one, and inputs at the wrong action pass.
-* Feedback names the call and the argument and what is wrong, all of it, and not what was expected,
+* Inputs are decoded as JSON; the reference's pattern ends at the first `}`, so it never reads a
+  nested object.
+* Calls are compared one by one; the reference merges the inputs of all calls, so that a later call
+  overwrites an earlier one, and inputs of the wrong action pass.
+* Feedback names the call, the argument and every mistake; it does not contain what was expected,
   which the reference prints, unless `reveal_expected`.
-* An argument given twice, NaN, and `true` for 1 are refused; 1 and 1.0 are equal, as there.
+* Repeated arguments, NaN, and `true` for 1 are refused; 1 equals 1.0, as in the reference.
 * Text up to `</think>` does not count.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from sdpo_jax.environments.answer_forms import cut_off, shown, without_thinking
+from sdpo_jax.environments.answer_forms import (
+    MAX_DEPTH,
+    cut_off,
+    is_deeper,
+    shown,
+    without_thinking,
+)
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.function_calls import MAX_DEPTH
 from sdpo_jax.environments.rows import (
     BadRow,
     Split,
@@ -37,12 +43,22 @@ from sdpo_jax.environments.rows import (
     text,
     type_name,
 )
+from sdpo_jax.environments.settings import FilesConfig, print_skipped, require_files
 
 MAX_CHARACTERS, MAX_CALLS = 20_000, 16
 FORM = 'lines "Action: name" and "Action Input: {JSON object}" for each call'
 _ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*)$", re.MULTILINE)
 _INPUT = re.compile(r"^[ \t]*Action Input:\s*", re.MULTILINE)
 _ROW_FORM = '{"prompt": "...", "answer": [{"action": "...", "input": {...}}]}'
+
+
+@dataclass(frozen=True)
+class ToolUseConfig(FilesConfig):
+    """ToolAlpaca's requests, answered by actions with JSON inputs."""
+
+    kind: Literal["tool_use"] = "tool_use"
+    reveal_expected: bool = False
+    """Whether feedback contains the expected call, which gives the answer away."""
 
 
 class ToolCall(NamedTuple):
@@ -69,9 +85,10 @@ class ToolUse:
         """Checks that no task is on both sides.
 
         Args:
-          train: tasks to learn from.
+          train: tasks to train on.
           held_out: tasks to evaluate on.
-          reveal_expected: whether feedback holds what was expected, which the teacher then copies.
+          reveal_expected: whether feedback contains the expected call, which the teacher then
+            copies.
 
         Raises:
           UserError: an id or a prompt occurs twice.
@@ -82,7 +99,7 @@ class ToolUse:
         self._reveal = reveal_expected
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Passes the expected calls in any order; feedback lists every complaint."""
+        """Passes the expected calls in any order; feedback lists every mistake."""
         calls = parse_calls(response)
         if isinstance(calls, str):
             return Outcome(0.0, False, calls, {"well_formed": 0.0})
@@ -90,7 +107,7 @@ class ToolUse:
         return Outcome(float(not found), not found, "\n".join(found), {"well_formed": 1.0})
 
     def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
-        """The verdict of `grade`; feedback on a failure says that the response was cut."""
+        """Grades like `grade`; on a failure, the feedback is that the response was cut."""
         return cut_off(self.grade(prompt, response), FORM)
 
     def reference(self, prompt: Prompt) -> str:
@@ -98,8 +115,16 @@ class ToolUse:
         return write_calls(prompt.data["task"].calls)
 
 
+def build(config: ToolUseConfig) -> ToolUse:
+    """Builds the environment from its settings and files."""
+    require_files(config)
+    sides = load_tool_use(config.train, config.held_out, config.on_error)
+    print_skipped(sides.problems)
+    return ToolUse(sides.train, sides.held_out, reveal_expected=config.reveal_expected)
+
+
 def write_calls(calls: Sequence[ToolCall]) -> str:
-    """Calls in the form that `parse_calls` reads."""
+    """Writes calls in the form that `parse_calls` reads."""
     return "\n".join(
         f"Action: {call.action}\nAction Input: {json.dumps(call.input, ensure_ascii=False)}"
         for call in calls
@@ -107,13 +132,13 @@ def write_calls(calls: Sequence[ToolCall]) -> str:
 
 
 class _Refused(Exception):
-    """Why an answer cannot be read; the message is the feedback."""
+    """An answer cannot be parsed; the message is the feedback."""
 
 
 def parse_calls(response: str) -> list[ToolCall] | str:
-    """Reads the calls of a response; a string instead says why it cannot."""
+    """Parses the calls of a response; returns the feedback if it is malformed."""
     text = without_thinking(response)
-    if len(text) > MAX_CHARACTERS:  # Decoding and comparing must not be at the model's mercy.
+    if len(text) > MAX_CHARACTERS:  # The model must not control the cost of decoding.
         return f"The answer is longer than {MAX_CHARACTERS} characters."
     calls: list[ToolCall] = []
     position = 0
@@ -129,7 +154,7 @@ def parse_calls(response: str) -> list[ToolCall] | str:
 
 
 def _call(text: str, action: re.Match[str], number: int) -> tuple[ToolCall, int]:
-    """One call and where it ends: the next action is searched behind the decoded input."""
+    """One call and where its decoded input ends; the next action is searched from there."""
     name = action[1].strip().strip("`*\"'")
     where = f"Call {number}" + (f" ({shown(name)})" if name else "")
     if not name:
@@ -152,7 +177,7 @@ def _call(text: str, action: re.Match[str], number: int) -> tuple[ToolCall, int]
         raise _Refused(f"{where}: the input is nested too deep or holds a huge number.") from None
     if not isinstance(value, dict):
         raise _Refused(f"{where}: the input is {type_name(value)}, expected a JSON object.")
-    if _deeper(value, MAX_DEPTH):
+    if is_deeper(value):
         raise _Refused(f"{where}: the input is nested deeper than {MAX_DEPTH} levels.")
     return ToolCall(name, cast(dict[str, Any], value)), end
 
@@ -170,20 +195,15 @@ def _no_constant(name: str) -> None:
     raise _Refused(f"{name} is not a JSON value.")
 
 
-def _deeper(value: Any, levels: int) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_deeper(item, levels - 1) for item in items)
-
-
 def complaints(
     given: Sequence[ToolCall], expected: Sequence[ToolCall], *, reveal: bool = False
 ) -> list[str]:
-    """All that is wrong with some calls; empty: they are the expected ones in some order.
+    """Lists everything that is wrong with the calls; empty if they are the expected ones.
 
-    Equal calls are paired first, then calls of the same action, those with the most arguments in
-    common before others. No complaint holds an expected value or name, unless `reveal`.
+    Equal calls are paired first, in any order; then calls of the same action, starting with those
+    that share the most arguments. No complaint contains an expected value or name, unless `reveal`.
     """
-    # By position: `remove` would take the equal of a call in Python's sense, where True is 1.
+    # By index: `list.remove` compares as Python does, where True equals 1.
     left: list[ToolCall] = []
     wanted = list(expected)
     for call in given:
@@ -206,7 +226,7 @@ def _same_call(call: ToolCall, other: ToolCall) -> bool:
 
 
 def _key(value: Any) -> Any:
-    """Equal for what is equal in JSON: 1 is 1.0, and is not true."""
+    """A key that is equal for equal JSON values: 1 equals 1.0 and does not equal true."""
     if isinstance(value, dict):
         return {name: _key(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -215,7 +235,7 @@ def _key(value: Any) -> Any:
 
 
 def _closest(left: Sequence[ToolCall], wanted: Sequence[ToolCall]) -> tuple[int, int] | None:
-    """The positions of two calls of the same action that have most in common."""
+    """The indices of the two calls of the same action that share the most arguments."""
     pairs = [
         (_shared(call, other), -i, -j)
         for i, call in enumerate(left)
@@ -232,7 +252,7 @@ def _shared(call: ToolCall, other: ToolCall) -> int:
 
 
 def _differences(call: ToolCall, expected: ToolCall, reveal: bool) -> list[str]:
-    """What is wrong with the arguments, in the order of the expected ones."""
+    """Lists what is wrong with the arguments, in the order of the expected ones."""
     found: list[str] = []
     for name, value in expected.input.items():
         hint = f"; expected {json.dumps(value, ensure_ascii=False)}" if reveal else ""
@@ -268,7 +288,7 @@ def load_tool_use(
 
 
 def parse_row(row: dict[str, Any], place: str) -> Task:
-    """One row as `load_tool_use` expects it."""
+    """Parses one row of the form that `load_tool_use` describes."""
     name = row_id(row, place, "idx" if "idx" in row and "id" not in row else "id")
     messages = chat(get(row, "prompt"), "prompt")
     if isinstance(system := row.get("system"), str) and system.strip():

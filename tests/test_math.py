@@ -6,7 +6,7 @@ from importlib import util
 
 import pytest
 
-from sdpo_jax.environments.math_answers import (
+from sdpo_jax.environments.kinds.math import (
     Math,
     Problem,
     load_math,
@@ -99,10 +99,10 @@ def test_the_last_box_counts_wherever_it_stands_and_thinking_does_not():
     ],
 )
 def test_what_would_not_end_is_refused_at_once_with_a_reason(box, reason):
-    start = time.perf_counter()
+    start = time.process_time()
     outcome = grade("18", rf"\boxed{{{box}}}")
     # Computer algebra would take minutes on most of these, or for ever.
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert not outcome.passed and reason in outcome.feedback
     assert outcome.metrics == {"well_formed": 1.0, "refused": 1.0}
 

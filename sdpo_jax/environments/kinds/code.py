@@ -1,36 +1,64 @@
-"""Programming as an environment: programs run in a sandbox, the verdict is made outside of it.
+"""Kind `code`: programming problems; programs run in a sandbox and are graded outside of it.
 
 Departures from the SDPO reference (`feedback/code.py`, whose grader shares a process with the code
-it judges, so that a program can read the expected values or write its own verdict):
+that it grades, so that a program can read the expected values or write its own verdict):
 
-* The sandbox returns observations; expected values never enter it. Tests that cannot be split so
-  (`InBox`) still run inside, and the metric `trust_in_box` says how large a share they are.
-* Python is whole: no list of allowed builtins and imports, which fails honest programs.
+* The sandbox returns observations; expected values never enter it. Tests that cannot be split in
+  this way (`InBox`) still run inside; the metric `trust_in_box` is their share.
+* All of Python is available. A list of allowed builtins and imports would fail honest programs.
 * Training and feedback use half of each problem's tests, as in the paper; evaluation uses all.
-* Processor time decides the time limit, not the wall clock, and a failure of the sandbox itself is
-  no wrong answer: such a response is not graded.
-* A response without a program is told from one that was cut off by whoever sampled it
-  (`grade_truncated_many`), and by a code block that never closes.
+* The time limit counts processor time, not wall-clock time. If the sandbox itself fails, the
+  response is not graded instead of counting as wrong.
+* A response that was cut off is distinguished from one without a program: by the caller
+  (`grade_truncated_many`), or by a code block that is never closed.
 
-A program that draws random numbers without a seed may be graded otherwise in another process.
+A program that draws random numbers without a seed may get another grade in another process.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from sdpo_jax.config import POSITIVE_SHARE, PROPER_SHARE, SEED, setting
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.environments.code import human_eval
 from sdpo_jax.environments.code.compare import passes
 from sdpo_jax.environments.code.extract import extract
 from sdpo_jax.environments.code.feedback import CUT_OFF, NO_PROGRAM, Record, write_feedback
-from sdpo_jax.environments.code.problems import InBox, Problem, public_cases
+from sdpo_jax.environments.code.livecodebench import read_problems
+from sdpo_jax.environments.code.problems import InBox, Problem, public_cases, split
 from sdpo_jax.environments.sandbox.protocol import Observation, Program, Sandbox
+from sdpo_jax.environments.settings import SandboxConfig, print_skipped, sandbox_of
 from sdpo_jax.errors import UserError
 
 Reward = Literal["sparse", "fraction"]
 
 
+@dataclass(frozen=True)
+class CodeConfig(SandboxConfig):
+    """Programming problems, answered by a program that runs in a sandbox."""
+
+    kind: Literal["code"] = "code"
+    source: str = "human_eval"
+    """`human_eval` (package human-eval), or a JSONL file of LiveCodeBench or with `tests`."""
+    held_out_source: str = ""
+    """JSONL file with held-out problems; empty holds out `held_out_share` of `source`."""
+    held_out_share: float = setting(0.25, PROPER_SHARE)
+    public_share: float = setting(0.5, POSITIVE_SHARE)
+    """Share of a problem's tests that grade in training and that feedback may show; evaluation
+    uses all."""
+    reward: Reward = "sparse"
+    """`sparse`: 1 if all tests pass, else 0; `fraction`: the share of tests that passes."""
+    show_expected: bool = True
+    """Whether feedback on a wrong answer shows the expected one."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad row of a file does; skipped rows are counted and named."""
+    seed: int = setting(0, SEED)
+    """Determines the public tests and the held-out problems."""
+
+
 class Task(NamedTuple):
-    """`data["task"]` of a prompt: a problem, the cases that run, and those feedback may show."""
+    """`data["task"]` of a prompt: a problem, the indices of its graded and of its visible cases."""
 
     problem: Problem
     graded: tuple[int, ...]
@@ -38,10 +66,10 @@ class Task(NamedTuple):
 
 
 class Code:
-    """The environment: problems in words, answered by a program in a fenced block.
+    """The environment: problems in words, answered by a program in a fenced code block.
 
     Metrics of an outcome: `tests_passed` (a share), `well_formed` (there was a program),
-    `trust_in_box` (the share of tests that ran as `InBox`), `timed_out`.
+    `trust_in_box` (the share of `InBox` tests), `timed_out`.
     """
 
     def __init__(
@@ -55,17 +83,18 @@ class Code:
         show_expected: bool = True,
         seed: int = 0,
     ):
-        """Makes prompts of problems.
+        """Makes prompts from problems.
 
         Args:
           train: graded by their public tests. The paper trains and evaluates on the same questions;
-            `problems.split` makes two sides that share none.
-          held_out: graded by all their tests; feedback shows the public ones alone.
-          sandbox: runs the programs; whoever opened it closes it.
-          reward: `sparse`, 1 if all tests pass; `fraction`, the share that passes.
-          public_share: of each problem's tests; drawn with `seed` and the problem's id.
+            `problems.split` makes two disjoint sides.
+          held_out: graded by all their tests; feedback shows only the public ones.
+          sandbox: runs the programs; the caller closes it.
+          reward: `sparse`: 1 if all tests pass, else 0; `fraction`: the share that passes.
+          public_share: share of each problem's tests that are public, drawn with `seed` and the
+            problem's id.
           show_expected: whether feedback on a wrong answer shows the expected one.
-          seed: of the public tests.
+          seed: determines the public tests.
 
         Raises:
           UserError: a share outside (0, 1], another reward, or a problem without tests.
@@ -79,21 +108,21 @@ class Code:
         self.held_out = [_prompt(p, public_share, seed, all_tests=True) for p in held_out]
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Runs a response's program and judges what was seen of it."""
+        """Runs the program of a response and grades the observations."""
         return self.grade_many([prompt], [response])[0]
 
     def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
-        """Judges a response that was cut at the token limit; without a program it is told so."""
+        """Grades a response that was cut at the token limit, with feedback of its own."""
         return self.grade_truncated_many([prompt], [response])[0]
 
     def grade_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
-        """One outcome for each pair, in order; all programs run at once."""
+        """One outcome for each pair, in order; all programs run in one batch."""
         return self._grade(prompts, responses, truncated=False)
 
     def grade_truncated_many(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> list[Outcome]:
-        """`grade_truncated` of each pair, in order; all programs run at once."""
+        """`grade_truncated` of each pair, in order; all programs run in one batch."""
         return self._grade(prompts, responses, truncated=True)
 
     def reference(self, prompt: Prompt) -> str:
@@ -135,7 +164,7 @@ class Code:
         ]
         broken = [r for r in records if r.observation.status == "infrastructure"]
         failed = [r for r in records if not r.passed and r not in broken]
-        # One failed test settles a sparse reward, whatever became of the others.
+        # One failed test decides a sparse reward, even if the sandbox failed on other tests.
         if broken and not (failed and self._reward == "sparse"):
             return not_graded(f"sandbox: {broken[0].observation.error or 'no result'}")
         share = sum(r.passed for r in records) / len(records)
@@ -150,10 +179,34 @@ class Code:
         return Outcome(reward, passed, feedback, _metrics(task, share, True, records))
 
 
-def make_program(task: Task, source: str) -> Program:
-    """What goes into the sandbox for a response's program.
+def build(config: CodeConfig) -> Code:
+    """Builds the environment from its settings: reads the problems and opens the sandbox."""
 
-    A program that begins with `from __future__` runs without the prelude, which may not come first.
+    def read(path: str) -> list[Problem]:
+        found = read_problems(path, config.on_error)
+        print_skipped(found.problems)
+        return found.rows
+
+    every = human_eval.load_problems() if config.source == "human_eval" else read(config.source)
+    if config.held_out_source:
+        train, held_out = every, read(config.held_out_source)
+    else:
+        train, held_out = split(every, config.held_out_share, config.seed)
+    return Code(
+        train,
+        held_out,
+        sandbox=sandbox_of(config),
+        reward=config.reward,
+        public_share=config.public_share,
+        show_expected=config.show_expected,
+        seed=config.seed,
+    )
+
+
+def make_program(task: Task, source: str) -> Program:
+    """Combines a response's program with its task's prelude and tests, for the sandbox.
+
+    A program with `from __future__` runs without the prelude: such an import has to come first.
     """
     prelude = task.problem.prelude
     whole = source if not prelude or "from __future__" in source else f"{prelude}\n{source}"

@@ -1,32 +1,54 @@
-"""Tool use in small: a request, a few tools, one call; feedback says what the call got wrong.
+"""Kind `tool_calls`: toy tool use for the embedded model, generated requests with one call each.
 
-The story is API drift. Every argument can be written in several *forms* (`"19:30"`, `"7:30 pm"`,
-`"1930"`). An `Api` fixes one form for each argument, and the environment's API is fixed (`TODAY`).
-A model that grew up with other APIs knows how to write every form but writes the one that it saw
-most; the environment's feedback names the form that it wants. Nothing of `TODAY` stands in a
-prompt, so a model can only learn it from feedback or from a successful sibling.
+The task models API drift. Every argument can be written in several *forms* (`"19:30"`, `"7:30 pm"`,
+`"1930"`). An `Api` fixes one form for each argument, and the environment grades with a fixed API
+(`TODAY`). The model was pre-trained on many APIs: it can write every form but prefers the one that
+it saw most. The feedback names the form that is expected. No prompt mentions `TODAY`, so a model
+can learn it only from feedback or from a successful sibling.
 
-Train and held-out tasks are disjoint by construction: a hash of the task's values decides on which
-side it lies (`is_held_out`), for prompts as well as for the embedded model's pre-training text.
+Training and held-out tasks are disjoint by construction: a hash of a task's values assigns it to a
+side (`is_held_out`), for prompts as well as for the embedded model's pre-training text.
 
 Departures from the paper's ToolAlpaca environment: calls are Python-like expressions read by a real
 parser, not JSON found by a pattern; feedback names the argument and the expected form and never the
-expected value (the reference prints the expected call, which hands the answer to the teacher).
+expected value (the reference prints the expected call, which gives the answer to the teacher).
 """
 
 import ast
 import random
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+from sdpo_jax.config import SEED, EnvironmentConfig, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.tool_apis import FAMILIES, TODAY, Api, Form, Literal, Slot, Values
+from sdpo_jax.environments.toy_apis import FAMILIES, TODAY, Api, Form, Slot, Value, Values
 from sdpo_jax.errors import UserError
 
 
+@dataclass(frozen=True)
+class ToolCallsConfig(EnvironmentConfig):
+    """Generated requests, answered by one call each."""
+
+    kind: Literal["tool_calls"] = "tool_calls"
+    train_prompts: int = setting(2048, at_least(1))
+    """Number of distinct training prompts."""
+    held_out_prompts: int = setting(256, at_least(1))
+    """Number of distinct held-out prompts, disjoint from the training prompts."""
+    families: tuple[str, ...] = ()
+    """Task families to draw from; empty means all."""
+    held_out_families: tuple[str, ...] = ()
+    """Task families of the held-out prompts, to measure forgetting or transfer; empty means
+    `families`."""
+    allow_preamble: bool = False
+    """Whether any text may precede the call; only the last line of a response is then graded."""
+    seed: int = setting(0, SEED)
+    """Seed of the prompts. It is separate from the run's seed, so every run sees the same tasks."""
+
+
 class Task(NamedTuple):
-    """A request with everything that is needed to write and to grade its call."""
+    """A request and the values that are needed to write and to grade its call."""
 
     family: str
     values: Values
@@ -46,7 +68,7 @@ def draw_task(rng: random.Random, family: str) -> Task:
 
 
 def is_held_out(task: Task) -> bool:
-    """Whether the task's values lie on the held-out side (one in four), however phrased."""
+    """Whether a hash of the task's values holds it out (one in four), whatever its phrasing."""
     key = repr((task.family, sorted(task.values.items())))
     return zlib.crc32(key.encode()) % 4 == 0
 
@@ -57,7 +79,7 @@ def question(task: Task) -> str:
 
 
 def write_call(task: Task, api: Api) -> str:
-    """The call that `api` accepts for this task."""
+    """Writes the call that `api` accepts for this task."""
     arguments: list[str] = []
     for slot in FAMILIES[task.family].slots:
         form = slot.forms[api[task.family, slot.name]]
@@ -66,7 +88,7 @@ def write_call(task: Task, api: Api) -> str:
     return f"{FAMILIES[task.family].tool}({', '.join(arguments)})"
 
 
-def _literal(value: Literal) -> str:
+def _literal(value: Value) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
@@ -74,7 +96,7 @@ class Call(NamedTuple):
     """A parsed call."""
 
     tool: str
-    arguments: Mapping[str, Literal]
+    arguments: Mapping[str, Value]
 
 
 MAX_CALL_CHARACTERS = 400
@@ -82,8 +104,8 @@ _MALFORMED = "malformed call: expected tool(argument=value, ...)"
 
 
 def parse_call(text: str) -> Call | str:
-    """Reads `tool(argument=literal, ...)`; a string instead of a `Call` says why it cannot."""
-    if len(text) > MAX_CALL_CHARACTERS:  # The parser's own stack must not be at the model's mercy.
+    """Parses `tool(argument=literal, ...)`; returns the feedback if the text is malformed."""
+    if len(text) > MAX_CALL_CHARACTERS:  # A long text could exhaust the parser's stack.
         return _MALFORMED
     try:
         node = ast.parse(text.strip(), mode="eval").body
@@ -91,7 +113,7 @@ def parse_call(text: str) -> Call | str:
         return _MALFORMED
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
         return _MALFORMED
-    arguments: dict[str, Literal] = {}
+    arguments: dict[str, Value] = {}
     for keyword in node.keywords:
         value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
         if keyword.arg is None or type(value) not in (str, int, float):
@@ -103,7 +125,7 @@ def parse_call(text: str) -> Call | str:
 
 
 def complaints(task: Task, response: str, api: Api) -> list[str]:
-    """All that is wrong with a response, in the order of the signature; empty: accepted."""
+    """Lists everything that is wrong with a response, in signature order; empty if accepted."""
     call = parse_call(response)
     if isinstance(call, str):
         return [call]
@@ -134,10 +156,10 @@ def _slot_complaints(slot: Slot, form: Form, values: Values, call: Call) -> list
 
 
 class ToolCalls:
-    """The environment: seeded prompts, exact grading against `TODAY`.
+    """The environment: seeded prompts, graded exactly against `TODAY`.
 
-    Reward is 1 for an accepted call, else 0. `metrics` holds `well_formed`. With `asides` the call
-    is a response's last line.
+    The reward is 1 for an accepted call, else 0. `metrics` holds `well_formed`. With
+    `allow_preamble` only the last line of a response is graded.
     """
 
     def __init__(
@@ -147,19 +169,19 @@ class ToolCalls:
         held_out_prompts: int,
         families: Sequence[str] = (),
         held_out_families: Sequence[str] = (),
-        asides: bool = False,
+        allow_preamble: bool = False,
         seed: int = 0,
     ):
-        self._asides = asides
+        self._allow_preamble = allow_preamble
         _check_families("families", families)
         _check_families("held_out_families", held_out_families)
         chosen = tuple(families) or tuple(FAMILIES)
-        asked = tuple(held_out_families) or chosen
+        held_out = tuple(held_out_families) or chosen
         self.train = _prompts(chosen, train_prompts, held_out=False, seed=seed)
-        self.held_out = _prompts(asked, held_out_prompts, held_out=True, seed=seed)
+        self.held_out = _prompts(held_out, held_out_prompts, held_out=True, seed=seed)
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Accepts exactly the call that today's API wants; feedback lists every complaint."""
+        """Passes exactly the call that `TODAY` expects; feedback lists every mistake."""
         task: Task = prompt.data["task"]
         call = self._call(response)
         found = complaints(task, call, TODAY)
@@ -167,17 +189,29 @@ class ToolCalls:
         return Outcome(float(not found), not found, "\n".join(found), {"well_formed": well_formed})
 
     def answer(self, prompt: Prompt, response: str) -> str | None:
-        """The call, its arguments in the order of their names."""
+        """The call with its arguments sorted by name."""
         del prompt
         call = parse_call(self._call(response))
         return repr((call.tool, sorted(call.arguments.items()))) if isinstance(call, Call) else None
 
     def _call(self, response: str) -> str:
-        return response.strip().rpartition("\n")[2] if self._asides else response
+        return response.strip().rpartition("\n")[2] if self._allow_preamble else response
 
     def reference(self, prompt: Prompt) -> str:
-        """The call that today's API wants."""
+        """The call that `TODAY` expects."""
         return write_call(prompt.data["task"], TODAY)
+
+
+def build(config: ToolCallsConfig) -> ToolCalls:
+    """Builds the environment from its settings."""
+    return ToolCalls(
+        train_prompts=config.train_prompts,
+        held_out_prompts=config.held_out_prompts,
+        families=config.families,
+        held_out_families=config.held_out_families,
+        allow_preamble=config.allow_preamble,
+        seed=config.seed,
+    )
 
 
 def _check_families(key: str, families: Sequence[str]) -> None:
@@ -190,14 +224,14 @@ def _check_families(key: str, families: Sequence[str]) -> None:
 
 
 def _prompts(families: Sequence[str], count: int, *, held_out: bool, seed: int) -> list[Prompt]:
-    """`count` prompts with distinct questions, families in turn."""
+    """Makes `count` prompts with distinct questions, cycling through the families."""
     side = "held_out" if held_out else "train"
     rng = random.Random(f"tool_calls:{side}:{seed}")
     prompts: list[Prompt] = []
     seen: set[str] = set()
     misses = 0
     while len(prompts) < count:
-        if misses > 2000:  # In a row: the family has hardly anything new to offer.
+        if misses > 2000:  # Consecutive ones: the family has hardly any new questions.
             raise UserError(
                 f"environment.{side}_prompts: expected at most about {len(prompts)} for families "
                 f"{', '.join(families)}, got {count}; lower it or add families"

@@ -1,11 +1,11 @@
-"""One structured call: read from an answer, and compared argument by argument.
+"""Parser and checker of function calls for the Berkeley Function-Calling Leaderboard (kind `bfcl`).
 
 An answer is `name(argument=value, ...)` in Python's syntax or `{"name": ..., "arguments": ...}` in
-JSON, alone or as the only item of a list. Parsers read it, nothing is evaluated. Comparison is that
-of the Berkeley Function-Calling Leaderboard: each argument has a list of accepted values, `""` in
-it means that it may be left out; strings are compared without case, spaces and `,./-_*^`, directly
-in an array or dict too, not deeper; an integer serves as float, inside arrays it does not; where
-the accepted values are of another type than documented, they decide.
+JSON, alone or as the only item of a list. It is parsed and never evaluated. The comparison is the
+leaderboard's: each argument has a list of accepted values, and `""` in that list makes the argument
+optional; strings are compared without case, spaces and `,./-_*^`, also directly inside an array or
+dict but not deeper; an integer is accepted as a float, except inside arrays; accepted values of
+another type than documented override the documentation.
 """
 
 import ast
@@ -15,7 +15,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-MAX_CHARACTERS, MAX_DEPTH = 2000, 16
+from sdpo_jax.environments.answer_forms import MAX_DEPTH, is_deeper
+
+MAX_CHARACTERS = 2000
 MALFORMED = 'malformed call: expected name(argument=value, ...) or {"name": ..., "arguments": ...}'
 _TYPE_NAMES = {
     **{str: "string", bool: "boolean", int: "integer", float: "float"},
@@ -25,30 +27,30 @@ _DOCUMENTED = {
     **{"string": str, "boolean": bool, "integer": int, "float": float, "dict": dict},
     **{"array": list, "tuple": list, "any": str},
 }
-"""The leaderboard's types: what is documented as any is a string, or as the accepted values are."""
+"""The leaderboard's types; `any` stands for a string or for the type of the accepted values."""
 _THINKING = re.compile(r"\A.*</think>", re.DOTALL)
 _FENCE = re.compile(r"\A```\w*\n(.*)\n```\Z", re.DOTALL)
 
 Accepted = Mapping[str, Sequence[Any]]
-"""Argument to its accepted values."""
+"""Maps an argument to its accepted values."""
 
 
 class Call(NamedTuple):
-    """A parsed call; tuples have become lists."""
+    """A parsed call; tuples are converted to lists."""
 
     name: str
     arguments: Mapping[str, Any]
 
 
 def parse_call(answer: str) -> Call | str:
-    """Reads an answer, after its thinking; a string instead of a `Call` says why it cannot."""
+    """Parses an answer, without its thinking; returns the feedback if it is malformed."""
     text = _THINKING.sub("", answer).strip()
     if fenced := _FENCE.match(text):
         text = fenced[1].strip()
-    if len(text) > MAX_CHARACTERS:  # The parsers' own stacks must not be at the model's mercy.
+    if len(text) > MAX_CHARACTERS:  # A long answer could exhaust the parsers' stacks.
         return f"malformed call: longer than {MAX_CHARACTERS} characters"
     try:
-        # Both parsers: a list in Python's syntax begins as one in JSON does.
+        # Try both parsers: a list in Python's syntax begins like one in JSON.
         calls = _json_calls(text) if text.startswith(("{", "[")) else None
         calls = _python_calls(text) if calls is None else calls
     except _Refused as refused:
@@ -57,18 +59,12 @@ def parse_call(answer: str) -> Call | str:
         return MALFORMED
     if len(calls) != 1:
         return f"expected one call, got {len(calls)}"
-    deep = _deeper(calls[0].arguments, MAX_DEPTH)
+    deep = is_deeper(calls[0].arguments)
     return f"malformed call: nested deeper than {MAX_DEPTH} levels" if deep else calls[0]
 
 
-def _deeper(value: Any, levels: int) -> bool:
-    """Whether a value is nested deeper than so many levels: comparison recurses into all of it."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_deeper(item, levels - 1) for item in items)
-
-
 class _Refused(Exception):
-    """The answer parses, and is not a call as wanted; the message is the feedback."""
+    """The answer parses but is not a valid call; the message is the feedback."""
 
 
 def _json_calls(text: str) -> list[Call] | None:
@@ -101,7 +97,7 @@ def _no_constant(name: str) -> None:
 
 def _python_calls(text: str) -> list[Call]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python comments on the model's escapes, on our stderr.
+        warnings.simplefilter("ignore")  # Invalid escapes would print warnings.
         node = ast.parse(text, mode="eval").body
     return [_python_call(item) for item in (node.elts if isinstance(node, ast.List) else [node])]
 
@@ -146,10 +142,10 @@ def _listed(value: Any) -> Any:
 def complaints(
     call: Call, function: Mapping[str, Any], accepted: Accepted, *, reveal: bool = False
 ) -> list[str]:
-    """All that is wrong with a call, in the order of the documentation; empty: accepted.
+    """Lists everything that is wrong with a call, in the documentation's order; empty if accepted.
 
     `function` is the documentation: `name` and `parameters` with `properties` and `required`. No
-    complaint holds an accepted value, unless `reveal`.
+    complaint contains an accepted value, unless `reveal`.
     """
     if call.name != function["name"]:
         return [_clean(f"unknown function: {call.name[:64]}")]
@@ -171,7 +167,7 @@ def complaints(
 
 
 def _wrong(where: str, value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) -> list[str]:
-    """What is wrong with one argument; empty: accepted."""
+    """Lists what is wrong with one argument; empty if it is accepted."""
     if is_accepted(value, schema, accepted):
         return []
     answer = next((a for a in accepted if a != ""), None)
@@ -189,7 +185,7 @@ def _wrong_keys(
         if key in value and not _is_one_of(value[key], values):
             found.append(_why(f"{where}.{key}", value[key], properties.get(key, {}), values))
         elif key not in value and "" not in values:
-            # A key that the documentation does not name is part of the accepted value.
+            # An undocumented key is part of the accepted value and must not be revealed.
             missing = f"missing key {key}" if key in properties else "a key is missing"
             found.append(f"{where}: {missing}")
     found += [f"{where}: unknown key {k[:64]}" for k in value if k not in accepted]
@@ -197,10 +193,10 @@ def _wrong_keys(
 
 
 def _why(where: str, value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) -> str:
-    """Why a value is refused: its type or the value itself."""
+    """Explains why a value is refused: its type or the value itself."""
     values = [a for a in accepted if a != ""]
     wrong_type = _wrong_type(where, value, schema)
-    # Where no accepted value is of the documented type, the type is not what is wrong.
+    # If no accepted value has the documented type, the type is not the mistake.
     if wrong_type and (
         not values or any(_wrong_type("", example(item), schema) is None for item in values)
     ):
@@ -213,7 +209,7 @@ def _why(where: str, value: Any, schema: Mapping[str, Any], accepted: Sequence[A
 def _wrong_type(
     where: str, value: Any, schema: Mapping[str, Any], *, in_array: bool = False
 ) -> str | None:
-    """The first type that differs from the documentation, inside arrays and dicts too."""
+    """Describes the first type that differs from the documentation, at any depth."""
     expected, given = schema.get("type", "any"), _TYPE_NAMES[type(value)]
     fits = {"tuple": ["array"], "float": ["float", *(["integer"] if not in_array else [])]}
     if expected != "any" and given not in fits.get(expected, [expected]):
@@ -236,7 +232,9 @@ def is_accepted(value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) 
     given = float if documented is float and type(value) is int else type(value)
     if given not in (documented, answers := _type_of(accepted) or documented):
         return False
-    if given is not documented or answers is not documented:  # a variable in place of a literal
+    if (
+        given is not documented or answers is not documented
+    ):  # e.g. a variable in place of a literal
         return value in accepted
     if documented is list:
         return _is_list(
@@ -252,7 +250,7 @@ def _type_of(accepted: Sequence[Any]) -> type | None:
 
 
 def _is_list(value: Any, item_type: type, accepted: Sequence[Any]) -> bool:
-    """Items have the documented type or that of the accepted items; `""` accepts `[]` too."""
+    """Whether a list is accepted; its items have the documented type or that of accepted ones."""
     typed = any(
         answer == "" or all(type(item) in (item_type, _type_of(answer)) for item in value)
         for answer in accepted
@@ -267,7 +265,7 @@ def _is_list(value: Any, item_type: type, accepted: Sequence[Any]) -> bool:
 
 
 def _is_dict(value: Any, accepted: Any) -> bool:
-    """In an accepted dict, each key has a list of values; their types are not looked at."""
+    """Whether a dict is accepted; an accepted dict lists values per key, whatever their types."""
     return (
         isinstance(value, dict)
         and isinstance(accepted, dict)
@@ -281,14 +279,14 @@ def _is_one_of(value: Any, accepted: Sequence[Any]) -> bool:
 
 
 def _standard(value: Any) -> Any:
-    """A string without what the leaderboard ignores: `April 1, 2024` is `april 1 2024`."""
+    """A string without the characters that the leaderboard ignores, in lower case."""
     if not isinstance(value, str):
         return value
     return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"')
 
 
 def example(accepted: Any) -> Any:
-    """One value that an accepted one stands for: of each key of a dict, the first that counts."""
+    """A concrete value for an accepted one: a dict takes the first value listed for each key."""
     if isinstance(accepted, list):
         return [example(item) for item in accepted]
     if isinstance(accepted, dict):
@@ -303,10 +301,10 @@ def _shown(value: Any) -> str:
 
 
 def _clean(text: str) -> str:
-    """Half of a surrogate pair, which both syntaxes can spell, is no text: encoding it fails."""
+    """Replaces lone surrogates, which both syntaxes can spell and UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()
 
 
 def write_call(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call in Python's syntax, which `parse_call` reads."""
+    """Writes a call in Python's syntax, as `parse_call` reads it."""
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"

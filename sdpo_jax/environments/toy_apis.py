@@ -1,14 +1,14 @@
-"""The tools of the tool-use environment, and every form in which their arguments may be written.
+"""The six toy tools of the kinds `tool_calls` and `nano_code`: their requests and argument formats.
 
-A `Family` is one tool: how its requests are drawn and phrased, and the `Form`s of each argument. An
-`Api` fixes one form per argument; `TODAY` is the environment's.
+A `Family` is one tool: how its requests are drawn and phrased, and the `Form`s (formats) of each
+argument. An `Api` fixes one form per argument; `TODAY` is the API that the environments grade with.
 """
 
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-Literal = str | int | float
+Value = str | int | float
 Values = Mapping[str, Any]
 
 
@@ -32,13 +32,13 @@ GENRES = _words("jazz rock folk soul blues metal opera techno swing reggae disco
 
 
 class Form(NamedTuple):
-    """One way of writing an argument. `write` is None where the API does not take the argument."""
+    """One format of an argument; `write` is None if the API does not take the argument."""
 
     description: str
-    write: Callable[[Any], Literal] | None
-    reads: Callable[[Literal], bool]
+    write: Callable[[Any], Value] | None
+    reads: Callable[[Value], bool]
     share: float
-    """How often the pre-training text uses this form; the shares of a slot sum to 1."""
+    """Frequency of this form in the pre-training text; the shares of a slot sum to 1."""
 
 
 class Slot(NamedTuple):
@@ -49,7 +49,7 @@ class Slot(NamedTuple):
 
 
 class Family(NamedTuple):
-    """One tool: how requests are drawn and phrased, and how its arguments may be written."""
+    """One tool: how its requests are drawn and phrased, and the forms of its arguments."""
 
     tool: str
     phrases: tuple[str, ...]
@@ -59,14 +59,14 @@ class Family(NamedTuple):
 
 
 Api = Mapping[tuple[str, str], str]
-"""The form of every argument: (family, argument) -> name of the form."""
+"""Maps (family, argument) to the name of the argument's form."""
 
 
-def _is_text(*lengths: int) -> Callable[[Literal], bool]:
+def _is_text(*lengths: int) -> Callable[[Value], bool]:
     return lambda x: isinstance(x, str) and (not lengths or len(x) in lengths)
 
 
-def _is_int(low: int = 0, high: int = 10**9) -> Callable[[Literal], bool]:
+def _is_int(low: int = 0, high: int = 10**9) -> Callable[[Value], bool]:
     return lambda x: isinstance(x, int) and low <= x <= high
 
 
@@ -75,7 +75,7 @@ def _clock_24(t: tuple[int, int, str]) -> tuple[int, int]:
     return hour % 12 + (12 if half == "pm" else 0), minute
 
 
-def _is_clock_24(x: Literal) -> bool:
+def _is_clock_24(x: Value) -> bool:
     return isinstance(x, str) and len(x) == 5 and x[2] == ":" and (x[:2] + x[3:]).isdigit()
 
 
@@ -372,4 +372,4 @@ TODAY: Api = {
     ("music", "length"): "seconds",
     ("music", "volume"): "absent",
 }
-"""The environment's API: `table` and `alarm` ask for forms that are rare in the model's past."""
+"""The API of the environments; `table` and `alarm` need forms that are rare in pre-training."""

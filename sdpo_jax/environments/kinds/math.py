@@ -1,28 +1,30 @@
-r"""Mathematics with a final answer in `\boxed{}`, checked by value.
+r"""Kind `math`: problems with a final answer in `\boxed{}`, compared by value with math-verify.
 
-The last box counts. It passes if it is the true answer letter by letter, or if math-verify finds
-both equal (`1/2` and `\frac{2}{4}`). Reward is 1 or 0; `metrics` holds `well_formed` (there is a
-box) and `refused` (math-verify was not asked, see `why_refused`).
+The last box counts. It passes if it equals the true answer as text, or if math-verify finds both
+equal (`1/2` and `\frac{2}{4}`). The reward is 1 or 0; `metrics` holds `well_formed` (there is a
+box) and `refused` (math-verify was not called, see `why_refused`).
 
-math-verify runs computer algebra on what the model wrote, which may not come to an end; its own
-deadline works in a main thread only and not inside long operations of C code. So it is off here:
-`needs_worker` asks for a worker process with a deadline, and what obviously explodes (`9^{9^{9}}`,
-`1000000!`) is refused before, with a reason.
+math-verify runs computer algebra on the model's answer, which may never terminate. Its own timeout
+works in the main thread only and not inside long operations of C code, so it is off here. Instead,
+`needs_worker` selects a worker process with a deadline, and an answer that obviously explodes
+(`9^{9^{9}}`, `1000000!`) is refused beforehand, with a reason.
 
 Departures from the reference's grader (lasgroup/SDPO, `verl/utils/reward_score/feedback/math.py`):
 
-* It reads a box in the last 100 characters only; here it may stand anywhere, for a long answer is
-  longer than that.
-* It speaks of truncation even where the answer is right; here feedback on a right answer is blank.
-* Its switch for wrong answers prints the truth; here `say_wrong` does not, `reveal_expected` does.
-* Answers in words are compared as words: math-verify reads `\text{}`-less words as products of
-  their letters, so that anagrams are equal.
+* The reference finds a box in the last 100 characters only; here it may stand anywhere, because an
+  answer may be longer than that.
+* It mentions truncation even if the answer is right; here feedback on a right answer is blank.
+* Its switch for feedback on wrong answers prints the truth; here `report_incorrect` does not, and
+  `reveal_expected` does.
+* Answers in words are compared as words: math-verify parses words outside `\text{}` as products of
+  letters, so that anagrams are equal.
 * Text up to `</think>` does not count.
 """
 
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,13 +41,14 @@ from sdpo_jax.environments.rows import (
     text,
     type_name,
 )
+from sdpo_jax.environments.settings import FilesConfig, WorkerConfig, print_skipped, require_files
 from sdpo_jax.errors import UserError
 
 MAX_CHARACTERS, MAX_DIGITS, MAX_DEPTH = 500, 60, 20
 MAX_POWER = 10_000
-"""Product of nested exponents; of what stands in front of a factorial, a tenth."""
+"""Bound on the product of nested exponents; a tenth of it bounds the operand of a factorial."""
 MAX_EXPANSION = 20
-"""Power of a group with variables, such as `(x + 1)^{20}`: it is multiplied out."""
+"""Bound on the power of a group with variables, such as `(x + 1)^{20}`, which is expanded."""
 FORM = r"\boxed{your_answer}"
 _INSTALL = "pip install 'math-verify>=0.9.0'"
 _INSTRUCTION = rf"Think step by step, then put the final answer inside {FORM}."
@@ -60,8 +63,19 @@ _UNBOUNDED = re.compile(r"\\(?:sum|prod|i*int|oint|lim|binom|[dt]binom|choose|Ga
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
+@dataclass(frozen=True)
+class MathConfig(FilesConfig, WorkerConfig):
+    """Problems with a number or formula as the answer, compared by math-verify."""
+
+    kind: Literal["math"] = "math"
+    report_incorrect: bool = False
+    """Whether feedback on a wrong answer states that it is wrong."""
+    reveal_expected: bool = False
+    """Whether feedback on a wrong answer contains the right one, which gives it away."""
+
+
 class Problem(NamedTuple):
-    """A problem, its true answer as it would stand in a box, and a worked solution, if there is."""
+    """A problem, its true answer as it would stand in a box, and its worked solution, if any."""
 
     id: str
     question: str
@@ -79,16 +93,16 @@ class Math:
         train: Sequence[Problem],
         held_out: Sequence[Problem],
         *,
-        say_wrong: bool = False,
+        report_incorrect: bool = False,
         reveal_expected: bool = False,
     ):
         """Checks that no problem is on both sides and that math-verify is installed.
 
         Args:
-          train: problems to learn from.
+          train: problems to train on.
           held_out: problems to evaluate on.
-          say_wrong: whether feedback says of a wrong answer that it is wrong.
-          reveal_expected: whether it also holds the true answer, which the teacher then copies.
+          report_incorrect: whether feedback on a wrong answer states that it is wrong.
+          reveal_expected: whether it also contains the true answer, which the teacher then copies.
 
         Raises:
           UserError: an id or a problem occurs twice, or the package math-verify is missing.
@@ -98,12 +112,12 @@ class Math:
         self.train = [_prompt(problem) for problem in train]
         self.held_out = [_prompt(problem) for problem in held_out]
         check_sides(self.train, self.held_out)
-        self._say_wrong, self._reveal = say_wrong, reveal_expected
+        self._report_incorrect, self._reveal = report_incorrect, reveal_expected
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
         """Passes an equal answer; feedback names the form, or why an answer was not checked.
 
-        May run for long: call it in a process that can be killed, in any thread.
+        May run for a long time: call it in a process that can be killed.
         """
         problem: Problem = prompt.data["problem"]
         given = last_boxed(without_thinking(response))
@@ -124,27 +138,40 @@ class Math:
         hint = f" Expected: {problem.answer}" if self._reveal else ""
         if reason is not None:
             return f"The answer in the box was not checked: {reason}.{hint}"
-        if self._say_wrong or self._reveal:
+        if self._report_incorrect or self._reveal:
             return f"The answer {shown(given)} is wrong.{hint}"
         return ""
 
     def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
-        """The verdict of `grade`; feedback on a failure says that the response was cut."""
+        """Grades like `grade`; on a failure, the feedback is that the response was cut."""
         return cut_off(self.grade(prompt, response), f"the final answer inside {FORM}")
 
     def answer(self, prompt: Prompt, response: str) -> str | None:
-        r"""What the last box holds, without white space and marks of text.
+        r"""The content of the last box without white space and `\text{}`.
 
-        By its letters, not its value: `1/2` and `\frac{1}{2}` are two answers of a vote.
+        Answers are compared as text, not by value: `1/2` and `\frac{1}{2}` are two answers.
         """
         del prompt
         given = last_boxed(without_thinking(response))
         return _plain(given) if given else None
 
     def reference(self, prompt: Prompt) -> str:
-        """The worked solution, if there is one, and the true answer in a box."""
+        """The worked solution, if any, and the true answer in a box."""
         problem: Problem = prompt.data["problem"]
         return "\n\n".join(filter(None, [problem.solution, rf"\boxed{{{problem.answer}}}"]))
+
+
+def build(config: MathConfig) -> Math:
+    """Builds the environment from its settings and files."""
+    require_files(config)
+    sides = load_math(config.train, config.held_out, config.on_error)
+    print_skipped(sides.problems)
+    return Math(
+        sides.train,
+        sides.held_out,
+        report_incorrect=config.report_incorrect,
+        reveal_expected=config.reveal_expected,
+    )
 
 
 def _prompt(problem: Problem) -> Prompt:
@@ -153,18 +180,18 @@ def _prompt(problem: Problem) -> Prompt:
 
 
 def same_text(given: str, answer: str) -> bool:
-    """Whether two answers are the same letters, with or without LaTeX's marks of text."""
+    r"""Whether two answers are the same text, with or without `\text{}` and the like."""
     return given == answer or _plain(given) == _plain(answer)
 
 
 def _plain(answer: str) -> str:
-    """Words are compared without case and marks of text; anything else without white space."""
+    r"""Normalizes an answer: words to lower case without `\text{}`, others without white space."""
     words = _LATEX_TEXT.sub(r"\1", answer).strip(" $.")
     return words.casefold() if _WORD.fullmatch(words) else "".join(words.split())
 
 
 def why_refused(answer: str) -> str | None:
-    """Why an answer is not handed to computer algebra; None: it may be."""
+    """The reason why an answer must not reach computer algebra; None if it may."""
     if len(answer) > MAX_CHARACTERS:
         return f"it is longer than {MAX_CHARACTERS} characters"
     if any(len(number) > MAX_DIGITS for number in _DIGITS.findall(answer)):
@@ -189,10 +216,10 @@ def _depth(answer: str) -> int:
 
 
 def _power(answer: str) -> int:
-    """A bound of how far exponents multiply: those of groups, which may be nested, and one more.
+    """An upper bound on the product of nested exponents: those of groups, and one plain one.
 
-    Of an exponent the largest integer counts. A number that is raised inside an exponent is a
-    tower, and counts as more than is allowed.
+    An exponent counts as its largest integer. A power inside an exponent is a tower and counts as
+    more than is allowed.
     """
     nested = plain = 1
     for match in _EXPONENT.finditer(answer):
@@ -209,7 +236,7 @@ def _power(answer: str) -> int:
 
 
 def _expands(answer: str) -> bool:
-    """Whether a group is raised to a large power in an answer with variables."""
+    """Whether an answer with variables raises a group to a large power."""
     if not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", answer)):
         return False
     groups = re.finditer(r"[)}\]]\s*(?:\^|\*\*)\s*", answer)
@@ -218,7 +245,7 @@ def _expands(answer: str) -> bool:
 
 
 def _argument(answer: str, start: int) -> tuple[str, int]:
-    """The group or token that begins at a place, and where it ends."""
+    """The group or token that begins at `start`, and the position after it."""
     if answer[start : start + 1] not in ("{", "("):
         token = _TOKEN.match(answer, start)
         return (token[0], token.end()) if token else ("", start)
@@ -231,7 +258,7 @@ def _argument(answer: str, start: int) -> tuple[str, int]:
 
 
 def _largest_factorial(answer: str) -> int:
-    """The largest number in front of `!`; the factorial of anything else is more than allowed."""
+    """The largest integer before `!`; the factorial of anything else exceeds the bound."""
     largest = 0
     for match in re.finditer(r"(\d*)\s*(!+|\\factorial)", answer):
         plain = match[1] and match[2] == "!"
@@ -240,16 +267,16 @@ def _largest_factorial(answer: str) -> int:
 
 
 def equal(given: str, answer: str) -> bool:
-    """Whether math-verify finds two answers equal; runs without any deadline.
+    """Whether math-verify finds two answers equal; runs without a deadline.
 
-    Where the true answer is a word, or is refused itself, only the same text is equal.
+    If the true answer is a word, or would be refused itself, only the same text is equal.
     """
     words = _LATEX_TEXT.sub(r"\1", answer).strip(" $.")
     if _WORD.fullmatch(words) or why_refused(answer) is not None:
         return False
     from math_verify import parse, verify
 
-    # It warns once that it has no deadline, which is on purpose here.
+    # math-verify warns that it has no timeout, which is intended here.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     without_deadline: Any = None  # Accepted, though `parse` declares an int.
     expected, found = (
@@ -273,7 +300,7 @@ def load_math(
 
 
 def parse_row(row: dict[str, Any], place: str) -> Problem:
-    """One row as `load_math` expects it."""
+    """Parses one row of the form that `load_math` describes."""
     asked = "problem" if "problem" in row and "question" not in row else "question"
     question = text(get(row, asked), asked)
     key = "solution" if "solution" in row and "answer" not in row else "answer"
@@ -289,7 +316,7 @@ def parse_row(row: dict[str, Any], place: str) -> Problem:
 
 
 def _true_answer(value: str, key: str) -> tuple[str, str]:
-    """The answer, and the solution that leads to it, without GSM8K's calculator marks."""
+    """Splits a worked solution into the answer and the text before it, without calculator marks."""
     solution, mark, final = value.rpartition("####")
     if mark:
         answer, solution = final.strip().replace(",", ""), _CALCULATOR.sub("", solution).strip()

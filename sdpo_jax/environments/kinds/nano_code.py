@@ -1,33 +1,37 @@
-"""Programs that the embedded model can write: one call, run for real, judged by what it did.
+"""Kind `nano_code`: the requests of `tool_calls`, answered by a one-call program run in a sandbox.
 
 The embedded model was pre-trained on calls `tool(argument=value, ...)`. Such a call is a program:
-it runs in the sandbox after a small API (`nano_api.py`), whose functions check their arguments,
-raise errors in words and note what they did. The state observed is then compared, outside, with the
-request's. So all of the code environment runs, at a size where a run takes minutes: sandbox, real
-errors, observation, verdict outside. The tasks, their drift and the split are those of
-`tool_calls`; only the judge is another.
+it runs in the sandbox after a small API (`code/nano_api.py`), whose functions check their
+arguments, raise errors in words and record what they did. The observed state is then compared with
+the request outside of the sandbox. So a run of a few minutes exercises the whole code environment:
+sandbox, real errors, observations, grading outside. Tasks, API drift and split are those of
+`tool_calls`; only the grader differs.
 
-What was chosen, and why:
+Choices and their reasons:
 
-* The response is the program, without a fenced block: the model never saw one.
-* The API's messages use the words of `tool_calls` (`time: expected 24-hour HH:MM`), which the
-  model's pre-training text taught it to read. They reach the teacher as Python raised them, without
-  the place (a call is one line) and the exception's type, a word that the model never met: with
+* The response is the program itself without a fenced block, which the model never saw.
+* The API's messages use the words of `tool_calls` (`time: expected 24-hour HH:MM`), which the model
+  knows from pre-training. The teacher sees them as Python raised them, but without the place (a
+  call is one line) and the exception's type, which is not in the pre-training text: with
   `TypeError: ` in front, the teacher answers 55 % of the requests after feedback, without it 66 %
   (120 held-out requests, 4 attempts each, the model as it comes).
-* A call that runs but does the wrong thing raises nothing: its feedback names the argument, made
-  outside from the state observed; never the wanted value.
-* A program of several calls is allowed to run; its state is not the one of one call, and it fails.
+* A call that runs but does the wrong thing raises no error. Its feedback is made outside from the
+  observed state and names the argument, never the expected value.
+* A program of several calls may run; its state differs from that of one call, so it fails.
 * Equal programs of one batch run once.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+from sdpo_jax.config import SEED, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
+from sdpo_jax.environments.code import nano_api
 from sdpo_jax.environments.code.values import same_value
+from sdpo_jax.environments.kinds.tool_calls import Task, ToolCalls, complaints, write_call
 from sdpo_jax.environments.sandbox.protocol import (
     Evaluate,
     Limits,
@@ -35,9 +39,9 @@ from sdpo_jax.environments.sandbox.protocol import (
     Program,
     Sandbox,
 )
-from sdpo_jax.environments.sanitize import clean
-from sdpo_jax.environments.tool_apis import FAMILIES, TODAY
-from sdpo_jax.environments.tool_calls import Task, ToolCalls, complaints, write_call
+from sdpo_jax.environments.sanitize import sanitize
+from sdpo_jax.environments.settings import SandboxConfig, sandbox_of
+from sdpo_jax.environments.toy_apis import FAMILIES, TODAY
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=10.0, memory_mb=256)
 NOTHING_DONE = "nothing was called: expected tool(argument=value, ...)"
@@ -49,11 +53,23 @@ _ENDED = {
 }
 
 
+@dataclass(frozen=True)
+class NanoCodeConfig(SandboxConfig):
+    """The requests of `tool_calls`, answered by a small program that runs in a sandbox."""
+
+    kind: Literal["nano_code"] = "nano_code"
+    train_prompts: int = setting(2048, at_least(1))
+    held_out_prompts: int = setting(256, at_least(1))
+    families: tuple[str, ...] = ()
+    """Task families to draw from; empty means all."""
+    seed: int = setting(0, SEED)
+
+
 class NanoCode:
     """The environment: requests of `tool_calls`, answered by a program.
 
-    Reward is 1 if the program leaves exactly the wanted call done, else 0. Metrics: `well_formed`
-    (Python could read it), `tests_passed`, `trust_in_box` (always 0), `timed_out`.
+    The reward is 1 if the program made exactly the expected call, else 0. Metrics: `well_formed`
+    (the program is valid Python), `tests_passed`, `trust_in_box` (always 0), `timed_out`.
     """
 
     def __init__(
@@ -65,22 +81,22 @@ class NanoCode:
         families: Sequence[str] = (),
         seed: int = 0,
     ):
-        asked = ToolCalls(
+        tasks = ToolCalls(
             train_prompts=train_prompts,
             held_out_prompts=held_out_prompts,
             families=families,
             seed=seed,
         )
-        self.train, self.held_out = asked.train, asked.held_out
+        self.train, self.held_out = tasks.train, tasks.held_out
         self._sandbox = sandbox
         self._prelude = api_source()
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Runs a response and judges the state that it leaves."""
+        """Runs a response and grades the state that it leaves."""
         return self.grade_many([prompt], [response])[0]
 
     def grade_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
-        """One outcome for each pair, in order; all programs run at once."""
+        """One outcome for each pair, in order; all programs run in one batch."""
         sources = list(dict.fromkeys(responses))
         programs = [
             Program(f"{self._prelude}\n{source}", (Evaluate("done"),), LIMITS) for source in sources
@@ -94,13 +110,24 @@ class NanoCode:
         return write_call(prompt.data["task"], TODAY)
 
 
+def build(config: NanoCodeConfig) -> NanoCode:
+    """Builds the environment from its settings and opens the sandbox."""
+    return NanoCode(
+        train_prompts=config.train_prompts,
+        held_out_prompts=config.held_out_prompts,
+        sandbox=sandbox_of(config),
+        families=config.families,
+        seed=config.seed,
+    )
+
+
 def api_source() -> str:
-    """The source of the API."""
-    return Path(__file__).with_name("nano_api.py").read_text(encoding="utf-8")
+    """The source of the API, which runs before each program."""
+    return Path(nano_api.__file__).read_text(encoding="utf-8")
 
 
 def wanted_state(task: Task) -> list[Any]:
-    """What `done` has to hold after the program."""
+    """The value of `done` after a correct program."""
     slots = FAMILIES[task.family].slots
     forms = {slot.name: slot.forms[TODAY[task.family, slot.name]] for slot in slots}
     arguments = {n: f.write(task.values[n]) for n, f in forms.items() if f.write is not None}
@@ -135,20 +162,22 @@ def _feedback(task: Task, seen: Observation) -> str:
 
 
 def _message(error: str) -> str:
-    """The exception's message, without its type and the places below it."""
+    """The message of an exception without its type and the lines that locate it."""
     lines = [line for line in error.split("\n") if not line.endswith("(Solution.py)")]
     kind, _, message = "\n".join(lines).partition(": ")
     text = message or kind
-    return clean(text, max_lines=6, max_line_characters=120, max_characters=400)
+    return sanitize(text, max_lines=6, max_line_characters=120, max_characters=400)
 
 
 def _wrong_state(task: Task, call: Any) -> str:
-    """Which argument of a call that ran is not the one of the request."""
+    """The feedback on a call that ran without errors but does not match the request."""
     match call:
         case [str(tool), dict(arguments)]:
             named = cast("Mapping[str, Any]", arguments)
             text = ", ".join(f"{n}={json.dumps(v, ensure_ascii=False)}" for n, v in named.items())
             found = complaints(task, f"{tool}({text})", TODAY)
-            return clean("\n".join(found), max_lines=6, max_line_characters=120, max_characters=400)
+            return sanitize(
+                "\n".join(found), max_lines=6, max_line_characters=120, max_characters=400
+            )
         case _:
             return NOTHING_DONE

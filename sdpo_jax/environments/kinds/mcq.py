@@ -1,29 +1,33 @@
-r"""Multiple choice, as in SciKnowEval: a question, lettered options, one letter as the answer.
+r"""Kind `mcq`: multiple choice as in SciKnowEval, lettered options answered by one letter.
 
-The answer is the text of the last `<answer>...</answer>`; without tags, of the last `\boxed{...}`;
-without either, the last "answer is (X)". Only letters of the item's own options count, in their own
-case. Reward is 1 for the right letter, else 0; `metrics` holds `well_formed`: a letter was found.
+The answer is the content of the last `<answer>...</answer>`; without tags, of the last
+`\boxed{...}`; without either, the last "answer is (X)". Only the letters of the item's own options
+count, in their own case. The reward is 1 for the right letter, else 0; `metrics` holds
+`well_formed`: a letter was found.
 
 Departures from the reference's graders (lasgroup/SDPO, `verl/utils/reward_score/feedback/`):
 
-* `mcq.py` says nothing about a missing answer; here feedback names the form, since a response
-  without an answer teaches nothing otherwise. A wrong letter has no feedback, as there, unless
-  `say_wrong`: with two options, saying so gives the answer away.
-* `mcq.py` reports `incorrect_format` where the format is right; `well_formed` is what it says.
-* `mcq.py` takes text after an `<answer>` that is never closed; here a pair is complete.
-* `gpqa.py` and `mmlu_pro.py` look for any lone letter, the former after making all letters large,
-  so that "The answer is C because it is a metal." counts as A. There is no such scan here.
+* `mcq.py` gives no feedback on a missing answer; here feedback names the expected form, because
+  otherwise such a response gives no signal. A wrong letter gets no feedback, as in the reference,
+  unless `report_incorrect`: with two options, such feedback gives the answer away.
+* `mcq.py` reports `incorrect_format` if the format is right; `well_formed` is true if it is right.
+* `mcq.py` accepts text after an `<answer>` that is never closed; here both tags are required.
+* `gpqa.py` and `mmlu_pro.py` search for any single letter, the former after converting the text to
+  upper case, so that "The answer is C because it is a metal." counts as A. Here nothing does.
 * Text up to `</think>` does not count.
-* The instruction names the item's letters; the data's own one says A, B, C, D where only A and B
-  are there (two of five questions in biology). `load_sciknoweval(..., own_wording=True)` keeps it.
+* The instruction names the item's letters; the dataset's own instruction names A, B, C, D even if
+  there are only A and B (two of five questions in biology). `load_sciknoweval(...,
+  dataset_prompt=True)` keeps it.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
+from sdpo_jax.config import SEED, EnvironmentConfig, setting
 from sdpo_jax.environments.answer_forms import (
     cut_off,
     last_boxed,
@@ -44,6 +48,7 @@ from sdpo_jax.environments.rows import (
     row_id,
     text,
 )
+from sdpo_jax.environments.settings import print_skipped
 
 _OPTION = re.compile(r" ?([A-Z]): ?(.*)")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
@@ -56,6 +61,23 @@ _QUARTZ = Path("registry", "data", "quartz", "samples.jsonl")
 _INSTALL = "pip install --no-deps 'evals>=3.0.1'"
 
 
+@dataclass(frozen=True)
+class McqConfig(EnvironmentConfig):
+    """Questions with lettered options, answered by a letter."""
+
+    kind: Literal["mcq"] = "mcq"
+    source: str = "quartz"
+    """`quartz`, or a folder with `train.jsonl` and `test.jsonl` as SciKnowEval's loader writes."""
+    report_incorrect: bool = False
+    """Whether feedback on a wrong option states that it is wrong."""
+    dataset_prompt: bool = False
+    """Whether to keep the dataset's own system message and prompt."""
+    seed: int = setting(0, SEED)
+    """`quartz`: determines which questions are held out."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad row of a file does; skipped rows are counted and named."""
+
+
 class Question(NamedTuple):
     """A question with lettered options and the letter of the right one."""
 
@@ -64,21 +86,25 @@ class Question(NamedTuple):
     options: Mapping[str, str]
     answer: str
     messages: tuple[Mapping[str, str], ...] = ()
-    """The prompt in the data's own wording; empty: in ours."""
+    """The dataset's own prompt; empty: the prompt is made here."""
 
 
 class Mcq:
     """The environment: every question given, in order."""
 
     def __init__(
-        self, train: Sequence[Question], held_out: Sequence[Question], *, say_wrong: bool = False
+        self,
+        train: Sequence[Question],
+        held_out: Sequence[Question],
+        *,
+        report_incorrect: bool = False,
     ):
         """Checks that no question is on both sides.
 
         Args:
-          train: questions to learn from.
+          train: questions to train on.
           held_out: questions to evaluate on.
-          say_wrong: whether feedback says of a wrong option that it is wrong.
+          report_incorrect: whether feedback on a wrong option states that it is wrong.
 
         Raises:
           UserError: an id or a question occurs twice.
@@ -86,20 +112,20 @@ class Mcq:
         self.train = [_prompt(question) for question in train]
         self.held_out = [_prompt(question) for question in held_out]
         check_sides(self.train, self.held_out)
-        self._say_wrong = say_wrong
+        self._report_incorrect = report_incorrect
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
-        """Passes the right letter; feedback says how an answer has to look."""
+        """Passes the right letter; feedback describes the expected form."""
         question: Question = prompt.data["question"]
         given = find_letter(response, question.options)
         if given is None:
             return Outcome(0.0, False, _malformed(response, question), {"well_formed": 0.0})
         right = given == question.answer
-        feedback = f"Option {given} is wrong." if self._say_wrong and not right else ""
+        feedback = f"Option {given} is wrong." if self._report_incorrect and not right else ""
         return Outcome(float(right), right, feedback, {"well_formed": 1.0})
 
     def grade_truncated(self, prompt: Prompt, response: str) -> Outcome:
-        """The verdict of `grade`; feedback on a failure says that the response was cut."""
+        """Grades like `grade`; on a failure, the feedback is that the response was cut."""
         return cut_off(self.grade(prompt, response), _form(prompt.data["question"].options))
 
     def answer(self, prompt: Prompt, response: str) -> str | None:
@@ -111,8 +137,20 @@ class Mcq:
         return f"<answer>\n{prompt.data['question'].answer}\n</answer>"
 
 
+def build(config: McqConfig) -> Mcq:
+    """Builds the environment from its settings."""
+    if config.source == "quartz":
+        sides = load_quartz(config.seed)
+    else:
+        sides = load_sciknoweval(
+            config.source, config.on_error, dataset_prompt=config.dataset_prompt
+        )
+        print_skipped(sides.problems)
+    return Mcq(sides.train, sides.held_out, report_incorrect=config.report_incorrect)
+
+
 def find_letter(response: str, options: Mapping[str, str]) -> str | None:
-    """The letter that a response answers with; None: it has none of the options' letters."""
+    """The letter that a response answers with; None if it has none of the options' letters."""
     text = without_thinking(response)
     given = last_tagged(text)
     if given is None and (boxed := last_boxed(text)) is not None:
@@ -155,14 +193,14 @@ def load_sciknoweval(
     folder: str | Path,
     on_error: Literal["stop", "skip"] = "stop",
     *,
-    own_wording: bool = False,
+    dataset_prompt: bool = False,
 ) -> Split[Question]:
-    """Reads `train.jsonl` and `test.jsonl` as the reference lays them out.
+    """Reads `train.jsonl` and `test.jsonl` in the reference's layout.
 
     Args:
       folder: one subject, such as `sciknoweval/biology`.
       on_error: what to do with bad rows, see `read_rows`.
-      own_wording: keeps the rows' `system` and `prompt` as they are.
+      dataset_prompt: whether to keep the rows' own `system` and `prompt`.
 
     Raises:
       UserError: a file is missing, or holds bad rows.
@@ -171,7 +209,7 @@ def load_sciknoweval(
 
     def parse(row: dict[str, Any], place: str) -> Question:
         question = _sciknoweval(row, f"{folder.name}-{row_id(row, place, 'idx')}")
-        return question if own_wording else question._replace(messages=())
+        return question if dataset_prompt else question._replace(messages=())
 
     form = '{"idx": ..., "prompt": "...\\n\\nA: ...\\nB: ...", "answer": "A"}'
     files = folder / "train.jsonl", folder / "test.jsonl"
@@ -192,10 +230,10 @@ def _sciknoweval(row: Mapping[str, Any], name: str) -> Question:
 
 
 def parse_question(name: str, asked: str, answer: str) -> Question:
-    r"""A question from text that ends with lines `A: ...`, `B: ...`, after a blank line.
+    r"""Parses a question from text that ends with lines `A: ...`, `B: ...` after a blank line.
 
     Raises:
-      BadRow: there are not two options or more, in order, or the answer is none of their letters.
+      BadRow: there are not at least two options in order, or `answer` is not one of their letters.
     """
     question, _, rest = asked.partition("\n\n")
     while rest and not _OPTION.match(rest):
@@ -214,11 +252,10 @@ def parse_question(name: str, asked: str, answer: str) -> Question:
 
 
 def load_quartz(seed: int = 0) -> Split[Question]:
-    """QuaRTz: qualitative questions of science with two options, from the installed package evals.
+    """Reads QuaRTz, science questions with two options, from the installed package evals.
 
-    The file is read, the package not imported. A hash of the seed and the question decides whether
-    a row is held out (one in four). Questions that occur twice are left out: in the data they have
-    different answers.
+    The file is read without importing the package. A hash of the seed and the question holds one
+    row in four out. Questions that occur twice are dropped, because their answers differ.
 
     Raises:
       UserError: the package or the file is missing, or a row is not as expected.

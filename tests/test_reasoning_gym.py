@@ -10,7 +10,7 @@ from importlib import util
 
 import pytest
 
-from sdpo_jax.environments.gym import (
+from sdpo_jax.environments.kinds.reasoning_gym import (
     EXACT,
     GUARDS,
     UNSTEADY,
@@ -87,7 +87,7 @@ def test_sides_are_disjoint_and_the_seed_decides_them(made):
 
 
 _DIGEST = (
-    "import hashlib; from sdpo_jax.environments.gym import ReasoningGym; "
+    "import hashlib; from sdpo_jax.environments.kinds.reasoning_gym import ReasoningGym; "
     "e = ReasoningGym({names!r}, 44, 22, seed=3); "
     "print(hashlib.sha256(repr([(p.id, p.messages) for p in [*e.train, *e.held_out]])"
     ".encode()).hexdigest())"
@@ -215,7 +215,7 @@ def test_what_cannot_be_made_is_one_clear_error(generators, counts, message):
 @needs_package
 def test_a_generator_without_an_oracle_says_so():
     made = ReasoningGym(["graph_color"], 1, 0)
-    with pytest.raises(UserError, match="graph_color knows no answer"):
+    with pytest.raises(UserError, match="graph_color has no answers"):
         made.reference(made.train[0])
 
 

@@ -5,11 +5,11 @@ import random
 import pytest
 
 from sdpo_jax.environments.code import nano_api
-from sdpo_jax.environments.code.nano_programs import NanoCode, api_source, wanted_state
+from sdpo_jax.environments.kinds.nano_code import NanoCode, api_source, wanted_state
+from sdpo_jax.environments.kinds.tool_calls import ToolCalls, complaints, draw_task, write_call
 from sdpo_jax.environments.sandbox import open_sandbox
 from sdpo_jax.environments.sandbox.protocol import Observation
-from sdpo_jax.environments.tool_apis import FAMILIES, TODAY
-from sdpo_jax.environments.tool_calls import ToolCalls, complaints, draw_task, write_call
+from sdpo_jax.environments.toy_apis import FAMILIES, TODAY
 
 
 @pytest.fixture(scope="module")
