@@ -3,7 +3,8 @@
 #
 #   .ci/losses_with_jax.sh 0.7.2      that version; "newest" or nothing: whatever pip finds
 #
-# PYTHON names the interpreter (python3 by default): jax 0.5 needs Python 3.10 to 3.13.
+# PYTHON names the interpreter. By default it is python3; for the newest jax, which needs a newer
+# Python than the oldest that runs the losses, python3.13 where there is one.
 set -euo pipefail
 
 version=${1:-newest}
@@ -13,7 +14,13 @@ trap 'rm -rf "$work"' EXIT
 jax=jax
 [ "$version" = newest ] || jax="jax==$version"
 
-"${PYTHON:-python3}" -m venv "$work/venv"
+python=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ] && [ "$version" = newest ]; then
+  for found in python3.13 "$(pyenv root 2>/dev/null || true)"/versions/3.13*/bin/python3.13; do
+    if "$found" -c '' 2>/dev/null; then python=$found && break; fi
+  done
+fi
+"$python" -m venv "$work/venv"
 "$work/venv/bin/pip" install -q "$root" "$jax" 'pytest>=8.4' 'pytest-timeout>=2.4' 'hypothesis>=6.150'
 
 # A copy, so that the installed package is what the tests import.

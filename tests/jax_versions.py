@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.experimental
 import pytest
 
 from sdpo_jax.losses.vocabulary import log_softmax
@@ -24,9 +25,7 @@ def enable_x64(enabled):
     """A context in which arrays may be float64."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(enabled)
-    from jax.experimental import enable_x64 as context
-
-    return context(enabled)
+    return jax.experimental.enable_x64(enabled)
 
 
 def auto_mesh(sizes, names):
