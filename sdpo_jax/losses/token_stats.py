@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sdpo_jax.losses.arrays import check_vocabulary
 from sdpo_jax.losses.divergences import as_log_probs, mixture_divergence
-from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary, select_targets
+from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary, check_targets, select_targets
 
 
 class TokenStats(NamedTuple):
@@ -70,6 +70,7 @@ def token_stats(
 
 def _sampled(log_probs: jax.Array, targets: jax.Array, vocabulary: Vocabulary) -> jax.Array:
     """`select_targets` without a gradient; on a CPU a gather, which spares two passes over V."""
+    check_targets(log_probs, targets)
     compare = partial(select_targets, vocabulary=vocabulary)
     if vocabulary.axis is not None:
         return compare(log_probs, targets)

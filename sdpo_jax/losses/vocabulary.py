@@ -146,17 +146,25 @@ def select_targets(
     >>> select_targets(jnp.array([[-1.0, -2.0], [-3.0, -4.0]]), jnp.array([1, 0])).tolist()
     [-2.0, -3.0]
     """
+    check_targets(log_probs, targets)
+    targets = targets.astype(jnp.int32)  # uint8 would count to 255 and start again
+    counter = jax.lax.broadcasted_iota(jnp.int32, log_probs.shape, log_probs.ndim - 1)
+    counter = counter + vocabulary.offset(log_probs)
+    zero = jnp.zeros((), log_probs.dtype)
+    return vocabulary.sum(jnp.where(counter == targets[..., None], log_probs, zero))
+
+
+def check_targets(log_probs: jax.Array, targets: jax.Array) -> None:
+    """Raise unless `targets` are integers of the shape of `log_probs` without its last axis.
+
+    >>> check_targets(jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32))
+    """
     check_integer(targets=targets)
     if log_probs.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets must have the shape of log_probs without its last axis, got targets "
             f"{list(targets.shape)} and log_probs {list(log_probs.shape)}"
         )
-    targets = targets.astype(jnp.int32)  # uint8 would count to 255 and start again
-    counter = jax.lax.broadcasted_iota(jnp.int32, log_probs.shape, log_probs.ndim - 1)
-    counter = counter + vocabulary.offset(log_probs)
-    zero = jnp.zeros((), log_probs.dtype)
-    return vocabulary.sum(jnp.where(counter == targets[..., None], log_probs, zero))
 
 
 def top_k_indices(logits: jax.Array, *, k: int, vocabulary: Vocabulary = WHOLE) -> jax.Array:
