@@ -92,7 +92,9 @@ def test_padding_on_the_right_changes_nothing():
     student, teacher, mask = batch()
     wide = [jnp.pad(x, [(0, 0), (0, 3), (0, 0)], constant_values=5.0) for x in (student, teacher)]
     got = sdpo_loss(wide[0], wide[1], jnp.pad(mask, [(0, 0), (0, 3)]), alpha=0.5)
-    np.testing.assert_allclose(got.mean(), sdpo_loss(student, teacher, mask, alpha=0.5).mean())
+    want = sdpo_loss(student, teacher, mask, alpha=0.5)
+    # A sum of another length may be added up in another order.
+    np.testing.assert_allclose(got.mean(), want.mean(), rtol=1e-6)
 
 
 def test_on_policy_weights_are_exactly_one():

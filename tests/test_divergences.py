@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from sdpo_jax.losses.divergences import entropy, forward_kl, generalized_jsd, reverse_kl
+from sdpo_jax.losses.vocabulary import log_softmax
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
 
@@ -71,10 +72,10 @@ def test_jensen_shannon_is_symmetric_and_between_zero_and_log_two(seed, scale):
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_equal_distributions_have_loss_zero_and_gradient_zero(alpha):
     logits = 3.0 * jax.random.normal(jax.random.key(0), (5, 13))
-    teacher = jax.nn.log_softmax(logits, axis=-1)
+    teacher = log_softmax(logits)  # jax's own is compiled, and may round in another way
 
     def loss(logits):
-        return jnp.sum(generalized_jsd(jax.nn.log_softmax(logits, axis=-1), teacher, alpha=alpha))
+        return jnp.sum(generalized_jsd(log_softmax(logits), teacher, alpha=alpha))
 
     value, gradient = jax.value_and_grad(loss)(logits)
     assert value == 0.0
