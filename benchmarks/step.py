@@ -51,7 +51,7 @@ from sdpo_jax.config import Config, OptimizerConfig, RolloutConfig, TeacherConfi
 from sdpo_jax.config import DataConfig as Data
 from sdpo_jax.data.jsonl import Demonstration
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, SftConfig, make_objective
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training.trainer import Trainer
@@ -209,7 +209,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     hard = s.hard_prompts if options.objective == "sdpo" else 0
     environment = ChecksumEnvironment(s, tokenizer, hard)
     model, config = build_model(make_architecture(s)), make_config(s, options)
-    trainer = Trainer(config, model, tokenizer, environment, environment.demonstrations(s))
+    demonstrations = environment.demonstrations(s)
+    objective = make_objective(config.objective)
+    trainer = Trainer(config, model, tokenizer, environment, demonstrations, objective=objective)
     state = trainer.initial_state(model.init(jax.random.key(0)))
     cpu, steps, rows = watch_phases(), [], []
     for step in range(options.warmup + options.steps):

@@ -9,11 +9,11 @@ The commands of `sdpo` are thin shells over this module. Without `verbose` nothi
 signals stay as they are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from sdpo_jax.config.resolved import flatten
 from sdpo_jax.data.demonstrations import load_demonstrations
 from sdpo_jax.devices import Devices, fitting_mesh, make_mesh
 from sdpo_jax.environments.base import Environment
+from sdpo_jax.environments.kinds.file import checked
 from sdpo_jax.environments.registry import make_environment
 from sdpo_jax.errors import UserError
 from sdpo_jax.model import Model, Params
@@ -104,7 +105,7 @@ class Run:
         """
         return self._loop.train(stop)
 
-    def steps(self) -> Iterator[StepResult]:
+    def steps(self) -> Generator[StepResult, None, None]:
         """Trains as `train` does, and yields the result of each step.
 
         Evaluations, checkpoints and the summary come on the recipe's schedule, before the step is
@@ -242,6 +243,8 @@ def load_components(
         raise UserError("model= comes with its own weights: expected params= and tokenizer= too")
     if environment is None:
         environment = make_environment(config.environment)
+    else:
+        checked(environment, "environment")
     is_taught = config.objective.learns_from == "demonstrations"
     demonstrations = load_demonstrations(config.data, environment) if is_taught else ()
     load_given = params if callable(params) else partial(_same, params)
@@ -251,8 +254,9 @@ def load_components(
         if params is None:
             load_given = partial(_initial_params, config, model, folder, architecture)
         if tokenizer is None:
-            tokenizer = ChatTokenizer.from_pretrained(folder, thinking=config.model.thinking)
-            tokenizer.check_vocabulary(architecture.vocabulary)
+            chat = ChatTokenizer.from_pretrained(folder, thinking=config.model.thinking)
+            chat.check_vocabulary(architecture.vocabulary)
+            tokenizer = cast(Tokenizer, chat)  # pyright takes no cached_property for a property
     assert tokenizer is not None
     return RunComponents(
         model, load_given, tokenizer, environment, demonstrations, objective, optimizer, context

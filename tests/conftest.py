@@ -32,6 +32,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("busy")
 
+FOLDER = "jax_compilation_cache_dir"
 KEEP_SECONDS = 7 * 24 * 3600
 
 
@@ -40,7 +41,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error:::sdpo_jax")
     config.addinivalue_line("filterwarnings", "error:::sdpo_models")
     # JAX_COMPILATION_CACHE_DIR names another folder; `-p no:cacheprovider` keeps nothing.
-    if jax.config.jax_compilation_cache_dir is None and hasattr(config, "cache"):
+    if getattr(jax.config, FOLDER) is None and hasattr(config, "cache"):
         keep_programs(config.cache.mkdir("compiled"))
 
 
@@ -70,7 +71,7 @@ def keep_programs(folder):
         for path in folder.iterdir():
             if time.time() - path.stat().st_mtime > KEEP_SECONDS:
                 path.unlink()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update(FOLDER, str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

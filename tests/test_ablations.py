@@ -11,7 +11,7 @@ import tiny
 
 from sdpo_jax.config.resolved import differences
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.objectives import SdpoConfig
+from sdpo_jax.objectives import SdpoConfig, make_objective
 from sdpo_jax.run.recipes import load_recipe
 from sdpo_jax.training import trainer as trainer_module
 from sdpo_jax.training.trainer import Trainer
@@ -62,7 +62,8 @@ def test_one_step_of_every_row_moves_the_model(options, monkeypatch):
     config = config_of(options)
     sizes = replace(config.rollout, max_response_tokens=5)
     config = replace(config, rollout=sizes, train=replace(config.train, micro_batch_tokens=2048))
-    trainer = Trainer(config, tiny.make_model(ARCHITECTURE), TOKENIZER, Judge())
+    objective, model = make_objective(config.objective), tiny.make_model(ARCHITECTURE)
+    trainer = Trainer(config, model, TOKENIZER, Judge(), objective=objective)
     start = trainer.initial_state(tiny.make_params(ARCHITECTURE, scale=0.5))
     _, row = trainer.step(start, 1)
     assert row["updates"] == config.train.mini_batches and row["skipped"] == 0

@@ -55,7 +55,7 @@ SIGNATURES = {
     "train": """(recipe: str | pathlib.Path | sdpo_jax.config.Config, **arguments: Any)
         -> sdpo_jax.run.summary.Summary""",
     "Run.train": "(self, stop: Callable[[], bool] = never) -> sdpo_jax.run.summary.Summary",
-    "Run.steps": "(self) -> Iterator[sdpo_jax.run.loop.StepResult]",
+    "Run.steps": "(self) -> Generator[sdpo_jax.run.loop.StepResult, None, None]",
     "Run.evaluate": "(self) -> sdpo_jax.run.loop.EvaluationResult",
 }
 FIELDS = {
@@ -159,6 +159,11 @@ def test_a_model_comes_with_params_and_tokenizer(tmp_path):
         load(make_config(tmp_path), environment=Toy(), model=MODEL)
 
 
+def test_an_environment_that_is_none_is_refused_with_what_it_lacks(tmp_path):
+    with pytest.raises(UserError, match=r"environment \(object\) has no train and no held_out"):
+        load(RECIPE, environment=object())
+
+
 # What a run returns
 
 
@@ -198,11 +203,11 @@ def test_callbacks_are_called_in_the_order_of_a_step(whole):
     ]
     saved = [step for name, step, *_ in calls if name == "on_save"]
     assert saved == [1, 2, 3] and calls[-1] == ("on_end", summary)
-    assert all(path.is_dir() for name, _, path, *_ in calls if name == "on_save")
-    (rollouts,) = [x for name, step, x, *_ in calls if (name, step) == ("on_rollouts", 1)]
+    assert all(call[2].is_dir() for call in calls if call[0] == "on_save")
+    (rollouts,) = [call[2] for call in calls if call[:2] == ("on_rollouts", 1)]
     assert len(rollouts.outcomes) == 8
-    rows = {step: row for name, step, row, *_ in calls if name == "on_step"}
-    assert rows[1]["reward"] == np.mean([outcome.reward for outcome in rollouts.outcomes])
+    (row,) = [call[2] for call in calls if call[:2] == ("on_step", 1)]
+    assert row["reward"] == np.mean([outcome.reward for outcome in rollouts.outcomes])
 
 
 def test_a_loop_that_is_left_after_every_step_is_the_whole_run(whole, tmp_path):
@@ -226,9 +231,9 @@ def test_a_loop_that_is_left_after_every_step_is_the_whole_run(whole, tmp_path):
 def test_a_loop_that_is_left_early_goes_on_in_another_process(whole, tmp_path):
     config, summary, _, params = whole
     broken = replace(config, run_dir=str(tmp_path), checkpoint=BASE.checkpoint)
-    for row in toy(broken).steps():
-        if row.step == 2:
-            break
+    steps = toy(broken).steps()
+    row = [next(steps), next(steps)][-1]
+    steps.close()
     assert saved_steps(broken) == [1, 2]  # whole, and nothing of step 3
     run = toy(broken)
     assert run.evaluate() == EvaluationResult(2, row.evaluation)
@@ -262,6 +267,13 @@ def test_one_iterator_at_a_time(tmp_path):
         next(run.steps())
     steps.close()
     assert next(run.steps()).step == 2
+
+
+def test_the_folder_of_another_recipe_is_refused(whole):
+    config = replace(whole[0], seed=1)
+    for use in (lambda run: run.params, lambda run: run.evaluate(), lambda run: run.train()):
+        with pytest.raises(UserError, match="holds a run of another recipe"):
+            use(toy(config))
 
 
 def test_nothing_is_printed_unless_asked_for(tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import io
 import zlib
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from sdpo_jax.training.updates import split_mini_batches
 from test_episodes import ARCHITECTURE, MODEL, PROMPTS, Tokenizer
 
 from sdpo_jax.api import load_components
@@ -23,18 +23,18 @@ from sdpo_jax.config import (
     TrainConfig,
 )
 from sdpo_jax.environments.base import Outcome
-from sdpo_jax.objectives import GrpoConfig, SdpoConfig
-from sdpo_jax.objectives.sdpo import GrpoUpdates
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, make_objective
 from sdpo_jax.rollouts.phase_timer import PhaseTimer, is_time
-from sdpo_jax.rollouts.rollout_batch import RolloutSetup, draw
+from sdpo_jax.rollouts.rollout_batch import RolloutSetup, sample_rollouts
 from sdpo_jax.run.components import RunComponents
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.loop import TrainingLoop
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_jax.training import trainer as trainer_module
-from sdpo_jax.training.batch import reduction_weights
-from sdpo_jax.training.step import train_step
+from sdpo_jax.training.batch import reduction_weights, split_mini_batches
+from sdpo_jax.training.engine import Models
+from sdpo_jax.training.step import run_update
 from sdpo_jax.training.trainer import Trainer
 
 OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
@@ -69,7 +69,8 @@ def trainer_of(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)
-        return Trainer(config, MODEL, Tokenizer(), Checksum())
+        objective = make_objective(config.objective)
+        return Trainer(config, MODEL, Tokenizer(), Checksum(), objective=objective)
 
 
 def params():
@@ -79,35 +80,37 @@ def params():
 @cache
 def collected():
     trainer = trainer_of("grpo")
-    table = RolloutSetup(trainer.config.rollout, trainer.tokenizer, Checksum(), 64)
-    drawn = draw(table, trainer.sampler, params(), PROMPTS[:2], seed=1, step=1, clock=PhaseTimer())
-    return drawn.finish(PhaseTimer())
+    setup = RolloutSetup(trainer.config.rollout, trainer.tokenizer, Checksum(), 64)
+    given = {"seed": 1, "step": 1, "timer": PhaseTimer()}
+    return sample_rollouts(setup, trainer.sampler, params(), PROMPTS[:2], **given)
 
 
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-def test_experience_holds_episodes_and_metrics_count_own_tokens():
-    experience, metrics = collected()
-    assert experience.own is not None
-    own = [int(row.sum()) for row in experience.own]
-    assert metrics["response_tokens"] == np.mean(own) < np.mean(experience.lengths)
+def test_a_batch_holds_episodes_and_metrics_count_the_models_own_tokens():
+    rollouts, metrics = collected()
+    assert rollouts.response_mask is not None
+    own = [int(row.sum()) for row in rollouts.response_mask]
+    assert metrics["response_tokens"] == np.mean(own) < np.mean(rollouts.lengths)
     assert 1 < metrics["turns"] <= 2
     assert metrics["success_first_turn"] <= metrics["success"]
     for ids, written, log_probs in zip(
-        experience.response_ids, experience.own, experience.log_probs, strict=True
+        rollouts.response_ids, rollouts.response_mask, rollouts.log_probs, strict=True
     ):
         assert len(ids) == len(written) == len(log_probs)
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_weights_are_above_0_at_own_tokens_and_nowhere_else(reduction):
-    experience, _ = collected()
-    trainer, own = trainer_of("grpo"), experience.own
+    rollouts, _ = collected()
+    trainer, own = trainer_of("grpo"), rollouts.response_mask
     assert own is not None
     rows = np.ones(len(own), np.bool_)
-    (part,) = split_mini_batches(trainer.config, experience, rows, rows, reduction, trainer.form)
+    (part,) = split_mini_batches(
+        rollouts, 1, trainer.layout, active=rows, worth=rows, reduction=reduction
+    )
     for row, weights in zip(part.rows, part.weights, strict=True):
         np.testing.assert_array_equal(weights > 0, own[row])
         total = own[row].sum() if reduction == "token_mean" else 1.0
@@ -132,27 +135,33 @@ def test_the_update_does_not_depend_on_what_is_said_of_the_environments_tokens(n
     def scrambled(micro_batch):
         """Other targets, log-probs and advantages wherever the model did not write."""
         foreign = np.asarray(micro_batch.weights) == 0
-        tokens = micro_batch.tokens
-        changed = {}
+        inputs, changed = micro_batch.inputs, {}
+
+        def elsewhere(values):
+            old = np.asarray(values)
+            new = random.integers(0, 200, size=old.shape).astype(old.dtype)
+            return trainer.devices.put_rows(np.where(foreign, new, old))
+
         for field in ("targets", "old_log_probs", "advantages"):
-            if field in tokens._fields:
-                old = np.asarray(getattr(tokens, field))
-                new = random.integers(0, 200, size=old.shape).astype(old.dtype)
-                changed[field] = trainer.devices.put_rows(np.where(foreign, new, old))
-        return micro_batch._replace(tokens=tokens._replace(**changed))
+            if field in inputs._fields:
+                changed[field] = elsewhere(getattr(inputs, field))
+        inputs = inputs._replace(**changed)
+        return micro_batch._replace(targets=elsewhere(micro_batch.targets), inputs=inputs)
 
     def updated(change):
         (update,) = updates
-        batch = update.batch._replace(micro_batches=[change(m) for m in update.batch[0]])
+        changed = update._replace(micro_batches=[change(m) for m in update.micro_batches])
         state = trainer.initial_state(params())
-        state, metrics = train_step(trainer._train_step, state, batch, update.constants)
+        state, metrics = run_update(trainer._programs, state, changed)
         return state.params, metrics
 
     state = trainer.initial_state(params())
-    student = trainer.student(state)
-    teacher = trainer.teacher_params(state, student)
-    updates, _ = trainer.source(student, teacher, 1, PhaseTimer())
-    responses = sum(np.sum(np.asarray(m.weights) > 0) for u in updates for m in u.batch[0])
+    timer = PhaseTimer()
+    rollouts, _ = trainer.source(trainer.student(state), 1, timer)
+    updates, _ = trainer.objective.make_updates(
+        trainer.engine, rollouts, trainer.models(state), step=1, timer=timer
+    )
+    responses = sum(np.sum(np.asarray(m.weights) > 0) for u in updates for m in u.micro_batches)
     assert responses > 0
     plain, other = updated(lambda m: m), updated(scrambled)
     assert_equal(plain, other)
@@ -161,16 +170,17 @@ def test_the_update_does_not_depend_on_what_is_said_of_the_environments_tokens(n
 
 @pytest.mark.slow
 def test_the_update_does_not_depend_on_micro_batches():
-    experience, _ = collected()
+    rollouts, _ = collected()
     trainer = trainer_of("grpo")
     results = []
     for tokens in (4096, 300):
-        form = trainer.form._replace(micro_batch_tokens=tokens)
-        make = GrpoUpdates(trainer.config, OBJECTIVES["grpo"], trainer.devices, form)
-        (update,), _ = make(experience, None, None, step=1, clock=PhaseTimer())
-        state = trainer.initial_state(params())
-        state, metrics = train_step(trainer._train_step, state, update.batch, update.constants)
-        results.append((len(update.batch.micro_batches), metrics))
+        engine = copy(trainer.engine)
+        engine.layout = trainer.layout._replace(micro_batch_tokens=tokens)
+        (update,), _ = trainer.objective.make_updates(
+            engine, rollouts, Models(None, None, None), step=1, timer=PhaseTimer()
+        )
+        _, metrics = run_update(trainer._programs, trainer.initial_state(params()), update)
+        results.append((len(update.micro_batches), metrics))
     (one, whole), (several, cut) = results
     assert one == 1 < several
     np.testing.assert_allclose(cut.grad_norm, whole.grad_norm, rtol=1e-5)
@@ -207,10 +217,10 @@ def test_a_run_with_episodes_resumes_exactly(tmp_path, monkeypatch):
     whole = run(config, *parts)
     plain = Trainer.step
 
-    def step(self, state, number):
+    def step(self, state, number, on_rollouts=None):
         if number == 2:
             raise Crash
-        return plain(self, state, number)
+        return plain(self, state, number, on_rollouts)
 
     broken = replace(config, run_dir=str(tmp_path / "broken"))
     with monkeypatch.context() as patch, pytest.raises(Crash):

@@ -18,7 +18,7 @@ from sdpo_jax.environments.base import Outcome, Prompt, Step, not_graded
 from sdpo_jax.environments.grading import OpenEpisodes
 from sdpo_jax.environments.retries import HEADER, INSTRUCTION, SILENT, with_episodes
 from sdpo_jax.errors import UserError
-from sdpo_jax.rollouts.episodes import Limits, Player
+from sdpo_jax.rollouts.episodes import Limits, run_episodes
 from sdpo_jax.rollouts.generate import Turn, rollout_keys, turn_keys
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.rollouts.turns import ids_between
@@ -129,9 +129,12 @@ def play(
         fixed = {"max_tokens": TOKENS, "temperature": 1.0, "seed": 3, "step": 5}
         return draw(params(), ids, **fixed, **settings)
 
-    player = Player(sample, judge, TOKENIZER, Limits(turns, observation_tokens, slots))
+    limits = Limits(turns, observation_tokens, slots)
     ids = [TOKENIZER.render(prompt.messages) for prompt in prompts]
-    return player(prompts, ids, group=group, first_prompt=first_prompt), draw.calls
+    rows = run_episodes(
+        sample, judge, TOKENIZER, limits, prompts, ids, group=group, first_prompt=first_prompt
+    )
+    return rows, draw.calls
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +144,13 @@ def played():
 
 def segments(row):
     """(own, ids) of each stretch of a response."""
-    cuts = np.flatnonzero(np.diff(row.own)) + 1
-    owns = [part[0] for part in np.split(row.own, cuts)]
+    cuts = np.flatnonzero(np.diff(row.response_mask)) + 1
+    owns = [part[0] for part in np.split(row.response_mask, cuts)]
     return list(zip(owns, [p.tolist() for p in np.split(np.array(row.ids), cuts)], strict=True))
 
 
 def contents(row):
-    return row.ids, row.own.tolist(), row.steps, row.response, row.stopped
+    return row.ids, row.response_mask.tolist(), row.steps, row.response, row.stopped
 
 
 def assert_same(rows, others):
@@ -184,8 +187,8 @@ def test_an_episode_is_what_was_sampled_and_what_the_template_writes_between(pla
             seen = rows[n].observations[: number + 1]
             between = ids_between(TOKENIZER, rows[n].prompt.messages, seen)
             expected[n] = ids + between, own + [False] * len(between)
-    assert [(r.ids, r.own.tolist()) for r in rows] == expected
-    assert all(r.own[0] and r.own[-1] for r in rows)
+    assert [(r.ids, r.response_mask.tolist()) for r in rows] == expected
+    assert all(r.response_mask[0] and r.response_mask[-1] for r in rows)
 
 
 def test_log_probs_are_those_of_one_forward_over_the_whole_episode_and_0_elsewhere(played):
@@ -196,8 +199,9 @@ def test_log_probs_are_those_of_one_forward_over_the_whole_episode_and_0_elsewhe
         logits = tiny.reference_logits(ARCHITECTURE, weights, whole)
         predicted = tiny.log_softmax(logits[len(row.prompt_ids) - 1 : -1])
         chosen = predicted[np.arange(len(row.ids)), row.ids]
-        np.testing.assert_allclose(row.log_probs[row.own], chosen[row.own], atol=2e-4)
-        assert (row.log_probs[~row.own] == 0).all()
+        sampled = row.response_mask
+        np.testing.assert_allclose(row.log_probs[sampled], chosen[sampled], atol=2e-4)
+        assert (row.log_probs[~sampled] == 0).all()
 
 
 def test_a_failed_attempt_is_told_its_own_feedback_and_nothing_else_goes_on(played):
@@ -254,7 +258,7 @@ def test_with_one_turn_rollouts_are_the_samplers_and_outcomes_the_graders():
     assert [r.ids for r in rows] == direct.responses()
     for n, row in enumerate(rows):
         np.testing.assert_array_equal(row.log_probs, direct.log_probs[n, : len(row.ids)])
-        assert row.own.all()
+        assert row.response_mask.all()
         text = TOKENIZER.decode(row.ids)
         assert row.outcome == Checksum().grade(PROMPTS[n // GROUP], text)
     assert call[1]["turn"] is None

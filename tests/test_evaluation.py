@@ -4,6 +4,8 @@ The sampler is a script here: it writes down what it is asked and answers from a
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +29,13 @@ from sdpo_jax.evaluation.evaluator import (
 from sdpo_jax.rollouts.diagnostics import environment_metrics
 from sdpo_jax.rollouts.generate import rollout_keys
 from sdpo_jax.rollouts.sampler import HostRollouts, Sampler
+from sdpo_jax.run.evaluate import evaluate, evaluate_fully
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.run_ref import RunRef
+from sdpo_jax.teacher.context import TeacherContext
+from sdpo_jax.teacher.contexts import ContextBuilder, SiblingContexts
 from sdpo_jax.teacher.prompts import TeacherPrompts
+from sdpo_jax.training.engine import Models
 
 TOKENIZER = tiny.ByteTokenizer()
 STUDENT, TEACHER = "student", "teacher"
@@ -86,10 +92,15 @@ def make_config(**evaluation):
     )
 
 
-def make_evaluator(script, **evaluation):
-    config = make_config(**evaluation)
+def evaluator_of(config, sampler, environment, contexts=None):
+    """An evaluator with the contexts of SDPO unless others are given."""
+    contexts = contexts or SiblingContexts(config.teacher)
     prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    return Evaluator(config, script, TOKENIZER, Quiz(), prompts)
+    return Evaluator(config, sampler, TOKENIZER, environment, prompts, contexts)
+
+
+def make_evaluator(script, **evaluation):
+    return evaluator_of(make_config(**evaluation), script, Quiz())
 
 
 ANSWERS = [["y", "y"], ["y", "n"], ["n", "-"], ["-", "-"], ["n", "y"]]
@@ -147,12 +158,40 @@ def test_majorities_are_reported_where_the_environment_knows_answers():
     answers = ["yyn", "ynn", "---", "-y-", "-ny"]
     script = Script([list(row) for row in answers])
     config = make_config(samples_per_prompt=3)
-    prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    metrics = Evaluator(config, script, TOKENIZER, Votes(), prompts)(STUDENT, None, 0)
+    metrics = evaluator_of(config, script, Votes())(STUDENT, None, 0)
     assert metrics["maj_at_3"] == (1 + 0 + 0 + 1 + 0.5) / 5
-    alone = Evaluator(config, script, TOKENIZER, Quiz(), prompts)(STUDENT, None, 0)
+    alone = evaluator_of(config, script, Quiz())(STUDENT, None, 0)
     assert "maj_at_3" not in alone
     assert alone == {name: v for name, v in metrics.items() if name != "maj_at_3"}
+
+
+class OwnTeacher(NamedTuple):
+    """As much of a trainer as an evaluation reads, under an objective without a teacher."""
+
+    contexts: ContextBuilder | None
+    teacher: None = None
+    student_teacher_kl: None = None
+    source: Any = SimpleNamespace(wait=lambda: None)
+
+    def models(self, state):
+        return Models(state, None, None)
+
+    def student(self, state):
+        return state
+
+    def teacher_params(self, state, student):
+        return None
+
+
+def test_without_a_teacher_the_student_is_its_own_where_the_objective_or_the_command_wants_it():
+    """GRPO has no contexts: training evaluates the student alone, `sdpo eval` also in context."""
+    config = make_config()
+    prompts = TeacherPrompts(config.teacher, TOKENIZER)
+    evaluator = Evaluator(config, Script(ANSWERS), TOKENIZER, Quiz(), prompts, None)
+    grpo, sft = OwnTeacher(None), OwnTeacher(SiblingContexts(config.teacher))
+    assert "teacher_accuracy" not in evaluate(grpo, evaluator, STUDENT, 0)
+    assert "teacher_accuracy" in evaluate(sft, evaluator, STUDENT, 0)
+    assert "teacher_accuracy" in evaluate_fully(grpo, evaluator, STUDENT, 2).measures
 
 
 def test_without_a_context_there_is_no_teacher_accuracy():
@@ -172,6 +211,74 @@ def test_a_run_without_held_out_prompts_cannot_be_evaluated(tmp_path):
     config = replace(default_config(), evaluation=EvaluationConfig(prompts=0))
     with pytest.raises(UserError, match=r"evaluation\.prompts = 0, there is nothing to evaluate"):
         evaluate_run(RunRef(tmp_path, config, None), {}, samples=1)
+
+
+# The teacher sees what it sees in training
+
+
+class Names(Quiz):
+    """Feedback names the question that it is about."""
+
+    def grade(self, prompt, response):
+        outcome = super().grade(prompt, response)
+        return outcome._replace(feedback=f"about {prompt.id}" if outcome.feedback else "")
+
+
+def asked_of_teacher(script):
+    """The teacher's prompts as text, without control tokens."""
+    calls = [call for call in script.calls if call["params"] == TEACHER]
+    return [TOKENIZER.decode(ids) for call in calls for ids in call["prompts"]]
+
+
+def with_teacher(**settings):
+    config = make_config()
+    return replace(config, teacher=replace(config.teacher, **settings))
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_the_teacher_is_shown_the_successes_that_training_remembers(size):
+    config, script = with_teacher(success_buffer=size), Script([["-", "-"]] * 5)
+    contexts = SiblingContexts(config.teacher)
+    passed = [Outcome(1.0, True, "", {})]
+    contexts.remember(PROMPTS[1:2], 1, passed, ["the way of old"])
+    before = contexts.get_state()
+    metrics = evaluator_of(config, script, Quiz(), contexts)(STUDENT, TEACHER, 0)
+    shown = asked_of_teacher(script)
+    assert len(shown) == size  # both attempts at the prompt whose success is remembered
+    assert all(text.startswith("1?") and "the way of old" in text for text in shown)
+    assert metrics.get("teacher_accuracy/demonstration") == (1.0 if size else None)
+    assert contexts.get_state() == before  # held-out answers are not remembered
+
+
+@pytest.mark.parametrize("control", ["none", "shuffled"])
+def test_the_teacher_of_a_control_is_shown_what_is_about_another_question(control):
+    script = Script([["n", "n"]] * 5)
+    evaluator_of(with_teacher(control=control), script, Names())(STUDENT, TEACHER, 0)
+    shown = asked_of_teacher(script)
+    assert len(shown) == 10
+    about_own = [f"about p{text[0]}" in text for text in shown]
+    assert all("about p" in text for text in shown)
+    assert set(about_own) == {control == "none"}
+
+
+def test_any_context_builder_decides_what_the_teacher_sees():
+    def build(prompts, group, outcomes, responses, /, *, seed):
+        assert seed == 3 and len(outcomes) == len(responses) == group * len(prompts)
+        hint = TeacherContext(None, "look closely")
+        return [hint if p.id == "p4" else None for p in prompts for _ in range(group)]
+
+    script = Script(ANSWERS)
+    evaluator_of(make_config(), script, Quiz(), build)(STUDENT, TEACHER, 0)
+    shown = asked_of_teacher(script)
+    assert len(shown) == 2 and all("4?" in text and "look closely" in text for text in shown)
+
+
+def test_without_a_context_builder_a_teacher_sees_the_contexts_of_sdpo():
+    config, prompts = make_config(), TeacherPrompts(make_config().teacher, TOKENIZER)
+    scripts = [Script(ANSWERS) for _ in range(2)]
+    Evaluator(config, scripts[0], TOKENIZER, Quiz(), prompts, None)(STUDENT, TEACHER, 0)
+    evaluator_of(config, scripts[1], Quiz())(STUDENT, TEACHER, 0)
+    assert asked_of_teacher(scripts[0]) == asked_of_teacher(scripts[1]) != []
 
 
 def test_the_teacher_is_not_asked_where_the_recipe_leaves_it_out():
@@ -291,8 +398,7 @@ def test_a_greedy_teacher_that_cannot_see_its_context_repeats_every_attempt(blin
         silent = jnp.zeros_like(params["layers"]["output"])
         params = {**params, "layers": {**params["layers"], "output": silent}}
     config = make_config(temperature=0.0, prompts=2, samples_per_prompt=1)
-    prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts)
+    evaluator = evaluator_of(config, sampler, Strict())
     metrics = evaluator(params, params, 0)
     assert (metrics["same_output"] == 1.0) == blind
     assert metrics["same_output"] == metrics["same_output/feedback"]
@@ -306,8 +412,7 @@ def test_entropy_is_that_of_the_sampling_distribution_within_its_error(temperatu
         make_config(prompts=1, temperature=temperature),
         rollout=RolloutConfig(max_response_tokens=2),
     )
-    prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    evaluator = Evaluator(config, sampler, TOKENIZER, Strict(), prompts)
+    evaluator = evaluator_of(config, sampler, Strict())
     graded = evaluator.attempts(params, 0, samples=600)
     information, tokens = -np.asarray(graded.log_probs), np.asarray(graded.lengths)
     expected = exact_entropy(params, TOKENIZER.render(PROMPTS[0].messages), temperature)

@@ -344,7 +344,7 @@ def test_a_resumed_run_knows_its_best_step(rising_and_falling, tmp_path):
     assert saved_steps(config) == [2]
     summary, text = run(config)
     assert "resumed   from step 2" in text and f"step 1/{STEPS}" not in text
-    assert saved_steps(config) == [2, 3] and summary.best.step == 2
+    assert saved_steps(config) == [2, 3] and summary.best == Best(2, 0.9)
 
 
 def test_the_best_step_goes_where_it_is_not_wanted(rising_and_falling, tmp_path):

@@ -14,13 +14,13 @@ from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.weights import ema_update
 from sdpo_jax.training.lora import LowRank, full, lora
 from sdpo_jax.training.state import (
-    create_state,
     make_optimizer,
     make_parameters,
     make_teacher,
+    state_maker,
     state_shardings,
 )
-from sdpo_jax.training.step import follow
+from sdpo_jax.training.step import update_teacher
 
 ALL = ("query", "key", "value", "output", "gate", "up", "down")
 MODEL = tiny.make_model()
@@ -106,7 +106,7 @@ def state_of(config, mesh=(1, 1, 1), architecture=tiny.ARCHITECTURE):
     parameters, optimizer = make_parameters(config), make_optimizer(config.optimizer, 10)
     shardings = state_shardings(model, devices, optimizer, teacher, parameters)
     params = tiny.make_params(architecture)
-    state = create_state(params, optimizer, teacher, shardings, parameters, seed=3)
+    state = state_maker(optimizer, teacher, shardings, parameters)(params, 3)
     return state, teacher, parameters
 
 
@@ -117,7 +117,7 @@ def test_an_averaged_teacher_follows_the_product_of_the_adapters():
     for seed in (1, 2):
         state = state.replace(params=moved(parameters, tiny.make_params(), seed))
         expected = ema_update(expected, parameters.merged(state.base, state.params), 0.25)
-        state = follow(teacher, parameters, state, jnp.asarray(True))
+        state = update_teacher(teacher, parameters, state, jnp.asarray(True))
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6), state.teacher, expected)
 
 

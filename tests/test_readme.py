@@ -29,11 +29,13 @@ def blocks(text, language):
 
 
 def examples():
-    return [
-        pytest.param(body, id=f"{path.name}-{i}")
-        for path in DOCUMENTS
-        for i, body in enumerate(blocks(path.read_text(), "python"))
-    ]
+    for path in DOCUMENTS:
+        for i, body in enumerate(blocks(path.read_text(), "python")):
+            marks = [pytest.mark.slow] if "configs/" in body else []  # it trains
+            yield pytest.param(body, id=f"{path.name}-{i}", marks=marks)
+
+
+SHORT = """"train.steps": 1, "rollout.prompts_per_step": 2, "evaluation.prompts": 4"""
 
 
 @pytest.mark.parametrize("heading", EXECUTED)
@@ -67,9 +69,11 @@ def test_the_readme_shows_the_loss_in_another_project():
     assert any("from sdpo_jax import sdpo_loss" in b for b in blocks(README.read_text(), "python"))
 
 
-@pytest.mark.parametrize("body", examples())
+@pytest.mark.parametrize("body", list(examples()))
 def test_examples_run(body, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    body = re.sub(r'"train.steps": \d+', SHORT, body)
     exec(compile(body, "example", "exec"), {"__name__": "example"})
 
 

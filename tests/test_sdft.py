@@ -31,14 +31,16 @@ from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.losses.divergences import generalized_jsd
 from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.losses.sequence_importance import SdftTokenInputs, sequence_weighted_head
-from sdpo_jax.objectives import SdftConfig, SftConfig
+from sdpo_jax.objectives import SdftConfig, SftConfig, make_objective
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.teacher.context import EXAMPLE, TeacherContext, fit_reprompt
+from sdpo_jax.teacher.contexts import demonstration_contexts
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import reduction_weights
-from sdpo_jax.training.step import train_step
+from sdpo_jax.training.engine import Models
+from sdpo_jax.training.step import run_update
 from sdpo_jax.training.trainer import Trainer
 
 TOKENIZER = tiny.ByteTokenizer()
@@ -203,13 +205,18 @@ def config_of(objective, **settings: Any):
     )
 
 
+ENVIRONMENT = Environment()
+
+
+def make_trainer(config, environment, demonstrations=DEMONSTRATIONS) -> Any:
+    """A trainer, into whose source a test may look."""
+    objective = make_objective(config.objective)
+    return Trainer(config, MODEL, TOKENIZER, environment, demonstrations, objective=objective)
+
+
 @cache
-def trainer_of(alpha=0.0, **train) -> Any:
-    """A trainer, whose environment and demonstrations a test may look at."""
-    objective = SdftConfig(alpha=alpha)
-    return Trainer(
-        config_of(objective, train=train), MODEL, TOKENIZER, Environment(), DEMONSTRATIONS
-    )
+def trainer_of(alpha=0.0, **train):
+    return make_trainer(config_of(SdftConfig(alpha=alpha), train=train), ENVIRONMENT)
 
 
 @cache
@@ -222,16 +229,19 @@ def updates_of(trainer, student=None, teacher=None, seed=1):
     position = trainer.source.get_state()
     student = weights(0) if student is None else student
     teacher = weights(seed) if teacher is None else teacher
-    updates, row = trainer.source(student, teacher, 1, PhaseTimer())
+    timer = PhaseTimer()
+    rollouts, row = trainer.source(student, 1, timer)
     trainer.source.set_state(position)
-    return updates, row
+    models = Models(student, teacher, None)
+    updates, more = trainer.objective.make_updates(
+        trainer.engine, rollouts, models, step=1, timer=timer
+    )
+    return updates, row | more
 
 
 def gradient_after(trainer, update, params):
     """Gradient and metrics of an update, by AdamW's first moment."""
-    state, metrics = train_step(
-        trainer._train_step, trainer.initial_state(params), update.batch, update.constants
-    )
+    state, metrics = run_update(trainer._programs, trainer.initial_state(params), update)
     moment = optax.tree_utils.tree_get(state.optimizer, "mu")
     return jax.tree.map(lambda m: np.asarray(m) / 0.1, moment), metrics
 
@@ -314,13 +324,15 @@ def test_an_update_is_the_objective_of_the_sampled_responses_in_float64(alpha):
 def test_a_teacher_with_the_students_weights_and_prompt_teaches_nothing(alpha):
     trainer = trainer_of(alpha)
 
-    def question_alone(questions, contexts):
-        del contexts
-        return [TOKENIZER.render(q) for q in questions], [True] * len(questions)
+    class QuestionAlone(TeacherPrompts):
+        def __call__(self, questions, contexts):
+            del contexts
+            return [TOKENIZER.render(q) for q in questions], [True] * len(questions)
 
-    shows, trainer.source._teacher_prompts = trainer.source._teacher_prompts, question_alone
+    shown = trainer.engine.teacher_prompts
+    trainer.engine.teacher_prompts = QuestionAlone(trainer.config.teacher, TOKENIZER)
     ((update,), row) = updates_of(trainer, teacher=weights(0))
-    trainer.source._teacher_prompts = shows
+    trainer.engine.teacher_prompts = shown
     gradient, metrics = gradient_after(trainer, update, weights(0))
     assert row["teacher_signal"] == 1.0 and float(metrics.tokens) > 0
     assert abs(float(metrics.loss)) < 1e-7
@@ -341,9 +353,7 @@ def test_the_result_does_not_depend_on_how_responses_are_cut_into_micro_batches(
     results = []
     for trainer in (trainer_of(), trainer_of(**form)):
         ((update,), _) = updates_of(trainer)
-        results.append(
-            (len(update.batch.micro_batches), *gradient_after(trainer, update, weights(2)))
-        )
+        results.append((len(update.micro_batches), *gradient_after(trainer, update, weights(2))))
     (one, gradient, metrics), (several, other_gradient, other) = results
     assert one == 1 < several
     np.testing.assert_allclose(other.loss, metrics.loss, rtol=1e-5)
@@ -355,9 +365,9 @@ def test_nothing_is_graded_and_responses_that_were_cut_off_are_kept():
     trainer = trainer_of()
     ((update,), row) = updates_of(trainer)
     assert trainer.source._sampler is trainer.sampler and row["generations"] == 8
-    assert trainer.evaluator._environment.graded == 0
+    assert ENVIRONMENT.graded == 0
     assert row["truncated"] > 0
-    counted = sum(float(jnp.sum(m.weights > 0)) for m in update.batch.micro_batches)
+    counted = sum(float(jnp.sum(m.weights > 0)) for m in update.micro_batches)
     # All tokens of all eight responses but the first three.
     assert counted == 8 * row["response_tokens"] - 8 * SKIP
 
@@ -379,13 +389,12 @@ def test_sft_and_sdft_see_the_same_demonstrations_in_the_same_order():
     orders = []
     for objective in (SftConfig(), SdftConfig()):
         asked = Asked(DEMONSTRATIONS)
-        trainer: Any = Trainer(config_of(objective), MODEL, TOKENIZER, Environment(), asked)
+        trainer = make_trainer(config_of(objective), Environment(), asked)
         asked.order.clear()
         if isinstance(objective, SdftConfig):  # nothing is compiled twice
             trainer.source._sampler = trainer_of().sampler
-            trainer.source._teacher_pass = trainer_of().source._teacher_pass
         for step in range(1, 3):
-            trainer.source(weights(0), weights(0), step, PhaseTimer())
+            trainer.source(weights(0), step, PhaseTimer())
         orders.append(asked.order)
     assert orders[0] == orders[1] and len(orders[0]) == 8
     assert orders[0][:6] != sorted(orders[0][:6])
@@ -429,10 +438,10 @@ def test_a_demonstration_of_thoughts_alone_is_no_signal_unless_thoughts_are_show
     counts = []
     for remove in (True, False):
         config = config_of(SdftConfig(), teacher={"remove_thinking": remove})
-        trainer: Any = Trainer(config, MODEL, TOKENIZER, Environment(), thoughtful)
-        trainer.source._sampler = trainer_of().sampler
-        trainer.source._teacher_pass = trainer_of().source._teacher_pass
-        updates, row = trainer.source(weights(0), weights(1), 1, PhaseTimer())
+        trainer, compiled = make_trainer(config, Environment(), thoughtful), trainer_of()
+        trainer.source._sampler = compiled.sampler
+        trainer.engine.forward, trainer.engine.head = compiled.engine.forward, compiled.engine.head
+        updates, row = updates_of(trainer)
         counts.append((len(updates), row["teacher_signal"]))
     assert counts == [(0, 0.0), (1, 1.0)]
 
@@ -448,7 +457,8 @@ def test_evaluation_shows_the_teacher_the_environments_references():
 
     trainer = trainer_of()
     prompts = Prompts(config.teacher, TOKENIZER, EXAMPLE)
-    evaluator = Evaluator(config, trainer.sampler, TOKENIZER, Environment(), prompts)
+    contexts = demonstration_contexts(config.teacher)
+    evaluator = Evaluator(config, trainer.sampler, TOKENIZER, Environment(), prompts, contexts)
     metrics = evaluator(weights(0), weights(1), 0)
     assert seen == ["ref a", "ref b"]
     assert metrics["accuracy"] == metrics["teacher_accuracy"] == 0.0

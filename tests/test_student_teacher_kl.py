@@ -10,11 +10,13 @@ import tiny
 from sdpo_jax.config import RolloutConfig, TeacherConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.evaluation.evaluator import Evaluator
-from sdpo_jax.objectives import GrpoConfig, SdpoConfig
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, make_objective
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.recipes import default_config
+from sdpo_jax.teacher.contexts import SiblingContexts
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.training.batch import BatchLayout
+from sdpo_jax.training.engine import Engine
 from sdpo_jax.training.student_teacher_kl import StudentTeacherKl
 from sdpo_jax.training.trainer import Trainer
 
@@ -32,16 +34,20 @@ def quick_programs(monkeypatch):
     monkeypatch.setattr(jax, "jit", tiny.quick_jit)
 
 
-def lag_of(student, teacher, mesh=(1, 1, 1), tokens=1024, shared=True, **settings):
+def kl_of(student, teacher, mesh=(1, 1, 1), tokens=1024, shared=True, **settings):
     config = default_config(
         rollout=RolloutConfig(temperature=TEMPERATURE), teacher=TeacherConfig(**settings)
     )
     devices = tiny.make_devices(*mesh)
-    form = BatchLayout(
+    layout = BatchLayout(
         shared, micro_batch_tokens=tokens, head_chunk_tokens=48, shards=devices.row_shards
     )
-    lag = StudentTeacherKl(config, SdpoConfig(alpha=ALPHA), MODEL, devices, form)
-    return lag(student, teacher, PROMPTS, RESPONSES)["student_teacher_kl"]
+    prompts = TeacherPrompts(config.teacher, TOKENIZER)
+    engine = Engine(config, MODEL, devices, layout, TOKENIZER, prompts, None)
+    divergence = make_objective(SdpoConfig(alpha=ALPHA)).divergence
+    assert divergence is not None
+    compare = StudentTeacherKl(engine, divergence)
+    return compare(student, teacher, PROMPTS, RESPONSES)["student_teacher_kl"]
 
 
 def weights():
@@ -64,27 +70,27 @@ def by_numpy(student, teacher, share=0.0):
     return np.mean(np.concatenate(found))
 
 
-def test_the_lag_is_the_divergence_after_the_plain_question_however_it_is_cut():
+def test_it_is_the_divergence_after_the_plain_question_however_it_is_cut():
     student, teacher = weights()
     want = by_numpy(student, teacher)
     assert want > 1e-3
-    assert lag_of(student, teacher) == pytest.approx(want, rel=1e-5)
-    assert lag_of(student, teacher, tokens=1, shared=False) == pytest.approx(want, rel=1e-5)
+    assert kl_of(student, teacher) == pytest.approx(want, rel=1e-5)
+    assert kl_of(student, teacher, tokens=1, shared=False) == pytest.approx(want, rel=1e-5)
 
 
-def test_the_lag_is_the_same_on_a_mesh():
+def test_it_is_the_same_on_a_mesh():
     student, teacher = weights()
-    assert lag_of(student, teacher, (1, 2, 2)) == pytest.approx(by_numpy(student, teacher), 1e-5)
+    assert kl_of(student, teacher, (1, 2, 2)) == pytest.approx(by_numpy(student, teacher), 1e-5)
 
 
-def test_a_teacher_with_the_students_weights_does_not_lag():
+def test_it_is_zero_where_both_weights_are_the_same():
     student, _ = weights()
-    assert lag_of(student, student) == pytest.approx(0.0, abs=1e-7)
+    assert kl_of(student, student) == pytest.approx(0.0, abs=1e-7)
 
 
 def test_the_teacher_of_a_trust_region_is_the_mixture():
     student, reference = weights()
-    found = lag_of(student, reference, weights="trust_region", trust_region=0.3)
+    found = kl_of(student, reference, weights="trust_region", trust_region=0.3)
     assert found == pytest.approx(by_numpy(student, reference, 0.3), rel=1e-5)
 
 
@@ -104,8 +110,8 @@ def evaluator(**settings):
     evaluation = replace(config.evaluation, samples_per_prompt=2, **settings)
     config = replace(config, evaluation=evaluation)
     sampler = Sampler(MODEL, tiny.make_devices(), TOKENIZER.stop_ids)
-    prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    return Evaluator(config, sampler, TOKENIZER, Questions(), prompts)
+    prompts, contexts = TeacherPrompts(config.teacher, TOKENIZER), SiblingContexts(config.teacher)
+    return Evaluator(config, sampler, TOKENIZER, Questions(), prompts, contexts)
 
 
 def test_an_evaluation_compares_the_first_prompts_answers_and_only_where_the_teacher_is_asked():
@@ -132,5 +138,6 @@ def test_where_the_teacher_is_the_student_or_nobody_there_is_nothing_to_compare(
         (default_config(objective=SdpoConfig(), teacher=TeacherConfig(weights="live")), False),
         (default_config(objective=GrpoConfig()), False),
     ):
-        trainer = Trainer(config, MODEL, TOKENIZER, Questions())
-        assert (trainer._weight_lag is not None) == made
+        objective = make_objective(config.objective)
+        trainer = Trainer(config, MODEL, TOKENIZER, Questions(), objective=objective)
+        assert (trainer.student_teacher_kl is not None) == made

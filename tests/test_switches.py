@@ -23,7 +23,7 @@ from sdpo_jax.config import (
     TrainConfig,
 )
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.objectives import GrpoConfig, SdpoConfig
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, make_objective
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training import trainer as trainer_module
@@ -76,7 +76,8 @@ def configured(objective=None, teacher=None, **sections):
 
 
 def begin(config, passing=(0,)):
-    trainer = Trainer(config, MODEL, TOKENIZER, Judge(passing))
+    objective = make_objective(config.objective)
+    trainer = Trainer(config, MODEL, TOKENIZER, Judge(passing), objective=objective)
     return trainer, trainer.initial_state(tiny.make_params(ARCHITECTURE, scale=0.5))
 
 
@@ -147,7 +148,7 @@ def test_a_return_brings_the_weights_before_the_refresh_back_and_resumes_exactly
     ends = []
     for one, now in ((trainer, state), (again, other)):
         source: Any = one.source
-        source._table.environment.passing = ()  # no answer passes: reward falls
+        source._setup.environment.passing = ()  # no answer passes: reward falls
         now, row = one.step(now, 3)
         assert row["teacher/returned"] == 1.0 and row["teacher/age"] == 0
         ends.append(jax.device_get(now))
@@ -160,7 +161,7 @@ def test_a_mix_is_grpo_at_one_and_its_parts_in_between():
     grpo, _ = after(configured(GrpoConfig()))
     mixed, rows = after(configured(SdpoConfig(grpo_weight=1.0)))
     assert_close(mixed.params, grpo.params)
-    assert rows[0]["distilled"] == 0.0 and rows[0]["reinforced"] == 1.0
+    assert rows[0]["distilled"] == 0.0 and rows[0]["policy_gradient"] == 1.0
 
 
 @pytest.mark.slow
@@ -181,7 +182,7 @@ def test_where_every_rollout_fails_the_route_is_sdpo():
     routed, rows = after(configured(SdpoConfig(route="outcome")), passing=())
     expected, _ = plain(())
     assert_close(routed.params, expected.params)
-    assert rows[0]["distilled"] == 1.0 and rows[0]["reinforced"] == 0.0
+    assert rows[0]["distilled"] == 1.0 and rows[0]["policy_gradient"] == 0.0
 
 
 @pytest.mark.slow

@@ -7,19 +7,10 @@ import one_update
 import pytest
 import tiny
 from one_update import ALPHA, ARCHITECTURE, GROUP, SIGNAL, TEMPERATURE, TOKENIZER
-from sdpo_jax.objectives.per_token import grpo_loss_of, sdft_loss_of, sdpo_loss_of
 
 from sdpo_jax.environments.base import Outcome, not_graded
-from sdpo_jax.losses.kl_penalty import ReferenceKlTokenInputs
-from sdpo_jax.losses.per_token import (
-    GrpoTokenInputs,
-    MixedTokenInputs,
-    SdpoTokenInputs,
-    SftTokenInputs,
-)
-from sdpo_jax.losses.sequence_importance import SdftTokenInputs
-from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig
-from sdpo_jax.rollouts.diagnostics import gap_agreement, verdicts
+from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig, make_objective
+from sdpo_jax.rollouts.diagnostics import gap_agreement, outcome_signs
 from sdpo_jax.training.token_metrics import (
     AGREEMENT,
     BINS,
@@ -33,7 +24,6 @@ from sdpo_jax.training.token_metrics import (
     condense,
     quantile,
     read,
-    sampled,
     zeros,
 )
 
@@ -157,7 +147,7 @@ def test_gaps_on_the_host_are_counted_like_those_on_the_device():
     np.testing.assert_array_equal(gap_agreement(gaps, judged), [1, 2, 1, 1])
 
 
-def test_a_verdict_needs_a_grade_and_a_teacher():
+def test_an_outcome_has_a_sign_only_where_it_is_graded_and_distilled():
     outcomes = [
         Outcome(1.0, True, "", {}),
         Outcome(0.0, False, "", {}),
@@ -165,33 +155,39 @@ def test_a_verdict_needs_a_grade_and_a_teacher():
         Outcome(1.0, True, "", {}),
     ]
     distilled = np.array([True, True, True, False])
-    assert verdicts(outcomes, distilled).tolist() == [1, -1, 0, 0]
+    assert outcome_signs(outcomes, distilled).tolist() == [1, -1, 0, 0]
 
 
-def test_the_sampled_tokens_are_found_in_what_every_objective_knows():
-    ids, other = jnp.arange(3), jnp.zeros(3)
-    sdpo, grpo = SdpoTokenInputs(other, ids), GrpoTokenInputs(ids, other, other)
-    mixed = MixedTokenInputs(sdpo, grpo, other, other)
-    for known in (
-        *(sdpo, grpo, mixed, SftTokenInputs(ids), SdftTokenInputs(sdpo, other)),
-        ReferenceKlTokenInputs(mixed, ids, other),
-    ):
-        np.testing.assert_array_equal(sampled(known), ids)
+@pytest.mark.parametrize("name", ["sdpo", "grpo", "sft"])
+@pytest.mark.parametrize("share_prompts", [True, False], ids=["shared", "rows"])
+def test_the_targets_of_an_update_are_the_sampled_tokens_of_its_rollouts(name, share_prompts):
+    run = one_update.programs(name, micro_batch_tokens=1, share_prompts=share_prompts)
+    update, data = one_update.the_update(name, run), one_update.rollouts()
+    rows = SIGNAL if name == "sdpo" else range(GROUP)  # the first group has an advantage
+    assert len(update.micro_batches) > 1
+    targets = [np.asarray(m.targets)[np.asarray(m.weights) > 0] for m in update.micro_batches]
+    ends = [np.flatnonzero(x == TOKENIZER.END) + 1 for x in targets]  # of every response here
+    found = [y for x, at in zip(targets, ends, strict=True) for y in np.split(x, at)[:-1]]
+    responses = [data.response_ids[i] for i in rows]
+    if name == "sft":
+        texts = [d.response for d in one_update.demonstrations()]
+        responses = [[*TOKENIZER.encode_response(text), TOKENIZER.END] for text in texts]
+    assert sorted(x.tolist() for x in found) == sorted(responses)
 
 
 def test_objectives_report_what_their_teacher_allows():
     spread = {HISTOGRAM, BY_TOKEN}
     of_pairs = {*spread, AGREEMENT, "same_token"}
 
-    def reported(loss):
-        return of_pairs & set(loss[1])
+    def reported(settings):
+        return of_pairs & set(make_objective(settings).metrics)
 
-    assert reported(sdpo_loss_of(SdpoConfig())) == of_pairs
-    assert reported(sdpo_loss_of(SdpoConfig(grpo_weight=0.5))) == of_pairs
-    assert reported(sdpo_loss_of(SdpoConfig(alpha=1.0, credit="token"))) == of_pairs - spread
-    assert reported(sdft_loss_of(SdftConfig())) == of_pairs - {AGREEMENT}
-    assert reported(sdpo_loss_of(SdpoConfig(credit="sequence"))) == set()
-    assert reported(grpo_loss_of(GrpoConfig())) == set()
+    assert reported(SdpoConfig()) == of_pairs
+    assert reported(SdpoConfig(grpo_weight=0.5)) == of_pairs
+    assert reported(SdpoConfig(alpha=1.0, credit="token")) == of_pairs - spread
+    assert reported(SdftConfig()) == of_pairs - {AGREEMENT}
+    assert reported(SdpoConfig(credit="sequence")) == set()
+    assert reported(GrpoConfig()) == set()
 
 
 def per_token():
@@ -199,8 +195,8 @@ def per_token():
 
     In float64 numpy, from the decoder's formulas.
     """
-    run, data = one_update.programs("sdpo"), one_update.experience()
-    prompts, _ = one_update.sdpo_updates(run).contexts(data, 0)
+    run, data = one_update.programs("sdpo"), one_update.rollouts()
+    prompts = one_update.teacher_prompts(run)
 
     def log_probs(params, prompt, response):
         logits = tiny.reference_logits(ARCHITECTURE, params, [*prompt, *response])

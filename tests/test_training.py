@@ -17,7 +17,7 @@ import tiny
 
 from sdpo_jax.config import OptimizerConfig, RolloutConfig, TeacherConfig, TrainConfig
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.objectives import GrpoConfig, SdpoConfig
+from sdpo_jax.objectives import GrpoConfig, SdpoConfig, make_objective
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.training.trainer import Trainer
@@ -94,7 +94,8 @@ def trainer_of(
         train=TrainConfig(mini_batches=mini_batches, micro_batch_tokens=1024, head_chunk_tokens=48),
     )
     judge = Judge(mixed)
-    return Trainer(config, MODEL, TOKENIZER, judge), judge
+    objective = make_objective(config.objective)
+    return Trainer(config, MODEL, TOKENIZER, judge, objective=objective), judge
 
 
 def start(trainer):
@@ -156,8 +157,13 @@ def test_an_empty_mini_batch_makes_no_update_and_the_teacher_follows_at_most_onc
     verdict, updates, monkeypatch
 ):
     trainer, _ = trainer_of("sdpo", mini_batches=2)
-    follow, calls = trainer._follow, []
-    monkeypatch.setattr(trainer, "_follow", lambda *args: calls.append(1) or follow(*args))
+    update, calls = trainer._update_teacher, []
+
+    def counted(*args):
+        calls.append(1)
+        return update(*args)
+
+    monkeypatch.setattr(trainer, "_update_teacher", counted)
     state, row = step("sdpo", start(trainer), 1, verdict, mini_batches=2)
     assert row["updates"] == updates and len(calls) == min(updates, 1)
     counts = {int(x) for x in jax.tree.leaves(state.optimizer) if x.dtype == np.int32}
@@ -220,7 +226,8 @@ def test_varied_lengths_compile_at_most_one_program_for_each_phase_and_bucket():
         ),
         train=TrainConfig(micro_batch_tokens=1024, steps=8),
     )
-    trainer = Trainer(config, MODEL, TOKENIZER, Ragged())
+    objective = make_objective(config.objective)
+    trainer = Trainer(config, MODEL, TOKENIZER, Ragged(), objective=objective)
     state, lengths, tokens = start(trainer), set(), set()
     for number in range(1, 9):
         state, row = trainer.step(state, number)
@@ -228,21 +235,21 @@ def test_varied_lengths_compile_at_most_one_program_for_each_phase_and_bucket():
         tokens.add(row["tokens"])
     assert len(lengths) == len(tokens) == 8  # no two steps are alike
     sampler: Any = trainer.sampler
-    step: Any = trainer._train_step
-    teacher: Any = trainer.source
+    update: Any = trainer._programs
+    teacher: Any = trainer.engine.forward
     widths = 4  # of prompts: 64, 128, 192, 256
     sizes = 2  # of a student's micro-batch: 512 and 1,024 tokens
     limits: dict[Any, int] = {
         sampler._begin: widths,
         sampler._advance: widths * 2 * 3,  # caches of 75 and 150; all, a quarter of the slots
         sampler._resize: 2 * 3,
-        teacher.updates._teacher_pass._forward: 8,  # with re-prompts, up to 8 times 512 tokens
-        step.start: 1,
-        step.accumulate: sizes * 2,  # twice: the table of blocks may be longer
-        step.finish: 1,
-        trainer._follow: 1,
+        teacher: 8,  # with re-prompts, up to 8 times 512 tokens
+        update.start: 1,
+        update.accumulate: sizes * 2,  # twice: the table of blocks may be longer
+        update.finish: 1,
+        trainer._update_teacher: 1,
     }
     compiled = {program: program.compiled._cache_size() for program in limits}
     assert all(0 < compiled[program] <= most for program, most in limits.items())
     # Where one micro-batch is all of an update; there may be none.
-    assert step.gradient.compiled._cache_size() <= sizes * 2
+    assert update.gradient.compiled._cache_size() <= sizes * 2

@@ -196,7 +196,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """Of the differences first - second, seed by seed: the same seed asks the same prompts."""
+    """Interval of first - second, seed by seed: the same seed has the same prompts."""
     return interval([a - b for a, b in zip(first, second, strict=True)])
 
 

@@ -162,7 +162,7 @@ end of the interval has to reach it. Machine: 2 CPU cores, two runs at a time on
 TERMS = {
     "Points": "percentage points of held-out accuracy.",
     "Generation, attempt": "one sampled response.",
-    "Rich feedback": "what the environment says in words about a failed attempt.",
+    "Rich feedback": "text of the environment about what is wrong with a failed attempt.",
     "Siblings": "the other attempts at the same question in the same step.",
     "Solution": "an attempt that passed, shown to the teacher (a demonstration).",
     "Initial teacher": "the start model, shown a solution or feedback.",

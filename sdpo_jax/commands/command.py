@@ -1,4 +1,4 @@
-"""What every command of `sdpo` has: its arguments, its help, its errors, its start."""
+"""The parser of all `sdpo` commands, and what they share: argument types, errors, start-up."""
 
 import argparse
 import logging
@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from sdpo_jax.errors import UserError
+
+_HELP = ("-h", "--help")
 
 
 class Command(NamedTuple):
@@ -36,26 +38,25 @@ def parse(commands: Sequence[Command], argv: Sequence[str]) -> argparse.Namespac
     `--help` prints and exits; after a recipe it is left to `load_recipe`.
 
     Raises:
-      UserError: words that no command understands.
+      UserError: there is no such command, or an argument does not fit it.
     """
     by_name = {command.name: command for command in commands}
     if not argv or argv[0] not in by_name:
         listed = _overview(commands)
-        if not argv or argv[0] in ("-h", "--help", "help"):
+        if not argv or argv[0] in (*_HELP, "help"):
             print(listed)
             raise SystemExit(0 if argv else 2)
         names = ", ".join(by_name)
         raise UserError(f"unknown command {argv[0]!r}; expected one of {names}\n\n{listed}")
-    command, words = by_name[argv[0]], list(argv[1:])
-    parser = _parser(command)
+    command, options = by_name[argv[0]], list(argv[1:])
+    parser, first = _parser(command), (options or [""])[0]
     recipe_help: list[str] = []
-    if command.takes_settings and words and words[0].endswith(".toml"):
-        recipe_help = [word for word in words if word in ("-h", "--help")]
-        words = [word for word in words if word not in recipe_help]
-    is_help = words[:1] in (["-h"], ["--help"])
-    if command.takes_settings and words and words[0].startswith("-") and not is_help:
-        parser.error(f"{words[0]}: expected the recipe first")
-    arguments, rest = parser.parse_known_args(words)
+    if command.takes_settings and first.endswith(".toml"):
+        recipe_help = [option for option in options if option in _HELP]
+        options = [option for option in options if option not in _HELP]
+    if command.takes_settings and first.startswith("-") and first not in _HELP:
+        parser.error(f"{first}: expected the recipe first")
+    arguments, rest = parser.parse_known_args(options)
     if rest and not command.takes_settings:
         parser.error(f"{rest[0]}: unexpected argument")
     arguments.command, arguments.settings = command, [*rest, *recipe_help]

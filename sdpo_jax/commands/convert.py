@@ -44,7 +44,7 @@ COMMAND = Command(
     (
         (
             "sdpo convert RUN_DIR|FILE.gguf OUT [--dtype float32|bfloat16]",
-            "weights in Hugging Face layout",
+            "write weights in Hugging Face layout",
         ),
     ),
     add_arguments,

@@ -71,8 +71,8 @@ _TEMPLATE = "sdpo env template [FILE.py]"
 COMMAND = Command(
     "env",
     (
-        (_CHECK, "is this environment sound?"),
-        (_TEMPLATE, "an environment to start from"),
+        (_CHECK, "check whether an environment is sound"),
+        (_TEMPLATE, "write an environment to start from"),
     ),
     add_arguments,
     run,

@@ -139,11 +139,11 @@ COMMAND = Command(
     (
         (
             "sdpo eval RUN_DIR [--samples K] [--json FILE]",
-            "held-out accuracy of a run and of its start model",
+            "evaluate a run and its start model on held-out prompts",
         ),
         (
             "sdpo eval RECIPE [--samples K] [--json FILE] [--SECTION.KEY VALUE ...]",
-            "held-out accuracy of a recipe's start model",
+            "evaluate the start model of a recipe",
         ),
     ),
     add_arguments,

@@ -79,7 +79,7 @@ COMMAND = Command(
     (
         (
             "sdpo heatmap RUN_DIR [--prompts P] [--top K] [--tokens T]",
-            "the teacher's advantage of each token of a batch",
+            "write a page with the teacher's advantage of each token of a batch",
         ),
     ),
     add_arguments,

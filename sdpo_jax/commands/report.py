@@ -29,7 +29,7 @@ COMMAND = Command(
     (
         (
             "sdpo report RUN_DIR [RUN_DIR ...] [--out FILE.html]",
-            "curves, times and recipes of runs as one page",
+            "write a page with curves, times and recipes of runs",
         ),
     ),
     add_arguments,

@@ -77,7 +77,7 @@ def fine_grid(most: int, per_doubling: int = 8) -> list[int]:
 
 
 def reach(cells: Sequence[Cell]) -> int:
-    """The largest k that the cells of one method say something of, at every question."""
+    """The largest k for which the cells of one method give an estimate, for every question."""
     return min(
         sum(c.generations for c in group) if group[0].independent else min(c.budget for c in group)
         for group in _by_question(cells)
@@ -132,16 +132,16 @@ def discovered(cells: Sequence[Cell]) -> int:
 
 
 class SpeedUp(NamedTuple):
-    """How many times fewer generations a method needs than another for the same probability."""
+    """Generations of two methods for the same probability of discovery."""
 
     probability: float
-    """The highest that both reach."""
+    """The highest probability that both reach."""
     ours: int
     theirs: int
 
     @property
     def ratio(self) -> float:
-        """Generations of the other over ours."""
+        """How many times more generations the other method needs."""
         return self.theirs / self.ours
 
 
@@ -156,24 +156,24 @@ def speed_up(ours: Sequence[Cell], theirs: Sequence[Cell]) -> SpeedUp | None:
 
 
 def summary(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
-    """Every number of a run, ready for JSON: by method, by question, and speed-ups of the first.
+    """All results of a run, for JSON: by method, by question, and speed-ups of the first method.
 
     Args:
-      cells: of all methods; the first cell's method is the one that others are compared with.
-      budget: at which means are truncated.
+      cells: of all methods; the others are compared with the method of the first cell.
+      budget: where means are truncated.
     """
     methods = {name: [c for c in cells if c.method == name] for name in _names(cells)}
     ours = next(iter(methods.values()))
-    found = {
-        name: None if (s := speed_up(ours, own)) is None else {**s._asdict(), "ratio": s.ratio}
-        for name, own in list(methods.items())[1:]
+    speed_ups = {
+        name: None if (s := speed_up(ours, theirs)) is None else {**s._asdict(), "ratio": s.ratio}
+        for name, theirs in list(methods.items())[1:]
     }
     return {
         "confidence": CONFIDENCE,
         "budget": budget,
-        "methods": {name: _summary_of(own, budget) for name, own in methods.items()},
+        "methods": {name: _summary_of(group, budget) for name, group in methods.items()},
         "speed_up_of": ours[0].method,
-        "speed_up_over": found,
+        "speed_up_over": speed_ups,
     }
 
 
@@ -223,8 +223,8 @@ def _resampled(
     """discovery@k [R, K] of one question for seeds drawn with replacement, `picks: [R, seeds]`."""
     if not group[0].independent:
         first = np.asarray([math.inf if c.first is None else c.first for c in group])
-        found = first[:, None] <= np.asarray(ks)[None]  # [seeds, K]
-        return found[picks].mean(axis=1)
+        is_solved = first[:, None] <= np.asarray(ks)[None]  # [seeds, K]
+        return is_solved[picks].mean(axis=1)
     n = np.asarray([c.generations for c in group])[picks].sum(axis=1)  # [R]
     c = np.asarray([sum(cell.passed) for cell in group])[picks].sum(axis=1)
     known: dict[tuple[int, int], list[float]] = {}

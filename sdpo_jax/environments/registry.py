@@ -69,5 +69,5 @@ def build(config: EnvironmentConfig) -> Environment:
 
 def settings_of(values: Mapping[str, Any]) -> EnvironmentConfig:
     """Restores settings from `dataclasses.asdict` after a round trip through JSON."""
-    lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-    return KINDS[values["kind"]].settings(**{**values, **lists})
+    settings: type[Any] = KINDS[values["kind"]].settings
+    return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

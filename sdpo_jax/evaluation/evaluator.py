@@ -34,7 +34,7 @@ from sdpo_jax.rollouts.episodes import Episode, Limits, run_episodes
 from sdpo_jax.rollouts.prompts import prompt_ids
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.teacher.context import TeacherContext
-from sdpo_jax.teacher.contexts import ContextBuilder
+from sdpo_jax.teacher.contexts import ContextBuilder, SiblingContexts
 from sdpo_jax.teacher.prompts import TeacherPrompts
 from sdpo_jax.tokens import Tokenizer
 
@@ -59,11 +59,11 @@ class Evaluator:
         teacher_prompts: TeacherPrompts,
         contexts: ContextBuilder | None,
     ):
-        """`contexts` chooses what the teacher sees, as in training; None: no teacher is evaluated.
+        """`contexts` chooses what the teacher sees, as in training; None: SDPO's contexts.
 
         Where a builder wants demonstrations, held-out prompts carry the environment's own answers.
         """
-        self._contexts = contexts
+        self._contexts = contexts or SiblingContexts(config.teacher)
         self._config, self._sampler, self._tokenizer = config, sampler, tokenizer
         self._environment, self._teacher_prompts = environment, teacher_prompts
         self._prompts = list(environment.held_out)[: config.evaluation.prompts]
@@ -126,8 +126,6 @@ class Evaluator:
     def teacher_measures(self, params: Params, graded: Graded, step: int) -> Measures:
         """Asks the teacher once for each attempt that has a context; overall and by its kind."""
         group = len(graded.responses) // len(self._prompts)
-        if self._contexts is None:
-            return {}
         contexts = self._contexts(
             self._with_demonstrations(),
             group,

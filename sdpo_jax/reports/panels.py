@@ -87,7 +87,7 @@ def _line(series: Series, x: Axis, y: Axis, share: bool) -> list[str]:
     out = [f'<polyline class="{kind}" points="{coordinates(places)}"/>']
     for (a, b), (at, value) in zip(places, series.points, strict=True):
         text = f"{100 * value:.1f} %" if share else _text(value)
-        told = escape(f"{series.name}: {text} at {_text(at)}")
+        hint = escape(f"{series.name}: {text} at {_text(at)}")
         place = f'cx="{a:.1f}" cy="{b:.1f}" r="{3 if len(places) <= 20 else 1.5}"'
-        out.append(f'<circle class="{kind}" {place}><title>{told}</title></circle>')
+        out.append(f'<circle class="{kind}" {place}><title>{hint}</title></circle>')
     return out

@@ -20,7 +20,8 @@ class Callbacks:
     exception that leaves one of them ends the run, which goes on from its last checkpoint.
 
     Attributes:
-      on_rollouts: step and graded rollouts of the step, before its update. Not under `sft`.
+      on_rollouts: step and graded rollouts of the step, before its update; under `sft` the
+        demonstrations in their place.
       on_step: step, and its metrics.
       on_evaluation: step, and the metrics on held-out prompts; step 0 is before training.
       on_save: step and folder of a checkpoint that is complete on the disk.

@@ -1,17 +1,17 @@
-"""Checkpoints that are complete or absent, and verified before they are trusted.
+"""Checkpoints that are complete or absent, and verified before they are restored.
 
 Orbax writes the arrays in the background and commits a step by renaming its directory. That alone
-is not enough: it restores flipped bits and other dtypes silently, and takes any directory with a
-number for a step. So a step counts only with a manifest, written last: shape and dtype of every
-array, size and BLAKE2b hash of every file.
+is not enough: Orbax restores flipped bits and other dtypes silently, and takes any directory whose
+name is a number for a step. Here a step counts only with a manifest, which is written last: shape
+and dtype of every array, size and BLAKE2b hash of every file.
 
     N/                          a step: `state` (arrays), `extra` (JSON), `sdpo_manifest.json`
-    N.corrupt/                  a step whose files disagree with its manifest, put aside on restore
-    N.incomplete/               a directory without a manifest that was in the way of saving step N
-    *.orbax-checkpoint-tmp*/    what a killed save left; the next save removes it
+    N.corrupt/                  a step whose files disagree with its manifest, renamed on restore
+    N.incomplete/               a directory without a manifest, renamed when step N was saved
+    *.orbax-checkpoint-tmp*/    left by a killed save; the next save removes it
 
-Every process of a run calls every method; process 0 alone writes manifests, verifies and deletes,
-and the others follow its verdict. The directory lies on a file system that all of them see.
+Every process of a run calls every method. Process 0 alone writes manifests, verifies and deletes;
+the others follow its decision. All of them must see the directory's file system.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -44,7 +44,7 @@ from sdpo_jax.run.manifest import (
     write_manifest,
 )
 
-_NOTHING_SAVED, _ALL_DAMAGED, _NOT_INTACT = -1, -2, -3  # verdicts of process 0 beside a step
+_NOTHING_SAVED, _ALL_DAMAGED, _NOT_INTACT = -1, -2, -3  # answers of process 0 in place of a step
 _DISK_ERRORS = (
     "No space left",
     "File too large",
@@ -55,7 +55,7 @@ _DISK_ERRORS = (
 
 
 class Restored(NamedTuple):
-    """A restored step: the state with the template's shapes, dtypes and shardings."""
+    """A restored step; the state has the template's shapes, dtypes and shardings."""
 
     step: int
     state: Any
@@ -78,12 +78,13 @@ class Checkpoints:
         keep: int = 2,
         warn: Callable[[str], None] | None = None,
     ):
-        """Opens a directory; nothing in it changes before the first `save` or `restore`.
+        """Opens a directory; changes nothing in it before the first `save` or `restore`.
 
         Args:
-            directory: made if it does not exist.
-            keep: complete steps to keep, at least 1; older ones go once a newer one is complete.
-            warn: takes a line about damaged or unfinished steps; standard error by default.
+            directory: created if it does not exist.
+            keep: complete steps to keep, at least 1; older ones are deleted after a newer save.
+            warn: called with a line about damaged or unfinished steps; by default it is printed
+                on standard error.
         """
         if "://" in str(directory):
             raise UserError(
@@ -113,7 +114,7 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Complete steps, ascending. Files are not verified; `restore` does that."""
+        """Complete steps, ascending; their files are verified by `restore` alone."""
         return complete(self._directory)
 
     def save(
@@ -121,8 +122,8 @@ class Checkpoints:
     ) -> None:
         """Copies the state to the host and writes it in the background.
 
-        Returns when the arrays may be donated. An error of the previous save is raised here. A step
-        that is already complete is left as it is: a step's state is determined by its number.
+        Returns when the arrays may be donated. Raises the error of the previous save, if any. A
+        step that is already complete is not written again: its number determines its state.
 
         Args:
             step: its number, 0 or more.
@@ -176,19 +177,19 @@ class Checkpoints:
             self._manager = None
 
     def restore(self, template: Any, step: int | None = None) -> Restored | None:
-        """The latest step whose files are intact; None if nothing was ever completed.
+        """Restores the latest intact step; None if no step was ever completed.
 
-        A damaged step is named, put aside as `N.corrupt`, and the one before it is taken; not where
-        one step is asked for.
+        A damaged step is reported and renamed to `N.corrupt`, and the one before it is tried;
+        unless `step` is given.
 
         Args:
             template: a pytree like the saved one, of `jax.Array` or `jax.ShapeDtypeStruct` with a
-                sharding; it decides structure, shapes, dtypes and shardings.
-            step: this one and no other.
+                sharding; it determines structure, shapes, dtypes and shardings.
+            step: restores this step or raises.
 
         Raises:
-            UserError: every step is damaged, the one asked for is damaged or not there, or the
-                template's arrays are not the saved ones.
+            UserError: every step is damaged, `step` is damaged or missing, or the template has
+                other arrays than the checkpoint.
         """
         step = self._find(step)
         if step is None:
@@ -207,11 +208,11 @@ class Checkpoints:
         return Restored(step, restored["state"], dict(restored["extra"]))
 
     def restore_part(self, name: str, template: Any, step: int | None = None) -> Restored | None:
-        """As `restore`, of one field of the state alone: nothing else is read into memory.
+        """Restores one field of the state; nothing else is read into memory.
 
         Args:
-            name: of the field, such as `params`; `Restored.state` is what was saved under it.
-            template: of that field, as in `restore`.
+            name: the field, such as `params`; becomes `Restored.state`.
+            template: for that field, as in `restore`.
             step: as in `restore`.
 
         Raises:
@@ -234,15 +235,15 @@ class Checkpoints:
         extra = self._open().restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
         return Restored(step, state, dict(extra["extra"]))
 
-    def _find(self, asked: int | None) -> int | None:
-        """The step to restore, on every process; None if nothing was ever completed."""
+    def _find(self, wanted: int | None) -> int | None:
+        """The step to restore, equal on every process; None if no step was ever completed."""
         self.finish()
-        search = self._newest_intact if asked is None else partial(self._intact, asked)
+        search = self._newest_intact if wanted is None else partial(self._intact, wanted)
         step = of_leader(search() if self._leader else _NOTHING_SAVED)
         if step == _NOT_INTACT:
             raise UserError(
-                f"{self._directory}: step {asked} is damaged or not there. Expected another one: "
-                f"{[step for step in self.steps() if step != asked] or 'there is none'}. Move a "
+                f"{self._directory}: step {wanted} is damaged or not there. Expected another one: "
+                f"{[step for step in self.steps() if step != wanted] or 'there is none'}. Move a "
                 "damaged one away, and RUN@best is the best of the others."
             )
         if step == _ALL_DAMAGED:
@@ -268,7 +269,7 @@ class Checkpoints:
         return self._directory / str(step) / MANIFEST
 
     def _make_room(self, step: int) -> None:
-        """Removes what killed saves left, and moves an unfinished directory out of the way."""
+        """Removes the remains of killed saves and renames an unfinished directory of this step."""
         for pattern in ("*.orbax-checkpoint-tmp*", "*.deleted"):
             for path in self._directory.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
@@ -293,14 +294,16 @@ class Checkpoints:
                 continue
             doomed = self._directory / f"{step}.deleted"
             shutil.rmtree(doomed, ignore_errors=True)
-            (self._directory / str(step)).rename(doomed)  # at once, so that no half step is seen
+            (self._directory / str(step)).rename(
+                doomed
+            )  # renamed first, so that no half step is visible
             shutil.rmtree(doomed, ignore_errors=True)
 
     def _raise_failed_save(self, error: BaseException) -> None:
-        """Says which step is missing; a full or read-only disk is the user's to mend."""
+        """Raises with the number of the step; a full or read-only disk is a `UserError`."""
         step, manager, said = self._saving, self._manager, str(error)
         self._saving = self._manager = None
-        with contextlib.suppress(Exception):  # a manager repeats its error for ever
+        with contextlib.suppress(Exception):  # the manager would raise its error again
             manager.close()
         if isinstance(error, OSError) or any(reason in said for reason in _DISK_ERRORS):
             raise UserError(
@@ -310,7 +313,7 @@ class Checkpoints:
         raise error
 
     def _intact(self, step: int) -> int:
-        """The step, if its files are what its manifest says; nothing is put aside."""
+        """The step, if its files agree with its manifest; renames nothing."""
         try:
             verify(self._directory / str(step))
         except Damaged as error:
@@ -349,7 +352,7 @@ def _barrier(name: str) -> None:
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or with the first number after it that is free."""
+    """`path`, or `path.2`, `path.3`, ...: the first name that does not exist."""
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}.{number}"), number + 1
@@ -357,7 +360,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _describe(tree: Any) -> dict[str, Any]:
-    """Name -> [dtype, shape] of every array of a pytree."""
+    """Maps the name of every array of a pytree to [dtype, shape]."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): [str(leaf.dtype), list(leaf.shape)]
@@ -370,7 +373,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _refuse_other_arrays(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """One error with every difference: Orbax would cast dtypes silently."""
+    """Raises one error with every difference; Orbax would cast dtypes silently."""
     differences = [f"{name}: saved, but not part of this run" for name in saved.keys() - wanted]
     differences += [f"{name}: not in the checkpoint" for name in wanted.keys() - saved]
     differences += [
@@ -383,7 +386,7 @@ def _refuse_other_arrays(saved: dict[str, Any], wanted: dict[str, Any], where: P
         raise UserError(
             f"checkpoint {where} holds other arrays than this run ({len(differences)} differ):\n  "
             + shown
-            + "\nResume with the model and optimiser it was saved with, or use another run_dir."
+            + "\nResume with the model and optimizer it was saved with, or use another run_dir."
         )
 
 

@@ -24,10 +24,12 @@ def make_evaluator(trainer: Trainer, environment: Environment) -> Evaluator:
 def evaluate(trainer: Trainer, evaluator: Evaluator, state: TrainState, step: int) -> Metrics:
     """Held-out accuracy of the student, and of the teacher in context.
 
-    Where the objective has no teacher but contexts, the student is its own teacher.
+    If the objective has contexts but no teacher, the student is its own teacher; if it has neither,
+    only the student is evaluated.
     """
-    models = trainer.models(state)
-    teacher = models.student if trainer.teacher is None else models.teacher
+    models, teacher = trainer.models(state), None
+    if trainer.contexts is not None:
+        teacher = models.student if trainer.teacher is None else models.teacher
     trainer.source.wait()  # two threads must never use an environment at a time
     return evaluator(models.student, teacher, step, trainer.student_teacher_kl)
 
@@ -35,7 +37,10 @@ def evaluate(trainer: Trainer, evaluator: Evaluator, state: TrainState, step: in
 def evaluate_fully(
     trainer: Trainer, evaluator: Evaluator, state: TrainState, samples: int
 ) -> Evaluation:
-    """Answers of the student, `samples` to each prompt and one greedy, and of the teacher."""
+    """Answers of the student, `samples` to each prompt and one greedy, and of the teacher.
+
+    Without a teacher the student is its own, whatever the objective.
+    """
     student = trainer.student(state)
     sampled = evaluator.attempts(student, 0, samples=samples)
     greedy = evaluator.attempts(student, 0, samples=1, temperature=0.0)

@@ -5,7 +5,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,7 @@ class TrainingLoop:
         assert self._summary is not None
         return self._summary
 
-    def steps(self, stop: Callable[[], bool] = never) -> Iterator[StepResult]:
+    def steps(self, stop: Callable[[], bool] = never) -> Generator[StepResult, None, None]:
         """Trains; yields each step once its evaluation and its checkpoint are on their way.
 
         Left early, it waits for a checkpoint that is being written and keeps the state in memory:
@@ -121,7 +121,7 @@ class TrainingLoop:
             yield from self._locked_steps(stop)
         except GeneratorExit:
             raise
-        except BaseException:  # a failed step has given its arrays away, and moved the data on
+        except BaseException:  # its arrays may be donated, and the data are one step further
             self._trainer = self._evaluator = self._progress = None
             raise
         finally:
@@ -145,6 +145,7 @@ class TrainingLoop:
     def _current(self) -> tuple[Trainer, Progress]:
         """What is in memory, else what the last checkpoint holds, else the start."""
         if self._trainer is None or self._progress is None:
+            run_directory.check(self._run_dir, self._config)
             with self._checkpoints() as checkpoints:
                 return self._begin(checkpoints)
         return self._trainer, self._progress
@@ -173,7 +174,7 @@ class TrainingLoop:
             )
         return trainer, self._progress
 
-    def _locked_steps(self, stop: Callable[[], bool]) -> Iterator[StepResult]:
+    def _locked_steps(self, stop: Callable[[], bool]) -> Generator[StepResult, None, None]:
         config, run_dir, console = self._config, self._run_dir, self._console
         with ExitStack() as stack:
             stack.enter_context(console)

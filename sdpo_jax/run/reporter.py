@@ -106,7 +106,7 @@ class _NoLog:
         del kind, step, values
 
 
-class Nowhere(io.TextIOBase):
+class Nowhere(io.StringIO):
     """A stream that keeps nothing."""
 
     def write(self, text: str, /) -> int:

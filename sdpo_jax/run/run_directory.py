@@ -42,9 +42,9 @@ def check(run_dir: Path, config: Config) -> None:
     """
     path = run_dir / CONFIG
     if path.exists():
-        found = differences(load_recipe(path, objectives=[type(config.objective)]), config)
-        if found:
-            listed = "\n  ".join(found)
+        stored = load_recipe(path, objectives=[type(config.objective)])
+        if differing := differences(stored, config):
+            listed = "\n  ".join(differing)
             raise UserError(
                 f"{run_dir} holds a run of another recipe:\n  {listed}\n"
                 f"Nothing was changed. Choose another folder (--run-dir DIR) or delete {run_dir}."

@@ -65,12 +65,12 @@ def is_run(text: str) -> bool:
 def best_evaluation(folder: Path, steps: Collection[int]) -> Best | None:
     """The evaluation with the highest accuracy among those of `steps`; the first of equals."""
     log = folder / METRICS_FILE
-    found = [
+    evaluations = [
         Best(row["step"], row["accuracy"])
         for row in (read_metrics(log) if log.is_file() else [])
         if row["kind"] == "eval" and row["step"] in steps and row.get("accuracy") is not None
     ]
-    return max(found, key=lambda best: (best.accuracy, -best.step), default=None)
+    return max(evaluations, key=lambda best: (best.accuracy, -best.step), default=None)
 
 
 def _split(text: str) -> tuple[Path, str | None]:

@@ -68,10 +68,10 @@ def load_file(path: Path, seed: int) -> Environment:
             f"{path}: expected `environment = ...` or a function `make_environment(seed)` that "
             "returns one; found neither"
         )
-    return _checked(environment, path)
+    return checked(environment, path)
 
 
-def _checked(environment: Any, path: Path) -> Environment:
+def checked(environment: Any, path: Path | str) -> Environment:
     """Checks what a file defines, so that errors name the file and not a later failure."""
     lacking = [n for n in ("train", "held_out", "grade") if not hasattr(environment, n)]
     if lacking:

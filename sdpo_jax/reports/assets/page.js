@@ -1,5 +1,5 @@
 "use strict";
-// The theme: as the system has it, until a press says otherwise.
+// The theme: that of the system until the button is pressed.
 const themeButton = document.getElementById("theme");
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
 function isDark() {
