@@ -23,8 +23,7 @@ SECTIONS = {
 KEYS = {f"{name}.{f.name}" for name, part in SECTIONS.items() for f in fields(part)} | {
     f"objective.{f.name}" for kind in (SdpoConfig, GrpoConfig, SdftConfig) for f in fields(kind)
 }
-ROOMS = (sdpo_jax, sdpo_jax.losses)
-PUBLIC = {name: vars(room)[name] for room in ROOMS for name in room.__all__}
+PUBLIC = {n: getattr(room, n) for room in (sdpo_jax, sdpo_jax.losses) for n in room.__all__}
 FUNCTIONS = {name: x for name, x in PUBLIC.items() if inspect.isfunction(x)}
 PARAMETERS = {
     parameter

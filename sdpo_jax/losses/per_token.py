@@ -309,9 +309,9 @@ def _distillation(
     ) -> tuple[jax.Array, Metrics]:
         scaled = partial(scale_logits, temperature=constants.temperature)
         pair = scaled(logits), jax.lax.stop_gradient(scaled(rows.teacher_logits))
-        log_probs = [log_softmax(x, vocabulary=vocabulary) for x in pair]
-        value = estimate(*log_probs, rows.targets)
-        stats = token_stats(*log_probs, rows.targets, vocabulary=vocabulary)
+        student, teacher = (log_softmax(x, vocabulary=vocabulary) for x in pair)
+        value = estimate(student, teacher, rows.targets)
+        stats = token_stats(student, teacher, rows.targets, vocabulary=vocabulary)
         # Of the logits, not the log-probabilities: the softmaxes have two of the maxima already.
         same = same_likeliest(*pair, vocabulary=vocabulary)
         metrics = {"divergence": value, **stats._asdict(), "same_token": same}
