@@ -209,7 +209,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     hard = s.hard_prompts if options.objective == "sdpo" else 0
     environment = ChecksumEnvironment(s, tokenizer, hard)
     model, config = build_model(make_architecture(s)), make_config(s, options)
-    demonstrations, objective = environment.demonstrations(s), make_objective(config.objective)
+    demonstrations = environment.demonstrations(s)
+    objective = make_objective(config.objective)
     trainer = Trainer(config, model, tokenizer, environment, demonstrations, objective=objective)
     state = trainer.initial_state(model.init(jax.random.key(0)))
     cpu, steps, rows = watch_phases(), [], []

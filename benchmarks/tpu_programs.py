@@ -2,9 +2,9 @@
 
     begin        prompts through the model, slots and an empty cache: `Sampler`
     advance      the decode loop: `Sampler`
-    teacher      the teacher's hidden states at the student's tokens: `teacher_forward`
-    accumulate   forward and backward of one micro-batch: `make_train_step`
-    finish       the optimiser: `make_train_step`
+    teacher      the teacher's hidden states at the student's tokens: `forward`
+    accumulate   forward and backward of one micro-batch: `make_update_programs`
+    finish       the optimiser: `make_update_programs`
 
 Every array is a `jax.ShapeDtypeStruct` with the sharding that the engine gives it, so a mesh may be
 of devices that are not there. Beside each program stands what it should cost by pencil.
@@ -47,7 +47,13 @@ from sdpo_jax.rollouts.token_sampling import Filters
 from sdpo_jax.teacher.weights import ema
 from sdpo_jax.training.lora import full
 from sdpo_jax.training.state import abstract_state, make_optimizer, state_shardings
-from sdpo_jax.training.step import MicroBatch, Sequences, Sums, make_train_step, teacher_forward
+from sdpo_jax.training.step import (
+    MicroBatch,
+    Sequences,
+    Sums,
+    forward,
+    make_update_programs,
+)
 from sdpo_models.architecture import Architecture
 from sdpo_models.splash import row_and_block
 from sdpo_models.transformer import build_model
@@ -189,21 +195,21 @@ def train_programs(topology: str, a: Architecture, t: Training) -> Mapping[str, 
     optimizer, teacher, parameters = make_optimizer(OptimizerConfig(), 80), ema(0.05), full()
     shardings = state_shardings(model, devices, optimizer, teacher, parameters)
     state = abstract_state(model, optimizer, teacher, shardings, parameters)
-    step = make_train_step(model, _loss(t), METRICS, optimizer, parameters)
+    programs = make_update_programs(model, _loss(t), METRICS, optimizer, parameters)
     whole: Any = devices.replicated
     metrics: Any = dict.fromkeys(METRICS, whole)
     sums = Sums(shardings.params, metrics, whole, whole)
-    accumulate = devices.jit(step.accumulate, donate_argnums=0, out_shardings=sums)
-    finish = devices.jit(step.finish, donate_argnums=0, out_shardings=(shardings, whole))
-    forward = devices.jit(partial(teacher_forward, model), out_shardings=devices.rows)
+    accumulate = devices.jit(programs.accumulate, donate_argnums=0, out_shardings=sums)
+    finish = devices.jit(programs.finish, donate_argnums=0, out_shardings=(shardings, whole))
+    teacher_pass = devices.jit(partial(forward, model), out_shardings=devices.rows)
     head = devices.jit(model.head, out_shardings=whole)
-    zeros = placed(jax.eval_shape(step.start, state.params), sums)
+    zeros = placed(jax.eval_shape(programs.start, state.params), sums)
     batch = micro_batch(devices, a, t)
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
 
     def accumulated() -> jax.stages.Lowered:
-        constants = SdpoSharedInputs(head.lower(state.teacher).out_info, scalar)
-        return accumulate.lower(zeros, state.params, None, batch, constants)
+        shared = SdpoSharedInputs(head.lower(state.teacher).out_info, scalar)
+        return accumulate.lower(zeros, state.params, None, batch, shared)
 
     tokens, layers, tensor = t.rows * t.row_tokens, layer_products(a), t.mesh[2]
     once = 2.0 * tokens * a.layers / tensor
@@ -212,7 +218,7 @@ def train_programs(topology: str, a: Architecture, t: Training) -> Mapping[str, 
     chunks = -(-t.response_tokens // t.chunk)
     return {
         "teacher": Program(
-            lambda: forward.lower(state.teacher, batch.sequences),
+            lambda: teacher_pass.lower(state.teacher, batch.sequences),
             *(once * layers, splash_flops(a, t, 2), 1, t.response_tokens),
         ),
         "accumulate": Program(
@@ -240,11 +246,11 @@ def micro_batch(devices: Devices, a: Architecture, t: Training) -> MicroBatch:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=devices.rows)
 
     whole: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=devices.replicated)
-    tokens, take = array(rows, jnp.int32), array(places, jnp.int32)
-    sequences = Sequences(tokens, positions=tokens, attention=tokens, take=take)
+    tokens, targets = array(rows, jnp.int32), array(places, jnp.int32)
+    sequences = Sequences(tokens, positions=tokens, attention=tokens, target_positions=targets)
     known = SdpoTokenInputs(
         array((*places, a.width), jnp.bfloat16),
-        array(places, jnp.int32),
+        targets,
         array(places, jnp.float32),
     )
-    return MicroBatch(sequences, array(places, jnp.float32), known, whole)
+    return MicroBatch(sequences, targets, array(places, jnp.float32), known, whole)

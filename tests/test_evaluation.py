@@ -273,11 +273,12 @@ def test_any_context_builder_decides_what_the_teacher_sees():
     assert len(shown) == 2 and all("4?" in text and "look closely" in text for text in shown)
 
 
-def test_without_a_context_builder_no_teacher_is_evaluated():
-    config, script = make_config(), Script(ANSWERS)
-    prompts = TeacherPrompts(config.teacher, TOKENIZER)
-    metrics = Evaluator(config, script, TOKENIZER, Quiz(), prompts, None)(STUDENT, TEACHER, 0)
-    assert not asked_of_teacher(script) and "teacher_accuracy" not in metrics
+def test_without_a_context_builder_a_teacher_sees_the_contexts_of_sdpo():
+    config, prompts = make_config(), TeacherPrompts(make_config().teacher, TOKENIZER)
+    scripts = [Script(ANSWERS) for _ in range(2)]
+    Evaluator(config, scripts[0], TOKENIZER, Quiz(), prompts, None)(STUDENT, TEACHER, 0)
+    evaluator_of(config, scripts[1], Quiz())(STUDENT, TEACHER, 0)
+    assert asked_of_teacher(scripts[0]) == asked_of_teacher(scripts[1]) != []
 
 
 def test_the_teacher_is_not_asked_where_the_recipe_leaves_it_out():

@@ -69,7 +69,7 @@ def test_the_readme_shows_the_loss_in_another_project():
     assert any("from sdpo_jax import sdpo_loss" in b for b in blocks(README.read_text(), "python"))
 
 
-@pytest.mark.parametrize("body", examples())
+@pytest.mark.parametrize("body", list(examples()))
 def test_examples_run(body, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -173,9 +173,8 @@ def grpo_per_token(
 
     Returns:
         PerTokenLoss of GrpoTokenInputs and GrpoSharedInputs. Metrics: log_prob, student_entropy,
-        ratio, clipped (1 where clipping acts), reference_kl if there is one.
-
-    Source: section 2.1 of arXiv 2601.20802.
+        ratio, clipped (1 where clipping acts), reference_kl if there is one. Source: 2.1 of
+        arXiv 2601.20802.
 
     >>> loss = grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     >>> tokens = GrpoTokenInputs(jnp.array([0]), jnp.log(jnp.array([0.25])), jnp.array([1.0]))
