@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.experimental
 import pytest
 
 from sdpo_jax.losses.vocabulary import log_softmax
@@ -12,6 +13,10 @@ HAS_SHARD_MAP = hasattr(jax, "shard_map")
 
 needs_shard_map = pytest.mark.skipif(not HAS_SHARD_MAP, reason="this jax has no jax.shard_map")
 
+needs_newer_compiler = pytest.mark.skipif(
+    not HAS_SHARD_MAP, reason="the compiler of jax before 0.6 assigns memory in another way"
+)
+
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """For what is compiled once and run once: the compiler's time counts."""
 
@@ -20,9 +25,7 @@ def enable_x64(enabled):
     """A context in which arrays may be float64."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(enabled)
-    from jax.experimental import enable_x64 as context
-
-    return context(enabled)
+    return jax.experimental.enable_x64(enabled)
 
 
 def auto_mesh(sizes, names):

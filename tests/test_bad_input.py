@@ -54,6 +54,11 @@ def mixed(first, second):
     return loss(f((2, 3)), tokens, MixedSharedInputs(None, None))
 
 
+def score(**tokens):
+    inputs = S.ScoreTokenInputs(**{"targets": i((2,)), **tokens})
+    return S.score_per_token()(f((2, 3)), inputs, S.ScoreSharedInputs(jnp.float32(1.0)))
+
+
 def sdpo_hidden(**arguments):
     given = {
         "hidden": f((1, 2, 4)),
@@ -184,6 +189,7 @@ CASES = [
     ("entropy", lambda: S.entropy(f(())), "[..., V] with V >= 1, got log_probs []"),
     ("token_stats", lambda: S.token_stats(f((2, 3)), f((2, 4)), i((2,))), "[2, 3], teacher_log"),
     ("token_stats", lambda: S.token_stats(f((2, 3)), f((2, 3)), i((3,))), "got targets [3]"),
+    *pairs("same_likeliest", S.same_likeliest, "student_logits", "teacher_logits"),
     # Vocabulary
     ("log_softmax", lambda: S.log_softmax(i((3,))), "floating dtype, got logits int32"),
     ("log_softmax", lambda: S.log_softmax(f(())), "[..., V] with V >= 1, got logits []"),
@@ -345,6 +351,11 @@ CASES = [
                 lambda **x: S.sft_per_token(**x)(f((2, 3)), SftTokenInputs(i((2,))), None)),
     ("mixed_per_token", lambda: mixed((1,), (2,)), "first_weights [1], second_weights [2]"),
     ("mixed_per_token", lambda: mixed((1,), (1,)), "second_weights [1], tokens [2]"),
+    ("with_reference_kl", lambda: S.with_reference_kl(S.sft_per_token(), coefficient=-1.0),
+     "coefficient must be at least 0, got -1.0"),
+    ("score_per_token", lambda: score(live_hidden=f((2, 4))),
+     "live_hidden needs live_head and coefficient, got None"),
+    ("score_per_token", lambda: score(targets=f((2,))), "got targets float32"),
     # From hidden states
     *alphas("sdpo_from_hidden", sdpo_hidden),
     *chunks("sdpo_from_hidden", sdpo_hidden),

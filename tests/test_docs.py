@@ -9,6 +9,7 @@ import pytest
 import test_architecture
 
 import sdpo_jax
+import sdpo_jax.losses
 from sdpo_jax.objectives import GrpoConfig, SdftConfig, SdpoConfig
 from sdpo_jax.run.recipes import default_config
 
@@ -22,11 +23,12 @@ SECTIONS = {
 KEYS = {f"{name}.{f.name}" for name, part in SECTIONS.items() for f in fields(part)} | {
     f"objective.{f.name}" for kind in (SdpoConfig, GrpoConfig, SdftConfig) for f in fields(kind)
 }
+PUBLIC = {n: getattr(room, n) for room in (sdpo_jax, sdpo_jax.losses) for n in room.__all__}
+FUNCTIONS = {name: x for name, x in PUBLIC.items() if inspect.isfunction(x)}
 PARAMETERS = {
     parameter
-    for name in sdpo_jax.__all__
-    if inspect.isfunction(vars(sdpo_jax)[name])
-    for parameter in inspect.signature(vars(sdpo_jax)[name]).parameters
+    for function in FUNCTIONS.values()
+    for parameter in inspect.signature(function).parameters
 }
 
 
@@ -48,15 +50,14 @@ def names(cell):
 )
 def test_the_migration_table_names_settings_and_functions_that_exist(cells):
     for name in names(cells[2]):
-        known = name in KEYS or name.split(".")[0] in sdpo_jax.__all__ or name in PARAMETERS
+        known = name in KEYS or name.split(".")[0] in PUBLIC or name in PARAMETERS
         values = {"shortest", "random", "math.inf"}
         assert known or name in values or name.startswith("losses"), name
 
 
 def test_every_public_loss_is_in_the_table_of_equations():
     text = (ROOT / "docs" / "equations.md").read_text()
-    public = [n for n in sdpo_jax.__all__ if inspect.isfunction(vars(sdpo_jax)[n])]
-    assert [n for n in public if f"`{n}`" not in text and f".{n}`" not in text] == []
+    assert [n for n in FUNCTIONS if f"`{n}`" not in text and f".{n}`" not in text] == []
 
 
 def test_the_table_of_equations_names_functions_and_tests_that_exist():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_versions import needs_newer_compiler
 
 from sdpo_jax.losses import tiles
 from sdpo_jax.losses.tiles import by_rows
@@ -64,6 +65,7 @@ def test_metrics_are_detached():
     assert not np.any(gradient(_arguments(4)[0]))
 
 
+@needs_newer_compiler
 def test_tiles_keep_the_memory_of_a_chunk_small():
     arguments = jax.tree.map(lambda x: jnp.tile(x, (64,) + (1,) * (x.ndim - 1)), _arguments(64)[:2])
 

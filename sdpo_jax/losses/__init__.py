@@ -96,10 +96,6 @@ from sdpo_jax.losses.reductions import (
     token_mean,
     token_mean_weights,
 )
-from sdpo_jax.losses.sequence_importance import (
-    SdftTokenInputs,
-    sequence_weighted_head,
-)
 from sdpo_jax.losses.support import (
     SupportLogProbs,
     support_log_probs,
@@ -143,7 +139,6 @@ __all__ = [
     "Routes",
     "ScoreSharedInputs",
     "ScoreTokenInputs",
-    "SdftTokenInputs",
     "SdpoSharedInputs",
     "SdpoTokenInputs",
     "SftTokenInputs",
@@ -192,7 +187,6 @@ __all__ = [
     "sequence_log_probs",
     "sequence_mean",
     "sequence_mean_weights",
-    "sequence_weighted_head",
     "sft_from_hidden",
     "sft_loss",
     "sft_per_token",

@@ -42,7 +42,7 @@ def mark_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
         return x
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, missing, to="varying")
-    return jax.lax.pvary(x, missing)
+    return jax.lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def output_types(function: Callable[..., Any], *arguments: Any) -> Any:

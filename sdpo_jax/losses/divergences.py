@@ -104,9 +104,11 @@ def generalized_jsd(
     >>> print(f"{generalized_jsd(student, teacher, alpha=0.5):.4f}")
     0.1017
     """
+    if transform_terms is None and 0.0 < alpha < 1.0:
+        pair = as_log_probs(student_log_probs, teacher_log_probs)
+        return mixture_divergence(alpha, vocabulary, *pair)
     terms = divergence_terms(student_log_probs, teacher_log_probs, alpha=alpha)
-    terms = terms if transform_terms is None else transform_terms(terms)
-    return vocabulary.sum(terms)
+    return vocabulary.sum(terms if transform_terms is None else transform_terms(terms))
 
 
 def divergence_terms(
@@ -195,29 +197,50 @@ def _mixture_terms(alpha: float, student: jax.Array, teacher: jax.Array) -> jax.
 
     The other parts of the derivative cancel, since e^M = (1 - α) e^S + α e^T.
     """
-    of_student, of_teacher = mixture_summands(alpha, student, teacher)
-    return of_student + of_teacher
+    of_student, of_teacher = _mixture_summands(alpha, student, teacher)
+    return (1.0 - alpha) * of_student + alpha * of_teacher
 
 
 @_mixture_terms.defjvp
 def _mixture_terms_jvp(
     alpha: float, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    of_student, of_teacher = mixture_summands(alpha, *primals)
-    return of_student + of_teacher, of_student * tangents[0]  # the teacher is detached
+    of_student, of_teacher = _mixture_summands(alpha, *primals)
+    of_student = (1.0 - alpha) * of_student
+    return of_student + alpha * of_teacher, of_student * tangents[0]  # the teacher is detached
 
 
-def mixture_summands(
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def mixture_divergence(
+    alpha: float, vocabulary: Vocabulary, student: jax.Array, teacher: jax.Array
+) -> jax.Array:
+    """The sum over v of `_mixture_terms`, for 0 < α < 1 and floored S and T; [..., V] to [...].
+
+    >>> print(mixture_divergence(0.5, WHOLE, jnp.zeros(1), jnp.zeros(1)))
+    0.0
+    """
+    of_student, of_teacher = _mixture_summands(alpha, student, teacher)
+    return (1.0 - alpha) * vocabulary.sum(of_student) + alpha * vocabulary.sum(of_teacher)
+
+
+@mixture_divergence.defjvp
+def _mixture_divergence_jvp(
+    alpha: float,
+    vocabulary: Vocabulary,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    of_student, of_teacher = _mixture_summands(alpha, *primals)
+    # Factors of whole sums, so that no pass over the vocabulary multiplies by them.
+    value = (1.0 - alpha) * vocabulary.sum(of_student) + alpha * vocabulary.sum(of_teacher)
+    return value, (1.0 - alpha) * vocabulary.sum(of_student * tangents[0])
+
+
+def _mixture_summands(
     alpha: float, student: jax.Array, teacher: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(1 - α) e^S (S - M) and α e^T (T - M) per entry, for 0 < α < 1 and floored S and T.
-
-    >>> [x.tolist() for x in mixture_summands(0.5, jnp.zeros(1), jnp.zeros(1))]
-    [[-0.0], [-0.0]]
-    """
     student_ratio, teacher_ratio = _log_ratios_to_mixture(student, teacher, alpha)
-    of_student = (1.0 - alpha) * jnp.exp(student) * student_ratio
-    return of_student, alpha * jnp.exp(teacher) * teacher_ratio
+    return jnp.exp(student) * student_ratio, jnp.exp(teacher) * teacher_ratio
 
 
 def _log_ratios_to_mixture(

@@ -173,9 +173,8 @@ def grpo_per_token(
 
     Returns:
         PerTokenLoss of GrpoTokenInputs and GrpoSharedInputs. Metrics: log_prob, student_entropy,
-        ratio, clipped (1 where clipping acts), reference_kl if there is one.
-
-    Source: section 2.1 of arXiv 2601.20802.
+        ratio, clipped (1 where clipping acts), reference_kl if there is one. Source: 2.1 of
+        arXiv 2601.20802.
 
     >>> loss = grpo_per_token(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     >>> tokens = GrpoTokenInputs(jnp.array([0]), jnp.log(jnp.array([0.25])), jnp.array([1.0]))
@@ -310,9 +309,9 @@ def _distillation(
     ) -> tuple[jax.Array, Metrics]:
         scaled = partial(scale_logits, temperature=constants.temperature)
         pair = scaled(logits), jax.lax.stop_gradient(scaled(rows.teacher_logits))
-        log_probs = [log_softmax(x, vocabulary=vocabulary) for x in pair]
-        value = estimate(*log_probs, rows.targets)
-        stats = token_stats(*log_probs, rows.targets, vocabulary=vocabulary)
+        student, teacher = (log_softmax(x, vocabulary=vocabulary) for x in pair)
+        value = estimate(student, teacher, rows.targets)
+        stats = token_stats(student, teacher, rows.targets, vocabulary=vocabulary)
         # Of the logits, not the log-probabilities: the softmaxes have two of the maxima already.
         same = same_likeliest(*pair, vocabulary=vocabulary)
         metrics = {"divergence": value, **stats._asdict(), "same_token": same}

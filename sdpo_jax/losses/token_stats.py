@@ -4,12 +4,14 @@ All are reductions of the two arrays of log-probabilities that the loss reads, t
 distribution serves both, and the compiler drops the statistics that nobody reads.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sdpo_jax.losses.divergences import as_log_probs, mixture_summands
+from sdpo_jax.losses.arrays import check_vocabulary
+from sdpo_jax.losses.divergences import as_log_probs, mixture_divergence
 from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary, select_targets
 
 
@@ -51,28 +53,43 @@ def token_stats(
     0.6931 0.0000 -0.6931
     """
     pair = jax.lax.stop_gradient((student_log_probs, teacher_log_probs))
-    log_prob, teacher_log_prob = (select_targets(x, targets, vocabulary=vocabulary) for x in pair)
+    log_prob, teacher_log_prob = (_sampled(x, targets, vocabulary) for x in pair)
     student, teacher = as_log_probs(*pair)
     p, q, sums = jnp.exp(student), jnp.exp(teacher), vocabulary.sum
-    of_student, of_teacher = mixture_summands(0.5, student, teacher)
+    gap = teacher - student
     return TokenStats(
         student_entropy=-sums(p * student),
         teacher_entropy=-sums(q * teacher),
-        forward_kl=sums(q * (teacher - student)),
-        reverse_kl=sums(p * (student - teacher)),
-        jsd=sums(of_student + of_teacher),
+        forward_kl=sums(q * gap),
+        reverse_kl=-sums(p * gap),
+        jsd=mixture_divergence(0.5, vocabulary, student, teacher),
         log_prob=log_prob,
         teacher_log_prob=teacher_log_prob,
     )
 
 
+def _sampled(log_probs: jax.Array, targets: jax.Array, vocabulary: Vocabulary) -> jax.Array:
+    """`select_targets` without a gradient; on a CPU a gather, which spares two passes over V."""
+    compare = partial(select_targets, vocabulary=vocabulary)
+    if vocabulary.axis is not None:
+        return compare(log_probs, targets)
+
+    def gather(log_probs: jax.Array, targets: jax.Array) -> jax.Array:
+        ids = targets.astype(jnp.int32)[..., None]
+        inside = (ids >= 0) & (ids < log_probs.shape[-1])
+        picked = jnp.take_along_axis(log_probs, jnp.where(inside, ids, 0), axis=-1)
+        return jnp.where(inside, picked, jnp.zeros((), picked.dtype))[..., 0]
+
+    return jax.lax.platform_dependent(log_probs, targets, cpu=gather, default=compare)
+
+
 def same_likeliest(
     student_logits: jax.Array, teacher_logits: jax.Array, *, vocabulary: Vocabulary = WHOLE
 ) -> jax.Array:
-    """1 where one token is the likeliest to both, else 0; of several that tie, any one will do.
+    """1 where one token is the likeliest of both, else 0; of several that tie, any one will do.
 
-    Maxima of the logits alone: the softmaxes beside it have two of the three already, and XLA:CPU
-    does not vectorise an `argmax`.
+    It takes maxima alone: the softmaxes of the same logits have two of the three already, and
+    XLA:CPU does not vectorise an `argmax`.
 
     Args:
         student_logits: [..., V], or log-probabilities.
@@ -82,10 +99,13 @@ def same_likeliest(
     Returns:
         [...], detached, in the dtype of the student's.
 
+    Source: the top token of both models, arXiv 2601.20802, section 4.
+
     >>> student, teacher = jnp.array([[2.0, 1.0], [2.0, 1.0]]), jnp.array([[9.0, 3.0], [0.0, 3.0]])
     >>> same_likeliest(student, teacher).tolist()
     [1.0, 0.0]
     """
+    check_vocabulary(student_logits=student_logits, teacher_logits=teacher_logits)
     student, teacher = jax.lax.stop_gradient((student_logits, teacher_logits))
     best = teacher >= vocabulary.max(teacher)[..., None]
     among = vocabulary.max(jnp.where(best, student, -jnp.inf))
