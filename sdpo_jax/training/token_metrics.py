@@ -35,7 +35,7 @@ _POLICY_GRADIENT: tuple[str, ...] = ("clipped",)
 
 BINS = 256
 LOWEST = -24
-"""log2 of the smallest divergence that is distinguished from 0; the last bin reaches 2^7.875, 235 nats."""
+"""log2 of the smallest divergence above bin 0; the last bin reaches 2^7.875, 235 nats."""
 PER_OCTAVE = 8
 """A bin is 9 % wide, and a quantile, read at its middle, within 4.5 % of the exact one."""
 MOST = 20
