@@ -25,7 +25,7 @@ def enable_x64(enabled):
     """A context in which arrays may be float64."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(enabled)
-    return jax.experimental.enable_x64(enabled)
+    return vars(jax.experimental)["enable_x64"](enabled)
 
 
 def auto_mesh(sizes, names):

@@ -34,8 +34,9 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from {name if name in MODULES else node.module for name in names}
+            source = node.module or ""
+            names = [f"{source}.{alias.name}" for alias in node.names]
+            yield from {name if name in MODULES else source for name in names}
 
 
 def room(module):

@@ -67,7 +67,8 @@ def test_training_from_python_learns_an_environment_of_ones_own():
     output = run("train_from_python.py", "10")
     reward, (accuracy,) = printed(output, "reward"), printed(output, "accuracy")
     assert len(reward) == 10 and "saved" in output
-    assert accuracy > reward[0] and np.mean(reward[-3:]) > np.mean(reward[:3])
+    assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.2
+    assert accuracy > reward[0] + 0.2
 
 
 @pytest.mark.slow

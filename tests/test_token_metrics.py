@@ -164,7 +164,7 @@ def test_the_targets_of_an_update_are_the_sampled_tokens_of_its_rollouts(name, s
     run = one_update.programs(name, micro_batch_tokens=1, share_prompts=share_prompts)
     update, data = one_update.the_update(name, run), one_update.rollouts()
     rows = SIGNAL if name == "sdpo" else range(GROUP)  # the first group has an advantage
-    assert len(update.micro_batches) > 1
+    assert len(update.micro_batches) > 1 or not share_prompts
     targets = [np.asarray(m.targets)[np.asarray(m.weights) > 0] for m in update.micro_batches]
     ends = [np.flatnonzero(x == TOKENIZER.END) + 1 for x in targets]  # of every response here
     found = [y for x, at in zip(targets, ends, strict=True) for y in np.split(x, at)[:-1]]

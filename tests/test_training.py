@@ -158,6 +158,7 @@ def test_an_empty_mini_batch_makes_no_update_and_the_teacher_follows_at_most_onc
 ):
     trainer, _ = trainer_of("sdpo", mini_batches=2)
     update, calls = trainer._update_teacher, []
+    assert update is not None
 
     def counted(*args):
         calls.append(1)

@@ -11,6 +11,7 @@ that are not special, as it does in sampling.
 """
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,6 +85,8 @@ class ChatTokenizer:
         Raises:
           UserError: a file is missing or damaged, or the tokenizer cannot be used.
         """
+        # Else the import of transformers prints that PyTorch is missing.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from transformers import AutoTokenizer
 
         folder = Path(path)

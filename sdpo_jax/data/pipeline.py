@@ -51,7 +51,7 @@ class PromptBatches(Generic[T]):
         return {"position": dict(self._iterator.get_state()), "fingerprint": self._fingerprint}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved position; refuses the state of another source, seed or batch size."""
+        """Restores a saved position; refuses the state of another source, seed or batch size."""
         if set(state) != {"position", "fingerprint"}:
             text = f"data state with {sorted(state)}, expected position and fingerprint"
             raise UserError(f"{text}; the checkpoint was written by another version")

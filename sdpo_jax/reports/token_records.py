@@ -149,9 +149,9 @@ def compare(
         for h, w in zip(hidden, heads, strict=True)
     ]
     if len(logits) > 1:
-        teacher = (
-            logits[1] if coefficient is None else trust_region_logits(*logits[1:], coefficient)
-        )
+        teacher = logits[1]
+        if coefficient is not None:
+            teacher = trust_region_logits(teacher, logits[2], coefficient)
         logits = [logits[0], teacher]
     log_probs = [log_softmax(z) for z in logits]
     likeliest = [jax.lax.top_k(x, top)[1] for x in log_probs]

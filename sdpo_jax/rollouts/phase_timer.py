@@ -35,7 +35,8 @@ class PhaseTimer:
         """`seconds_PHASE` since the last reading, `tokens_per_second_PHASE` where counted."""
         out = {f"seconds_{name}": value for name, value in self._seconds.items()}
         for name, tokens in self._tokens.items():
-            out[f"tokens_per_second_{name}"] = tokens / max(self._seconds[name], 1e-9)
+            if name in self._seconds:  # else they were counted outside of their phase
+                out[f"tokens_per_second_{name}"] = tokens / max(self._seconds[name], 1e-9)
         self._seconds, self._tokens = {}, {}
         return out
 

@@ -60,19 +60,10 @@ class RolloutBatch(NamedTuple):
 
     def of_first(self, prompts: int) -> "RolloutBatch":
         """The rollouts of the first so many prompts."""
-        rows = prompts * self.group
-        mask = None if self.response_mask is None else self.response_mask[:rows]
-        return RolloutBatch(
-            prompts=self.prompts[:prompts],
-            group=self.group,
-            prompt_ids=self.prompt_ids[:rows],
-            response_ids=self.response_ids[:rows],
-            log_probs=self.log_probs[:rows],
-            lengths=self.lengths[:rows],
-            texts=self.texts[:rows],
-            outcomes=self.outcomes[:rows],
-            response_mask=mask,
-        )
+        rows, fields = prompts * self.group, self._asdict()
+        del fields["prompts"], fields["group"]
+        cut = {name: value if value is None else value[:rows] for name, value in fields.items()}
+        return self._replace(prompts=self.prompts[:prompts], **cut)
 
 
 class RolloutSetup(NamedTuple):

@@ -143,8 +143,8 @@ class Console:
         keys.sort(key=lambda key: first[key.partition("/")[0]])
         lines = [("", "before", "after")]
         for key in keys:
-            values = (text_of(key, row.get(key)) for row in (before, after))
-            lines.append((_label(key), *values))
+            left, right = (text_of(key, row.get(key)) for row in (before, after))
+            lines.append((_label(key), left, right))
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         self.note("")
         for name, left, right in lines:

@@ -1,1 +1,1 @@
-"""What the teacher sees, which weights it has, and its forward pass."""
+"""What the teacher sees, its prompts, its weights and when they move."""

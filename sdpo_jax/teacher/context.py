@@ -310,7 +310,7 @@ def _longest_fit(
     shorter: Callable[[int], FittedReprompt],
     fits: Callable[[FittedReprompt], bool],
 ) -> FittedReprompt | None:
-    """Binary search for the most tokens that fit; None if not even none of them do."""
+    """Binary search for the most tokens that fit; None if even zero tokens do not fit."""
     whole = shorter(tokens)
     if fits(whole):
         return whole

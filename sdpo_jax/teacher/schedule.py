@@ -1,4 +1,4 @@
-"""When a teacher that stands still moves: host-side decisions from the steps' metrics.
+"""Decides when a `refreshed` teacher moves, on the host, from the metrics of the steps.
 
 A teacher that follows a little every step feeds the student's artefacts back to it; standing still
 between rare moves is what stabilises (CGTR, arXiv 2606.03532; StableSDPO, arXiv 2607.01763). CGTR
@@ -16,7 +16,7 @@ Move: TypeAlias = Literal["stay", "refresh", "return"]
 
 
 class Observed(NamedTuple):
-    """What one step says of the student."""
+    """The student at one step."""
 
     reward: float
     length: float  # 95th percentile, in tokens
@@ -24,7 +24,7 @@ class Observed(NamedTuple):
 
 
 class RefreshSchedule:
-    """Decides once a step; its history is part of a checkpoint."""
+    """Decides once per step; its history is part of a checkpoint."""
 
     def __init__(self, config: TeacherConfig):
         self._config = config
@@ -96,7 +96,7 @@ class RefreshSchedule:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved history."""
+        """Restores a saved history."""
         self._recent = [Observed(*x) for x in state["recent"]]
         self._since = state["since"]
         self._here = state["here"] and Observed(*state["here"])

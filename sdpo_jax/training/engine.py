@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from sdpo_jax.config import Config
 from sdpo_jax.devices import Devices
-from sdpo_jax.losses.fused_linear import fused_linear_loss
 from sdpo_jax.losses.kl_penalty import (
     ReferenceKlSharedInputs,
     ReferenceKlTokenInputs,
@@ -42,7 +41,7 @@ from sdpo_jax.training.batch import (
     rows_of_tokens,
     split_mini_batches,
 )
-from sdpo_jax.training.step import MicroBatch, Sequences, Update, forward, head_on_shards
+from sdpo_jax.training.step import MicroBatch, Sequences, Update, forward, token_values
 
 
 class Models(NamedTuple):
@@ -85,7 +84,9 @@ class Engine:
             model.head, out_shardings=devices.head
         )
         """`params -> [width, V]`, placed as the loss wants the head."""
-        self._score = devices.jit(_score, out_shardings=devices.rows)
+        self._score = devices.jit(
+            partial(token_values, score_per_token()), out_shardings=devices.rows
+        )
 
     def teacher_contexts(self, rollouts: RolloutBatch, step: int) -> list[TeacherContext | None]:
         """What the teacher of each rollout of a step sees, `[N]`; None for nothing."""
@@ -208,26 +209,6 @@ class Engine:
         hidden, shared = self.forward(params, sequences), ScoreSharedInputs(self.temperature)
         tokens, filled = ScoreTokenInputs(targets), jnp.int32(packed.filled)
         return jax.block_until_ready(self._score(hidden, head, tokens, shared, filled)["log_prob"])
-
-
-def _score(
-    hidden: jax.Array,
-    head: jax.Array,
-    inputs: ScoreTokenInputs,
-    shared: ScoreSharedInputs,
-    chunks: jax.Array,
-) -> dict[str, jax.Array]:
-    """`log_prob` and `entropy`, `[D, n, c]` each, a chunk of the head at a time."""
-    shape = inputs.targets.shape
-    flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
-    weights = jnp.zeros(inputs.targets.size, jnp.float32)
-    _, metrics = head_on_shards(
-        partial(fused_linear_loss, score_per_token(), chunk=shape[2], block=shape[2]),
-        (flat(hidden), flat(inputs), weights),
-        head,
-        (shared, chunks),
-    )
-    return {name: metrics[name].reshape(shape) for name in ("log_prob", "entropy")}
 
 
 def _rows(mini_batch: MiniBatch, values: Sequence[Any]) -> list[NDArray[np.float32]]:

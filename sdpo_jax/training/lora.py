@@ -1,4 +1,4 @@
-"""What is trained: all of the model's parameters, or low-rank adapters beside frozen ones.
+"""The trained parameters: all of the model's, or low-rank adapters beside frozen ones.
 
 LoRA (arXiv 2106.09685) adds s · A B to a matrix W: `down` A [I, R], `up` B [R, O], s = alpha / R.
 Model code stays as it is: it is handed a `LowRank` leaf where it expects a matrix, and `x @ leaf`
@@ -127,7 +127,7 @@ def refuse_another_base(base: Params, saved: int | None, path: str) -> None:
 class LowRank:
     """A matrix W + s A B that is never formed: stands where model code expects a matrix.
 
-    It offers what model code asks of a matrix beside a product: `astype`, and slices under `scan`
+    Beside the product it has what model code uses of a matrix: `astype`, and slices under `scan`
     (it is a pytree whose leaves carry the layer axis).
     """
 

@@ -17,6 +17,7 @@ sampler and the trainer run the same model code on the same weights, so the pape
 between two engines has nothing to correct.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -126,6 +127,25 @@ def head_on_shards(
         out_specs=(P(), ROWS),
         axis_names={"data", "fsdp"},
     )(rows, jax.lax.with_sharding_constraint(head, P(None, "tensor")), replicated)
+
+
+def token_values(
+    loss: PerTokenLoss, hidden: jax.Array, head: jax.Array, inputs: Any, shared: Any, chunks: Any
+) -> dict[str, jax.Array]:
+    """Metrics of a loss at every response token, `[D, n, c]` each, without a gradient.
+
+    A chunk of the head at a time; 0 beyond the filled chunks.
+    """
+    shape = hidden.shape[:3]
+    flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
+    weights = jnp.zeros(math.prod(shape), jnp.float32)
+    _, metrics = head_on_shards(
+        partial(fused_linear_loss, loss, chunk=shape[2], block=shape[2]),
+        (flat(hidden), flat(inputs), weights),
+        head,
+        (shared, chunks),
+    )
+    return {name: x.reshape(shape) for name, x in metrics.items()}
 
 
 def forward(model: Model, params: Params, sequences: Sequences) -> jax.Array:

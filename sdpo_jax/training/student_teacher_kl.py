@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdpo_jax.losses.fused_linear import PerTokenLoss, fused_linear_loss
+from sdpo_jax.losses.fused_linear import PerTokenLoss
 from sdpo_jax.losses.per_token import (
     Divergence,
     SdpoSharedInputs,
@@ -25,7 +25,7 @@ from sdpo_jax.losses.per_token import (
 from sdpo_jax.model import Params
 from sdpo_jax.training.batch import PackedBatch, Pair, make_sequences, split_micro_batches
 from sdpo_jax.training.engine import Engine
-from sdpo_jax.training.step import head_on_shards
+from sdpo_jax.training.step import token_values
 
 
 class StudentTeacherKl:
@@ -86,13 +86,6 @@ def _sum(
     there: jax.Array,
     chunks: jax.Array,
 ) -> jax.Array:
-    """[], the divergence of all tokens that are there, a chunk of the head at a time."""
-    flat = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[3:]))
-    piece, weights = there.shape[2], jnp.zeros(there.size, jnp.float32)
-    _, metrics = head_on_shards(
-        partial(fused_linear_loss, loss, chunk=piece, block=piece),
-        (flat(hidden), flat(inputs), weights),
-        head,
-        (shared, chunks),
-    )
-    return jnp.sum(jnp.where(flat(there), metrics["divergence"], 0.0))
+    """[], the divergence of all tokens that are there."""
+    values = token_values(loss, hidden, head, inputs, shared, chunks)["divergence"]
+    return jnp.sum(jnp.where(there, values, 0.0))

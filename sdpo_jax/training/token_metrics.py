@@ -35,14 +35,14 @@ _POLICY_GRADIENT: tuple[str, ...] = ("clipped",)
 
 BINS = 256
 LOWEST = -24
-"""log2 of the least divergence that is told from 0; the last bin reaches 2^7.875, 235 nats."""
+"""log2 of the smallest divergence above bin 0; the last bin reaches 2^7.875, 235 nats."""
 PER_OCTAVE = 8
 """A bin is 9 % wide, and a quantile, read at its middle, within 4.5 % of the exact one."""
 MOST = 20
 
 
 class Tokens(NamedTuple):
-    """Tokens of a micro-batch as the sums see them."""
+    """The tokens of a micro-batch, for the sums."""
 
     metrics: Mapping[str, jax.Array]  # by-products of the loss, [M] each
     active: jax.Array  # [M] bool
@@ -96,7 +96,7 @@ def is_mean(name: str) -> bool:
 
 
 def zeros(names: Sequence[str], vocabulary: int) -> dict[str, jax.Array]:
-    """Where the sums of an update begin."""
+    """The sums of an update before its first micro-batch."""
     sizes = {HISTOGRAM: (BINS,), BY_TOKEN: (vocabulary,), AGREEMENT: (4,)}
     return {name: jnp.zeros(sizes.get(name, ()), jnp.float32) for name in names}
 

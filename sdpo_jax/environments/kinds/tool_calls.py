@@ -16,6 +16,7 @@ expected value (the reference prints the expected call, which gives the answer t
 
 import ast
 import random
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,9 @@ def parse_call(text: str) -> Call | str:
     if len(text) > MAX_CALL_CHARACTERS:  # A long text could exhaust the parser's stack.
         return _MALFORMED
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd literals would print warnings
+            node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return _MALFORMED
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
