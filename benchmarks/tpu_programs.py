@@ -47,13 +47,7 @@ from sdpo_jax.rollouts.token_sampling import Filters
 from sdpo_jax.teacher.weights import ema
 from sdpo_jax.training.lora import full
 from sdpo_jax.training.state import abstract_state, make_optimizer, state_shardings
-from sdpo_jax.training.step import (
-    MicroBatch,
-    Sequences,
-    Sums,
-    forward,
-    make_update_programs,
-)
+from sdpo_jax.training.step import MicroBatch, Sequences, Sums, forward, make_update_programs
 from sdpo_models.architecture import Architecture
 from sdpo_models.splash import row_and_block
 from sdpo_models.transformer import build_model
@@ -249,8 +243,6 @@ def micro_batch(devices: Devices, a: Architecture, t: Training) -> MicroBatch:
     tokens, targets = array(rows, jnp.int32), array(places, jnp.int32)
     sequences = Sequences(tokens, positions=tokens, attention=tokens, target_positions=targets)
     known = SdpoTokenInputs(
-        array((*places, a.width), jnp.bfloat16),
-        targets,
-        array(places, jnp.float32),
+        array((*places, a.width), jnp.bfloat16), targets, array(places, jnp.float32)
     )
     return MicroBatch(sequences, targets, array(places, jnp.float32), known, whole)

@@ -41,14 +41,7 @@ from sdpo_jax.losses import (
     top_k_loss,
     truncated_importance_weights,
 )
-from sdpo_jax.teacher.weights import (
-    Teacher,
-    ema,
-    ema_update,
-    frozen,
-    live,
-    trust_region,
-)
+from sdpo_jax.teacher.weights import Teacher, ema, ema_update, frozen, live, trust_region
 
 if TYPE_CHECKING:
     from sdpo_jax.api import load as load

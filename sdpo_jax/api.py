@@ -48,15 +48,7 @@ from sdpo_models.nano import FOLDER
 from sdpo_models.tokenizer import ChatTokenizer
 from sdpo_models.transformer import build_model
 
-__all__ = [
-    "Callbacks",
-    "EvaluationResult",
-    "Run",
-    "StepResult",
-    "Summary",
-    "load",
-    "train",
-]
+__all__ = ["Callbacks", "EvaluationResult", "Run", "StepResult", "Summary", "load", "train"]
 
 
 class Run:
@@ -197,9 +189,7 @@ def train(recipe: str | Path | Config, **arguments: Any) -> Summary:
 
 
 def load_config(
-    recipe: str | Path | Config,
-    overrides: Mapping[str, Any],
-    objective: Objective | None = None,
+    recipe: str | Path | Config, overrides: Mapping[str, Any], objective: Objective | None = None
 ) -> Config:
     """The settings of a run: a recipe with overrides, checked, and with a folder.
 

@@ -9,10 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from sdpo_models.gguf.weights import LAYER, TOP
 
-ARCHITECTURE_FIELDS = {
-    "context_length": 64,
-    "attention.layer_norm_rms_epsilon": 1e-6,
-}
+ARCHITECTURE_FIELDS = {"context_length": 64, "attention.layer_norm_rms_epsilon": 1e-6}
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

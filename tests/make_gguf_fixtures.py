@@ -51,12 +51,7 @@ TEXTS = [
 # Several spaces or line breaks before a digit, and digits other than 0 to 9. SmolLM2's
 # tokenizer.json isolates digits first, and so does llama.cpp; transformers' reader of GGUF files
 # does not know that and cuts as GPT-2 does. Expected is what its tokenizer gives with that added.
-AROUND_DIGITS = [
-    "Hello  12 and   345",
-    "list:\n\n1. one\n\n2. two",
-    "\t\t7 \n  8",
-    "x =    -1",
-]
+AROUND_DIGITS = ["Hello  12 and   345", "list:\n\n1. one\n\n2. two", "\t\t7 \n  8", "x =    -1"]
 CHAT = [
     {"role": "user", "content": "What is 2 + 2?"},
     {"role": "assistant", "content": "4"},

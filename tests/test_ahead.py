@@ -12,11 +12,7 @@ from test_loop import BASE, TOKENIZER, Toy, components_of, rows_of, start_params
 from sdpo_jax.errors import UserError
 from sdpo_jax.objectives import GrpoConfig, SdpoConfig
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.rollout_batch import (
-    make_rollout_setup,
-    restore_rollouts,
-    start_rollouts,
-)
+from sdpo_jax.rollouts.rollout_batch import make_rollout_setup, restore_rollouts, start_rollouts
 from sdpo_jax.run.components import make_trainer
 from sdpo_jax.run.console import Console
 from sdpo_jax.run.loop import TrainingLoop

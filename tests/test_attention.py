@@ -19,12 +19,7 @@ WINDOW = 70  # longer than a block, shorter than a prompt and than a response
 
 # Of each bin: prompts with the lengths of what continues them. They reach over several blocks, fill
 # blocks exactly, are of one token, share a prompt or have one of their own.
-BINS = [
-    [(200, [130, 1, 64, 65])],
-    [(1, [3, 200]), (64, [1]), (63, []), (129, [2])],
-    [],
-    [(5, [])],
-]
+BINS = [[(200, [130, 1, 64, 65])], [(1, [3, 200]), (64, [1]), (63, []), (129, [2])], [], [(5, [])]]
 
 
 def sequences(prompts):

@@ -15,11 +15,7 @@ import numpy
 import pytest
 
 from sdpo_jax.environments.code import human_eval
-from sdpo_jax.environments.code.livecodebench import (
-    hidden_tests,
-    pickled_string,
-    read_problems,
-)
+from sdpo_jax.environments.code.livecodebench import hidden_tests, pickled_string, read_problems
 from sdpo_jax.environments.code.problems import Equals, InBox, Prints
 from sdpo_jax.environments.kinds.code import Code
 from sdpo_jax.environments.kinds.nano_code import NanoCodeConfig

@@ -13,13 +13,7 @@ from sdpo_jax.environments.code.problems import Case, Equals, InBox, Prints, Pro
 from sdpo_jax.environments.grading import Grader
 from sdpo_jax.environments.kinds.code import Code
 from sdpo_jax.environments.sandbox import open_sandbox
-from sdpo_jax.environments.sandbox.protocol import (
-    Call,
-    Check,
-    Limits,
-    Observation,
-    Run,
-)
+from sdpo_jax.environments.sandbox.protocol import Call, Check, Limits, Observation, Run
 from sdpo_jax.errors import UserError
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=5.0)

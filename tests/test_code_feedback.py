@@ -39,10 +39,7 @@ def test_lines_of_the_prelude_are_not_counted():
 @pytest.mark.parametrize(
     ("status", "text"),
     [
-        (
-            "time_limit",
-            "Time Limit Exceeded\nIt may use 2.5 s of processor time for each test.",
-        ),
+        ("time_limit", "Time Limit Exceeded\nIt may use 2.5 s of processor time for each test."),
         ("memory_limit", "Memory Limit Exceeded\nIt may use 512 MB of memory."),
         ("output_limit", "Output Limit Exceeded\nIt may print 1000 bytes."),
         ("died", "No Result\nThe program ended before there was a result."),

@@ -138,11 +138,7 @@ END = "End with <answer>...</answer>, with the final answer and nothing else ins
             "<answer>f()</answer>",
             "Expected text or a list of literals as the answer, got code: f()",
         ),
-        (
-            "gcd",
-            f"<answer>{'x' * 10_001}</answer>",
-            "The answer is longer than 10000 characters.",
-        ),
+        ("gcd", f"<answer>{'x' * 10_001}</answer>", "The answer is longer than 10000 characters."),
     ],
 )
 def test_reasoning_gym(family, response, feedback):

@@ -152,9 +152,7 @@ def test_both_logits_are_divided_by_the_temperature():
     np.testing.assert_allclose(metrics["loss"], want, atol=ROUNDING)
     _, metrics = one_pass(sdpo_per_token(JSD), tokens, constants())
     np.testing.assert_allclose(
-        metrics["loss"],
-        from_logits(JSD, HIDDEN @ HEAD, TEACHER @ TEACHER_HEAD),
-        atol=ROUNDING,
+        metrics["loss"], from_logits(JSD, HIDDEN @ HEAD, TEACHER @ TEACHER_HEAD), atol=ROUNDING
     )
 
 

@@ -24,9 +24,7 @@ from linear_problem import (
 from sdpo_jax.losses.distillation import sdpo_loss
 from sdpo_jax.losses.fused_linear import fused_linear_loss
 from sdpo_jax.losses.likelihood import sft_loss
-from sdpo_jax.losses.per_token import (
-    SftTokenInputs,
-)
+from sdpo_jax.losses.per_token import SftTokenInputs
 from sdpo_jax.losses.policy_gradient import grpo_loss
 from sdpo_jax.losses.reductions import sequence_mean_weights, token_mean_weights
 from sdpo_jax.losses.vocabulary import log_softmax, select_targets

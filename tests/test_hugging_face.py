@@ -214,10 +214,7 @@ def test_an_export_that_fails_leaves_nothing_that_looks_like_weights(
     calls.clear()
     with pytest.raises(OSError, match="No space"):
         save_run(
-            tmp_path / "run",
-            tiny.make_params(),
-            source=tmp_path / "model",
-            max_shard_bytes=8_000,
+            tmp_path / "run", tiny.make_params(), source=tmp_path / "model", max_shard_bytes=8_000
         )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

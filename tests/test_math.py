@@ -160,10 +160,7 @@ def test_without_the_package_one_message_says_how_to_get_it(monkeypatch):
             Problem("f:1", "Q", r"\frac{1}{2}", r"So $\boxed{\frac{1}{2}}$."),
         ),
         ({"id": 3, "question": "Q", "answer": 204}, Problem("3", "Q", "204")),
-        (
-            {"problem": "Q", "answer": "5", "solution": "Count."},
-            Problem("f:1", "Q", "5", "Count."),
-        ),
+        ({"problem": "Q", "answer": "5", "solution": "Count."}, Problem("f:1", "Q", "5", "Count.")),
     ],
 )
 def test_both_forms_of_rows_are_read(row, problem):

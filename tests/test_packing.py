@@ -147,10 +147,7 @@ def test_whole_rows_go_to_bins_so_that_cutting_adds_none():
 
 
 def test_pairs_end_to_end_by_hand():
-    bins = [
-        [Pair([5, 6], [1, 2, 3]), Pair([7], [4]), Pair([5, 6], [8, 9])],
-        [Pair([5, 6], [7, 7])],
-    ]
+    bins = [[Pair([5, 6], [1, 2, 3]), Pair([7], [4]), Pair([5, 6], [8, 9])], [Pair([5, 6], [7, 7])]]
     laid = pack_bins(pack_shared_prompts, bins)
     assert laid.tokens.shape == laid.positions.shape == (2, TOKEN_STEP) and laid.segments is None
     # A prompt once, then what continues it without its last token.

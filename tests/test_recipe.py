@@ -5,12 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_jax.config import (
-    OptimizerConfig,
-    TeacherConfig,
-    TrainConfig,
-    recipe,
-)
+from sdpo_jax.config import OptimizerConfig, TeacherConfig, TrainConfig, recipe
 from sdpo_jax.config.checks import problems
 from sdpo_jax.config.resolved import flatten, to_toml
 from sdpo_jax.environments.kinds.tool_calls import ToolCallsConfig

@@ -326,9 +326,7 @@ def test_refilled_slots_need_at_most_six_tenths_of_the_steps_of_static_batches()
     lengths = np.clip(draws * limit / 8 / draws.mean(), 1, limit).astype(int)
     sampler = Sampler(counting_model(lengths), tiny.make_devices(), (0,), slots=slots)
     rollouts = sampler(
-        None,
-        [[i] for i in range(n)],
-        **dict(DEFAULTS, group=1, max_tokens=limit, temperature=0.0),
+        None, [[i] for i in range(n)], **dict(DEFAULTS, group=1, max_tokens=limit, temperature=0.0)
     )
     assert rollouts.lengths.tolist() == lengths.tolist()
     static = sum(lengths[i : i + slots].max() for i in range(0, n, slots))

@@ -5,11 +5,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_jax.environments.sandbox import (
-    frames,
-    seccomp,
-    values,
-)
+from sdpo_jax.environments.sandbox import frames, seccomp, values
 
 
 @pytest.mark.parametrize(

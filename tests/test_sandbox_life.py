@@ -17,14 +17,7 @@ from typing import Any
 import pytest
 from processes import alive, in_background, sleep_in, tree, wait_until
 
-from sdpo_jax.environments.sandbox import (
-    Call,
-    Limits,
-    Program,
-    Run,
-    open_sandbox,
-    tiers,
-)
+from sdpo_jax.environments.sandbox import Call, Limits, Program, Run, open_sandbox, tiers
 from sdpo_jax.environments.sandbox.boxes import children
 from sdpo_jax.environments.sandbox.client import Executor, LocalSandbox
 from sdpo_jax.errors import UserError
@@ -168,9 +161,7 @@ def test_an_argument_that_is_not_json_is_refused_and_costs_nothing(sandbox: Loca
     assert sandbox.run([ANSWER])[0][0].value == 42
 
 
-def test_the_executor_has_no_secret_and_no_trainer_memory(
-    sandbox: LocalSandbox,
-) -> None:
+def test_the_executor_has_no_secret_and_no_trainer_memory(sandbox: LocalSandbox) -> None:
     assert Path(f"/proc/{executor_of(sandbox)}/environ").read_bytes() == b""
     maps = Path(f"/proc/{executor_of(sandbox)}/maps").read_text()
     assert "jax" not in maps
@@ -207,9 +198,7 @@ def test_auto_takes_a_tier_that_holds() -> None:
         sandbox.close()
 
 
-def test_auto_refuses_with_the_remedy_where_nothing_holds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto_refuses_with_the_remedy_where_nothing_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(tiers.seccomp, "supported", lambda: False)
     with pytest.raises(UserError) as refused:

@@ -10,15 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_jax.environments.sandbox import (
-    Call,
-    Check,
-    Evaluate,
-    Limits,
-    Program,
-    Run,
-    open_sandbox,
-)
+from sdpo_jax.environments.sandbox import Call, Check, Evaluate, Limits, Program, Run, open_sandbox
 from sdpo_jax.environments.sandbox.client import LocalSandbox
 
 ANSWER = Program("def f(): return 42", (Call("f"),))

@@ -15,13 +15,7 @@ import pytest
 import quick
 import tiny
 
-from sdpo_jax.config import (
-    LoraConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from sdpo_jax.config import LoraConfig, OptimizerConfig, RolloutConfig, TeacherConfig, TrainConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.objectives import GrpoConfig, SdpoConfig, make_objective
 from sdpo_jax.rollouts.sampler import Sampler

@@ -263,8 +263,7 @@ def test_stop_ids_come_from_generation_config_then_config_then_the_end_token(cop
 def write_stops(folder, *, stops, template, eos="<|end|>"):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     edit(
-        folder / "tokenizer_config.json",
-        lambda c: c.update(chat_template=template, eos_token=eos),
+        folder / "tokenizer_config.json", lambda c: c.update(chat_template=template, eos_token=eos)
     )
     return ChatTokenizer.from_pretrained(folder)
 

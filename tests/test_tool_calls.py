@@ -49,11 +49,7 @@ MUSIC = Task(
         ),
         (ALARM, 'set_alarm(time="18:30", day="tue")', ['time: wrong value "18:30"']),
         (ALARM, 'set_alarm(day="tue")', ["missing argument: time, 24-hour HH:MM"]),
-        (
-            ALARM,
-            'set_alarm(time="19:30", day="tue", snooze=1)',
-            ["unexpected argument: snooze"],
-        ),
+        (ALARM, 'set_alarm(time="19:30", day="tue", snooze=1)', ["unexpected argument: snooze"]),
         (ALARM, 'set_alarm(time="19:30", time="19:30")', None),
         (ALARM, "set_alarm(", ["malformed call: expected tool(argument=value, ...)"]),
         (ALARM, "", ["malformed call: expected tool(argument=value, ...)"]),

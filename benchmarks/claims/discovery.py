@@ -24,11 +24,7 @@ from runs import Verdict, parse, print_table, write
 NAME = "discovery"
 RECIPE = "configs/nano_discover.toml"
 QUESTIONS = [f"table-train-{n}" for n in (21576, 14193, 1642, 14252, 994, 7706)]
-METHODS = {
-    "sdpo": "SDPO",
-    "best_of_k": "best-of-k",
-    "multi_turn_feedback": "asking in turns",
-}
+METHODS = {"sdpo": "SDPO", "best_of_k": "best-of-k", "multi_turn_feedback": "asking in turns"}
 BUDGET, TIMES = 512, 10
 AT = (16, 128, 512)
 

@@ -94,10 +94,7 @@ ALARMS = {
     "divergence": "divergence",
 }
 HOLD = ("frozen", "failures alone")
-GROUPS = {
-    "default": ("EMA 0.05 (default)", "rate falls"),
-    "quick": ("live", "EMA 0.5"),
-}
+GROUPS = {"default": ("EMA 0.05 (default)", "rate falls"), "quick": ("live", "EMA 0.5")}
 """Arms whose falls are looked at together."""
 
 
@@ -170,11 +167,7 @@ def main() -> None:
     """Trains, prints the tables and the verdicts, draws the pictures."""
     options = parse(__doc__, NAME)
     found = train_all((*TEACHERS, *OTHERS), options)
-    measures = [
-        ("best accuracy", best),
-        ("accuracy", accuracy),
-        ("collapsed", collapsed),
-    ]
+    measures = [("best accuracy", best), ("accuracy", accuracy), ("collapsed", collapsed)]
     table = tabulate(found, measures)
     tables = {"What moves before the training reward falls": diagnostics(found)}
     drawn = pictures({"teachers.svg": TEACHERS, "remedies.svg": OTHERS}, options)

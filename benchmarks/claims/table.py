@@ -139,10 +139,7 @@ CLAIMS: dict[int, tuple[str, Callable[[Found], str]]] = {
     5: ("the teacher improves, and the student ends above the initial teacher", _initial_teacher),
     6: ("larger models gain more over GRPO", _growth),
     7: ("finer credit is no worse, nor are solution and feedback together", _credit),
-    8: (
-        "long runs collapse with a live teacher, not with the default one",
-        _collapsed,
-    ),
+    8: ("long runs collapse with a live teacher, not with the default one", _collapsed),
     9: ("SDFT learns a new task as well as SFT and forgets less", _forgotten),
     10: ("the gain is information, not style", _information),
     11: ("a step takes about as long as GRPO's", _step_time),
@@ -303,10 +300,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     records = read_results(RESULTS)
-    wanted = {
-        README: into(README.read_text(), readme_table(records)),
-        PAGE: page(records, RESULTS),
-    }
+    wanted = {README: into(README.read_text(), readme_table(records)), PAGE: page(records, RESULTS)}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if options.check and stale:
         sys.exit(f"differs from the results: {', '.join(map(str, stale))}; run {sys.argv[0]}")

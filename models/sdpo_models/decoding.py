@@ -16,14 +16,7 @@ import jax.numpy as jnp
 from sdpo_jax.model import Params, Prefix, SuffixCache
 from sdpo_models.architecture import Architecture
 from sdpo_models.attention import one_token_attention
-from sdpo_models.layers import (
-    Settings,
-    block,
-    in_window,
-    rms_norm,
-    rope_tables,
-    stacked_layers,
-)
+from sdpo_models.layers import Settings, block, in_window, rms_norm, rope_tables, stacked_layers
 
 UNROLLED_LAYERS = 8
 """Models of at most this many layers decode with unrolled layers on a CPU (`to_decode_layout`).

@@ -170,9 +170,7 @@ def pack_shared_prompts(pairs: Sequence[Pair], members: list[list[int]]) -> Pack
     return PackedBatch(members, tokens, positions, None, table, counts, targets)
 
 
-def _end_to_end(
-    pairs: Sequence[Pair],
-) -> tuple[list[int], list[int], NDArray[np.int32], list[int]]:
+def _end_to_end(pairs: Sequence[Pair]) -> tuple[list[int], list[int], NDArray[np.int32], list[int]]:
     """Tokens, positions, table of blocks, and where each response token is predicted."""
     tokens, positions, blocks = list[int](), list[int](), list[tuple[int, ...]]()
     targets: list[list[int]] = [[] for _ in pairs]

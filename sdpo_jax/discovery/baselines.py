@@ -43,11 +43,7 @@ class StartModel(NamedTuple):
 
 
 def best_of_k(
-    start: StartModel,
-    question: Prompt,
-    seed: int,
-    samples: int,
-    report: Callable[[int, int], None],
+    start: StartModel, question: Prompt, seed: int, samples: int, report: Callable[[int, int], None]
 ) -> Cell:
     """Samples `samples` independent answers; a success does not end the cell."""
     began, config, tally = time.perf_counter(), start.config, Tally(samples)

@@ -11,13 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from sdpo_jax.environments.base import (
-    Environment,
-    HasEpisodes,
-    HasReferences,
-    Outcome,
-    Prompt,
-)
+from sdpo_jax.environments.base import Environment, HasEpisodes, HasReferences, Outcome, Prompt
 from sdpo_jax.environments.grading import Grader, OpenEpisodes
 from sdpo_jax.environments.sanitize import ADDRESS
 

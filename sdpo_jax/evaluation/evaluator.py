@@ -13,12 +13,7 @@ import numpy as np
 
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Environment, HasReferences, Prompt
-from sdpo_jax.environments.grading import (
-    OpenEpisodes,
-    answers_of,
-    failed_share,
-    refuse_failures,
-)
+from sdpo_jax.environments.grading import OpenEpisodes, answers_of, failed_share, refuse_failures
 from sdpo_jax.environments.retries import with_episodes
 from sdpo_jax.evaluation.measures import (
     Graded,

@@ -131,11 +131,7 @@ def _at_k(
 
 
 def teacher_measures(
-    graded: Graded,
-    answered: Graded,
-    rows: Sequence[int],
-    kinds: Sequence[str],
-    prompts: int,
+    graded: Graded, answered: Graded, rows: Sequence[int], kinds: Sequence[str], prompts: int
 ) -> Measures:
     """Measures of the teacher's answers, over all of them and by the kind of context.
 

@@ -82,16 +82,9 @@ METRICS: dict[str, Metric] = {
         "divergence top20 tokens", percent, panel="Divergence on the 20 tokens with most of it"
     ),
     "same_token": Metric("same token", percent, panel="Top-1 agreement of student and teacher"),
-    "gap_agreement/success": Metric(
-        "gap agreement, successes",
-        percent,
-        panel=_AGREEMENT,
-    ),
+    "gap_agreement/success": Metric("gap agreement, successes", percent, panel=_AGREEMENT),
     "gap_agreement/failure": Metric(
-        "gap agreement, failures",
-        percent,
-        panel=_AGREEMENT,
-        dashed=True,
+        "gap agreement, failures", percent, panel=_AGREEMENT, dashed=True
     ),
     "student_entropy": Metric("student entropy", panel=_ENTROPY),
     "teacher_entropy": Metric("teacher entropy", panel=_ENTROPY, dashed=True),

@@ -28,12 +28,7 @@ from sdpo_jax.losses.credit import (
     score_function_loss,
     sequence_advantages,
 )
-from sdpo_jax.losses.distillation import (
-    sampled_token_loss,
-    sdpo_loss,
-    support_loss,
-    top_k_loss,
-)
+from sdpo_jax.losses.distillation import sampled_token_loss, sdpo_loss, support_loss, top_k_loss
 from sdpo_jax.losses.divergences import (
     clip_entries,
     divergence_terms,
@@ -42,16 +37,8 @@ from sdpo_jax.losses.divergences import (
     generalized_jsd,
     reverse_kl,
 )
-from sdpo_jax.losses.from_hidden import (
-    grpo_from_hidden,
-    sdpo_from_hidden,
-    sft_from_hidden,
-)
-from sdpo_jax.losses.fused_linear import (
-    PerTokenLoss,
-    checkpointed_linear_loss,
-    fused_linear_loss,
-)
+from sdpo_jax.losses.from_hidden import grpo_from_hidden, sdpo_from_hidden, sft_from_hidden
+from sdpo_jax.losses.fused_linear import PerTokenLoss, checkpointed_linear_loss, fused_linear_loss
 from sdpo_jax.losses.kl_penalty import (
     ReferenceKlSharedInputs,
     ReferenceKlTokenInputs,
@@ -60,10 +47,7 @@ from sdpo_jax.losses.kl_penalty import (
     score_per_token,
     with_reference_kl,
 )
-from sdpo_jax.losses.likelihood import (
-    cross_entropy,
-    sft_loss,
-)
+from sdpo_jax.losses.likelihood import cross_entropy, sft_loss
 from sdpo_jax.losses.per_token import (
     Divergence,
     GrpoSharedInputs,
@@ -96,16 +80,8 @@ from sdpo_jax.losses.reductions import (
     token_mean,
     token_mean_weights,
 )
-from sdpo_jax.losses.support import (
-    SupportLogProbs,
-    support_log_probs,
-    top_k_log_probs,
-)
-from sdpo_jax.losses.token_stats import (
-    TokenStats,
-    same_likeliest,
-    token_stats,
-)
+from sdpo_jax.losses.support import SupportLogProbs, support_log_probs, top_k_log_probs
+from sdpo_jax.losses.token_stats import TokenStats, same_likeliest, token_stats
 from sdpo_jax.losses.vocabulary import (
     Vocabulary,
     log_softmax,

@@ -53,10 +53,7 @@ def distillation_advantages(
 
 
 def candidate_loss(
-    student_log_probs: jax.Array,
-    advantages: jax.Array,
-    *,
-    vocabulary: Vocabulary = WHOLE,
+    student_log_probs: jax.Array, advantages: jax.Array, *, vocabulary: Vocabulary = WHOLE
 ) -> jax.Array:
     """-Σ_v π(v) A(v): credit for every candidate at every position (the logit level).
 

@@ -23,10 +23,7 @@ FLOOR = -1e4
 
 
 def forward_kl(
-    student_log_probs: jax.Array,
-    teacher_log_probs: jax.Array,
-    *,
-    vocabulary: Vocabulary = WHOLE,
+    student_log_probs: jax.Array, teacher_log_probs: jax.Array, *, vocabulary: Vocabulary = WHOLE
 ) -> jax.Array:
     """KL(teacher ‖ student) = Σ_v e^T (T - S).
 
@@ -49,10 +46,7 @@ def forward_kl(
 
 
 def reverse_kl(
-    student_log_probs: jax.Array,
-    teacher_log_probs: jax.Array,
-    *,
-    vocabulary: Vocabulary = WHOLE,
+    student_log_probs: jax.Array, teacher_log_probs: jax.Array, *, vocabulary: Vocabulary = WHOLE
 ) -> jax.Array:
     """KL(student ‖ teacher) = Σ_v e^S (S - T).
 

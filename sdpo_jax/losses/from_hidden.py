@@ -30,12 +30,7 @@ from sdpo_jax.losses.per_token import (
     sdpo_per_token,
     sft_per_token,
 )
-from sdpo_jax.losses.reductions import (
-    LossOutput,
-    ReductionWeights,
-    token_mean_weights,
-    weighted,
-)
+from sdpo_jax.losses.reductions import LossOutput, ReductionWeights, token_mean_weights, weighted
 
 
 def sdpo_from_hidden(

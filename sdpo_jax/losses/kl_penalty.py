@@ -17,13 +17,7 @@ from sdpo_jax.losses.divergences import entropy
 from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, with_live_model
 from sdpo_jax.losses.policy_gradient import reference_kl
 from sdpo_jax.losses.tiles import by_rows
-from sdpo_jax.losses.vocabulary import (
-    WHOLE,
-    Vocabulary,
-    log_softmax,
-    scale_logits,
-    select_targets,
-)
+from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary, log_softmax, scale_logits, select_targets
 
 
 class ReferenceKlTokenInputs(NamedTuple):
@@ -57,10 +51,7 @@ class ScoreSharedInputs(NamedTuple):
 
 
 def with_reference_kl(
-    objective: PerTokenLoss,
-    *,
-    coefficient: float,
-    vocabulary: Vocabulary = WHOLE,
+    objective: PerTokenLoss, *, coefficient: float, vocabulary: Vocabulary = WHOLE
 ) -> PerTokenLoss:
     """`objective`, any per-token loss, + β · `reference_kl` of the sampled token.
 

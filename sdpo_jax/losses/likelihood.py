@@ -41,11 +41,7 @@ def cross_entropy(
 
 
 def cross_entropy_of(
-    log_probs: jax.Array,
-    targets: jax.Array,
-    *,
-    label_smoothing: float,
-    vocabulary: Vocabulary,
+    log_probs: jax.Array, targets: jax.Array, *, label_smoothing: float, vocabulary: Vocabulary
 ) -> jax.Array:
     """`cross_entropy` from log-probabilities [..., V], for callers that have them.
 

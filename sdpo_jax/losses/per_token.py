@@ -16,23 +16,12 @@ import jax.numpy as jnp
 from sdpo_jax.losses.arrays import check_same_shape, where_active
 from sdpo_jax.losses.distillation import sampled_token_loss
 from sdpo_jax.losses.divergences import entropy
-from sdpo_jax.losses.fused_linear import (
-    Metrics,
-    PerTokenLoss,
-    head_logits,
-    with_live_model,
-)
+from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, head_logits, with_live_model
 from sdpo_jax.losses.likelihood import cross_entropy_of
 from sdpo_jax.losses.policy_gradient import clip_ratio, policy_gradient_loss, reference_kl
 from sdpo_jax.losses.tiles import by_rows
 from sdpo_jax.losses.token_stats import TokenStats, same_likeliest, token_stats
-from sdpo_jax.losses.vocabulary import (
-    WHOLE,
-    Vocabulary,
-    log_softmax,
-    scale_logits,
-    select_targets,
-)
+from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary, log_softmax, scale_logits, select_targets
 from sdpo_jax.losses.weights import probability_ratio, truncated_importance_weights
 
 Divergence: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -203,11 +192,7 @@ def grpo_per_token(
     return partial(by_rows, of_rows, vocabulary=vocabulary)
 
 
-def sft_per_token(
-    *,
-    label_smoothing: float = 0.0,
-    vocabulary: Vocabulary = WHOLE,
-) -> PerTokenLoss:
+def sft_per_token(*, label_smoothing: float = 0.0, vocabulary: Vocabulary = WHOLE) -> PerTokenLoss:
     """`cross_entropy` of the target, at temperature 1.
 
     Returns:

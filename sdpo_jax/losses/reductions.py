@@ -161,8 +161,4 @@ def _reduce(per_token: ArrayLike, mask: ArrayLike, weigh: ReductionWeights) -> L
     weights, denominator = weigh(mask.astype(dtype))
     # `where`, not a product: a NaN or inf at a masked position must not reach the sum.
     loss = jnp.where(weights != 0.0, loss.astype(dtype), 0.0)
-    return LossOutput(
-        total=jnp.sum(weights * loss),
-        weight=denominator,
-        per_token=loss,
-    )
+    return LossOutput(total=jnp.sum(weights * loss), weight=denominator, per_token=loss)

@@ -64,11 +64,7 @@ def top_k_log_probs(
 
 
 def support_log_probs(
-    log_probs: jax.Array,
-    indices: jax.Array,
-    *,
-    add_tail: bool,
-    vocabulary: Vocabulary = WHOLE,
+    log_probs: jax.Array, indices: jax.Array, *, add_tail: bool, vocabulary: Vocabulary = WHOLE
 ) -> jax.Array:
     """A distribution on any support: `log_probs[indices]`, and the mass that is left over.
 

@@ -28,12 +28,7 @@ ENTRIES = 1 << 16
 
 
 def by_rows(
-    loss: RowLoss,
-    logits: jax.Array,
-    rows: Any,
-    constants: Any,
-    *,
-    vocabulary: Vocabulary = WHOLE,
+    loss: RowLoss, logits: jax.Array, rows: Any, constants: Any, *, vocabulary: Vocabulary = WHOLE
 ) -> tuple[jax.Array, Metrics]:
     """`loss(logits, rows, constants)`; differentiable in `logits` alone, in reverse mode.
 

@@ -24,12 +24,7 @@ from sdpo_jax.config import (
 )
 from sdpo_jax.losses.credit import modulate_advantages, sequence_advantages
 from sdpo_jax.losses.weights import MAX_LOG_RATIO, teacher_entropy_weights
-from sdpo_jax.objectives.loss_weights import (
-    LossWeights,
-    MixConfig,
-    Rows,
-    has_policy_gradient,
-)
+from sdpo_jax.objectives.loss_weights import LossWeights, MixConfig, Rows, has_policy_gradient
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.context import is_success
 from sdpo_jax.training.batch import MiniBatch, reduction_weights, response_mask

@@ -15,15 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import (
-    PROPER_SHARE,
-    Config,
-    ObjectiveConfig,
-    Problem,
-    above,
-    at_least,
-    setting,
-)
+from sdpo_jax.config import PROPER_SHARE, Config, ObjectiveConfig, Problem, above, at_least, setting
 from sdpo_jax.losses.fused_linear import PerTokenLoss
 from sdpo_jax.losses.kl_penalty import with_reference_kl
 from sdpo_jax.losses.per_token import GrpoSharedInputs, GrpoTokenInputs, grpo_per_token
@@ -120,9 +112,7 @@ def _on_every_token(
 def surrogate(settings: GrpoConfig) -> PerTokenLoss:
     """The clipped surrogate of a token."""
     return grpo_per_token(
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
+        clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip
     )
 
 

@@ -18,15 +18,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from sdpo_jax.config import (
-    Config,
-    ObjectiveConfig,
-    Problem,
-    above,
-    at_least,
-    between,
-    setting,
-)
+from sdpo_jax.config import Config, ObjectiveConfig, Problem, above, at_least, between, setting
 from sdpo_jax.losses.per_token import SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.losses.sequence_importance import SdftTokenInputs, sequence_weighted_head
 from sdpo_jax.objectives.sdpo import divergence_of

@@ -165,10 +165,7 @@ def make_updates(
 
 
 def _context_metrics(
-    engine: Engine,
-    rollouts: RolloutBatch,
-    contexts: list[TeacherContext | None],
-    with_teacher: int,
+    engine: Engine, rollouts: RolloutBatch, contexts: list[TeacherContext | None], with_teacher: int
 ) -> dict[str, float]:
     shown = [context for context in contexts if context is not None]
     count = max(1, int(rollouts.graded.sum()))
@@ -209,7 +206,5 @@ def divergence_of(alpha: float, top_k: int) -> Divergence:
 
 def _disagreement(settings: SdpoConfig, stats: TokenStats) -> jax.Array:
     return disagreement_weights(
-        stats.jsd,
-        beta=settings.token_weight_beta,
-        max_reduction=settings.disagreement_reduction,
+        stats.jsd, beta=settings.token_weight_beta, max_reduction=settings.disagreement_reduction
     )

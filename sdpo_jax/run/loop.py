@@ -227,12 +227,7 @@ class TrainingLoop:
         return self._trainer, self._progress
 
     def _step(
-        self,
-        trainer: Trainer,
-        progress: Progress,
-        step: int,
-        report: Reporter,
-        saver: Saver,
+        self, trainer: Trainer, progress: Progress, step: int, report: Reporter, saver: Saver
     ) -> StepResult:
         config, evaluation = self._config, None
         on_rollouts = self._callbacks.on_rollouts

@@ -41,10 +41,7 @@ def load_recipe(
 
 
 def override_config(
-    config: Config,
-    values: Mapping[str, Any],
-    *,
-    objectives: Iterable[type[ObjectiveConfig]] = (),
+    config: Config, values: Mapping[str, Any], *, objectives: Iterable[type[ObjectiveConfig]] = ()
 ) -> Config:
     """The config with other values, `{"train.steps": 40}`; checked as a recipe is.
 

@@ -306,9 +306,7 @@ def _fit_parts(
 
 
 def _longest_fit(
-    tokens: int,
-    shorter: Callable[[int], FittedReprompt],
-    fits: Callable[[FittedReprompt], bool],
+    tokens: int, shorter: Callable[[int], FittedReprompt], fits: Callable[[FittedReprompt], bool]
 ) -> FittedReprompt | None:
     """Binary search for the most tokens that fit; None if even zero tokens do not fit."""
     whole = shorter(tokens)

@@ -4,12 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from sdpo_jax.config import TeacherConfig
 from sdpo_jax.environments.base import Prompt
-from sdpo_jax.teacher.context import (
-    ATTEMPTS,
-    TeacherContext,
-    Wording,
-    fit_reprompt,
-)
+from sdpo_jax.teacher.context import ATTEMPTS, TeacherContext, Wording, fit_reprompt
 from sdpo_jax.tokens import Tokenizer
 
 
@@ -21,9 +16,7 @@ class TeacherPrompts:
         self._tokenizer = tokenizer
 
     def __call__(
-        self,
-        questions: Sequence[tuple[Mapping[str, str], ...]],
-        contexts: Sequence[TeacherContext],
+        self, questions: Sequence[tuple[Mapping[str, str], ...]], contexts: Sequence[TeacherContext]
     ) -> tuple[list[list[int]], list[bool]]:
         """Ids of each row's teacher prompt, and whether any of its context survived the cut."""
         known: dict[tuple[str, TeacherContext], tuple[list[int], bool]] = {}
@@ -45,10 +38,7 @@ class TeacherPrompts:
         return [ids for ids, _ in rendered], [shown for _, shown in rendered]
 
     def of_rollouts(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        contexts: Sequence[TeacherContext | None],
+        self, prompts: Sequence[Prompt], group: int, contexts: Sequence[TeacherContext | None]
     ) -> list[list[int] | None]:
         """Ids of each rollout's teacher prompt, `[N]`; None where nothing of a context is left."""
         rows = [i for i, context in enumerate(contexts) if context is not None]

@@ -122,10 +122,7 @@ def head_on_shards(
     if not {"data", "fsdp"} <= set(mesh.axis_names) - set(mesh.manual_axes):
         return local(rows, head, replicated)
     return jax.shard_map(
-        on_shard,
-        in_specs=(ROWS, P(), P()),
-        out_specs=(P(), ROWS),
-        axis_names={"data", "fsdp"},
+        on_shard, in_specs=(ROWS, P(), P()), out_specs=(P(), ROWS), axis_names={"data", "fsdp"}
     )(rows, jax.lax.with_sharding_constraint(head, P(None, "tensor")), replicated)
 
 

@@ -16,12 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpo_jax.losses.fused_linear import PerTokenLoss
-from sdpo_jax.losses.per_token import (
-    Divergence,
-    SdpoSharedInputs,
-    SdpoTokenInputs,
-    sdpo_per_token,
-)
+from sdpo_jax.losses.per_token import Divergence, SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.model import Params
 from sdpo_jax.training.batch import PackedBatch, Pair, make_sequences, split_micro_batches
 from sdpo_jax.training.engine import Engine

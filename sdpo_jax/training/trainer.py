@@ -21,12 +21,7 @@ from sdpo_jax.model import Model, Params
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.rollouts.sampler import Sampler
-from sdpo_jax.rollouts.sources import (
-    Demonstrations,
-    GradedRollouts,
-    SampledDemonstrations,
-    Source,
-)
+from sdpo_jax.rollouts.sources import Demonstrations, GradedRollouts, SampledDemonstrations, Source
 from sdpo_jax.rollouts.turns import ids_between
 from sdpo_jax.teacher.contexts import ContextBuilder, Remembers
 from sdpo_jax.teacher.prompts import TeacherPrompts
@@ -126,13 +121,7 @@ class Trainer:
         self._update_teacher = self._teacher_program()
         self._refresh = self._teacher_refresh()
         self.engine = Engine(
-            config,
-            model,
-            self.devices,
-            self.layout,
-            tokenizer,
-            self.teacher_prompts,
-            self.contexts,
+            config, model, self.devices, self.layout, tokenizer, self.teacher_prompts, self.contexts
         )
         self.student_teacher_kl = self._student_teacher_kl()
         self.source = self._source(environment, demonstrations)

@@ -190,10 +190,7 @@ def _prompt(question: Question) -> Prompt:
 
 
 def load_sciknoweval(
-    folder: str | Path,
-    on_error: Literal["stop", "skip"] = "stop",
-    *,
-    dataset_prompt: bool = False,
+    folder: str | Path, on_error: Literal["stop", "skip"] = "stop", *, dataset_prompt: bool = False
 ) -> Split[Question]:
     """Reads `train.jsonl` and `test.jsonl` in the reference's layout.
 

@@ -32,13 +32,7 @@ from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.code import nano_api
 from sdpo_jax.environments.code.values import same_value
 from sdpo_jax.environments.kinds.tool_calls import Task, ToolCalls, complaints, write_call
-from sdpo_jax.environments.sandbox.protocol import (
-    Evaluate,
-    Limits,
-    Observation,
-    Program,
-    Sandbox,
-)
+from sdpo_jax.environments.sandbox.protocol import Evaluate, Limits, Observation, Program, Sandbox
 from sdpo_jax.environments.sanitize import sanitize
 from sdpo_jax.environments.settings import SandboxConfig, sandbox_of
 from sdpo_jax.environments.toy_apis import FAMILIES, TODAY

@@ -81,11 +81,7 @@ class ReasoningGym:
     needs_worker = True
 
     def __init__(
-        self,
-        generators: Sequence[str],
-        train_prompts: int,
-        held_out_prompts: int,
-        seed: int = 0,
+        self, generators: Sequence[str], train_prompts: int, held_out_prompts: int, seed: int = 0
     ):
         """Makes the prompts.
 

@@ -129,12 +129,7 @@ class Box:
         )
 
     def _environment(self) -> dict[str, str]:
-        return {
-            **_ENVIRONMENT,
-            **self._plan.environment,
-            "HOME": self._work,
-            "TMPDIR": self._work,
-        }
+        return {**_ENVIRONMENT, **self._plan.environment, "HOME": self._work, "TMPDIR": self._work}
 
     def _new_directory(self) -> str:
         # A new name each time: the next program must not see what could not be removed.

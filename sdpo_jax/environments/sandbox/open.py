@@ -30,11 +30,7 @@ _PLANS: dict[str, Callable[[Sequence[str]], boxes.Plan]] = {
 
 
 def open_sandbox(
-    tier: Tier = "auto",
-    *,
-    slots: int = 0,
-    mounts: tuple[str, ...] = (),
-    url: str = "",
+    tier: Tier = "auto", *, slots: int = 0, mounts: tuple[str, ...] = (), url: str = ""
 ) -> LocalSandbox | RemoteSandbox:
     """Opens a sandbox; `close` it at the end.
 

@@ -28,14 +28,7 @@ _MARGIN_SECONDS = 30.0
 _MAX_ANSWER = 16 * 1024 * 1024
 _RECORD = "observation.txt"
 _ENDED_BY_XCPU = (-24, 152)
-_FAILURES = (
-    OSError,
-    http.client.HTTPException,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
+_FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
 _DRIVER = """
 def main():
     import json, math, os, resource, sys
