@@ -14,7 +14,7 @@ HAS_SHARD_MAP = hasattr(jax, "shard_map")
 needs_shard_map = pytest.mark.skipif(not HAS_SHARD_MAP, reason="this jax has no jax.shard_map")
 
 needs_newer_compiler = pytest.mark.skipif(
-    not HAS_SHARD_MAP, reason="the compiler of jax before 0.6 assigns memory in another way"
+    not HAS_SHARD_MAP, reason="jax before 0.6 lowers to another program"
 )
 
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from sdpo_jax.losses.compat import mark_varying, varying_axes
 from sdpo_jax.losses.vocabulary import WHOLE, Vocabulary
 
 Metrics: TypeAlias = dict[str, jax.Array]
@@ -80,7 +81,8 @@ def _with_gradient(
 ) -> tuple[jax.Array, Metrics, jax.Array]:
     """Loss and metrics of each row, and the gradient of each row's loss by its logits."""
     value, pull, metrics = jax.vjp(lambda z: loss(z, rows, constants), logits, has_aux=True)
-    return value, metrics, pull(jnp.ones_like(value))[0]
+    ones = mark_varying(jnp.ones_like(value), varying_axes(value))
+    return value, metrics, pull(ones)[0]
 
 
 def _in_tiles(function: Callable[..., Any], logits: jax.Array, rows: Any, constants: Any) -> Any:
