@@ -21,7 +21,7 @@ if [ -z "${PYTHON:-}" ] && [ "$version" = newest ]; then
   done
 fi
 "$python" -m venv "$work/venv"
-"$work/venv/bin/pip" install -q "$root" "$jax" 'pytest>=8.4' 'pytest-timeout>=2.4' 'hypothesis>=6.150'
+"$work/venv/bin/pip" install -q "$root" "$jax" 'pytest>=8.4' 'pytest-timeout>=2.4' 'hypothesis>=6.150' 'pytest-xdist>=3.8'
 
 # A copy, so that the installed package is what the tests import.
 cp -r "$root/tests" "$root/pyproject.toml" "$work"
@@ -32,4 +32,4 @@ tests=(divergences distillation fused_linear fused_linear_programs from_hidden c
   reference_grid laws loss_properties bad_input)
 files=()
 for name in "${tests[@]}"; do files+=("tests/test_$name.py"); done
-"$work/venv/bin/python" -m pytest -q -o pythonpath= "${files[@]}"
+"$work/venv/bin/python" -m pytest -q -n 2 --dist loadfile -o pythonpath= "${files[@]}"
