@@ -13,7 +13,7 @@ from sdpo_jax.losses.divergences import generalized_jsd, reverse_kl
 from sdpo_jax.losses.likelihood import sft_loss
 from sdpo_jax.losses.policy_gradient import grpo_loss
 from sdpo_jax.losses.reductions import divide, fixed_length_mean, sequence_mean, token_mean
-from sdpo_jax.losses.vocabulary import log_softmax, trust_region_logits
+from sdpo_jax.losses.vocabulary import WHOLE, log_softmax, trust_region_logits
 from sdpo_jax.teacher.weights import ema_update
 
 # Properties of drawn inputs. Every function is compiled once.
@@ -32,8 +32,8 @@ def climb(student, teacher):
     return jnp.stack(
         [
             jnp.stack(
-                [top(k, True, alpha)(student, teacher, None) for k in range(1, 7)]
-                + [full(alpha)(student, teacher, None)]
+                [top(k, True, alpha)(student, teacher, WHOLE) for k in range(1, 7)]
+                + [full(alpha)(student, teacher, WHOLE)]
             )
             for alpha in (0.0, 0.5, 1.0)
         ]
@@ -156,7 +156,7 @@ def test_descent_towards_a_fixed_teacher_never_raises_the_divergence(alpha):
     student, teacher = (jnp.float32(x[[PAIR, DISJOINT]]) for x in pairs())
 
     def loss(x):
-        return jnp.sum(full(alpha)(x, teacher, None))
+        return jnp.sum(full(alpha)(x, teacher, WHOLE))
 
     def step(x, _):
         value, gradient = jax.value_and_grad(loss)(x)
@@ -188,7 +188,7 @@ def test_a_target_drawn_towards_the_student_is_a_weight(three):
     got = reverse_kl_gradient(student, jax.lax.stop_gradient(target))
     want = (1 - pull_back) * reverse_kl_gradient(student, teacher)
     np.testing.assert_allclose(got, want, atol=1e-14)
-    forward = jax.grad(lambda x, t: jnp.sum(full(0.0)(x, t, None)))
+    forward = jax.grad(lambda x, t: jnp.sum(full(0.0)(x, t, WHOLE)))
     gap = forward(student, target) - (1 - pull_back) * forward(student, teacher)
     assert np.max(np.abs(gap)) > 1e-3
 
