@@ -100,9 +100,10 @@ class Run:
     def steps(self) -> Generator[StepResult, None, None]:
         """Trains as `train` does, and yields the result of each step.
 
-        Evaluations, checkpoints and the summary come on the recipe's schedule, before the step is
-        yielded. A loop that is left early goes on with the next step when `steps` or `train` is
-        called again. Another process goes on from the last checkpoint.
+        The recipe's evaluations and the final summary are complete before their step is yielded; a
+        checkpoint is still being written, and `on_save` reports it when it is on the disk. A loop
+        that is left early goes on with the next step when `steps` or `train` is called again.
+        Another process goes on from the last checkpoint.
 
         Raises:
           UserError: as `train`.

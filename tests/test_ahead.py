@@ -140,3 +140,13 @@ def test_rollouts_that_were_saved_are_restored_to_the_bit():
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match="rollouts of other prompts"):
         restore_rollouts(setup, prompts[:1], pending.to_state(), timer)
+
+
+def test_a_position_without_saved_rollouts_drops_those_of_another_position():
+    trainer = make_trainer(config_of("unused"), components_of(start_params()))
+    source = trainer.source
+    start = source.get_state()
+    source(start_params(), 1, PhaseTimer())
+    assert "ahead" in source.get_state()
+    source.set_state(start)
+    assert source.get_state() == start

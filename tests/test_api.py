@@ -312,3 +312,53 @@ def test_a_context_builder_decides_what_is_distilled(tmp_path):
     run = toy(make_config(tmp_path, evaluation={"prompts": 0}), context=nothing)
     assert all(row.metrics["updates"] == 0 for row in run.steps())
     assert seen == [(2, 4, 8)] * STEPS
+
+
+class Counting:
+    """A context builder that remembers how many batches it saw."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def __call__(self, prompts, group, outcomes, responses, /, *, seed):
+        del prompts, group, outcomes, seed
+        return [None] * len(responses)
+
+    def remember(self, prompts, group, outcomes, responses):
+        del prompts, group, outcomes, responses
+        self.batches += 1
+
+    def get_state(self):
+        return {"batches": self.batches}
+
+    def set_state(self, state):
+        self.batches = state["batches"]
+
+
+@pytest.mark.parametrize("every_steps", [1, 10])
+def test_a_context_builder_forgets_the_steps_that_an_exception_undid(every_steps, tmp_path):
+    context, failing = Counting(), [2]
+
+    def fail(step, row):
+        del row
+        if failing == [step]:
+            raise KeyboardInterrupt
+
+    sections = {"evaluation": {"prompts": 0}, "checkpoint": {"every_steps": every_steps}}
+    run = toy(make_config(tmp_path, **sections), context=context, callbacks=Callbacks(on_step=fail))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert context.batches == 2
+    failing.clear()
+    run.train()
+    assert context.batches == STEPS
+
+
+def test_a_resumed_run_that_stops_before_its_next_evaluation_reports_the_last_one(tmp_path):
+    train = replace(BASE.train, steps=5)
+    config = replace(make_config(tmp_path, evaluation={"every_steps": 2}), train=train)
+    steps = toy(config).steps()
+    row = [next(steps), next(steps)][-1]
+    steps.close()
+    summary = toy(config).train(stop=lambda: True)
+    assert summary.steps == 3 and summary.after == row.evaluation

@@ -39,9 +39,9 @@ class Settings(ObjectiveConfig):
     scale: float = 1.0
 
 
-def total_variation(scale, student_logits, teacher_logits):
+def total_variation(scale, student_log_probs, teacher_log_probs):
     """The divergence of each token: scale · 1/2 Σ_v |π(v) - q(v)|, `[M, V], [M, V] -> [M]`."""
-    student, teacher = jax.nn.softmax(student_logits), jax.nn.softmax(teacher_logits)
+    student, teacher = jnp.exp(student_log_probs), jnp.exp(teacher_log_probs)
     return scale * 0.5 * jnp.sum(jnp.abs(student - jax.lax.stop_gradient(teacher)), axis=-1)
 
 

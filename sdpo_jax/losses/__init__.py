@@ -10,11 +10,14 @@
     policy_gradient  group advantages and the clipped surrogate of GRPO, and its variants
     likelihood       cross-entropy and the SFT loss
     reductions       (sum, weight), divided once
+    sequence_importance  one importance weight per response, for SDFT
+    tiles            a few rows at a time
     fused_linear     any of these from hidden states, without ever holding all logits
     per_token        the losses as the `PerTokenLoss` functions that `fused_linear` takes
     kl_penalty       KL penalty to a reference policy, for any per-token loss
     from_hidden      SDPO, GRPO and SFT from hidden states
     arrays           checks of shape and dtype, precision
+    compat           what differs between versions of jax
 
 A loss returns values per token; how tokens are averaged is another function. `docs/equations.md`
 maps each equation to its function and its test.

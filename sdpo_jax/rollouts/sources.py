@@ -121,7 +121,7 @@ class GradedRollouts:
             self._prefetch.pending.wait()
 
     def get_state(self) -> dict[str, Any]:
-        """Position in the prompts; with prefetched responses the position before them, and they."""
+        """Position in the prompts; with prefetched responses, these and the position before."""
         if self._prefetch is None or self._prefetch.pending is None:
             return self._prompts.get_state()
         return {**self._prefetch.position, "ahead": self._prefetch.pending.to_state()}
@@ -130,7 +130,11 @@ class GradedRollouts:
         """Restores a position, and what was prefetched there."""
         position = {name: value for name, value in state.items() if name != "ahead"}
         self._prompts.set_state(position)
-        if self._prefetch is not None and "ahead" in state:
+        if self._prefetch is None:
+            return
+        self.wait()  # what was prefetched belongs to another position
+        self._prefetch.pending = None
+        if "ahead" in state:
             prompts = next(self._prompts)
             self._prefetch.position = position
             self._prefetch.pending = restore_rollouts(

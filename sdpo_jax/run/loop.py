@@ -3,6 +3,7 @@
 `TrainingLoop(config, components).steps()` runs a recipe; `sdpo_jax.api` and the commands drive it.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -80,6 +81,7 @@ class TrainingLoop:
         self._console = console or Console((), steps=config.train.steps, stream=Nowhere())
         self._warn = console.note if console else logging.getLogger("sdpo_jax").warning
         self._trainer: Trainer | None = None
+        self._first_host_state: dict[str, Any] | None = None
         self._evaluator: Evaluator | None = None
         self._progress: Progress | None = None
         self._summary: Summary | None = None
@@ -156,21 +158,21 @@ class TrainingLoop:
 
     def _begin(self, checkpoints: Checkpoints) -> tuple[Trainer, Progress]:
         """Makes the trainer where there is none, and restores the last checkpoint, if any."""
-        if self._trainer is None:
-            self._trainer = make_trainer(self._config, self._components)
-        trainer, load_params = self._trainer, self._components.params
+        trainer, load_params = self._make_trainer(), self._components.params
         restored = restore(trainer, checkpoints, load_params)
         if restored is None:
             state = trainer.initial_state(load_params())
+            # A context from the caller outlives a trainer, and may remember steps that are undone.
+            trainer.set_host_state(copy.deepcopy(self._first_host_state or {}))
             _refuse_weights_that_are_not_finite(trainer.student(state), self._config.model.path)
             self._progress = Progress(0, state, None, None, 0.0)
         else:
             extra = restored.extra
             trainer.source.set_state(extra["data"])
             trainer.set_host_state(extra.get("host", {}))
-            before, seconds = extra["before"], extra["seconds"]
+            before, after = extra["before"], extra.get("after")
             self._progress = Progress(
-                restored.step, restored.state, before, None, seconds, resumed=True
+                restored.step, restored.state, before, after, extra["seconds"], resumed=True
             )
         return trainer, self._progress
 
@@ -215,16 +217,21 @@ class TrainingLoop:
         saved = of_leader(max(checkpoints.steps(), default=0))
         if self._progress is not None and self._progress.step < saved:
             self._progress = None  # another process went on in the meantime
-        if self._trainer is None:
-            self._trainer = make_trainer(self._config, self._components)
-        introduce(self._config, self._trainer, self._console)
+        introduce(self._config, self._make_trainer(), self._console)
         if self._progress is None:
             self._begin(checkpoints)
-        assert self._progress is not None
+        assert self._progress is not None and self._trainer is not None
         if self._progress.resumed:
             self._console.note(f"resumed   from step {self._progress.step}")
             self._progress.resumed = False
         return self._trainer, self._progress
+
+    def _make_trainer(self) -> Trainer:
+        if self._trainer is None:
+            self._trainer = make_trainer(self._config, self._components)
+            if self._first_host_state is None:
+                self._first_host_state = copy.deepcopy(self._trainer.host_state())
+        return self._trainer
 
     def _step(
         self, trainer: Trainer, progress: Progress, step: int, report: Reporter, saver: Saver

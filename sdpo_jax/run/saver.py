@@ -75,6 +75,7 @@ class Saver:
                 "host": self._trainer.host_state(),
                 "base": self._base,
                 "before": progress.before,
+                "after": progress.after,
                 "seconds": progress.seconds,
             }
             self._checkpoints.save(step, to_saved(progress.state), extra, also=best)

@@ -23,8 +23,9 @@ from sdpo_jax.teacher.controls import shuffled
 
 
 class ContextBuilder(Protocol):
-    """`build(prompts, group, outcomes, responses, *, seed) -> contexts`, a pure function of these.
+    """`build(prompts, group, outcomes, responses, *, seed) -> contexts`.
 
+    It is a deterministic function of these and, if it `Remembers`, of its memory.
     Rollout `n` belongs to prompt `n // group`.
 
     Args:

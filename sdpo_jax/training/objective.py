@@ -50,11 +50,11 @@ class Objective(NamedTuple):
     """Sums the losses of tokens; another one may weigh whole responses."""
     contexts: Callable[[TeacherConfig], ContextBuilder] | None = None
     """Makes the function that chooses what the teacher sees, in training and in evaluation. None:
-    nothing is ever answered in context."""
+    nothing, unless the caller of `load` passes a context."""
     wording: Wording = ATTEMPTS
     """The sentences around the parts of a teacher prompt."""
     divergence: Divergence | None = None
-    """For the metric `student_teacher_kl`; None where there is no teacher."""
+    """For the metric `student_teacher_kl`, which is not computed if this is None."""
     reference_kl: float = 0.0
     """Coefficient of the KL to the initial model; above 0 the run keeps that model's weights."""
     columns: tuple[str, ...] = ("loss", "accuracy", "seconds_rollout", "seconds_train")

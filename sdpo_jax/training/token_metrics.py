@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
 
     @property
     def distilled(self) -> jax.Array:
-        """[M] bool; a mix has tokens that are only reinforced."""
+        """[M] bool; a mix has tokens with the policy gradient alone."""
         first = self.metrics.get("first_active")
         return self.active if first is None else self.active & (first > 0)
 
