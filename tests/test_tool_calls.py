@@ -182,6 +182,7 @@ def test_families_are_chosen_by_name_and_a_wrong_name_lists_the_right_ones() -> 
         ToolCalls(train_prompts=1, held_out_prompts=1, families=("alrm",))
 
 
+@pytest.mark.slow  # it draws them all
 def test_more_prompts_than_a_family_has_is_one_clear_error() -> None:
     with pytest.raises(UserError, match=r"environment\.train_prompts: expected at most about"):
         ToolCalls(train_prompts=100_000, held_out_prompts=1, families=("weather",))
