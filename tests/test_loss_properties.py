@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax_versions import enable_x64
 from loss_table import ALPHAS, DISJOINT, PAIR, full, jit, pairs, top
 
 from sdpo_jax.losses.distillation import sdpo_loss
@@ -44,7 +45,7 @@ def climb(student, teacher):
 @given(seeds, st.floats(0.01, 2.0), st.floats(0.01, 2.0))
 def test_a_support_with_tail_is_a_lower_bound_that_grows_to_the_full_divergence(seed, a, b):
     """Law 9, in float64 and with tails that the clamp at 1e-7 leaves alone."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         steps = np.asarray(climb(np.float64(draw(seed, a, 6)), np.float64(draw(seed + 1, b, 6))))
     assert np.all(steps >= -1e-12)
     assert np.all(np.diff(steps[:, :6], axis=1) >= -1e-9)
