@@ -173,9 +173,10 @@ def test_two_processes_train_as_one_does_and_an_error_in_one_ends_both(tmp_path)
 DISAGREE = f"""#!{sys.executable}
 from types import SimpleNamespace
 import jax
-from sdpo_jax.config import Config
 from sdpo_jax.distributed import initialize_from_environment
-from sdpo_jax.run import loop
+from sdpo_jax.run import saver
+from sdpo_jax.run.callbacks import Callbacks
+from sdpo_jax.run.recipes import default_config
 
 initialize_from_environment()
 saved = []
@@ -184,13 +185,19 @@ trainer = SimpleNamespace(
     source=SimpleNamespace(get_state=dict),
     host_state=dict,
 )
-checkpoints = SimpleNamespace(steps=list, save=lambda step, *_, also: saved.append((step, also)))
-loop.to_saved = lambda state: state
-saver = loop._Saver(trainer, checkpoints, {{}}, base=None, began=0.0)
+checkpoints = SimpleNamespace(
+    steps=list,
+    save=lambda step, *_, also: saved.append((step, also)),
+    poll=lambda: None,
+    finish=lambda: None,
+)
+saver.to_saved = lambda state: state
+progress = saver.Progress(0, SimpleNamespace(base=None), {{}}, None, 0.0)
+save = saver.Saver(trainer, checkpoints, progress, Callbacks(), began=0.0)
 grades = [(0.5, 0.9, 0.3), (0.5, 0.1, 0.9)][jax.process_index()]
-for step, accuracy in enumerate(grades, start=1):
-    saver.evaluated(step, {{"accuracy": accuracy}})
-    saver(step, None, now=False)
+for progress.step, accuracy in enumerate(grades, start=1):
+    save.evaluated(progress.step, {{"accuracy": accuracy}})
+    save(now=False)
 print("saved", saved, flush=True)
 """
 
