@@ -21,7 +21,7 @@ import numpy as np
 from sdpo_jax.config import Config, ObjectiveConfig, Problem, above, at_least, between, setting
 from sdpo_jax.losses.per_token import SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.losses.sequence_importance import SdftTokenInputs, sequence_weighted_head
-from sdpo_jax.objectives.sdpo import divergence_of
+from sdpo_jax.objectives.sdpo import check_support, divergence_of
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.context import ATTEMPTS, EXAMPLE
@@ -77,9 +77,7 @@ class SdftConfig(ObjectiveConfig):
 
     def check_vocabulary(self, size: int) -> Iterator[Problem]:
         """Yields a support that is larger than the vocabulary."""
-        if self.top_k > size:
-            expected = f"at most {size}, the model's vocabulary; 0 compares all of it"
-            yield Problem("objective.top_k", expected)
+        yield from check_support(self.top_k, size)
 
 
 def sdft(settings: SdftConfig) -> Objective:

@@ -94,9 +94,7 @@ class SdpoConfig(CreditConfig):
 
     def check_vocabulary(self, size: int) -> Iterator[Problem]:
         """Yields a support that is larger than the vocabulary."""
-        if self.top_k > size:
-            expected = f"at most {size}, the model's vocabulary; 0 compares all of it"
-            yield Problem("objective.top_k", expected)
+        yield from check_support(self.top_k, size)
 
 
 def sdpo(settings: SdpoConfig) -> Objective:
@@ -195,6 +193,13 @@ def _loss(settings: SdpoConfig) -> tuple[PerTokenLoss, tuple[str, ...]]:
         loss = mixed_per_token(loss, clipped)
         metrics = (*metrics, "clipped", "first_active", "second_active")
     return loss, metrics
+
+
+def check_support(top_k: int, vocabulary: int) -> Iterator[Problem]:
+    """Yields a support that is larger than the vocabulary."""
+    if top_k > vocabulary:
+        expected = f"at most {vocabulary}, the model's vocabulary; 0 compares all of it"
+        yield Problem("objective.top_k", expected)
 
 
 def divergence_of(alpha: float, top_k: int) -> Divergence:
