@@ -64,6 +64,7 @@ def batches(config):
     return [{name: row[name] for name in names} for row in rows_of(config, "train")]
 
 
+@pytest.mark.slow
 def test_without_updates_the_batches_are_those_of_a_run_that_draws_in_time(tmp_path):
     """At a rate of 0 old weights are the new ones: any other batch would be a wrong one."""
     early, late = (config_of(tmp_path / str(a), rate=0.0, ahead=a) for a in (True, False))
@@ -83,6 +84,7 @@ def test_all_batches_but_the_first_are_one_update_old(name, tmp_path):
     assert all(abs(ratio - 1.0) > 1e-5 for ratio in others)
 
 
+@pytest.mark.slow
 def test_stopped_after_any_step_a_run_repeats_the_whole_one(tmp_path):
     whole, broken = config_of(tmp_path / "whole"), config_of(tmp_path / "broken")
     expected = train(whole)

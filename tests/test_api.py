@@ -228,6 +228,7 @@ def test_a_loop_that_is_left_after_every_step_is_the_whole_run(whole, tmp_path):
     assert not list(run.steps())
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_left_early_goes_on_in_another_process(whole, tmp_path):
     config, summary, _, params = whole
     broken = replace(config, run_dir=str(tmp_path), checkpoint=BASE.checkpoint)

@@ -32,6 +32,7 @@ def test_the_forms_of_the_head_have_one_value_and_gradient(loss_head):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_table_ends_with_the_ratios(loss_head, capsys):
     loss_head.on_cpu(chunk=512, repeats=1, width=4, vocabulary=8)
     last = capsys.readouterr().out.splitlines()[-2:]

@@ -151,9 +151,8 @@ def test_a_run_reports_every_step_once_and_its_result(finished):
     assert f"sdpo eval {run_dir}" in out and f"step {STEPS}/{STEPS}" in out
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 def test_killed_at_a_random_step_and_restarted_a_run_repeats_the_uninterrupted_one(
     seed, sdpo, finished, tmp_path
 ):
@@ -216,6 +215,7 @@ def test_a_folder_with_another_recipe_is_refused_with_every_difference(finished,
         assert bytes_of(run_dir) == kept
 
 
+@pytest.mark.slow
 def test_demonstrations_from_a_file_train_end_to_end(sdpo, tmp_path):
     rows = [
         json.dumps({"prompt": f"wake me at {n}", "response": f"set_alarm({n})"}) for n in range(8)
@@ -259,6 +259,7 @@ def test_the_papers_recipes_run_with_the_embedded_model_in_place_of_theirs(name,
     assert row["updates"] >= 1 and row["skipped"] == 0 and row["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished, tmp_path):
     run_dir, _ = finished
     kept = bytes_of(run_dir)
@@ -305,6 +306,7 @@ def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished, tmp_path)
     assert out.endswith(f"{table(started)}\n")
 
 
+@pytest.mark.slow
 def test_heatmap_and_report_write_pages_and_leave_the_run_as_it_was(sdpo, finished):
     run_dir, _ = finished
     kept = bytes_of(run_dir)

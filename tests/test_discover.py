@@ -131,7 +131,7 @@ def test_a_success_beyond_the_budget_is_none():
     assert exact.first == 6
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["grpo", pytest.param("sdpo", marks=pytest.mark.slow)])
 def test_a_success_in_the_first_step_is_that_of_samples_of_the_start_model(objective):
     train, toy = training(objective)
     toy.odds, found = 3, []
@@ -322,6 +322,7 @@ def test_an_option_that_does_not_fit_gets_one_message(words, expected):
     assert expected in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command_solves_a_question_of_the_embedded_model(tmp_path):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

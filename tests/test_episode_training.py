@@ -127,7 +127,8 @@ def test_a_mask_of_all_tokens_is_no_mask(reduction):
     assert_equal(reduction_weights(lengths, active, 4, reduction, masked), plain)
 
 
-@pytest.mark.parametrize("name", ["sdpo", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdpo", "grpo"])
 def test_the_update_does_not_depend_on_what_is_said_of_the_environments_tokens(name):
     trainer = trainer_of(name)
     random = np.random.default_rng(0)

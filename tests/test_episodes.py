@@ -231,6 +231,7 @@ def test_draws_do_not_depend_on_which_other_episodes_go_on(played):
     assert alone[longest].turns == 3
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_batch_or_slots(played):
     second, calls = play(prompts=PROMPTS[1:2], first_prompt=1, slots=4)
     assert_same(second, played[0][GROUP : 2 * GROUP])

@@ -391,6 +391,7 @@ class Strict(Quiz):
         return Outcome(0.0, False, "no", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blind", [True, False])
 def test_a_greedy_teacher_that_cannot_see_its_context_repeats_every_attempt(blind, real):
     sampler, params = real

@@ -111,6 +111,7 @@ def engine_step(minimal, params, monkeypatch):
     return state, row, sampled[1]
 
 
+@pytest.mark.slow
 def test_the_first_update_in_plain_jax_is_the_engines(monkeypatch):
     """The same sampled tokens and outcomes: loss, student and teacher differ by rounding alone."""
     need("flax", "grain", "optax", "orbax", "transformers")
@@ -138,6 +139,7 @@ def test_the_first_update_in_plain_jax_is_the_engines(monkeypatch):
     assert max(jax.tree.leaves(moved)) > 5e-5
 
 
+@pytest.mark.slow
 def test_an_objective_of_ones_own_trains_and_resumes_exactly(tmp_path):
     """Two steps in one go are a step, a stop and a step in another run of the same folder."""
     need("flax", "grain", "optax", "orbax", "transformers")

@@ -218,6 +218,7 @@ def test_a_run_with_adapters_resumes_exactly_and_its_checkpoints_hold_adapters_a
     assert_equal(jax.device_get(template.base), start_params())
 
 
+@pytest.mark.slow
 def test_adapters_do_not_go_on_beside_other_weights(tmp_path):
     config = make_config(tmp_path / "run", lora={"rank": 2})
     with pytest.raises(Crash):
@@ -243,7 +244,7 @@ def test_stopped_after_every_step_in_turn_a_run_repeats_the_whole_one(name, whol
 
 @pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", ["sdpo", "grpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sft", "sdft"))]
+    "name", ["sdpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("grpo", "sft", "sdft"))]
 )
 def test_a_checkpoint_older_than_the_crash_repeats_the_steps_between(name, every, whole, tmp_path):
     config = make_config(tmp_path / "run", name, checkpoint={"every_steps": every})
@@ -370,6 +371,7 @@ def test_training_does_not_depend_on_evaluation(name, whole, tmp_path):
 # Teachers
 
 
+@pytest.mark.slow
 def test_an_average_that_never_moves_is_the_initial_model(tmp_path):
     config = make_config(tmp_path / "run", teacher={"ema_rate": 0.0}, train={"steps": 2})
     run(config)
@@ -382,6 +384,7 @@ def test_an_average_that_never_moves_is_the_initial_model(tmp_path):
     assert rows_of(frozen) == rows_of(config)
 
 
+@pytest.mark.slow
 def test_a_live_teacher_is_an_average_that_arrives_at_once_and_costs_no_copy(tmp_path):
     short = partial(make_config, train={"steps": 2}, evaluation={"prompts": 0})
     live = short(tmp_path / "live", teacher={"weights": "live"})

@@ -44,7 +44,10 @@ def test_adapters_start_as_the_base():
     jax.tree.map(np.testing.assert_array_equal, parts.merged(params, adapters), params)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f == "llama" else pytest.mark.slow) for f in tiny.FAMILIES],
+)
 def test_the_model_with_adapters_is_the_merged_model(family):
     architecture = tiny.FAMILIES[family]
     model, params = tiny.make_model(architecture), tiny.make_params(architecture)

@@ -82,6 +82,7 @@ def test_it_fails_in_the_call_s_content_not_in_its_form(sampled: Graded) -> None
     assert np.mean(sampled.stopped) > 0.97
 
 
+@pytest.mark.slow
 def test_context_helps_a_sibling_s_solution_most_feedback_clearly(
     evaluator: Evaluator, params: Params, sampled: Graded
 ) -> None:

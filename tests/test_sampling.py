@@ -247,7 +247,7 @@ def long_rollouts(params):
     return rollouts
 
 
-@pytest.mark.parametrize("slots", [1, 3, 7])
+@pytest.mark.parametrize("slots", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7))])
 def test_tokens_do_not_depend_on_the_number_of_slots(params, long_rollouts, slots):
     refilled = generate_long(params, slots=slots)
     assert_same(refilled, long_rollouts)
@@ -272,7 +272,8 @@ def test_rows_that_are_done_leave_their_slots_and_change_nothing(params, long_ro
     del long_rollouts
 
 
-@pytest.mark.parametrize("slots", [8, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [8, 0])
 def test_the_engine_on_eight_devices_equals_one_device(params, slots):
     prompts = [PROMPTS[i % 3] for i in range(8)]
     one = generate_long(params, prompts=prompts, stop=STOP)

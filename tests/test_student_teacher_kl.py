@@ -114,6 +114,7 @@ def evaluator(**settings):
     return Evaluator(config, sampler, TOKENIZER, Questions(), prompts, contexts)
 
 
+@pytest.mark.slow
 def test_an_evaluation_compares_the_first_prompts_answers_and_only_where_the_teacher_is_asked():
     student, teacher = weights()
     seen = []

@@ -151,6 +151,7 @@ def test_a_run_without_a_teacher_is_taught_by_itself_in_context():
     assert all(len({t["advantage"] for t in row["tokens"]}) > 1 for row in taught)
 
 
+@pytest.mark.slow
 def test_an_sdft_teacher_has_read_the_demonstration_of_the_next_step():
     trainer = trainer_of(make_config("unused", "sdft"))
     state = start(trainer)
