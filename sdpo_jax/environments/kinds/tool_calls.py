@@ -60,8 +60,9 @@ class Task(NamedTuple):
 def draw_task(rng: random.Random, family: str) -> Task:
     """Draws the values, the phrasing and the list of tools (the right one among two others)."""
     spec = FAMILIES[family]
-    values = spec.draw(rng)
-    request = rng.choice(spec.phrases).format(**spec.say(values))
+    values = {slot.name: slot.draw(rng) for slot in spec.slots}
+    said = {slot.name: slot.say(values[slot.name]) for slot in spec.slots}
+    request = rng.choice(spec.phrases).format(**said)
     others = [f.tool for name, f in FAMILIES.items() if name != family]
     tools = [spec.tool, *rng.sample(others, 2)]
     rng.shuffle(tools)
