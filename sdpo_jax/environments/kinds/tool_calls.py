@@ -80,13 +80,16 @@ def question(task: Task) -> str:
     return f"tools: {', '.join(task.tools)}\n{task.request}"
 
 
+def expected_arguments(task: Task, api: Api) -> dict[str, Value]:
+    """The arguments of the call that `api` accepts for this task."""
+    slots = FAMILIES[task.family].slots
+    forms = {slot.name: slot.forms[api[task.family, slot.name]] for slot in slots}
+    return {n: f.write(task.values[n]) for n, f in forms.items() if f.write is not None}
+
+
 def write_call(task: Task, api: Api) -> str:
     """Writes the call that `api` accepts for this task."""
-    arguments: list[str] = []
-    for slot in FAMILIES[task.family].slots:
-        form = slot.forms[api[task.family, slot.name]]
-        if form.write is not None:
-            arguments.append(f"{slot.name}={_literal(form.write(task.values[slot.name]))}")
+    arguments = (f"{n}={_literal(value)}" for n, value in expected_arguments(task, api).items())
     return f"{FAMILIES[task.family].tool}({', '.join(arguments)})"
 
 
