@@ -28,16 +28,19 @@ def _power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 
+def _remainder(left: Any, right: Any) -> Any:
+    # `"%1000000d" % 1` would allocate a huge string.
+    if not isinstance(left, int | float) or not isinstance(right, int | float):
+        raise EvaluationError("remainder of what is no number")
+    return left % right
+
+
 def _times(left: Any, right: Any) -> Any:
     for one, other in ((left, right), (right, left)):
         repeats = isinstance(one, str | list | tuple) and isinstance(other, int)
         if repeats and len(cast("str", one)) * other > MAX_ITEMS:
             raise EvaluationError("repetition too long")
     return _bounded(left * right)
-
-
-def _plus(left: Any, right: Any) -> Any:
-    return _bounded(left + right)
 
 
 def _bounded(value: Any) -> Any:
@@ -50,12 +53,12 @@ def _bounded(value: Any) -> Any:
 
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: _plus,
+    ast.Add: lambda a, b: _bounded(a + b),
     ast.Sub: operator.sub,
     ast.Mult: _times,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Mod: lambda a, b: _numbers(a, b) and a % b,
+    ast.Mod: _remainder,
     ast.Pow: _power,
 }
 _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
@@ -86,8 +89,6 @@ def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
     """
     try:
         return _value(node, names, 0)
-    except EvaluationError:
-        raise
     except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{type(error).__name__}: {error}") from error
 
@@ -95,13 +96,6 @@ def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
 def evaluate_text(expression: str, names: Mapping[str, Any]) -> Any:
     """Evaluates the source of an expression, which must be valid Python."""
     return evaluate(ast.parse(expression, mode="eval").body, names)
-
-
-def _numbers(*values: Any) -> bool:
-    # `"%1000000d" % 1` would allocate a huge string.
-    if not all(isinstance(value, int | float) for value in values):
-        raise EvaluationError("remainder of what is no number")
-    return True
 
 
 def _value(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:

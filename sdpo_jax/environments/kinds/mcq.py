@@ -21,6 +21,7 @@ Departures from the reference's graders (lasgroup/SDPO, `verl/utils/reward_score
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,10 @@ from sdpo_jax.environments.rows import (
     Split,
     check_sides,
     get,
-    is_held_out,
     read_rows,
     read_sides,
     row_id,
+    split_by_hash,
     text,
 )
 from sdpo_jax.environments.settings import print_skipped
@@ -163,11 +164,10 @@ def find_letter(response: str, options: Mapping[str, str]) -> str | None:
 
 def _malformed(response: str, question: Question) -> str:
     given = last_tagged(without_thinking(response))
-    if given is None:
-        return f"No answer found. End with {_form(question.options)}."
-    if not given:
-        return f"The answer is empty. End with {_form(question.options)}."
-    return f'"{shown(given)}" is not one of the letters. End with {_form(question.options)}.'
+    start = "No answer found" if given is None else "The answer is empty"
+    if given:
+        start = f'"{shown(given)}" is not one of the letters'
+    return f"{start}. End with {_form(question.options)}."
 
 
 def _form(options: Mapping[str, str]) -> str:
@@ -261,15 +261,9 @@ def load_quartz(seed: int = 0) -> Split[Question]:
     path = package_folder("evals", missing) / _QUARTZ
     form = '{"input": [..., {"content": "..."}], "ideal": "A"}'
     rows = read_rows(path, _quartz, "stop", form=form, content=f"QuaRTz ({_INSTALL})").rows
-    seen: dict[str, int] = {}
-    for row in rows:
-        seen[row.question] = seen.get(row.question, 0) + 1
-    rows = [row for row in rows if seen[row.question] == 1]
-    sides = [is_held_out(row.question, seed) for row in rows]
-    return Split(
-        [row for row, held_out in zip(rows, sides, strict=True) if not held_out],
-        [row for row, held_out in zip(rows, sides, strict=True) if held_out],
-    )
+    counts = Counter(row.question for row in rows)
+    once = [row for row in rows if counts[row.question] == 1]
+    return Split(*split_by_hash(once, lambda row: row.question, seed))
 
 
 def _quartz(row: dict[str, Any], place: str) -> Question:
