@@ -23,10 +23,7 @@ _TYPE_NAMES = {
     **{str: "string", bool: "boolean", int: "integer", float: "float"},
     **{list: "array", dict: "dict", type(None): "null"},
 }
-_DOCUMENTED = {
-    **{"string": str, "boolean": bool, "integer": int, "float": float, "dict": dict},
-    **{"array": list, "tuple": list, "any": str},
-}
+_DOCUMENTED = {**{name: kind for kind, name in _TYPE_NAMES.items()}, "tuple": list, "any": str}
 """The leaderboard's types; `any` stands for a string or for the type of the accepted values."""
 _THINKING = re.compile(r"\A.*</think>", re.DOTALL)
 _FENCE = re.compile(r"\A```\w*\n(.*)\n```\Z", re.DOTALL)
@@ -232,9 +229,8 @@ def is_accepted(value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) 
     given = float if documented is float and type(value) is int else type(value)
     if given not in (documented, answers := _type_of(accepted) or documented):
         return False
-    if (
-        given is not documented or answers is not documented
-    ):  # e.g. a variable in place of a literal
+    if given is not documented or answers is not documented:
+        # e.g. a variable in place of a literal
         return value in accepted
     if documented is list:
         return _is_list(

@@ -26,6 +26,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import util
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -125,10 +126,9 @@ class Math:
             box = "The box is empty." if given is not None else "No answer found."
             feedback = f"{box} Put the final answer inside {FORM}."
             return Outcome(0.0, False, feedback, {"well_formed": 0.0, "refused": 0.0})
-        right = same_text(given, problem.answer)
-        reason = None if right else why_refused(given)
-        if not right and reason is None:
-            right = equal(given, problem.answer)
+        same = same_text(given, problem.answer)
+        reason = None if same else why_refused(given)
+        right = same or (reason is None and equal(given, problem.answer))
         metrics = {"well_formed": 1.0, "refused": float(reason is not None)}
         return Outcome(float(right), right, self._complaint(given, problem, right, reason), metrics)
 
@@ -208,11 +208,8 @@ def why_refused(answer: str) -> str | None:
 
 
 def _depth(answer: str) -> int:
-    depth = deepest = 0
-    for character in answer:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
+    steps = ((character in "([{") - (character in ")]}") for character in answer)
+    return max(accumulate(steps, initial=0))
 
 
 def _power(answer: str) -> int:
@@ -259,11 +256,8 @@ def _argument(answer: str, start: int) -> tuple[str, int]:
 
 def _largest_factorial(answer: str) -> int:
     """The largest integer before `!`; the factorial of anything else exceeds the bound."""
-    largest = 0
-    for match in re.finditer(r"(\d*)\s*(!+|\\factorial)", answer):
-        plain = match[1] and match[2] == "!"
-        largest = max(largest, int(match[1]) if plain else MAX_POWER)
-    return largest
+    found = re.findall(r"(\d*)\s*(!+|\\factorial)", answer)
+    return max((int(n) if n and mark == "!" else MAX_POWER for n, mark in found), default=0)
 
 
 def equal(given: str, answer: str) -> bool:

@@ -112,9 +112,11 @@ class ReasoningGym:
             start = "No answer found" if given is None else "The answer is empty"
             return Outcome(0.0, False, f"{start}. End with {FORM}.", {"well_formed": 0.0})
         family, entry = prompt.data["family"], prompt.data["entry"]
-        oracle = entry["answer"]
-        trusted = isinstance(oracle, str) and given == oracle.strip()
-        refused = None if trusted else _refused(given, family)
+        oracle, refused = entry["answer"], None
+        if isinstance(oracle, str) and given == oracle.strip():
+            given = oracle  # Leading white space matters to some scorers.
+        else:
+            refused = _refused(given, family)
         score = 0.0 if refused else self._score(family, entry, given)
         passed = score >= 1.0
         feedback = "" if passed else refused or self._complaint(family, entry, given, score)
@@ -141,8 +143,6 @@ class ReasoningGym:
     def _score(self, family: str, entry: Mapping[str, Any], given: str) -> float:
         if family in EXACT:
             return float(given == entry["answer"])
-        if isinstance(entry["answer"], str) and given == entry["answer"].strip():
-            given = entry["answer"]  # Leading white space matters to some scorers.
         try:
             score = float(self._datasets[family].score_answer(given, entry))
         except Exception:  # Scorers raise on an answer that they cannot parse.
@@ -222,10 +222,8 @@ def _draw(
     """Makes the wanted number of prompts of each side, with distinct questions."""
     found: dict[str, list[list[Prompt]]] = {side: [] for side in wanted}
     for number, (name, dataset) in enumerate(datasets.items()):
-        missing = {
-            side: (count + len(datasets) - 1 - number) // len(datasets)
-            for side, count in wanted.items()
-        }
+        turns = {side: range(number, count, len(datasets)) for side, count in wanted.items()}
+        missing = {side: len(of_name) for side, of_name in turns.items()}
         for side, prompts in _prompts(name, dataset, missing, seed).items():
             found[side].append(prompts)
     turns = {side: zip_longest(*parts) for side, parts in found.items()}

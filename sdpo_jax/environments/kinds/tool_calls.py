@@ -250,11 +250,6 @@ def _prompts(families: Sequence[str], count: int, *, held_out: bool, seed: int) 
             continue
         misses = 0
         seen.add(text)
-        prompts.append(
-            Prompt(
-                id=f"{task.family}-{side}-{len(prompts)}",
-                messages=({"role": "user", "content": text},),
-                data={"task": task, "family": task.family},
-            )
-        )
+        name, data = f"{task.family}-{side}-{len(prompts)}", {"task": task, "family": task.family}
+        prompts.append(Prompt(name, ({"role": "user", "content": text},), data))
     return prompts

@@ -216,9 +216,8 @@ def complaints(
     while pair := _closest(left, wanted):
         found += _differences(left.pop(pair[0]), wanted.pop(pair[1]), reveal)
     found += [f"{shown(call.action)}: this call is not wanted here." for call in left]
-    for call in wanted:
-        found.append(f"A call is missing{f': {write_calls([call])}' if reveal else '.'}")
-    return found
+    missing = [f": {write_calls([call])}" if reveal else "." for call in wanted]
+    return [*found, *(f"A call is missing{end}" for end in missing)]
 
 
 def _same_call(call: ToolCall, other: ToolCall) -> bool:
