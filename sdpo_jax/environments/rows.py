@@ -137,11 +137,8 @@ def _summary(path: Path, problems: list[str], some_good: bool, skip: str) -> str
     lines += [f"  {problem}" for problem in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         lines.append(f"  ... and {len(problems) - _SHOWN} more")
-    if some_good:
-        lines.append(f"mend them, or set {skip} to leave them out")
-    else:
-        lines.append("no usable row is left")
-    return "\n".join(lines)
+    remedy = f"mend them, or set {skip} to leave them out"
+    return "\n".join([*lines, remedy if some_good else "no usable row is left"])
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -97,10 +97,6 @@ def _named(name: str, description: str, values: Sequence[str]) -> Slot:
     return _slot(name, _one_of(values), plain=Form(description, _as_it_is, is_text(), 1.0))
 
 
-def _draw_time(rng: random.Random) -> tuple[int, int, str]:
-    return rng.randint(1, 12), 5 * rng.randrange(12), rng.choice(("am", "pm"))
-
-
 def _clock_12(t: tuple[int, int, str]) -> str:
     return f"{t[0]}:{t[1]:02d} {t[2]}"
 
@@ -113,7 +109,7 @@ def _clock_24(t: tuple[int, int, str], separator: str = ":") -> str:
 def _time(am_pm: float, clock: float, digits: float) -> Slot:
     return _slot(
         "time",
-        _draw_time,
+        lambda rng: (rng.randint(1, 12), 5 * rng.randrange(12), rng.choice(("am", "pm"))),
         _clock_12,
         am_pm=Form(
             "12-hour time with am or pm",
@@ -138,10 +134,6 @@ def _day(full: float, short: float, number: float) -> Slot:
             "weekday number from 1 to 7", lambda d: DAYS.index(d) + 1, is_whole(1, 7), number
         ),
     )
-
-
-def _draw_date(rng: random.Random) -> tuple[int, int]:
-    return rng.randint(1, 28), rng.randint(1, 12)
 
 
 def _date_in_words(date: tuple[int, int]) -> str:
@@ -228,7 +220,7 @@ FAMILIES: dict[str, Family] = {
             ),
             _slot(
                 "date",
-                _draw_date,
+                lambda rng: (rng.randint(1, 28), rng.randint(1, 12)),
                 _date_in_words,
                 words=Form(
                     "day and month name",

@@ -116,14 +116,8 @@ def question(row: Row) -> str:
 def reference_call(row: Row) -> str:
     """An accepted call: every required argument with its first accepted value."""
     required = row.function["parameters"].get("required", [])
-    return write_call(
-        row.function["name"],
-        {
-            name: example(next(value for value in values if value != ""))
-            for name, values in row.accepted.items()
-            if "" not in values or name in required
-        },
-    )
+    needed = {n: v for n, v in row.accepted.items() if "" not in v or n in required}
+    return write_call(row.function["name"], example(needed))
 
 
 def _prompt(row: Row) -> Prompt:

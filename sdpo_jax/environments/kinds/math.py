@@ -30,18 +30,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from sdpo_jax.environments import rows
 from sdpo_jax.environments.answer_forms import cut_off, last_boxed, shown, without_thinking
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.rows import (
-    BadRow,
-    Split,
-    check_sides,
-    get,
-    read_sides,
-    row_id,
-    text,
-    type_name,
-)
+from sdpo_jax.environments.rows import BadRow, Split, type_name
 from sdpo_jax.environments.settings import FilesConfig, WorkerConfig, print_skipped, require_files
 from sdpo_jax.errors import UserError
 
@@ -112,7 +104,7 @@ class Math:
             raise UserError(f"mathematics is graded by the package math-verify: {_INSTALL}")
         self.train = [_prompt(problem) for problem in train]
         self.held_out = [_prompt(problem) for problem in held_out]
-        check_sides(self.train, self.held_out)
+        rows.check_sides(self.train, self.held_out)
         self._report_incorrect, self._reveal = report_incorrect, reveal_expected
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
@@ -290,23 +282,23 @@ def load_math(
     Raises:
       UserError: a file is missing, or holds bad rows.
     """
-    return read_sides(train, held_out, parse_row, on_error, form=_FORM, content="problems")
+    return rows.read_sides(train, held_out, parse_row, on_error, form=_FORM, content="problems")
 
 
 def parse_row(row: dict[str, Any], place: str) -> Problem:
     """Parses one row of the form that `load_math` describes."""
     asked = "problem" if "problem" in row and "question" not in row else "question"
-    question = text(get(row, asked), asked)
+    question = rows.text(rows.get(row, asked), asked)
     key = "solution" if "solution" in row and "answer" not in row else "answer"
-    value = get(row, key)
+    value = rows.get(row, key)
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         raise BadRow(f"{key} is {type_name(value)}, expected a string or a number")
-    answer, solution = _true_answer(text(value, key), key)
+    answer, solution = _true_answer(rows.text(value, key), key)
     if not solution and isinstance(more := row.get("solution"), str):
         solution = more.strip()
-    return Problem(row_id(row, place), question, answer, solution)
+    return Problem(rows.row_id(row, place), question, answer, solution)
 
 
 def _true_answer(value: str, key: str) -> tuple[str, str]:

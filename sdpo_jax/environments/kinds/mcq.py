@@ -29,6 +29,7 @@ from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
 from sdpo_jax.config import SEED, EnvironmentConfig, setting
+from sdpo_jax.environments import rows
 from sdpo_jax.environments.answer_forms import (
     cut_off,
     last_boxed,
@@ -38,17 +39,7 @@ from sdpo_jax.environments.answer_forms import (
 )
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.packages import package_folder
-from sdpo_jax.environments.rows import (
-    BadRow,
-    Split,
-    check_sides,
-    get,
-    read_rows,
-    read_sides,
-    row_id,
-    split_by_hash,
-    text,
-)
+from sdpo_jax.environments.rows import BadRow, Split
 from sdpo_jax.environments.settings import print_skipped
 
 _OPTION = re.compile(r" ?([A-Z]): ?(.*)")
@@ -112,7 +103,7 @@ class Mcq:
         """
         self.train = [_prompt(question) for question in train]
         self.held_out = [_prompt(question) for question in held_out]
-        check_sides(self.train, self.held_out)
+        rows.check_sides(self.train, self.held_out)
         self._report_incorrect = report_incorrect
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
@@ -205,25 +196,24 @@ def load_sciknoweval(
     folder = Path(folder)
 
     def parse(row: dict[str, Any], place: str) -> Question:
-        question = _sciknoweval(row, f"{folder.name}-{row_id(row, place, 'idx')}")
+        question = _sciknoweval(row, f"{folder.name}-{rows.row_id(row, place, 'idx')}")
         return question if dataset_prompt else question._replace(messages=())
 
     form = '{"idx": ..., "prompt": "...\\n\\nA: ...\\nB: ...", "answer": "A"}'
     files = folder / "train.jsonl", folder / "test.jsonl"
-    return read_sides(*files, parse, on_error, form=form, content="questions")
+    return rows.read_sides(*files, parse, on_error, form=form, content="questions")
 
 
 def _sciknoweval(row: Mapping[str, Any], name: str) -> Question:
     kind = row.get("kind", "mcq")
     if kind != "mcq":
         raise BadRow(f'kind is {shown(str(kind))}, expected "mcq"')
-    asked = text(get(row, "prompt"), "prompt")
-    question = parse_question(name, asked, text(get(row, "answer"), "answer"))
-    system = row.get("system")
-    messages: list[Mapping[str, str]] = [{"role": "user", "content": asked}]
-    if system is not None and system != "":
-        messages.insert(0, {"role": "system", "content": text(system, "system")})
-    return question._replace(messages=tuple(messages))
+    asked = rows.text(rows.get(row, "prompt"), "prompt")
+    question = parse_question(name, asked, rows.text(rows.get(row, "answer"), "answer"))
+    messages = rows.chat(asked, "prompt")
+    if (system := row.get("system")) not in (None, ""):
+        messages = ({"role": "system", "content": rows.text(system, "system")}, *messages)
+    return question._replace(messages=messages)
 
 
 def parse_question(name: str, asked: str, answer: str) -> Question:
@@ -260,17 +250,20 @@ def load_quartz(seed: int = 0) -> Split[Question]:
     missing = f'environment.source = "quartz" reads its data from the package evals: {_INSTALL}'
     path = package_folder("evals", missing) / _QUARTZ
     form = '{"input": [..., {"content": "..."}], "ideal": "A"}'
-    rows = read_rows(path, _quartz, "stop", form=form, content=f"QuaRTz ({_INSTALL})").rows
-    counts = Counter(row.question for row in rows)
-    once = [row for row in rows if counts[row.question] == 1]
-    return Split(*split_by_hash(once, lambda row: row.question, seed))
+    content = f"QuaRTz ({_INSTALL})"
+    questions = rows.read_rows(path, _quartz, "stop", form=form, content=content).rows
+    counts = Counter(question.question for question in questions)
+    once = [question for question in questions if counts[question.question] == 1]
+    return Split(*rows.split_by_hash(once, lambda question: question.question, seed))
 
 
 def _quartz(row: dict[str, Any], place: str) -> Question:
-    messages = get(row, "input")
+    messages = rows.get(row, "input")
     try:
         asked = messages[-1]["content"]
     except (TypeError, LookupError):
         raise BadRow("input: expected a list of messages with content") from None
     name = f"quartz-{place.rpartition(':')[2]}"
-    return parse_question(name, text(asked, "input"), text(get(row, "ideal"), "ideal"))
+    return parse_question(
+        name, rows.text(asked, "input"), rows.text(rows.get(row, "ideal"), "ideal")
+    )

@@ -222,8 +222,7 @@ def _draw(
     """Makes the wanted number of prompts of each side, with distinct questions."""
     found: dict[str, list[list[Prompt]]] = {side: [] for side in wanted}
     for number, (name, dataset) in enumerate(datasets.items()):
-        turns = {side: range(number, count, len(datasets)) for side, count in wanted.items()}
-        missing = {side: len(of_name) for side, of_name in turns.items()}
+        missing = {side: len(range(number, count, len(datasets))) for side, count in wanted.items()}
         for side, prompts in _prompts(name, dataset, missing, seed).items():
             found[side].append(prompts)
     turns = {side: zip_longest(*parts) for side, parts in found.items()}
