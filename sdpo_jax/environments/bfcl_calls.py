@@ -69,16 +69,15 @@ def _json_calls(text: str) -> list[Call] | None:
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except json.JSONDecodeError:
         return None
-    items = value if isinstance(value, list) else [value]
-    calls: list[Call] = []
-    for item in items:
-        if not isinstance(item, dict) or set(item) != {"name", "arguments"}:
+    return [_json_call(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def _json_call(item: Any) -> Call:
+    match item:
+        case {"name": str(name), "arguments": dict(arguments)} if len(item) == 2:
+            return Call(name, arguments)
+        case _:
             raise _Refused(MALFORMED)
-        name, arguments = item["name"], item["arguments"]
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            raise _Refused(MALFORMED)
-        calls.append(Call(name, arguments))
-    return calls
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -233,9 +232,8 @@ def is_accepted(value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) 
         # e.g. a variable in place of a literal
         return value in accepted
     if documented is list:
-        return _is_list(
-            value, _DOCUMENTED[(schema.get("items") or {}).get("type", "any")], accepted
-        )
+        items = schema.get("items") or {}
+        return _is_list(value, _DOCUMENTED[items.get("type", "any")], accepted)
     if documented is dict:
         return any(_is_dict(value, answer) for answer in accepted)
     return _is_one_of(value, accepted)

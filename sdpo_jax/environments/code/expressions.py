@@ -52,7 +52,7 @@ def _bounded(value: Any) -> Any:
     return value
 
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: lambda a, b: _bounded(a + b),
     ast.Sub: operator.sub,
     ast.Mult: _times,
@@ -60,23 +60,19 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: _remainder,
     ast.Pow: _power,
-}
-_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
     ast.Not: operator.not_,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{"abs": abs, "all": all, "any": any, "bool": bool, "float": float, "int": int, "len": len},
     **{"list": list, "max": max, "min": min, "round": round, "sorted": sorted, "str": str},
     **{"sum": sum, "tuple": tuple, "math.fabs": math.fabs, "math.sqrt": math.sqrt},
     **{"math.isclose": math.isclose},
-}
-_ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
 }
 
 
@@ -115,10 +111,10 @@ def _value(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
             return made if isinstance(node, ast.List) else tuple(made)
         case ast.Dict(keys, values) if None not in keys:
             return {of(cast("ast.expr", k)): of(v) for k, v in zip(keys, values, strict=True)}
-        case ast.UnaryOp(op, operand) if type(op) in _UNARY:
-            return _UNARY[type(op)](of(operand))
-        case ast.BinOp(left, op, right) if type(op) in _BINARY:
-            return _BINARY[type(op)](of(left), of(right))
+        case ast.UnaryOp(op, operand) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](of(operand))
+        case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](of(left), of(right))
         case ast.BoolOp(op, values):
             return (all if isinstance(op, ast.And) else any)(of(v) for v in values)
         case ast.Compare(left, ops, rights):
@@ -170,10 +166,6 @@ def _compare(left: Any, op: ast.cmpop, right: Any) -> bool:
                 found = any(same_value(left, item) for item in right)
             return found == isinstance(op, ast.In)
         case _:
-            return _comparable(left, right) and _ORDER[type(op)](left, right)
-
-
-def _comparable(left: Any, right: Any) -> bool:
-    """Whether both are numbers, strings or lists; booleans are not ordered."""
-    kinds = (int, float), (str,), (list, tuple)
-    return any(type(left) in kind and type(right) in kind for kind in kinds)
+            kinds = (int, float), (str,), (list, tuple)  # Booleans are not ordered.
+            comparable = any(type(left) in kind and type(right) in kind for kind in kinds)
+            return comparable and _OPERATORS[type(op)](left, right)

@@ -64,11 +64,15 @@ def _json(raw: bytes | str, what: str) -> Any:
         raise BadRow(f"{what} is not JSON ({error})") from None
 
 
-def _get(row: Mapping[str, Any], key: str, kind: type[str] | type[list]) -> Any:
-    if not isinstance(row.get(key), kind):
+def _checked(value: Any, what: str, kind: type[str] | type[list]) -> Any:
+    if not isinstance(value, kind):
         expected = {str: "a string", list: "a list"}[kind]
-        raise BadRow(f"{key}: expected {expected}, got {type(row.get(key)).__name__}")
-    return row[key]
+        raise BadRow(f"{what}: expected {expected}, got {type(value).__name__}")
+    return value
+
+
+def _get(row: Mapping[str, Any], key: str, kind: type[str] | type[list]) -> Any:
+    return _checked(row.get(key), key, kind)
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:
@@ -95,18 +99,12 @@ def _live_code_bench(row: Mapping[str, Any]) -> Problem:
             (True, _json(_get(row, "public_test_cases", str), "public_test_cases")),
             (False, hidden_tests(_get(row, "private_test_cases", str))),
         )
-        for test in _list(tests)
+        for test in _checked(tests, "test cases", list)
     ]
     starter = row.get("starter_code") or ""
     code = f"\n\nBegin with:\n\n```python\n{starter.rstrip()}\n```" if starter.strip() else ""
     made = _made(name, f"{content.strip()}{code}", cases, function, SECONDS)
     return made._replace(difficulty=str(row.get("difficulty") or ""))
-
-
-def _list(tests: Any) -> list[Any]:
-    if not isinstance(tests, list):
-        raise BadRow(f"test cases: expected a list, got {type(tests).__name__}")
-    return cast("list[Any]", tests)
 
 
 def _tested(test: Any, function: Any, public: bool) -> Case:

@@ -88,9 +88,4 @@ def _make(tool: str):
     return call
 
 
-set_alarm = _make("set_alarm")
-get_weather = _make("get_weather")
-send_money = _make("send_money")
-book_table = _make("book_table")
-set_light = _make("set_light")
-play_music = _make("play_music")
+globals().update({tool: _make(tool) for tool in _TOOLS})

@@ -49,6 +49,9 @@ UNSTEADY = frozenset(
 EXACT = frozenset({"game_of_life_halting"})
 """Generators whose answers are compared with the oracle's instead of being scored."""
 
+Sides = dict[str, list[Prompt]]
+"""Prompts of `train` and of `held_out`."""
+
 _INSTALL = "pip install 'reasoning-gym>=0.1.19'"
 _EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
 _EXPRESSION = re.compile(r"[A-Za-z0-9_+\-*/(),. ]*")
@@ -192,10 +195,8 @@ def _dataset(name: str, seed: int, size: int) -> Any:
 
     if name not in DATASETS or name == "composite":
         near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5)
-        hint = (
-            f"; near it: {', '.join(near)}" if near else f"; known: {', '.join(sorted(DATASETS))}"
-        )
-        raise UserError(f"environment.generators: unknown {name!r}{hint}")
+        what, names = ("near it", near) if near else ("known", sorted(DATASETS))
+        raise UserError(f"environment.generators: unknown {name!r}; {what}: {', '.join(names)}")
     if name in UNSTEADY:
         raise UserError(
             f"environment.generators: {name!r} makes other puzzles in every process, expected one "
@@ -216,9 +217,7 @@ def _dataset(name: str, seed: int, size: int) -> Any:
             size //= 4
 
 
-def _draw(
-    datasets: Mapping[str, Any], wanted: Mapping[str, int], seed: int
-) -> dict[str, list[Prompt]]:
+def _draw(datasets: Mapping[str, Any], wanted: Mapping[str, int], seed: int) -> Sides:
     """Makes the wanted number of prompts of each side, with distinct questions."""
     found: dict[str, list[list[Prompt]]] = {side: [] for side in wanted}
     for number, (name, dataset) in enumerate(datasets.items()):
@@ -229,10 +228,8 @@ def _draw(
     return {side: [p for turn in turns[side] for p in turn if p] for side in wanted}
 
 
-def _prompts(
-    name: str, dataset: Any, missing: dict[str, int], seed: int
-) -> dict[str, list[Prompt]]:
-    found: dict[str, list[Prompt]] = {side: [] for side in missing}
+def _prompts(name: str, dataset: Any, missing: dict[str, int], seed: int) -> Sides:
+    found: Sides = {side: [] for side in missing}
     seen: set[str] = set()
     misses = index = 0
     size = len(dataset)
