@@ -228,8 +228,8 @@ def is_accepted(value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) 
     given = float if documented is float and type(value) is int else type(value)
     if given not in (documented, answers := _type_of(accepted) or documented):
         return False
+    # e.g. a variable in place of a literal
     if given is not documented or answers is not documented:
-        # e.g. a variable in place of a literal
         return value in accepted
     if documented is list:
         items = schema.get("items") or {}

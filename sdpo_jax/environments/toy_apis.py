@@ -89,6 +89,10 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
+def _ends_with(*ends: str) -> Callable[[Value], bool]:
+    return lambda x: isinstance(x, str) and x.endswith(ends)
+
+
 def _absent(share: float) -> Form:
     return Form("no such argument", None, lambda x: False, share)
 
@@ -111,12 +115,7 @@ def _time(am_pm: float, clock: float, digits: float) -> Slot:
         "time",
         lambda rng: (rng.randint(1, 12), 5 * rng.randrange(12), rng.choice(("am", "pm"))),
         _clock_12,
-        am_pm=Form(
-            "12-hour time with am or pm",
-            _clock_12,
-            lambda x: isinstance(x, str) and x[-2:] in ("am", "pm"),
-            am_pm,
-        ),
+        am_pm=Form("12-hour time with am or pm", _clock_12, _ends_with("am", "pm"), am_pm),
         clock=Form("24-hour HH:MM", _clock_24, is_clock, clock),
         digits=Form(
             "four digits HHMM", lambda t: _clock_24(t, ""), lambda x: is_digits(x, 4), digits
@@ -254,12 +253,7 @@ FAMILIES: dict[str, Family] = {
                 fraction=Form(
                     "fraction of 1", lambda p: p / 100, lambda x: isinstance(x, float), 0.25
                 ),
-                sign=Form(
-                    "text with a percent sign",
-                    lambda p: f"{p}%",
-                    lambda x: isinstance(x, str) and x.endswith("%"),
-                    0.15,
-                ),
+                sign=Form("text with a percent sign", lambda p: f"{p}%", _ends_with("%"), 0.15),
             ),
             _slot(
                 "seconds",

@@ -68,6 +68,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+"""Operators of one or two operands; `_compare` has the comparisons that are no order."""
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{"abs": abs, "all": all, "any": any, "bool": bool, "float": float, "int": int, "len": len},
     **{"list": list, "max": max, "min": min, "round": round, "sorted": sorted, "str": str},

@@ -235,8 +235,8 @@ def _metrics(task: Task, records: Sequence[Record]) -> dict[str, float]:
     in_box = [isinstance(task.problem.cases[i].verdict, InBox) for i in task.graded]
     timed_out = any(record.observation.status == "time_limit" for record in records)
     return {
-        "tests_passed": sum(r.passed for r in records) / len(in_box),
+        "tests_passed": sum(r.passed for r in records) / len(task.graded),
         "well_formed": float(bool(records)),
-        "trust_in_box": sum(in_box) / len(in_box),
+        "trust_in_box": sum(in_box) / len(task.graded),
         "timed_out": float(timed_out),
     }

@@ -250,6 +250,7 @@ def _prompts(families: Sequence[str], count: int, *, held_out: bool, seed: int) 
             continue
         misses = 0
         seen.add(text)
-        name, data = f"{task.family}-{side}-{len(prompts)}", {"task": task, "family": task.family}
+        name = f"{task.family}-{side}-{len(prompts)}"
+        data = {"task": task, "family": task.family}
         prompts.append(Prompt(name, ({"role": "user", "content": text},), data))
     return prompts
