@@ -24,12 +24,12 @@ from sdpo_jax.environments.kinds.bfcl import (
     Bfcl,
     BfclConfig,
     Row,
-    is_held_out,
     load_rows,
     question,
     reference_call,
 )
 from sdpo_jax.environments.registry import make_environment
+from sdpo_jax.environments.rows import is_held_out
 from sdpo_jax.errors import UserError
 
 FUNCTION = {
@@ -78,7 +78,7 @@ def call(**changes):
 
 
 def environment(rows=(ROW,), **settings):
-    train = sum(not is_held_out(row, 0) for row in rows)
+    train = sum(not is_held_out(row.function["name"], 0) for row in rows)
     return Bfcl(rows, train_prompts=train, held_out_prompts=len(rows) - train, **settings)
 
 
@@ -285,7 +285,7 @@ def test_a_prompt_holds_documentation_request_and_form_and_nothing_of_the_answer
 def test_no_function_is_on_both_sides_and_the_seed_decides_which():
     sides = []
     for seed in (0, 0, 1):
-        held_out = [row for row in rows() if is_held_out(row, seed)]
+        held_out = [row for row in rows() if is_held_out(row.function["name"], seed)]
         made = Bfcl(
             rows(), train_prompts=40 - len(held_out), held_out_prompts=len(held_out), seed=seed
         )
@@ -299,7 +299,7 @@ def test_no_function_is_on_both_sides_and_the_seed_decides_which():
 def test_the_shortest_prompts_are_taken_and_long_ones_can_be_left_out():
     made = Bfcl(rows(), train_prompts=5, held_out_prompts=2)
     lengths = [len(p.messages[0]["content"]) for p in made.train]
-    every = [len(question(row)) for row in rows() if not is_held_out(row, 0)]
+    every = [len(question(row)) for row in rows() if not is_held_out(row.function["name"], 0)]
     assert lengths == sorted(every)[:5]
     limit = sorted(every)[9]
     with pytest.raises(UserError, match=rf"train_prompts: 11, expected at most 10 .* = {limit};.*"):

@@ -8,12 +8,13 @@ from importlib import util
 import pytest
 
 from sdpo_jax.environments.bfcl_calls import MAX_CHARACTERS
-from sdpo_jax.environments.kinds.bfcl import Bfcl, Row, is_held_out
+from sdpo_jax.environments.kinds.bfcl import Bfcl, Row
 from sdpo_jax.environments.kinds.math import Math, Problem
 from sdpo_jax.environments.kinds.mcq import Mcq, Question
 from sdpo_jax.environments.kinds.tool_calls import Task as CallTask
 from sdpo_jax.environments.kinds.tool_calls import ToolCalls
 from sdpo_jax.environments.kinds.tool_use import Task, ToolCall, ToolUse
+from sdpo_jax.environments.rows import is_held_out
 
 CUT = "The response was cut off at the length limit. Be shorter and end with "
 LETTERS = "<answer>X</answer>, where X is A, B or C and nothing else"
@@ -177,7 +178,7 @@ def bfcl(**settings):
         "parameters": {"properties": {"to": {"type": "string"}}, "required": ["to"]},
     }
     rows = [Row("r", "Go.", function, {"to": ["Rome"]})]
-    held_out = is_held_out(rows[0], 0)
+    held_out = is_held_out("go", 0)
     made = Bfcl(rows, train_prompts=int(not held_out), held_out_prompts=int(held_out), **settings)
     return made, [*made.train, *made.held_out][0]
 

@@ -23,10 +23,7 @@ _TYPE_NAMES = {
     **{str: "string", bool: "boolean", int: "integer", float: "float"},
     **{list: "array", dict: "dict", type(None): "null"},
 }
-_DOCUMENTED = {
-    **{"string": str, "boolean": bool, "integer": int, "float": float, "dict": dict},
-    **{"array": list, "tuple": list, "any": str},
-}
+_DOCUMENTED = {**{name: kind for kind, name in _TYPE_NAMES.items()}, "tuple": list, "any": str}
 """The leaderboard's types; `any` stands for a string or for the type of the accepted values."""
 _THINKING = re.compile(r"\A.*</think>", re.DOTALL)
 _FENCE = re.compile(r"\A```\w*\n(.*)\n```\Z", re.DOTALL)
@@ -72,16 +69,15 @@ def _json_calls(text: str) -> list[Call] | None:
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except json.JSONDecodeError:
         return None
-    items = value if isinstance(value, list) else [value]
-    calls: list[Call] = []
-    for item in items:
-        if not isinstance(item, dict) or set(item) != {"name", "arguments"}:
+    return [_json_call(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def _json_call(item: Any) -> Call:
+    match item:
+        case {"name": str(name), "arguments": dict(arguments)} if len(item) == 2:
+            return Call(name, arguments)
+        case _:
             raise _Refused(MALFORMED)
-        name, arguments = item["name"], item["arguments"]
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            raise _Refused(MALFORMED)
-        calls.append(Call(name, arguments))
-    return calls
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -232,14 +228,12 @@ def is_accepted(value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) 
     given = float if documented is float and type(value) is int else type(value)
     if given not in (documented, answers := _type_of(accepted) or documented):
         return False
-    if (
-        given is not documented or answers is not documented
-    ):  # e.g. a variable in place of a literal
+    # e.g. a variable in place of a literal
+    if given is not documented or answers is not documented:
         return value in accepted
     if documented is list:
-        return _is_list(
-            value, _DOCUMENTED[(schema.get("items") or {}).get("type", "any")], accepted
-        )
+        items = schema.get("items") or {}
+        return _is_list(value, _DOCUMENTED[items.get("type", "any")], accepted)
     if documented is dict:
         return any(_is_dict(value, answer) for answer in accepted)
     return _is_one_of(value, accepted)

@@ -137,29 +137,22 @@ def _summary(path: Path, problems: list[str], some_good: bool, skip: str) -> str
     lines += [f"  {problem}" for problem in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         lines.append(f"  ... and {len(problems) - _SHOWN} more")
-    if some_good:
-        lines.append(f"mend them, or set {skip} to leave them out")
-    else:
-        lines.append("no usable row is left")
-    return "\n".join(lines)
+    remedy = f"mend them, or set {skip} to leave them out"
+    return "\n".join([*lines, remedy if some_good else "no usable row is left"])
 
 
 def _object(raw: bytes) -> dict[str, Any]:
-    value = _json(raw)
-    if not isinstance(value, dict):
-        raise BadRow(f"{type_name(value)}, expected an object")
-    return cast(dict[str, Any], value)
-
-
-def _json(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8").strip(), parse_constant=no_constant)
+        value = json.loads(raw.decode("utf-8").strip(), parse_constant=no_constant)
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
         raise BadRow(f"invalid JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; a number with too many digits
         raise BadRow(f"unreadable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRow(f"{type_name(value)}, expected an object")
+    return cast(dict[str, Any], value)
 
 
 def no_constant(name: str) -> None:
@@ -228,6 +221,16 @@ def type_name(value: Any) -> str:
 def is_held_out(key: str, seed: int) -> bool:
     """Whether a hash of `key` and `seed` holds a row out: one in four, whatever the other rows."""
     return zlib.crc32(f"{seed}:{key}".encode(errors="replace")) % 4 == 0
+
+
+def split_by_hash(
+    rows: Sequence[Row], key: Callable[[Row], str], seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to hold out, see `is_held_out`; both keep their order."""
+    sides: tuple[list[Row], list[Row]] = [], []
+    for row in rows:
+        sides[is_held_out(key(row), seed)].append(row)
+    return sides
 
 
 def check_sides(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:

@@ -13,7 +13,7 @@ object whose `__eq__` always returns True is not a JSON value and passes nothing
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdpo_jax.environments.code.expressions import EvaluationError, evaluate
@@ -68,10 +68,9 @@ class _Converter:
         try:
             self._convert(statement)
         except EvaluationError:
-            self.names = names
             # The names that it binds are unknown from here on.
-            for name in _bound(statement):
-                self.names.pop(name, None)
+            bound = _bound(statement)
+            self.names = {name: value for name, value in names.items() if name not in bound}
             del self.cases[count:]
             if self._tests(statement):
                 self.rest.append(statement)
@@ -105,7 +104,7 @@ class _Converter:
 
     def _assert(self, test: ast.expr) -> None:
         holes = _Holes(self._functions, self.names)
-        rest = holes.visit(_Constants(self.names).visit(_copy(test)))
+        rest = holes.visit(_Replaced(self.names, repr).visit(_copy(test)))
         if not holes.calls:
             if not evaluate(rest, {}):
                 raise EvaluationError("an assert that never holds")
@@ -124,7 +123,8 @@ def _case(calls: Sequence[str], rest: ast.expr) -> Case:
             return Case(Evaluate(f"[{calls[0]}]"), Holds("bool(_0)"), calls[0], "a true value")
         case _:
             _allowed(rest, len(calls))
-            shown = ast.unparse(_Filled(calls).visit(_copy(rest)))
+            named = {f"_{i}": call for i, call in enumerate(calls)}
+            shown = ast.unparse(_Replaced(named, str).visit(_copy(rest)))
             values = Evaluate(f"[{', '.join(calls)}]")
             return Case(values, Holds(ast.unparse(rest)), ", ".join(calls), shown)
 
@@ -140,8 +140,12 @@ def _allowed(rest: ast.expr, count: int) -> None:
     raise problem
 
 
+def _parsed(expression: str) -> ast.expr:
+    return ast.parse(expression, mode="eval").body
+
+
 def _copy(node: ast.expr) -> ast.expr:
-    return ast.parse(ast.unparse(node), mode="eval").body
+    return _parsed(ast.unparse(node))
 
 
 def _bound(statement: ast.stmt) -> set[str]:
@@ -149,17 +153,15 @@ def _bound(statement: ast.stmt) -> set[str]:
     return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
-class _Constants(ast.NodeTransformer):
-    """Replaces known names by their values."""
+class _Replaced(ast.NodeTransformer):
+    """Replaces names by the source of their values."""
 
-    def __init__(self, names: Mapping[str, Any]):
-        self._names = names
+    def __init__(self, values: Mapping[str, Any], source: Callable[[Any], str]):
+        self._values, self._source = values, source
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         # Also replaces a name that a comprehension rebinds; the result is then refused.
-        if node.id not in self._names:
-            return node
-        return ast.parse(repr(self._names[node.id]), mode="eval").body
+        return _parsed(self._source(self._values[node.id])) if node.id in self._values else node
 
 
 class _Holes(ast.NodeTransformer):
@@ -187,15 +189,3 @@ class _Holes(ast.NodeTransformer):
             ast.literal_eval(argument)  # sets and bytes too
         except (ValueError, TypeError, MemoryError, RecursionError):
             evaluate(argument, {})
-
-
-class _Filled(ast.NodeTransformer):
-    """The inverse of `_Holes`, for display."""
-
-    def __init__(self, calls: Sequence[str]):
-        self._calls = calls
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        if node.id[:1] != "_" or not node.id[1:].isdigit():
-            return node
-        return ast.parse(self._calls[int(node.id[1:])], mode="eval").body

@@ -28,16 +28,19 @@ def _power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 
+def _remainder(left: Any, right: Any) -> Any:
+    # `"%1000000d" % 1` would allocate a huge string.
+    if not isinstance(left, int | float) or not isinstance(right, int | float):
+        raise EvaluationError("remainder of what is no number")
+    return left % right
+
+
 def _times(left: Any, right: Any) -> Any:
     for one, other in ((left, right), (right, left)):
         repeats = isinstance(one, str | list | tuple) and isinstance(other, int)
         if repeats and len(cast("str", one)) * other > MAX_ITEMS:
             raise EvaluationError("repetition too long")
     return _bounded(left * right)
-
-
-def _plus(left: Any, right: Any) -> Any:
-    return _bounded(left + right)
 
 
 def _bounded(value: Any) -> Any:
@@ -49,31 +52,28 @@ def _bounded(value: Any) -> Any:
     return value
 
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: _plus,
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: lambda a, b: _bounded(a + b),
     ast.Sub: operator.sub,
     ast.Mult: _times,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Mod: lambda a, b: _numbers(a, b) and a % b,
+    ast.Mod: _remainder,
     ast.Pow: _power,
-}
-_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
     ast.Not: operator.not_,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
 }
+"""Operators of one or two operands; `_compare` has the comparisons that are no order."""
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{"abs": abs, "all": all, "any": any, "bool": bool, "float": float, "int": int, "len": len},
     **{"list": list, "max": max, "min": min, "round": round, "sorted": sorted, "str": str},
     **{"sum": sum, "tuple": tuple, "math.fabs": math.fabs, "math.sqrt": math.sqrt},
     **{"math.isclose": math.isclose},
-}
-_ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
 }
 
 
@@ -86,8 +86,6 @@ def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
     """
     try:
         return _value(node, names, 0)
-    except EvaluationError:
-        raise
     except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{type(error).__name__}: {error}") from error
 
@@ -95,13 +93,6 @@ def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
 def evaluate_text(expression: str, names: Mapping[str, Any]) -> Any:
     """Evaluates the source of an expression, which must be valid Python."""
     return evaluate(ast.parse(expression, mode="eval").body, names)
-
-
-def _numbers(*values: Any) -> bool:
-    # `"%1000000d" % 1` would allocate a huge string.
-    if not all(isinstance(value, int | float) for value in values):
-        raise EvaluationError("remainder of what is no number")
-    return True
 
 
 def _value(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
@@ -121,10 +112,10 @@ def _value(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
             return made if isinstance(node, ast.List) else tuple(made)
         case ast.Dict(keys, values) if None not in keys:
             return {of(cast("ast.expr", k)): of(v) for k, v in zip(keys, values, strict=True)}
-        case ast.UnaryOp(op, operand) if type(op) in _UNARY:
-            return _UNARY[type(op)](of(operand))
-        case ast.BinOp(left, op, right) if type(op) in _BINARY:
-            return _BINARY[type(op)](of(left), of(right))
+        case ast.UnaryOp(op, operand) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](of(operand))
+        case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](of(left), of(right))
         case ast.BoolOp(op, values):
             return (all if isinstance(op, ast.And) else any)(of(v) for v in values)
         case ast.Compare(left, ops, rights):
@@ -176,10 +167,6 @@ def _compare(left: Any, op: ast.cmpop, right: Any) -> bool:
                 found = any(same_value(left, item) for item in right)
             return found == isinstance(op, ast.In)
         case _:
-            return _comparable(left, right) and _ORDER[type(op)](left, right)
-
-
-def _comparable(left: Any, right: Any) -> bool:
-    """Whether both are numbers, strings or lists; booleans are not ordered."""
-    kinds = (int, float), (str,), (list, tuple)
-    return any(type(left) in kind and type(right) in kind for kind in kinds)
+            kinds = (int, float), (str,), (list, tuple)  # Booleans are not ordered.
+            comparable = any(type(left) in kind and type(right) in kind for kind in kinds)
+            return comparable and _OPERATORS[type(op)](left, right)

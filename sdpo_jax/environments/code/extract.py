@@ -32,10 +32,6 @@ class _Block(NamedTuple):
     fence: str
     lines: list[str]
 
-    def closes(self, match: re.Match[str]) -> bool:
-        mark = match[2]
-        return mark[0] == self.fence[0] and len(mark) >= len(self.fence) and not match[3].strip()
-
 
 def extract(response: str) -> Extracted:
     """The longest closed block of a response (the first of equals), whatever its language."""
@@ -46,7 +42,7 @@ def extract(response: str) -> Extracted:
         match = _FENCE.match(line)
         if block is None:
             block = _Block(match[1], match[2], []) if match else None
-        elif match and block.closes(match):
+        elif match and match[2].startswith(block.fence) and not match[3].strip():
             text = "\n".join(block.lines)
             best = text if best is None or len(text) > len(best) else best
             block = None

@@ -92,9 +92,8 @@ def write_feedback(
 
 
 def _class(record: Record) -> str:
-    if isinstance(record.case.verdict, InBox) and record.observation.error.startswith(
-        "AssertionError"
-    ):
+    failed_assert = record.observation.error.startswith("AssertionError")
+    if failed_assert and isinstance(record.case.verdict, InBox):
         return "done"
     return record.observation.status
 

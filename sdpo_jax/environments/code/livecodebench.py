@@ -17,7 +17,6 @@ the reference uses only the hidden ones; the question states the true time limit
 """
 
 import base64
-import binascii
 import json
 import pickletools
 import zlib
@@ -32,7 +31,6 @@ from sdpo_jax.environments.sandbox.protocol import Call, Limits, Run
 
 MAX_BYTES = 512 * 2**20
 """Bound on one row's hidden tests after decompression: a small file can grow to any size."""
-DEFAULT_LIMITS = Limits()
 SECONDS = 6.0
 """Time limit of each test if the row has none, as in LiveCodeBench."""
 _FRAMES = ("PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT")
@@ -45,27 +43,18 @@ _STDIN = "It reads standard input and writes standard output."
 _FUNCTION = "It defines `{name}`, which the tests call."
 
 
-def read_problems(
-    path: str | Path, on_error: Literal["stop", "skip"] = "stop", *, limits: Limits = DEFAULT_LIMITS
-) -> Rows[Problem]:
+def read_problems(path: str | Path, on_error: Literal["stop", "skip"] = "stop") -> Rows[Problem]:
     """Reads and validates a whole file; rows of both forms may be mixed.
 
     Args:
       path: UTF-8, one JSON object per line.
       on_error: `stop` raises one error that lists the bad rows; `skip` leaves them out and returns
         the list.
-      limits: limits of every test; the row's own `time_limit`, or 6 s, replaces `cpu_seconds`.
 
     Raises:
       UserError: the file cannot be read, has no usable row, or has a bad row under `stop`.
     """
-    return read_rows(
-        path,
-        lambda row, place: _problem(row, place, limits),
-        on_error,
-        form="one problem, as JSON,",
-        content="problems",
-    )
+    return read_rows(path, _problem, on_error, form="one problem, as JSON,", content="problems")
 
 
 def _json(raw: bytes | str, what: str) -> Any:
@@ -75,47 +64,47 @@ def _json(raw: bytes | str, what: str) -> Any:
         raise BadRow(f"{what} is not JSON ({error})") from None
 
 
-def _get(row: Mapping[str, Any], key: str, kind: type[str] | type[list]) -> Any:
-    if not isinstance(row.get(key), kind):
+def _checked(value: Any, what: str, kind: type[str] | type[list]) -> Any:
+    if not isinstance(value, kind):
         expected = {str: "a string", list: "a list"}[kind]
-        raise BadRow(f"{key}: expected {expected}, got {type(row.get(key)).__name__}")
-    return row[key]
+        raise BadRow(f"{what}: expected {expected}, got {type(value).__name__}")
+    return value
 
 
-def _problem(fields: dict[str, Any], place: str, limits: Limits) -> Problem:
+def _get(row: Mapping[str, Any], key: str, kind: type[str] | type[list]) -> Any:
+    return _checked(row.get(key), key, kind)
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    value = _json(value, what) if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise BadRow(f"{what}: expected an object or its JSON text")
+    return cast("dict[str, Any]", value)
+
+
+def _problem(fields: dict[str, Any], place: str) -> Problem:
     if "question_content" in fields:
-        return _live_code_bench(fields, limits)
+        return _live_code_bench(fields)
     if "tests" in fields:
-        return _plain(fields, place, limits)
+        return _plain(fields, place)
     raise BadRow("expected question_content (LiveCodeBench) or tests (plain), found neither")
 
 
-def _live_code_bench(row: Mapping[str, Any], limits: Limits) -> Problem:
+def _live_code_bench(row: Mapping[str, Any]) -> Problem:
     name, content = _get(row, "question_id", str), _get(row, "question_content", str)
-    metadata = row.get("metadata") or {}
-    metadata = _json(metadata, "metadata") if isinstance(metadata, str) else metadata
-    if not isinstance(metadata, dict):
-        raise BadRow("metadata: expected an object or its JSON text")
-    function = cast("dict[str, Any]", metadata).get("func_name")
+    function = _object(row.get("metadata") or {}, "metadata").get("func_name")
     cases = [
         _tested(test, function, public)
         for public, tests in (
             (True, _json(_get(row, "public_test_cases", str), "public_test_cases")),
             (False, hidden_tests(_get(row, "private_test_cases", str))),
         )
-        for test in _list(tests)
+        for test in _checked(tests, "test cases", list)
     ]
-    limits = limits._replace(cpu_seconds=SECONDS, wall_seconds=max(limits.wall_seconds, 30.0))
     starter = row.get("starter_code") or ""
     code = f"\n\nBegin with:\n\n```python\n{starter.rstrip()}\n```" if starter.strip() else ""
-    made = _made(name, f"{content.strip()}{code}", cases, function, limits)
+    made = _made(name, f"{content.strip()}{code}", cases, function, SECONDS)
     return made._replace(difficulty=str(row.get("difficulty") or ""))
-
-
-def _list(tests: Any) -> list[Any]:
-    if not isinstance(tests, list):
-        raise BadRow(f"test cases: expected a list, got {type(tests).__name__}")
-    return cast("list[Any]", tests)
 
 
 def _tested(test: Any, function: Any, public: bool) -> Case:
@@ -126,12 +115,8 @@ def _tested(test: Any, function: Any, public: bool) -> Case:
     return _case(fields.get("testtype"), given, expected, function)._replace(public=public)
 
 
-def _plain(row: Mapping[str, Any], place: str, limits: Limits) -> Problem:
-    tests = row["tests"]
-    tests = _json(tests, "tests") if isinstance(tests, str) else tests
-    if not isinstance(tests, dict):
-        raise BadRow("tests: expected an object or its JSON text")
-    fields = cast("dict[str, Any]", tests)
+def _plain(row: Mapping[str, Any], place: str) -> Problem:
+    fields = _object(row["tests"], "tests")
     inputs, outputs = _get(fields, "inputs", list), _get(fields, "outputs", list)
     if len(inputs) != len(outputs):
         raise BadRow(f"tests: {len(inputs)} inputs, {len(outputs)} outputs; expected as many")
@@ -143,18 +128,16 @@ def _plain(row: Mapping[str, Any], place: str, limits: Limits) -> Problem:
     seconds = fields.get("time_limit") or SECONDS
     if type(seconds) not in (int, float) or not 0 < seconds <= 600:
         raise BadRow(f"time_limit: {seconds!r}, expected seconds above 0 and up to 600")
-    limits = limits._replace(
-        cpu_seconds=float(seconds), wall_seconds=max(limits.wall_seconds, 5.0 * seconds)
-    )
     name = row.get("idx", row.get("id", place))
-    return _made(str(name), _get(row, "prompt", str).strip(), cases, function, limits)
+    return _made(str(name), _get(row, "prompt", str).strip(), cases, function, float(seconds))
 
 
-def _made(name: str, content: str, cases: Sequence[Case], function: Any, limits: Limits) -> Problem:
+def _made(name: str, content: str, cases: Sequence[Case], function: Any, seconds: float) -> Problem:
     if not cases:
         raise BadRow("no tests")
     task = _FUNCTION.format(name=function) if function else _STDIN
-    form = _FORM.format(task=task, seconds=limits.cpu_seconds)
+    form = _FORM.format(task=task, seconds=seconds)
+    limits = Limits(cpu_seconds=seconds, wall_seconds=max(Limits().wall_seconds, 5 * seconds))
     return Problem(name, f"{content}\n\n{form}", tuple(cases), limits=limits)
 
 
@@ -220,7 +203,7 @@ def hidden_tests(packed: str) -> Any:
     for what, step in steps:
         try:
             data = step(data)
-        except (ValueError, binascii.Error, zlib.error) as error:
+        except (ValueError, zlib.error) as error:
             raise BadRow(f"private_test_cases is neither JSON nor {what} ({error})") from None
     return _json(data, "private_test_cases")
 

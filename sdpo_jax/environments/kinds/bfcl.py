@@ -13,7 +13,6 @@ and deeply nested answers are refused, and so is whatever makes the checker itse
 """
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,9 @@ from typing import Any, Literal, NamedTuple
 
 from sdpo_jax.config import SEED, EnvironmentConfig, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.bfcl_calls import (
-    Accepted,
-    Call,
-    complaints,
-    example,
-    parse_call,
-    write_call,
-)
+from sdpo_jax.environments.bfcl_calls import Accepted, complaints, example, parse_call, write_call
 from sdpo_jax.environments.packages import package_folder
+from sdpo_jax.environments.rows import split_by_hash
 from sdpo_jax.errors import UserError
 
 QUESTIONS = "BFCL_v4_simple_python.json"
@@ -82,9 +75,7 @@ class Bfcl:
         if max_prompt_characters:
             prompts = [p for p in prompts if _length(p) <= max_prompt_characters]
         self._reveal = reveal_expected
-        sides = [is_held_out(p.data["row"], seed) for p in prompts]
-        train = [p for p, held_out in zip(prompts, sides, strict=True) if not held_out]
-        held_out = [p for p, held_out in zip(prompts, sides, strict=True) if held_out]
+        train, held_out = split_by_hash(prompts, lambda p: p.data["row"].function["name"], seed)
         self.train = _first(train, train_prompts, "train_prompts", max_prompt_characters)
         self.held_out = _first(
             held_out, held_out_prompts, "held_out_prompts", max_prompt_characters
@@ -94,11 +85,10 @@ class Bfcl:
         """Passes a call that the leaderboard accepts; feedback lists every mistake."""
         row: Row = prompt.data["row"]
         call = parse_call(response)
-        well_formed = float(isinstance(call, Call))
         if isinstance(call, str):
-            return Outcome(0.0, False, call, {"well_formed": well_formed})
+            return Outcome(0.0, False, call, {"well_formed": 0.0})
         found = complaints(call, row.function, row.accepted, reveal=self._reveal)
-        return Outcome(float(not found), not found, "\n".join(found), {"well_formed": well_formed})
+        return Outcome(float(not found), not found, "\n".join(found), {"well_formed": 1.0})
 
     def reference(self, prompt: Prompt) -> str:
         """A call that `grade` passes."""
@@ -117,11 +107,6 @@ def build(config: BfclConfig) -> Bfcl:
     )
 
 
-def is_held_out(row: Row, seed: int) -> bool:
-    """Whether the row is held out."""
-    return zlib.crc32(f"{seed}:{row.function['name']}".encode()) % 4 == 0
-
-
 def question(row: Row) -> str:
     """The user message: documentation, request and instruction."""
     documentation = json.dumps(row.function, ensure_ascii=False)
@@ -131,14 +116,8 @@ def question(row: Row) -> str:
 def reference_call(row: Row) -> str:
     """An accepted call: every required argument with its first accepted value."""
     required = row.function["parameters"].get("required", [])
-    return write_call(
-        row.function["name"],
-        {
-            name: example(next(value for value in values if value != ""))
-            for name, values in row.accepted.items()
-            if "" not in values or name in required
-        },
-    )
+    needed = {n: v for n, v in row.accepted.items() if "" not in v or n in required}
+    return write_call(row.function["name"], example(needed))
 
 
 def _prompt(row: Row) -> Prompt:

@@ -117,13 +117,26 @@ class Code:
 
     def grade_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
         """One outcome for each pair, in order; all programs run in one batch."""
-        return self._grade(prompts, responses, truncated=False)
+        found = [extract(response) for response in responses]
+        programs = {
+            i: make_program(prompt.data["task"], part.program)
+            for i, (prompt, part) in enumerate(zip(prompts, found, strict=True))
+            if part.program is not None
+        }
+        seen = dict(zip(programs, self._sandbox.run(list(programs.values())), strict=True))
+        return [
+            self._judge(prompt.data["task"], programs[i], seen[i])
+            if i in programs
+            else _no_program(prompt, cut_off=found[i].cut_off)
+            for i, prompt in enumerate(prompts)
+        ]
 
     def grade_truncated_many(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> list[Outcome]:
         """`grade_truncated` of each pair, in order; all programs run in one batch."""
-        return self._grade(prompts, responses, truncated=True)
+        outcomes = self.grade_many(prompts, responses)
+        return [o._replace(feedback=CUT_OFF) if o.feedback == NO_PROGRAM else o for o in outcomes]
 
     def reference(self, prompt: Prompt) -> str:
         """A response that `grade` passes.
@@ -139,23 +152,6 @@ class Code:
             )
         return problem.reference
 
-    def _grade(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], *, truncated: bool
-    ) -> list[Outcome]:
-        found = [extract(response) for response in responses]
-        programs = {
-            i: make_program(prompt.data["task"], part.program)
-            for i, (prompt, part) in enumerate(zip(prompts, found, strict=True))
-            if part.program is not None
-        }
-        seen = dict(zip(programs, self._sandbox.run(list(programs.values())), strict=True))
-        return [
-            self._judge(prompt.data["task"], programs[i], seen[i])
-            if i in programs
-            else _no_program(prompt, cut_off=truncated or found[i].cut_off)
-            for i, prompt in enumerate(prompts)
-        ]
-
     def _judge(self, task: Task, program: Program, seen: Sequence[Observation]) -> Outcome:
         cases = [task.problem.cases[i] for i in task.graded]
         records = [
@@ -167,16 +163,16 @@ class Code:
         # One failed test decides a sparse reward, even if the sandbox failed on other tests.
         if broken and not (failed and self._reward == "sparse"):
             return not_graded(f"sandbox: {broken[0].observation.error or 'no result'}")
-        share = sum(r.passed for r in records) / len(records)
+        metrics = _metrics(task, records)
         passed = not failed and not broken
         feedback = write_feedback(
-            [*failed, *(r for r in records if r.passed)],
+            failed,
             limits=program.limits,
             show_expected=self._show_expected,
             skip_lines=_skipped(task.problem, program.source),
         )
-        reward = share if self._reward == "fraction" else float(passed)
-        return Outcome(reward, passed, feedback, _metrics(task, share, True, records))
+        reward = metrics["tests_passed"] if self._reward == "fraction" else float(passed)
+        return Outcome(reward, passed, feedback, metrics)
 
 
 def build(config: CodeConfig) -> Code:
@@ -230,18 +226,17 @@ def _prompt(problem: Problem, share: float, seed: int, *, all_tests: bool) -> Pr
 
 
 def _no_program(prompt: Prompt, *, cut_off: bool) -> Outcome:
-    metrics = _metrics(prompt.data["task"], 0.0, False, ())
-    return Outcome(0.0, False, CUT_OFF if cut_off else NO_PROGRAM, metrics)
+    feedback = CUT_OFF if cut_off else NO_PROGRAM
+    return Outcome(0.0, False, feedback, _metrics(prompt.data["task"], ()))
 
 
-def _metrics(
-    task: Task, share: float, well_formed: bool, records: Sequence[Record]
-) -> dict[str, float]:
+def _metrics(task: Task, records: Sequence[Record]) -> dict[str, float]:
+    """The metrics of a response, without `records` if it holds no program."""
     in_box = [isinstance(task.problem.cases[i].verdict, InBox) for i in task.graded]
     timed_out = any(record.observation.status == "time_limit" for record in records)
     return {
-        "tests_passed": share,
-        "well_formed": float(well_formed),
-        "trust_in_box": sum(in_box) / len(in_box),
+        "tests_passed": sum(r.passed for r in records) / len(task.graded),
+        "well_formed": float(bool(records)),
+        "trust_in_box": sum(in_box) / len(task.graded),
         "timed_out": float(timed_out),
     }

@@ -54,10 +54,9 @@ def load_file(path: Path, seed: int) -> Environment:
     try:
         spec.loader.exec_module(module)
         names = vars(module)
+        environment: Any = names.get("environment")
         if "make_environment" in names:
-            environment: Any = names["make_environment"](seed)
-        else:
-            environment = names.get("environment")
+            environment = names["make_environment"](seed)
     except UserError:
         raise
     except Exception as error:
@@ -103,8 +102,7 @@ def _prompt_problem(prompt: Any) -> str:
         content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
             return f'the message {message!r:.200}, expected {{"role": ..., "content": ...}}'
-    last = given.messages[-1]["role"]
-    if last != "user":
+    if (last := given.messages[-1]["role"]) != "user":
         return f"the last message is from {last!r}, expected the user: the model answers it"
     return (
         "" if isinstance(given.data, Mapping) else f"data is {given.data!r:.200}, expected a dict"

@@ -26,21 +26,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import util
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from sdpo_jax.environments import rows
 from sdpo_jax.environments.answer_forms import cut_off, last_boxed, shown, without_thinking
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.rows import (
-    BadRow,
-    Split,
-    check_sides,
-    get,
-    read_sides,
-    row_id,
-    text,
-    type_name,
-)
+from sdpo_jax.environments.rows import BadRow, Split, type_name
 from sdpo_jax.environments.settings import FilesConfig, WorkerConfig, print_skipped, require_files
 from sdpo_jax.errors import UserError
 
@@ -111,7 +104,7 @@ class Math:
             raise UserError(f"mathematics is graded by the package math-verify: {_INSTALL}")
         self.train = [_prompt(problem) for problem in train]
         self.held_out = [_prompt(problem) for problem in held_out]
-        check_sides(self.train, self.held_out)
+        rows.check_sides(self.train, self.held_out)
         self._report_incorrect, self._reveal = report_incorrect, reveal_expected
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
@@ -125,10 +118,9 @@ class Math:
             box = "The box is empty." if given is not None else "No answer found."
             feedback = f"{box} Put the final answer inside {FORM}."
             return Outcome(0.0, False, feedback, {"well_formed": 0.0, "refused": 0.0})
-        right = same_text(given, problem.answer)
-        reason = None if right else why_refused(given)
-        if not right and reason is None:
-            right = equal(given, problem.answer)
+        same = same_text(given, problem.answer)
+        reason = None if same else why_refused(given)
+        right = same or (reason is None and equal(given, problem.answer))
         metrics = {"well_formed": 1.0, "refused": float(reason is not None)}
         return Outcome(float(right), right, self._complaint(given, problem, right, reason), metrics)
 
@@ -208,11 +200,8 @@ def why_refused(answer: str) -> str | None:
 
 
 def _depth(answer: str) -> int:
-    depth = deepest = 0
-    for character in answer:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
+    steps = ((character in "([{") - (character in ")]}") for character in answer)
+    return max(accumulate(steps, initial=0))
 
 
 def _power(answer: str) -> int:
@@ -259,11 +248,8 @@ def _argument(answer: str, start: int) -> tuple[str, int]:
 
 def _largest_factorial(answer: str) -> int:
     """The largest integer before `!`; the factorial of anything else exceeds the bound."""
-    largest = 0
-    for match in re.finditer(r"(\d*)\s*(!+|\\factorial)", answer):
-        plain = match[1] and match[2] == "!"
-        largest = max(largest, int(match[1]) if plain else MAX_POWER)
-    return largest
+    found = re.findall(r"(\d*)\s*(!+|\\factorial)", answer)
+    return max((int(n) if n and mark == "!" else MAX_POWER for n, mark in found), default=0)
 
 
 def equal(given: str, answer: str) -> bool:
@@ -296,23 +282,23 @@ def load_math(
     Raises:
       UserError: a file is missing, or holds bad rows.
     """
-    return read_sides(train, held_out, parse_row, on_error, form=_FORM, content="problems")
+    return rows.read_sides(train, held_out, parse_row, on_error, form=_FORM, content="problems")
 
 
 def parse_row(row: dict[str, Any], place: str) -> Problem:
     """Parses one row of the form that `load_math` describes."""
     asked = "problem" if "problem" in row and "question" not in row else "question"
-    question = text(get(row, asked), asked)
+    question = rows.text(rows.get(row, asked), asked)
     key = "solution" if "solution" in row and "answer" not in row else "answer"
-    value = get(row, key)
+    value = rows.get(row, key)
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         raise BadRow(f"{key} is {type_name(value)}, expected a string or a number")
-    answer, solution = _true_answer(text(value, key), key)
+    answer, solution = _true_answer(rows.text(value, key), key)
     if not solution and isinstance(more := row.get("solution"), str):
         solution = more.strip()
-    return Problem(row_id(row, place), question, answer, solution)
+    return Problem(rows.row_id(row, place), question, answer, solution)
 
 
 def _true_answer(value: str, key: str) -> tuple[str, str]:

@@ -21,6 +21,7 @@ Departures from the reference's graders (lasgroup/SDPO, `verl/utils/reward_score
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
 from sdpo_jax.config import SEED, EnvironmentConfig, setting
+from sdpo_jax.environments import rows
 from sdpo_jax.environments.answer_forms import (
     cut_off,
     last_boxed,
@@ -37,17 +39,7 @@ from sdpo_jax.environments.answer_forms import (
 )
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.packages import package_folder
-from sdpo_jax.environments.rows import (
-    BadRow,
-    Split,
-    check_sides,
-    get,
-    is_held_out,
-    read_rows,
-    read_sides,
-    row_id,
-    text,
-)
+from sdpo_jax.environments.rows import BadRow, Split
 from sdpo_jax.environments.settings import print_skipped
 
 _OPTION = re.compile(r" ?([A-Z]): ?(.*)")
@@ -111,7 +103,7 @@ class Mcq:
         """
         self.train = [_prompt(question) for question in train]
         self.held_out = [_prompt(question) for question in held_out]
-        check_sides(self.train, self.held_out)
+        rows.check_sides(self.train, self.held_out)
         self._report_incorrect = report_incorrect
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
@@ -163,11 +155,10 @@ def find_letter(response: str, options: Mapping[str, str]) -> str | None:
 
 def _malformed(response: str, question: Question) -> str:
     given = last_tagged(without_thinking(response))
-    if given is None:
-        return f"No answer found. End with {_form(question.options)}."
-    if not given:
-        return f"The answer is empty. End with {_form(question.options)}."
-    return f'"{shown(given)}" is not one of the letters. End with {_form(question.options)}.'
+    start = "No answer found" if given is None else "The answer is empty"
+    if given:
+        start = f'"{shown(given)}" is not one of the letters'
+    return f"{start}. End with {_form(question.options)}."
 
 
 def _form(options: Mapping[str, str]) -> str:
@@ -205,25 +196,24 @@ def load_sciknoweval(
     folder = Path(folder)
 
     def parse(row: dict[str, Any], place: str) -> Question:
-        question = _sciknoweval(row, f"{folder.name}-{row_id(row, place, 'idx')}")
+        question = _sciknoweval(row, f"{folder.name}-{rows.row_id(row, place, 'idx')}")
         return question if dataset_prompt else question._replace(messages=())
 
     form = '{"idx": ..., "prompt": "...\\n\\nA: ...\\nB: ...", "answer": "A"}'
     files = folder / "train.jsonl", folder / "test.jsonl"
-    return read_sides(*files, parse, on_error, form=form, content="questions")
+    return rows.read_sides(*files, parse, on_error, form=form, content="questions")
 
 
 def _sciknoweval(row: Mapping[str, Any], name: str) -> Question:
     kind = row.get("kind", "mcq")
     if kind != "mcq":
         raise BadRow(f'kind is {shown(str(kind))}, expected "mcq"')
-    asked = text(get(row, "prompt"), "prompt")
-    question = parse_question(name, asked, text(get(row, "answer"), "answer"))
-    system = row.get("system")
-    messages: list[Mapping[str, str]] = [{"role": "user", "content": asked}]
-    if system is not None and system != "":
-        messages.insert(0, {"role": "system", "content": text(system, "system")})
-    return question._replace(messages=tuple(messages))
+    asked = rows.text(rows.get(row, "prompt"), "prompt")
+    question = parse_question(name, asked, rows.text(rows.get(row, "answer"), "answer"))
+    messages = rows.chat(asked, "prompt")
+    if (system := row.get("system")) not in (None, ""):
+        messages = ({"role": "system", "content": rows.text(system, "system")}, *messages)
+    return question._replace(messages=messages)
 
 
 def parse_question(name: str, asked: str, answer: str) -> Question:
@@ -260,23 +250,20 @@ def load_quartz(seed: int = 0) -> Split[Question]:
     missing = f'environment.source = "quartz" reads its data from the package evals: {_INSTALL}'
     path = package_folder("evals", missing) / _QUARTZ
     form = '{"input": [..., {"content": "..."}], "ideal": "A"}'
-    rows = read_rows(path, _quartz, "stop", form=form, content=f"QuaRTz ({_INSTALL})").rows
-    seen: dict[str, int] = {}
-    for row in rows:
-        seen[row.question] = seen.get(row.question, 0) + 1
-    rows = [row for row in rows if seen[row.question] == 1]
-    sides = [is_held_out(row.question, seed) for row in rows]
-    return Split(
-        [row for row, held_out in zip(rows, sides, strict=True) if not held_out],
-        [row for row, held_out in zip(rows, sides, strict=True) if held_out],
-    )
+    content = f"QuaRTz ({_INSTALL})"
+    questions = rows.read_rows(path, _quartz, "stop", form=form, content=content).rows
+    counts = Counter(question.question for question in questions)
+    once = [question for question in questions if counts[question.question] == 1]
+    return Split(*rows.split_by_hash(once, lambda question: question.question, seed))
 
 
 def _quartz(row: dict[str, Any], place: str) -> Question:
-    messages = get(row, "input")
+    messages = rows.get(row, "input")
     try:
         asked = messages[-1]["content"]
     except (TypeError, LookupError):
         raise BadRow("input: expected a list of messages with content") from None
     name = f"quartz-{place.rpartition(':')[2]}"
-    return parse_question(name, text(asked, "input"), text(get(row, "ideal"), "ideal"))
+    return parse_question(
+        name, rows.text(asked, "input"), rows.text(rows.get(row, "ideal"), "ideal")
+    )

@@ -31,7 +31,13 @@ from sdpo_jax.config import SEED, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.code import nano_api
 from sdpo_jax.environments.code.values import same_value
-from sdpo_jax.environments.kinds.tool_calls import Task, ToolCalls, complaints, write_call
+from sdpo_jax.environments.kinds.tool_calls import (
+    Task,
+    ToolCalls,
+    complaints,
+    expected_arguments,
+    write_call,
+)
 from sdpo_jax.environments.sandbox.protocol import Evaluate, Limits, Observation, Program, Sandbox
 from sdpo_jax.environments.sanitize import sanitize
 from sdpo_jax.environments.settings import SandboxConfig, sandbox_of
@@ -122,10 +128,7 @@ def api_source() -> str:
 
 def wanted_state(task: Task) -> list[Any]:
     """The value of `done` after a correct program."""
-    slots = FAMILIES[task.family].slots
-    forms = {slot.name: slot.forms[TODAY[task.family, slot.name]] for slot in slots}
-    arguments = {n: f.write(task.values[n]) for n, f in forms.items() if f.write is not None}
-    return [[FAMILIES[task.family].tool, arguments]]
+    return [[FAMILIES[task.family].tool, expected_arguments(task, TODAY)]]
 
 
 def _judge(task: Task, seen: Observation) -> Outcome:
@@ -138,40 +141,26 @@ def _judge(task: Task, seen: Observation) -> Outcome:
         "trust_in_box": 0.0,
         "timed_out": float(seen.status == "time_limit"),
     }
-    return Outcome(float(passed), passed, "" if passed else _feedback(task, seen), metrics)
+    feedback = "" if passed else _feedback(task, seen)
+    feedback = sanitize(feedback, max_lines=6, max_line_characters=120, max_characters=400)
+    return Outcome(float(passed), passed, feedback, metrics)
 
 
 def _feedback(task: Task, seen: Observation) -> str:
-    if seen.status == "error":
-        return _message(seen.error)
+    """The message of the exception, how the program ended, or what is wrong with its call."""
+    if seen.status == "error":  # without the exception's type and the lines that locate it
+        lines = [line for line in seen.error.split("\n") if not line.endswith("(Solution.py)")]
+        kind, _, message = "\n".join(lines).partition(": ")
+        return message or kind
     if seen.status != "done":
         return _ENDED[seen.status]
     calls: Any = seen.value
-    if not isinstance(calls, list) or not calls:
-        return NOTHING_DONE
-    items = cast("list[Any]", calls)
-    if len(items) != 1:
-        return f"expected one call, got {len(items)}"
-    return _wrong_state(task, items[0])
-
-
-def _message(error: str) -> str:
-    """The message of an exception without its type and the lines that locate it."""
-    lines = [line for line in error.split("\n") if not line.endswith("(Solution.py)")]
-    kind, _, message = "\n".join(lines).partition(": ")
-    text = message or kind
-    return sanitize(text, max_lines=6, max_line_characters=120, max_characters=400)
-
-
-def _wrong_state(task: Task, call: Any) -> str:
-    """The feedback on a call that ran without errors but does not match the request."""
-    match call:
-        case [str(tool), dict(arguments)]:
+    match calls:
+        case [[str(tool), dict(arguments)]]:
             named = cast("Mapping[str, Any]", arguments)
             text = ", ".join(f"{n}={json.dumps(v, ensure_ascii=False)}" for n, v in named.items())
-            found = complaints(task, f"{tool}({text})", TODAY)
-            return sanitize(
-                "\n".join(found), max_lines=6, max_line_characters=120, max_characters=400
-            )
+            return "\n".join(complaints(task, f"{tool}({text})", TODAY))
+        case [_, _, *_]:
+            return f"expected one call, got {len(calls)}"
         case _:
             return NOTHING_DONE

@@ -49,6 +49,9 @@ UNSTEADY = frozenset(
 EXACT = frozenset({"game_of_life_halting"})
 """Generators whose answers are compared with the oracle's instead of being scored."""
 
+Sides = dict[str, list[Prompt]]
+"""Prompts of `train` and of `held_out`."""
+
 _INSTALL = "pip install 'reasoning-gym>=0.1.19'"
 _EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
 _EXPRESSION = re.compile(r"[A-Za-z0-9_+\-*/(),. ]*")
@@ -112,9 +115,11 @@ class ReasoningGym:
             start = "No answer found" if given is None else "The answer is empty"
             return Outcome(0.0, False, f"{start}. End with {FORM}.", {"well_formed": 0.0})
         family, entry = prompt.data["family"], prompt.data["entry"]
-        oracle = entry["answer"]
-        trusted = isinstance(oracle, str) and given == oracle.strip()
-        refused = None if trusted else _refused(given, family)
+        oracle, refused = entry["answer"], None
+        if isinstance(oracle, str) and given == oracle.strip():
+            given = oracle  # Leading white space matters to some scorers.
+        else:
+            refused = _refused(given, family)
         score = 0.0 if refused else self._score(family, entry, given)
         passed = score >= 1.0
         feedback = "" if passed else refused or self._complaint(family, entry, given, score)
@@ -141,8 +146,6 @@ class ReasoningGym:
     def _score(self, family: str, entry: Mapping[str, Any], given: str) -> float:
         if family in EXACT:
             return float(given == entry["answer"])
-        if isinstance(entry["answer"], str) and given == entry["answer"].strip():
-            given = entry["answer"]  # Leading white space matters to some scorers.
         try:
             score = float(self._datasets[family].score_answer(given, entry))
         except Exception:  # Scorers raise on an answer that they cannot parse.
@@ -192,10 +195,8 @@ def _dataset(name: str, seed: int, size: int) -> Any:
 
     if name not in DATASETS or name == "composite":
         near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5)
-        hint = (
-            f"; near it: {', '.join(near)}" if near else f"; known: {', '.join(sorted(DATASETS))}"
-        )
-        raise UserError(f"environment.generators: unknown {name!r}{hint}")
+        what, names = ("near it", near) if near else ("known", sorted(DATASETS))
+        raise UserError(f"environment.generators: unknown {name!r}; {what}: {', '.join(names)}")
     if name in UNSTEADY:
         raise UserError(
             f"environment.generators: {name!r} makes other puzzles in every process, expected one "
@@ -216,26 +217,19 @@ def _dataset(name: str, seed: int, size: int) -> Any:
             size //= 4
 
 
-def _draw(
-    datasets: Mapping[str, Any], wanted: Mapping[str, int], seed: int
-) -> dict[str, list[Prompt]]:
+def _draw(datasets: Mapping[str, Any], wanted: Mapping[str, int], seed: int) -> Sides:
     """Makes the wanted number of prompts of each side, with distinct questions."""
     found: dict[str, list[list[Prompt]]] = {side: [] for side in wanted}
     for number, (name, dataset) in enumerate(datasets.items()):
-        missing = {
-            side: (count + len(datasets) - 1 - number) // len(datasets)
-            for side, count in wanted.items()
-        }
+        missing = {side: len(range(number, count, len(datasets))) for side, count in wanted.items()}
         for side, prompts in _prompts(name, dataset, missing, seed).items():
             found[side].append(prompts)
     turns = {side: zip_longest(*parts) for side, parts in found.items()}
     return {side: [p for turn in turns[side] for p in turn if p] for side in wanted}
 
 
-def _prompts(
-    name: str, dataset: Any, missing: dict[str, int], seed: int
-) -> dict[str, list[Prompt]]:
-    found: dict[str, list[Prompt]] = {side: [] for side in missing}
+def _prompts(name: str, dataset: Any, missing: dict[str, int], seed: int) -> Sides:
+    found: Sides = {side: [] for side in missing}
     seen: set[str] = set()
     misses = index = 0
     size = len(dataset)

@@ -60,8 +60,9 @@ class Task(NamedTuple):
 def draw_task(rng: random.Random, family: str) -> Task:
     """Draws the values, the phrasing and the list of tools (the right one among two others)."""
     spec = FAMILIES[family]
-    values = spec.draw(rng)
-    request = rng.choice(spec.phrases).format(**spec.say(values))
+    values = {slot.name: slot.draw(rng) for slot in spec.slots}
+    said = {slot.name: slot.say(values[slot.name]) for slot in spec.slots}
+    request = rng.choice(spec.phrases).format(**said)
     others = [f.tool for name, f in FAMILIES.items() if name != family]
     tools = [spec.tool, *rng.sample(others, 2)]
     rng.shuffle(tools)
@@ -79,13 +80,16 @@ def question(task: Task) -> str:
     return f"tools: {', '.join(task.tools)}\n{task.request}"
 
 
+def expected_arguments(task: Task, api: Api) -> dict[str, Value]:
+    """The arguments of the call that `api` accepts for this task."""
+    slots = FAMILIES[task.family].slots
+    forms = {slot.name: slot.forms[api[task.family, slot.name]] for slot in slots}
+    return {n: f.write(task.values[n]) for n, f in forms.items() if f.write is not None}
+
+
 def write_call(task: Task, api: Api) -> str:
     """Writes the call that `api` accepts for this task."""
-    arguments: list[str] = []
-    for slot in FAMILIES[task.family].slots:
-        form = slot.forms[api[task.family, slot.name]]
-        if form.write is not None:
-            arguments.append(f"{slot.name}={_literal(form.write(task.values[slot.name]))}")
+    arguments = (f"{n}={_literal(value)}" for n, value in expected_arguments(task, api).items())
     return f"{FAMILIES[task.family].tool}({', '.join(arguments)})"
 
 
@@ -246,11 +250,7 @@ def _prompts(families: Sequence[str], count: int, *, held_out: bool, seed: int) 
             continue
         misses = 0
         seen.add(text)
-        prompts.append(
-            Prompt(
-                id=f"{task.family}-{side}-{len(prompts)}",
-                messages=({"role": "user", "content": text},),
-                data={"task": task, "family": task.family},
-            )
-        )
+        name = f"{task.family}-{side}-{len(prompts)}"
+        data = {"task": task, "family": task.family}
+        prompts.append(Prompt(name, ({"role": "user", "content": text},), data))
     return prompts

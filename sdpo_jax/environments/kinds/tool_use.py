@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from sdpo_jax.environments import rows
 from sdpo_jax.environments.answer_forms import (
     MAX_DEPTH,
     cut_off,
@@ -32,23 +33,13 @@ from sdpo_jax.environments.answer_forms import (
     without_thinking,
 )
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.rows import (
-    BadRow,
-    Split,
-    chat,
-    check_sides,
-    get,
-    read_sides,
-    row_id,
-    text,
-    type_name,
-)
+from sdpo_jax.environments.rows import BadRow, Split, type_name
 from sdpo_jax.environments.settings import FilesConfig, print_skipped, require_files
 
 MAX_CHARACTERS, MAX_CALLS = 20_000, 16
 FORM = 'lines "Action: name" and "Action Input: {JSON object}" for each call'
 _ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*)$", re.MULTILINE)
-_INPUT = re.compile(r"^[ \t]*Action Input:\s*", re.MULTILINE)
+_INPUT = re.compile(r"^[ \t]*Action Input:\s*(?:```(?:json)?\s*)?", re.MULTILINE)
 _ROW_FORM = '{"prompt": "...", "answer": [{"action": "...", "input": {...}}]}'
 
 
@@ -95,7 +86,7 @@ class ToolUse:
         """
         self.train = [Prompt(task.id, task.messages, {"task": task}) for task in train]
         self.held_out = [Prompt(task.id, task.messages, {"task": task}) for task in held_out]
-        check_sides(self.train, self.held_out)
+        rows.check_sides(self.train, self.held_out)
         self._reveal = reveal_expected
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
@@ -156,16 +147,15 @@ def parse_calls(response: str) -> list[ToolCall] | str:
 def _call(text: str, action: re.Match[str], number: int) -> tuple[ToolCall, int]:
     """One call and where its decoded input ends; the next action is searched from there."""
     name = action[1].strip().strip("`*\"'")
-    where = f"Call {number}" + (f" ({shown(name)})" if name else "")
     if not name:
-        raise _Refused(f'{where}: no name after "Action:".')
+        raise _Refused(f'Call {number}: no name after "Action:".')
+    where = f"Call {number} ({shown(name)})"
     following = _ACTION.search(text, action.end())
     given = _INPUT.search(text, action.end(), following.start() if following else len(text))
     if given is None:
         raise _Refused(f'{where}: no "Action Input:" follows, expected {FORM}.')
     decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
     start = given.end()
-    start += len(fence[0]) if (fence := re.match(r"```(?:json)?\s*", text[start:])) else 0
     try:
         value, end = decoder.raw_decode(text, start)
     except json.JSONDecodeError as error:
@@ -216,9 +206,8 @@ def complaints(
     while pair := _closest(left, wanted):
         found += _differences(left.pop(pair[0]), wanted.pop(pair[1]), reveal)
     found += [f"{shown(call.action)}: this call is not wanted here." for call in left]
-    for call in wanted:
-        found.append(f"A call is missing{f': {write_calls([call])}' if reveal else '.'}")
-    return found
+    missing = [f": {write_calls([call])}" if reveal else "." for call in wanted]
+    return [*found, *(f"A call is missing{end}" for end in missing)]
 
 
 def _same_call(call: ToolCall, other: ToolCall) -> bool:
@@ -237,13 +226,12 @@ def _key(value: Any) -> Any:
 def _closest(left: Sequence[ToolCall], wanted: Sequence[ToolCall]) -> tuple[int, int] | None:
     """The indices of the two calls of the same action that share the most arguments."""
     pairs = [
-        (_shared(call, other), -i, -j)
+        (i, j)
         for i, call in enumerate(left)
         for j, other in enumerate(wanted)
         if call.action == other.action
     ]
-    _, i, j = max(pairs, default=(0, 1, 1))
-    return None if i > 0 else (-i, -j)
+    return max(pairs, key=lambda pair: _shared(left[pair[0]], wanted[pair[1]]), default=None)
 
 
 def _shared(call: ToolCall, other: ToolCall) -> int:
@@ -260,12 +248,10 @@ def _differences(call: ToolCall, expected: ToolCall, reveal: bool) -> list[str]:
             found.append(f"missing argument {shown(name)}{hint}")
         elif _key(call.input[name]) != _key(value):
             wrong = call.input[name]
+            problem = f"wrong value {shown(json.dumps(wrong, ensure_ascii=False))}"
             if type_name(wrong) != type_name(value):
-                kinds = f"expected {type_name(value)}, got {type_name(wrong)}"
-                found.append(f"{shown(name)}: {kinds}{hint}")
-            else:
-                written = shown(json.dumps(wrong, ensure_ascii=False))
-                found.append(f"{shown(name)}: wrong value {written}{hint}")
+                problem = f"expected {type_name(value)}, got {type_name(wrong)}"
+            found.append(f"{shown(name)}: {problem}{hint}")
     extra = [name for name in call.input if name not in expected.input]
     found += [f"unknown argument {shown(name)}" for name in extra]
     return [f"{shown(call.action)}: {complaint}" for complaint in found]
@@ -284,23 +270,23 @@ def load_tool_use(
       UserError: a file is missing, or holds bad rows.
     """
     content = "tool-use tasks"
-    return read_sides(train, held_out, parse_row, on_error, form=_ROW_FORM, content=content)
+    return rows.read_sides(train, held_out, parse_row, on_error, form=_ROW_FORM, content=content)
 
 
 def parse_row(row: dict[str, Any], place: str) -> Task:
     """Parses one row of the form that `load_tool_use` describes."""
-    name = row_id(row, place, "idx" if "idx" in row and "id" not in row else "id")
-    messages = chat(get(row, "prompt"), "prompt")
+    name = rows.row_id(row, place, "idx" if "idx" in row and "id" not in row else "id")
+    messages = rows.chat(rows.get(row, "prompt"), "prompt")
     if isinstance(system := row.get("system"), str) and system.strip():
-        messages = ({"role": "system", "content": text(system, "system")}, *messages)
+        messages = ({"role": "system", "content": rows.text(system, "system")}, *messages)
     key = "golden_answer" if "golden_answer" in row and "answer" not in row else "answer"
-    items = _decoded(get(row, key), key)
+    items = _decoded(rows.get(row, key), key)
     if not isinstance(items, list) or not items:
         raise BadRow(f"{key} is {type_name(items) if items else 'empty'}, expected a list of calls")
     calls = tuple(_expected(item, f"{key}[{i}]") for i, item in enumerate(cast(list[Any], items)))
     if len(calls) > MAX_CALLS:
         raise BadRow(f"{key} has {len(calls)} calls, expected at most {MAX_CALLS}")
-    if parse_calls(text(write_calls(calls), key)) != list(calls):
+    if parse_calls(rows.text(write_calls(calls), key)) != list(calls):
         raise BadRow(f"{key} cannot be written as {FORM}")
     return Task(name, messages, calls)
 
@@ -310,8 +296,8 @@ def _expected(item: Any, where: str) -> ToolCall:
         raise BadRow(f"{where} is {type_name(item)}, expected an object")
     call = cast(dict[str, Any], item)
     names = {name.lower().removeprefix("action_"): name for name in call}
-    action = text(get(call, names.get("action", "action"), where), f"{where}.action")
-    arguments = _decoded(get(call, names.get("input", "input"), where), f"{where}.input")
+    action = rows.text(rows.get(call, names.get("action", "action"), where), f"{where}.action")
+    arguments = _decoded(rows.get(call, names.get("input", "input"), where), f"{where}.input")
     if not isinstance(arguments, dict):
         raise BadRow(f"{where}.input is {type_name(arguments)}, expected an object")
     return ToolCall(action.strip(), cast(dict[str, Any], arguments))
