@@ -11,8 +11,8 @@ import subprocess
 from importlib import import_module
 
 PACKAGE = "sdpo_jax.environments.sandbox"
-RUNNER = ("frames", "values", "confine", "watch", "inside", "runner")
-DAEMON = ("frames", "seccomp", "confine", "boxes", "daemon")
+RUNNER = ("frames", "values", "confine", "processes", "watch", "inside", "runner")
+DAEMON = ("frames", "seccomp", "confine", "processes", "boxes", "daemon")
 _LOADER = """\
 import sys
 sys.path[:] = [p for p in sys.path if p]
