@@ -100,18 +100,14 @@ class RemoteSandbox:
         return Observation("infrastructure", error=f"{self._url}: {reason}"[:500])
 
     def _body(self, program: Mapping[str, Any], test: Mapping[str, Any]) -> dict[str, Any]:
-        job = {
-            "source": program["source"],
-            "test": test,
-            "limits": program["limits"],
-            "paths": self._paths,
-        }
+        source, limits = program["source"], program["limits"]
+        job = {"source": source, "test": test, "limits": limits, "paths": self._paths}
         code = self._loader + _DRIVER.format(job=json.dumps(job), record=_RECORD)
         return {
             "code": code,
             "language": "python",
             "stdin": test["stdin"] if test["kind"] == "run" else "",
-            "run_timeout": program["limits"]["wall_seconds"],
+            "run_timeout": limits["wall_seconds"],
             "files": {},
             "fetch_files": [_RECORD],
         }
