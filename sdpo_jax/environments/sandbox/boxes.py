@@ -164,10 +164,12 @@ class Box:
     def close(self) -> str:
         """Ends the box; returns what its start-up wrote to standard error, at most 2,000 bytes."""
         process = self.process
-        if self._plan.bwrap:
-            process.kill()
-        else:
-            self._kill_tree()
+        if not self._plan.bwrap:
+            # No PID namespace ends the runner's descendants with it.
+            _end(lambda: _below(process.pid))
+        process.kill()
+        if self._own_uid and not self._plan.bwrap:
+            _end(lambda: _owned_by(self._uid))
         assert process.stdin and process.stdout and process.stderr
         os.set_blocking(process.stderr.fileno(), False)
         process.wait()
@@ -184,14 +186,6 @@ class Box:
         if not self._plan.bwrap:
             remove(self._work)
         return said
-
-    def _kill_tree(self) -> None:
-        """Ends the runner and its descendants if there is no PID namespace that does so."""
-        pid = self.process.pid
-        _end(lambda: _below(pid))
-        self.process.kill()
-        if self._own_uid:
-            _end(lambda: _owned_by(self._uid))
 
 
 _END_SECONDS = 5.0
