@@ -12,8 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from sdpo_jax.environments.sandbox import boot, boxes, frames, values
-from sdpo_jax.environments.sandbox.protocol import Observation, Program
-from sdpo_jax.environments.sandbox.report import Report
+from sdpo_jax.environments.sandbox.protocol import Observation, Program, Report
 
 _ATTEMPTS = 3
 """Number of executors that are tried for a program before its tests count as not graded."""
@@ -181,7 +180,7 @@ def request(program: Program) -> dict[str, Any]:
 
 def observation(seen: dict[str, Any]) -> Observation:
     """An observation from the executor's message; a value that is not strict JSON is an error."""
-    status, error, value = seen["status"], seen["error"], None
+    status, error, value = seen["status"], seen.get("error", ""), None
     if status == "done":
         try:
             value = values.loads(seen["value"])

@@ -6,8 +6,7 @@ import tempfile
 from contextlib import suppress
 
 from sdpo_jax.environments.sandbox import tiers
-from sdpo_jax.environments.sandbox.protocol import Evaluate, Program, Sandbox
-from sdpo_jax.environments.sandbox.report import Report
+from sdpo_jax.environments.sandbox.protocol import Evaluate, Program, Report, Sandbox
 
 _ATTACKS = {
     "files": "open({file!r}).read()",

@@ -5,7 +5,6 @@ be readable by every user. An interpreter below a closed home directory is not; 
 `/usr/bin/python3` runs the programs, and the report names it.
 """
 
-import base64
 import os
 import shutil
 import stat
@@ -102,14 +101,14 @@ def interpreter() -> Interpreter:
 def _plan(
     tier: str, found: Interpreter, needed: Sequence[str], mounts: Sequence[str]
 ) -> boxes.Plan:
-    program, payload = boot.compiled(found.path, boot.RUNNER)
+    runner, code = boot.compiled(found.path, boot.RUNNER)
     return boxes.Plan(
         tier=tier,
         python=found.path,
         mounts=tuple(needed),
         paths=tuple(os.path.abspath(mount) for mount in mounts),
-        runner=program,
-        code=base64.b64encode(payload).decode(),
+        runner=runner,
+        code=code,
     )
 
 
@@ -126,7 +125,8 @@ def _probe(path: str) -> Interpreter | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return Interpreter(path, answer.stdout.rstrip())
+    (prefix,) = answer.stdout.splitlines()
+    return Interpreter(path, prefix)
 
 
 def _readable_by_all(mounts: Sequence[str]) -> tuple[str, ...]:

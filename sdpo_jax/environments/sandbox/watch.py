@@ -71,35 +71,34 @@ class Seen(NamedTuple):
     limits: Mapping[str, Any]
 
     def observation(self) -> dict[str, Any]:
-        """The fields of an `Observation`; `value` is still JSON text."""
-        status, error, value = self._ending()
+        """The fields of an `Observation`: JSON text as `value` if the test is done, or `error`."""
+        status, text = self._ending()
         return {
             "status": status,
+            "value" if status == "done" else "error": text,
             "stdout": self.readers["stdout"].text,
             "stderr": self.readers["stderr"].text,
-            "value": value,
-            "error": error,
             "cpu_seconds": round(self.cpu_seconds, 3),
         }
 
-    def _ending(self) -> tuple[str, str, str]:
+    def _ending(self) -> tuple[str, str]:
         limits = self.limits
         over = [r.name for r in self.readers.values() if r.overflow]
         if self.verdict == "time_limit" or self.cpu_seconds > limits["cpu_seconds"]:
-            return "time_limit", "", "null"
+            return "time_limit", ""
         if over or self.verdict == "output_limit":
             what = "the returned value" if over == ["result"] else (over or ["a file"])[0]
-            return "output_limit", f"more output than allowed on {what}", "null"
+            return "output_limit", f"more output than allowed on {what}"
         if self.verdict == "memory_limit":
-            return "memory_limit", f"more than {limits['memory_mb']} MB", "null"
+            return "memory_limit", f"more than {limits['memory_mb']} MB"
         if self.verdict == "process_limit":
-            return "memory_limit", f"more than {limits['processes']} processes", "null"
+            return "memory_limit", f"more than {limits['processes']} processes"
         if self.verdict == "infrastructure" or self.exit_status == SETUP_FAILED << 8:
-            return "infrastructure", self.readers["stderr"].text[:500], "null"
+            return "infrastructure", self.readers["stderr"].text[:500]
         status, _, rest = self.readers["result"].text.partition("\n")
         if status not in _RECORD_STATUSES:
-            return "died", _exit_words(self.exit_status), "null"
-        return (status, "", rest) if status == "done" else (status, rest, "null")
+            return "died", _exit_words(self.exit_status)
+        return status, rest
 
 
 def _exit_words(status: int) -> str:
@@ -118,8 +117,7 @@ def watch(
     """Waits for the child or the first limit, kills every descendant, drains the pipes."""
     streams = _Streams(readers, stdin, child)
     started, before = time.monotonic(), _reaped_seconds()
-    verdict, status = "", 0
-    wait = 0.0
+    verdict, status, wait = "", 0, 0.0
     while not verdict:
         streams.turn(wait)
         pid, exit_status = os.waitpid(child, os.WNOHANG)
