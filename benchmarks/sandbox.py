@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_jax.environments.sandbox import Call, Limits, Program, Run, open_sandbox
-from sdpo_jax.environments.sandbox.boxes import children
 from sdpo_jax.environments.sandbox.client import LocalSandbox
+from sdpo_jax.environments.sandbox.processes import children
 
 _SOURCE = """
 from collections import Counter

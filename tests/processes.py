@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sdpo_jax.environments.sandbox.boxes import children
 from sdpo_jax.environments.sandbox.client import Executor
+from sdpo_jax.environments.sandbox.processes import children
 
 
 def tree(pid: int) -> list[int]:

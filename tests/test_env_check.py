@@ -166,10 +166,10 @@ def test_hostile_programs_are_run_only_where_responses_are_programs():
             return super().grade(prompt, response)
 
     assert problems(Listening(0)) == {}
-    assert not {source for _, source in PROGRAMS} & set(asked)
+    assert not set(PROGRAMS.values()) & set(asked)
     assert problems(Listening(0), runs_programs=True) == {}
-    assert {source for _, source in PROGRAMS} <= set(asked)
-    assert {make(Sums(0).train[0]) for _, make in ATTACKS} <= set(asked)
+    assert set(PROGRAMS.values()) <= set(asked)
+    assert set(ATTACKS.values()) <= set(asked)
 
 
 def test_the_report_says_ok_or_problem_with_what_to_do_below():

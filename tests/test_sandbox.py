@@ -16,8 +16,8 @@ import pytest
 import sandbox_attacks
 
 from sdpo_jax.environments.sandbox import Call, Limits, Observation, Program, open_sandbox
-from sdpo_jax.environments.sandbox.boxes import children
 from sdpo_jax.environments.sandbox.client import LocalSandbox
+from sdpo_jax.environments.sandbox.processes import children
 from sdpo_jax.errors import UserError
 
 MARK = "sdpo-secret-7f3a91"

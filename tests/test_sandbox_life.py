@@ -18,8 +18,8 @@ import pytest
 from processes import alive, in_background, sleep_in, tree, wait_until
 
 from sdpo_jax.environments.sandbox import Call, Limits, Program, Run, open_sandbox, tiers
-from sdpo_jax.environments.sandbox.boxes import children
 from sdpo_jax.environments.sandbox.client import Executor, LocalSandbox
+from sdpo_jax.environments.sandbox.processes import children
 from sdpo_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +120,7 @@ def test_a_box_that_dies_at_its_start_and_leaves_a_child_is_not_waited_for() -> 
     # As bwrap does where it is killed before its child is set up: the child keeps the pipes open.
     source = """
 import os, pathlib, sys, tempfile
-from sdpo_jax.environments.sandbox import boxes, confine, tiers
+from sdpo_jax.environments.sandbox import boxes, confine, processes, tiers
 confine.become_subreaper()
 with tempfile.TemporaryDirectory() as folder:
     os.chmod(folder, 0o755)
@@ -131,7 +131,7 @@ with tempfile.TemporaryDirectory() as folder:
     try:
         boxes.Box(plan, 64001, 16).take({"source": "", "limits": {}})
     except boxes.BoxError as error:
-        print(error, boxes.children(os.getpid()))
+        print(error, processes.children(os.getpid()))
 """
     done = subprocess.run(
         [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -15,8 +15,8 @@ import pytest
 from processes import alive, in_background, sleep_in, tree
 
 from sdpo_jax.environments.sandbox import Call, Limits, Program, Run, open_sandbox
-from sdpo_jax.environments.sandbox.boxes import children
 from sdpo_jax.environments.sandbox.client import LocalSandbox
+from sdpo_jax.environments.sandbox.processes import children
 
 # Namespaces tell boxes of bubblewrap apart, and the process above a test those of Landlock.
 WHO = "import os\ndef f(): return [os.readlink('/proc/self/ns/pid'), os.getppid()]"

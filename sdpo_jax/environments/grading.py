@@ -73,16 +73,12 @@ class Grader:
             )
         if isinstance(self._environment, GradesRows):
             return self._environment.grade_rows(prompts, responses, cut)
-        rows = range(len(responses))
-        groups = (
-            ([i for i in rows if not cut[i]], self._whole),
-            ([i for i in rows if cut[i]], self._truncated),
-        )
         outcomes: dict[int, Outcome] = {}
-        for group, grade in groups:
-            graded = grade([prompts[i] for i in group], [responses[i] for i in group])
-            outcomes |= zip(group, graded, strict=True)
-        return [outcomes[i] for i in rows]
+        for is_cut, grade in ((False, self._whole), (True, self._truncated)):
+            rows = [i for i, flag in enumerate(cut) if bool(flag) == is_cut]
+            graded = grade([prompts[i] for i in rows], [responses[i] for i in rows])
+            outcomes |= zip(rows, graded, strict=True)
+        return [outcomes[i] for i in range(len(responses))]
 
     def _whole(self, prompts: list[Prompt], responses: list[str]) -> list[Outcome]:
         environment = self._environment
@@ -135,10 +131,12 @@ class OpenEpisodes:
                 )
             pairs = zip(steps, prompts, strict=True)
             return [_check_step(step, "step_many", prompt) for step, prompt in pairs]
-        return [
-            _step(episode, prompt, response)
-            for episode, prompt, response in zip(episodes, prompts, responses, strict=True)
-        ]
+        steps: list[Step] = []
+        for episode, prompt, response in zip(episodes, prompts, responses, strict=True):
+            with _explained("step", [prompt]):
+                step = episode.step(response)
+            steps.append(_check_step(step, "step", prompt))
+        return steps
 
 
 def answers_of(
@@ -224,12 +222,6 @@ def _grade_batch(
     return [_check(o, name, prompt) for prompt, o in zip(prompts, outcomes, strict=True)]
 
 
-def _step(episode: Episode, prompt: Prompt, response: str) -> Step:
-    with _explained("step", [prompt]):
-        step = episode.step(response)
-    return _check_step(step, "step", prompt)
-
-
 @contextmanager
 def _explained(
     name: str, prompts: Sequence[Prompt], expected: str = "an Outcome"
@@ -260,9 +252,12 @@ def place_of(error: BaseException, caller: str) -> str:
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(_below(error.__traceback__, caller))
-    last = _last_outside_libraries(frames)
-    return f"{last.filename}:{last.lineno}" if last is not None else "an unknown line"
+    frames = list(traceback.extract_tb(_below(error.__traceback__, caller)))
+    # Installed packages and the standard library are not the environment's own.
+    standard = str(Path(traceback.__file__).parent)
+    own = [f for f in frames if "site-packages" not in Path(f.filename).parts]
+    own = [f for f in own if not f.filename.startswith(standard)] or frames
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown line"
 
 
 def own_traceback(error: BaseException, caller: str) -> str:
@@ -279,14 +274,6 @@ def _below(trace: TracebackType | None, caller: str) -> TracebackType | None:
             break
         trace = trace.tb_next
     return trace
-
-
-def _last_outside_libraries(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
-    """The innermost frame outside installed packages and the standard library: the user's code."""
-    own = [f for f in frames if "site-packages" not in Path(f.filename).parts]
-    standard = str(Path(traceback.__file__).parent)
-    own = [f for f in own if not f.filename.startswith(standard)] or list(frames)
-    return own[-1] if own else None
 
 
 def _check(outcome: Any, name: str, prompt: Prompt) -> Outcome:

@@ -58,8 +58,7 @@ def make_environment(config: EnvironmentConfig) -> Environment:
         workers = max(1, workers)
     if workers == 0:
         return environment
-    seconds = config.deadline_seconds
-    return InWorkers(environment, config, workers=workers, deadline_seconds=seconds)
+    return InWorkers(environment, config, workers=workers)
 
 
 def build(config: EnvironmentConfig) -> Environment:

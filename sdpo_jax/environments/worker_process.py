@@ -55,9 +55,8 @@ def _answer(
             episode = OpenEpisodes(environment, [prompt])
             (step,) = [episode([0], [text], [False])[0] for text in request["responses"]][-1:]
         else:
-            (outcome,) = Grader(environment)(
-                [prompt], [request["response"]], [request["truncated"]]
-            )
+            response, truncated = request["response"], request["truncated"]
+            (outcome,) = Grader(environment)([prompt], [response], [truncated])
             step = Step(None, outcome)
     except UserError as error:
         if isinstance(error.__cause__, MemoryError):

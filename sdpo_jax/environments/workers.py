@@ -24,7 +24,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ from sdpo_jax.environments.base import (
     Step,
     not_graded,
 )
+from sdpo_jax.environments.settings import WorkerConfig
 from sdpo_jax.errors import UserError
 
 RETRIES = 2
@@ -54,7 +55,6 @@ MEMORY_MB = 4096
 """Memory that grading may allocate on top of the built environment (heap and private mappings,
 `RLIMIT_DATA`; enforced on Linux only): comparing two formulas can allocate without bound."""
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "VIRTUAL_ENV")
-_CHILD = "sdpo_jax.environments.worker_process"
 _LINE_LIMIT = 8 << 20
 
 
@@ -73,16 +73,13 @@ class InWorkers:
     The workers start with this object and end with `close` or with this process.
     """
 
-    def __init__(
-        self, environment: Environment, settings: Any, *, workers: int, deadline_seconds: float
-    ):
+    def __init__(self, environment: Environment, settings: WorkerConfig, *, workers: int):
         """Starts the workers, which build their environments in the background.
 
         Args:
           environment: built from `settings`.
-          settings: the recipe's `[environment]`, a dataclass.
+          settings: the recipe's `[environment]`, with the time limit for one response.
           workers: processes, at least 1.
-          deadline_seconds: wall-clock time for one response.
 
         Raises:
           UserError: two prompts of the environment have one id.
@@ -94,7 +91,7 @@ class InWorkers:
             "folder": str(Path.cwd()),
             "memory_mb": MEMORY_MB,
         }
-        self._pool = _Pool(hello, fingerprint(environment), workers, deadline_seconds)
+        self._pool = _Pool(hello, fingerprint(environment), workers, settings.deadline_seconds)
         self.close = weakref.finalize(self, self._pool.close)
         # Set only where the environment has them: callers test for the attribute.
         if isinstance(environment, HasReferences):
@@ -158,7 +155,7 @@ class _Worker:
         self.deadline = time.monotonic() + START_SECONDS
         self._buffer = b""
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _CHILD],
+            [sys.executable, "-P", "-m", "sdpo_jax.environments.worker_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=clean_environment(),
@@ -197,11 +194,9 @@ class _Worker:
         self._process.wait()
 
     def _write(self, message: Mapping[str, Any]) -> None:
-        try:
+        with contextlib.suppress(OSError):  # The process is gone, which the next read reports.
             self._in.write(json.dumps(message).encode() + b"\n")
             self._in.flush()
-        except OSError:  # The process is gone, which the next read reports.
-            pass
 
 
 class _Pool:
@@ -236,21 +231,14 @@ class _Pool:
     def _wait(self, waiting: deque[Job], outcomes: dict[int, Step]) -> None:
         """Reads the replies that have arrived; replaces the workers that missed their deadline."""
         busy = [w for w in self._workers if w.job is not None or not w.ready]
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.out, selectors.EVENT_READ, worker)
-            first = min(worker.deadline for worker in busy)
-            events = selector.select(max(0.0, first - time.monotonic()))
-        heard: list[_Worker] = [key.data for key, _ in events]
+        left = min(worker.deadline for worker in busy) - time.monotonic()
+        ready = connection.wait([worker.out.fileno() for worker in busy], max(0.0, left))
+        heard = [worker for worker in busy if worker.out.fileno() in ready]
         for worker in heard:
             reply = worker.read()
             if reply == {}:
-                self._lost(
-                    worker,
-                    "its worker died (a kill, or more memory than a worker may have)",
-                    waiting,
-                    outcomes,
-                )
+                died = "its worker died (a kill, or more memory than a worker may have)"
+                self._lost(worker, died, waiting, outcomes)
             elif reply is not None:
                 self._reply(worker, reply, outcomes)
         for worker in busy:

@@ -8,10 +8,10 @@ from sdpo_jax.environments.sandbox.protocol import (
     Limits,
     Observation,
     Program,
+    Report,
     Run,
     Sandbox,
 )
-from sdpo_jax.environments.sandbox.report import Report
 
 __all__ = [
     "Call",

@@ -11,8 +11,8 @@ import subprocess
 from importlib import import_module
 
 PACKAGE = "sdpo_jax.environments.sandbox"
-RUNNER = ("frames", "values", "confine", "watch", "inside", "runner")
-DAEMON = ("frames", "seccomp", "confine", "boxes", "daemon")
+RUNNER = ("frames", "values", "confine", "processes", "watch", "inside", "runner")
+DAEMON = ("frames", "seccomp", "confine", "processes", "boxes", "daemon")
 _LOADER = """\
 import sys
 sys.path[:] = [p for p in sys.path if p]
@@ -49,23 +49,22 @@ def text(modules: tuple[str, ...], *, start: bool = True) -> str:
     return _LOADER + "\n".join([*lines, "last.main()" if start else "", ""])
 
 
-def compiled(python: str, modules: tuple[str, ...]) -> tuple[str, bytes]:
-    """A program for `python -c`, and the bytes that it reads first; saves a compilation per box.
+def compiled(python: str, modules: tuple[str, ...]) -> tuple[str, str]:
+    """A program for `python -c`, and in base64 what it reads first; saves a compilation per box.
 
     Raises `OSError` or `subprocess.SubprocessError` where the interpreter does not run.
     """
     sources = _sources(modules)
-    made = subprocess.run(
+    code = subprocess.run(
         [python, "-I", "-S", "-B", "-c", _COMPILER],
         input=repr(sources).encode(),
         env={},
         capture_output=True,
         check=True,
         timeout=60,
-    )
-    payload = base64.b64decode(made.stdout)
-    names = [name for name, _ in sources]
-    return _LOADER + _READER.format(length=len(payload), names=names), payload
+    ).stdout.decode()
+    length, names = len(base64.b64decode(code)), [name for name, _ in sources]
+    return _LOADER + _READER.format(length=length, names=names), code
 
 
 def _sources(modules: tuple[str, ...]) -> list[tuple[str, str]]:

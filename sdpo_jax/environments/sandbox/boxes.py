@@ -15,22 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from sdpo_jax.environments.sandbox import frames, seccomp
+from sdpo_jax.environments.sandbox import frames, processes, seccomp
 
 _UIDS = range(64001, 65534)
 """User ids of the slots if the daemon is root; distributions assign none of them."""
-_ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin",
-    "LANG": "C.UTF-8",
-    "TZ": "UTC",
-    "PYTHONHASHSEED": "0",
-    # Each BLAS thread allocates memory as soon as it starts.
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-}
-
-
 _PIPE_BYTES = 256 << 10
 """Room for the runner's code in the pipe of a box that does not read yet."""
 _START_SECONDS = 120.0
@@ -57,7 +45,6 @@ class Plan(NamedTuple):
     deny_signals: bool = False
     work_root: str = ""
     """Parent of the tests' directories, for a tier without a file system of its own."""
-    environment: Mapping[str, str] = {}
 
 
 class BoxError(Exception):
@@ -116,7 +103,7 @@ class Box:
         uid = self._uid if self._own_uid else None
         return subprocess.Popen(
             command,
-            env={} if self._plan.bwrap else self._environment(),
+            env={} if self._plan.bwrap else _environment(self._work),
             cwd="/" if self._plan.bwrap else self._work,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -127,9 +114,6 @@ class Box:
             group=uid,
             extra_groups=None if uid is None else [],
         )
-
-    def _environment(self) -> dict[str, str]:
-        return {**_ENVIRONMENT, **self._plan.environment, "HOME": self._work, "TMPDIR": self._work}
 
     def _new_directory(self) -> str:
         # A new name each time: the next program must not see what could not be removed.
@@ -180,17 +164,19 @@ class Box:
     def close(self) -> str:
         """Ends the box; returns what its start-up wrote to standard error, at most 2,000 bytes."""
         process = self.process
-        if self._plan.bwrap:
-            process.kill()
-        else:
-            self._kill_tree()
+        if not self._plan.bwrap:
+            # No PID namespace ends the runner's descendants with it.
+            _end(lambda: _below(process.pid))
+        process.kill()
+        if self._own_uid and not self._plan.bwrap:
+            _end(lambda: _owned_by(self._uid))
         assert process.stdin and process.stdout and process.stderr
         os.set_blocking(process.stderr.fileno(), False)
         process.wait()
         with _starting:
             _running.discard(process.pid)
             # Orphans of a runner or bwrap are the daemon's children now and must be reaped.
-            _end(lambda: [p for p in children(os.getpid()) if p not in _running])
+            _end(lambda: [p for p in processes.children(os.getpid()) if p not in _running])
         said = ""
         with suppress(OSError):
             said = os.read(process.stderr.fileno(), 2000).decode("utf-8", "replace").strip()
@@ -201,14 +187,6 @@ class Box:
             remove(self._work)
         return said
 
-    def _kill_tree(self) -> None:
-        """Ends the runner and its descendants if there is no PID namespace that does so."""
-        pid = self.process.pid
-        _end(lambda: _below(pid))
-        self.process.kill()
-        if self._own_uid:
-            _end(lambda: _owned_by(self._uid))
-
 
 _END_SECONDS = 5.0
 _claims: list[socket.socket] = []
@@ -218,12 +196,28 @@ _running: set[int] = set()
 """Processes that the daemon itself started, so that an orphan can be told from a box."""
 
 
+def _environment(work: str) -> dict[str, str]:
+    """The environment variables of a box."""
+    return {
+        "PATH": "/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "TZ": "UTC",
+        "PYTHONHASHSEED": "0",
+        # Each BLAS thread allocates memory as soon as it starts.
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HOME": work,
+        "TMPDIR": work,
+    }
+
+
 def _bubblewrap(plan: Plan, size: int, filter_fd: int) -> list[str]:
     """The bwrap command of a box; the order matters, because later mounts cover earlier ones."""
     command = [plan.bwrap, "--unshare-user", "--unshare-all", "--uid", "65534", "--gid", "65534"]
     command += ["--disable-userns"] if plan.disable_userns else []
     command += ["--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv"]
-    for name, value in {**_ENVIRONMENT, "HOME": "/tmp", "TMPDIR": "/tmp"}.items():
+    for name, value in _environment("/tmp").items():
         command += ["--setenv", name, value]
     command += ["--ro-bind", "/usr", "/usr"]
     for path in ("/lib", "/lib64", "/bin"):
@@ -248,13 +242,10 @@ def _filter_file(plan: Plan) -> Iterator[int]:
     if not (plan.bwrap and seccomp.supported()):
         yield -1
         return
-    fd = os.memfd_create("seccomp")
-    try:
-        os.write(fd, seccomp.program())
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)
+    with open(os.memfd_create("seccomp"), "wb", buffering=0) as file:
+        file.write(seccomp.program())
+        file.seek(0)
+        yield file.fileno()
 
 
 def remove(path: str) -> None:
@@ -266,49 +257,30 @@ def remove(path: str) -> None:
             subprocess.run(["/bin/rm", "-rf", "--", path], env={}, check=False, capture_output=True)
 
 
-def children(pid: int) -> list[int]:
-    """The children of a process."""
-    found: list[int] = []
-    with suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb") as listing:
-                found += [int(word) for word in listing.read().split()]
-    return found
-
-
 def _below(pid: int) -> list[int]:
-    found, queue = [], [pid]
-    while queue:
-        below = children(queue.pop())
-        found += below
-        queue += below
     # Zombies wait to be reaped by their parent and cannot be killed again.
-    return [pid for pid in found if _alive(str(pid))]
+    return [pid for pid in processes.descendants(pid) if _alive(pid)]
 
 
 def _owned_by(uid: int) -> list[int]:
     found: list[int] = []
     for name in os.listdir("/proc"):
         with suppress(OSError):
-            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid and _alive(name):
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid and _alive(int(name)):
                 found.append(int(name))
     return found
 
 
-def _alive(name: str) -> bool:
-    with suppress(OSError), open(f"/proc/{name}/stat", "rb") as stat:
-        return stat.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    return False
+def _alive(pid: int) -> bool:
+    return processes.stat(pid)[:1] not in ([], ["Z"], ["X"])
 
 
 def _end(listed: Callable[[], Sequence[int]]) -> None:
     """Stops, then kills the processes of `listed()` until none is left, so that none can fork."""
     deadline = time.monotonic() + _END_SECONDS
     while (pids := listed()) and time.monotonic() < deadline:
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in pids:
-                with suppress(OSError):
-                    os.kill(pid, number)
+        processes.signal_all(pids, signal.SIGSTOP)
+        processes.signal_all(pids, signal.SIGKILL)
         for pid in pids:
             with suppress(OSError):
                 os.waitpid(pid, os.WNOHANG)
@@ -331,8 +303,6 @@ def claim_uids(count: int) -> list[int]:
     """
     found: list[int] = []
     for uid in _UIDS:
-        if len(found) == count:
-            break
         claim = socket.socket(socket.AF_UNIX)
         try:
             claim.bind(f"\0sdpo-sandbox-uid-{uid}")
@@ -341,6 +311,6 @@ def claim_uids(count: int) -> list[int]:
             continue
         _claims.append(claim)
         found.append(uid)
-    if len(found) < count:
-        raise BoxError(f"no uid is free for {count} slots")
-    return found
+        if len(found) == count:
+            return found
+    raise BoxError(f"no uid is free for {count} slots")

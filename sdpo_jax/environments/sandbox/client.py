@@ -12,16 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from sdpo_jax.environments.sandbox import boot, boxes, frames, values
-from sdpo_jax.environments.sandbox.protocol import (
-    Call,
-    Check,
-    Evaluate,
-    Observation,
-    Program,
-    Run,
-    Test,
-)
-from sdpo_jax.environments.sandbox.report import Report
+from sdpo_jax.environments.sandbox.protocol import Observation, Program, Report
 
 _ATTEMPTS = 3
 """Number of executors that are tried for a program before its tests count as not graded."""
@@ -35,22 +26,16 @@ class LocalSandbox:
     """Sends programs to an executor beside this process; `run` may be called from any thread."""
 
     def __init__(self, plan: boxes.Plan, slots: int):
-        self._plan, self._slots = plan, slots
+        self._plan = plan
+        self.tier = plan.tier
+        """The isolation of the programs."""
+        self.slots = slots
+        """Programs that run at a time."""
         self._lock = threading.Lock()
         self._executor: Executor | None = None
         self._closed = False
         self.report: Report | None = None
         """The parts of the tier and the attacks that it blocked at its start."""
-
-    @property
-    def tier(self) -> str:
-        """The isolation of the programs."""
-        return self._plan.tier
-
-    @property
-    def slots(self) -> int:
-        """Programs that run at a time."""
-        return self._slots
 
     @property
     def executor_pid(self) -> int | None:
@@ -99,7 +84,7 @@ class LocalSandbox:
             if self._executor is None or self._executor.ended:
                 if self._executor:
                     self._executor.close()
-                self._executor = Executor(self._plan, self._slots)
+                self._executor = Executor(self._plan, self.slots)
             return self._executor
 
 
@@ -188,18 +173,14 @@ def request(program: Program) -> dict[str, Any]:
     return {
         "source": program.source,
         "limits": program.limits._asdict(),
-        "tests": [_test(test) for test in program.tests],
+        # The kinds are call, evaluate, run and check.
+        "tests": [{"kind": type(t).__name__.lower(), **t._asdict()} for t in program.tests],
     }
-
-
-def _test(test: Test) -> dict[str, Any]:
-    kinds = {Call: "call", Evaluate: "evaluate", Run: "run", Check: "check"}
-    return {"kind": kinds[type(test)], **test._asdict()}
 
 
 def observation(seen: dict[str, Any]) -> Observation:
     """An observation from the executor's message; a value that is not strict JSON is an error."""
-    status, error, value = seen["status"], seen["error"], None
+    status, error, value = seen["status"], seen.get("error", ""), None
     if status == "done":
         try:
             value = values.loads(seen["value"])

@@ -11,7 +11,7 @@ import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP = 4, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _SECCOMP_MODE_FILTER = 2
 _LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
@@ -41,8 +41,12 @@ class _Filter(ctypes.Structure):
 def _prctl(option: int, *arguments: Any) -> None:
     padded = (*arguments, 0, 0, 0, 0)[:4]
     if _libc.prctl(option, *(a if not isinstance(a, int) else ctypes.c_ulong(a) for a in padded)):
-        error = ctypes.get_errno()
-        raise OSError(error, f"prctl({option}): {os.strerror(error)}")
+        raise _failed(f"prctl({option})")
+
+
+def _failed(call: str) -> OSError:
+    error = ctypes.get_errno()
+    return OSError(error, f"{call}: {os.strerror(error)}")
 
 
 def harden_runner() -> None:
@@ -54,11 +58,6 @@ def harden_runner() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-
-
-def die_with_parent() -> None:
-    """Kills this process when its parent ends."""
-    _prctl(_PR_SET_PDEATHSIG, 9)
 
 
 def set_limits(limits: Mapping[str, Any], count_processes: bool) -> None:
@@ -132,8 +131,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 def restrict(ruleset: int) -> None:
     """Applies a Landlock ruleset to this process for good; raises `OSError` if it cannot."""
     if _libc.syscall(_LANDLOCK["restrict"], ruleset, ctypes.c_uint32(0)):
-        error = ctypes.get_errno()
-        raise OSError(error, f"landlock_restrict_self: {os.strerror(error)}")
+        raise _failed("landlock_restrict_self")
 
 
 def filter_system_calls(program: bytes) -> None:

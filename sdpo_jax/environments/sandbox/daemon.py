@@ -156,28 +156,23 @@ class Slot:
                 ready.take(program)
                 return ready
         self._close_used()
-        for attempt in range(_STARTS):
+        problem = ""
+        for _ in range(_STARTS):
             try:
                 box = boxes.Box(self._plan, next(self._uids), size)
                 box.take(program)
                 return box
             except (boxes.BoxError, OSError) as error:
-                if attempt == _STARTS - 1:
-                    raise boxes.BoxError(str(error)) from error
-        raise AssertionError("unreachable")
+                problem = str(error)
+        raise boxes.BoxError(problem)
 
 
 def _ended(box: boxes.Box) -> dict[str, Any]:
     """A box ended, because of our time limit or because of the program."""
     if box.expired:
         return _infrastructure("the box gave no answer in time")
-    return _blank("died", "the box ended before the test did")
+    return {"status": "died", "error": "the box ended before the test did"}
 
 
 def _infrastructure(error: str) -> dict[str, Any]:
-    return _blank("infrastructure", error)
-
-
-def _blank(status: str, error: str) -> dict[str, Any]:
-    fields: dict[str, Any] = {"status": status, "error": error, "stdout": "", "stderr": ""}
-    return {**fields, "value": "null", "cpu_seconds": 0.0}
+    return {"status": "infrastructure", "error": error}

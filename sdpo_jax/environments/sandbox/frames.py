@@ -38,14 +38,14 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def read(fd: int, limit: int = MAX_FRAME) -> Any:
+def read(fd: int) -> Any:
     """Reads one frame, or None at the end of the stream; raises `FrameError` for anything else."""
     header = _read_exactly(fd, _HEADER.size)
     if not header:
         return None
     (length,) = _HEADER.unpack(header)
-    if length > limit:
-        raise FrameError(f"a frame of {length} bytes; the limit is {limit}")
+    if length > MAX_FRAME:
+        raise FrameError(f"a frame of {length} bytes; the limit is {MAX_FRAME}")
     body = _read_exactly(fd, length)
     if len(body) != length:
         raise FrameError("the stream ended inside a frame")
@@ -55,16 +55,11 @@ def read(fd: int, limit: int = MAX_FRAME) -> Any:
         raise FrameError(f"a frame that is not JSON: {error}") from error
 
 
-def _read_exactly(fd: int, length: int) -> bytes:
-    """The next bytes; nothing at the end of the stream; raises `FrameError` for a cut header."""
-    parts: list[bytes] = []
-    while length:
-        part = os.read(fd, min(length, 1 << 20))
-        if not part:
-            break
-        parts.append(part)
-        length -= len(part)
-    data = b"".join(parts)
-    if 0 < len(data) < _HEADER.size and length:
+def _read_exactly(fd: int, length: int) -> bytearray:
+    """The next bytes; nothing at the end of the stream; raises `FrameError` for a part of them."""
+    data = bytearray()
+    while len(data) < length and (part := os.read(fd, min(length - len(data), 1 << 20))):
+        data += part
+    if 0 < len(data) < length:
         raise FrameError("the stream ended inside a frame")
     return data

@@ -41,7 +41,10 @@ def run_test(source: str, test: Mapping[str, Any], limit: int, result_fd: int) -
 
 def _observe(source: str, test: Mapping[str, Any], limit: int) -> str:
     kind = test["kind"]
-    namespace = _module("__main__" if kind == "run" else "Solution").__dict__
+    name = "__main__" if kind == "run" else "Solution"
+    # Under its name, because dataclasses and pickle look it up.
+    module = sys.modules[name] = ModuleType(name)
+    namespace = module.__dict__
     try:
         code = compile(source, SOLUTION, "exec", dont_inherit=True)
         if kind == "run":
@@ -73,10 +76,8 @@ def _run_main(code: Any, namespace: dict[str, Any]) -> str:
     except BaseException as error:
         outcome = _failure(error)
     # As an interpreter at its end: wait for the threads, then call the exit functions.
-    wait_for_threads: Any = threading.__dict__["_shutdown"]
-    wait_for_threads()
-    run_exit_functions: Any = atexit.__dict__["_run_exitfuncs"]
-    run_exit_functions()
+    threading.__dict__["_shutdown"]()
+    atexit.__dict__["_run_exitfuncs"]()
     return outcome
 
 
@@ -95,13 +96,6 @@ def _evaluate(namespace: dict[str, Any], test: Mapping[str, Any]) -> Any:
         exec(compile(test["setup"], "<test>", "exec", dont_inherit=True), namespace)
     expression = test["expression"].strip()
     return eval(compile(expression, "<test>", "eval", dont_inherit=True), namespace)
-
-
-def _module(name: str) -> ModuleType:
-    """Registers a fresh module under its name: dataclasses and pickle look it up."""
-    module = ModuleType(name)
-    sys.modules[name] = module
-    return module
 
 
 def _failure(error: BaseException) -> str:

@@ -18,8 +18,7 @@ from typing import Any
 
 from sdpo_jax.environments.sandbox import boot
 from sdpo_jax.environments.sandbox.client import observation, request
-from sdpo_jax.environments.sandbox.protocol import Evaluate, Observation, Program
-from sdpo_jax.environments.sandbox.report import Report
+from sdpo_jax.environments.sandbox.protocol import Evaluate, Observation, Program, Report
 from sdpo_jax.errors import UserError
 
 _ATTEMPTS = 3
@@ -100,18 +99,14 @@ class RemoteSandbox:
         return Observation("infrastructure", error=f"{self._url}: {reason}"[:500])
 
     def _body(self, program: Mapping[str, Any], test: Mapping[str, Any]) -> dict[str, Any]:
-        job = {
-            "source": program["source"],
-            "test": test,
-            "limits": program["limits"],
-            "paths": self._paths,
-        }
+        source, limits = program["source"], program["limits"]
+        job = {"source": source, "test": test, "limits": limits, "paths": self._paths}
         code = self._loader + _DRIVER.format(job=json.dumps(job), record=_RECORD)
         return {
             "code": code,
             "language": "python",
             "stdin": test["stdin"] if test["kind"] == "run" else "",
-            "run_timeout": program["limits"]["wall_seconds"],
+            "run_timeout": limits["wall_seconds"],
             "files": {},
             "fetch_files": [_RECORD],
         }
@@ -135,7 +130,7 @@ def _read(answer: Mapping[str, Any], limits: Mapping[str, Any]) -> Observation:
     seen: dict[str, Any] = {
         n: data[:limit].decode("utf-8", "replace") for n, data in streams.items()
     }
-    seen |= {"value": "null", "error": "", "cpu_seconds": float(result.get("execution_time") or 0)}
+    seen["cpu_seconds"] = float(result.get("execution_time") or 0)
     coded = (answer.get("files") or {}).get(_RECORD) or ""
     record = base64.b64decode(coded).decode("utf-8", "replace")
     status, _, rest = record.partition("\n")

@@ -6,10 +6,11 @@ holds one test at a time: a child that searches its memory finds no other test's
 """
 
 import base64
+import fcntl
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, TextIO, cast
@@ -17,6 +18,8 @@ from typing import Any, TextIO, cast
 from sdpo_jax.environments.sandbox import confine, frames, inside, watch
 
 _ROOM_FOR_RECORD = 4096
+_RESULT = 3
+"""The record's descriptor, after the three standard streams."""
 _RULESET = 9
 """The ruleset's descriptor, above the four that a test gets."""
 
@@ -39,72 +42,61 @@ class Runner:
 
     def run(self, test: Mapping[str, Any]) -> dict[str, Any]:
         """Forks the child, watches it to its end, and kills its remaining processes."""
-        stdin = test["stdin"].encode("utf-8", "replace") if test["kind"] == "run" else b""
-        pipes = {name: os.pipe() for name in ("stdin", "stdout", "stderr", "result")}
+        text = test["stdin"].encode("utf-8", "replace") if test["kind"] == "run" else b""
+        stdin, stdout, stderr, result = (os.pipe() for _ in range(4))
+        theirs = [stdin[0], stdout[1], stderr[1], result[1]]
         child = os.fork()
         if child == 0:
-            self._become_child(pipes, test)
-        os.close(pipes["stdin"][0])
-        for name in ("stdout", "stderr", "result"):
-            os.close(pipes[name][1])
+            self._become_child(theirs, test)
+        for end in theirs:
+            os.close(end)
         output = self._limits["output_bytes"]
         readers = {
-            pipes["stdout"][0]: watch.Reader("stdout", output),
-            pipes["stderr"][0]: watch.Reader("stderr", output),
+            stdout[0]: watch.Reader("stdout", output),
+            stderr[0]: watch.Reader("stderr", output),
             # JSON escapes one character to at most six.
-            pipes["result"][0]: watch.Reader("result", 6 * output + _ROOM_FOR_RECORD),
+            result[0]: watch.Reader("result", 6 * output + _ROOM_FOR_RECORD),
         }
-        seen = watch.watch(child, readers, (pipes["stdin"][1], stdin), self._limits, self._watched)
+        seen = watch.watch(child, readers, (stdin[1], text), self._limits, self._watched)
         return seen.observation()
 
-    def _become_child(self, pipes: Mapping[str, tuple[int, int]], test: Mapping[str, Any]) -> None:
+    def _become_child(self, ends: Sequence[int], test: Mapping[str, Any]) -> None:
         try:
-            result = self._take_descriptors(pipes)
+            _take_descriptors(ends)
             os.chdir(self.work)
             confine.set_limits(self._limits, self._count)
             if self._ruleset >= 0:
                 confine.restrict(self._ruleset)
             # The program could not gain rights by the ruleset's descriptor, but does not need it.
-            os.closerange(4, 256)
+            os.closerange(_RESULT + 1, 256)
             if self._filter:
                 confine.filter_system_calls(self._filter)
         except BaseException as error:
             os.write(2, f"the box could not be closed: {error}".encode())
             os._exit(watch.SETUP_FAILED)
-        inside.run_test(self._source, test, self._limits["output_bytes"], result)
+        inside.run_test(self._source, test, self._limits["output_bytes"], _RESULT)
 
-    def _take_descriptors(self, pipes: Mapping[str, tuple[int, int]]) -> int:
-        """Puts the pipes on 0 to 3 and renews the standard streams; the runner's own are gone."""
-        # Above 9, so that no target of dup2 is a source still to come.
-        ends = [
-            _raised(pipes["stdin"][0]),
-            _raised(pipes["stdout"][1]),
-            _raised(pipes["stderr"][1]),
-            _raised(pipes["result"][1]),
-        ]
-        for target, end in enumerate(ends):
-            os.dup2(end, target)
-        os.closerange(_RULESET + 1, 256)
-        os.setsid()
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdin = sys.__stdin__ = _stream(0, "r", "replace")
-        sys.stdout = sys.__stdout__ = _stream(1, "w", "backslashreplace")
-        sys.stderr = sys.__stderr__ = _stream(2, "w", "backslashreplace")
-        sys.argv = [inside.SOLUTION]
-        return 3
+
+def _take_descriptors(ends: Sequence[int]) -> None:
+    """Puts the pipes on 0 to 3 and renews the standard streams; the runner's own are gone."""
+    # Above 9, so that no target of dup2 is a source still to come.
+    raised = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in ends]
+    for target, end in enumerate(raised):
+        os.dup2(end, target)
+    os.closerange(_RULESET + 1, 256)
+    os.setsid()
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin = sys.__stdin__ = _stream(0, "r", "replace")
+    sys.stdout = sys.__stdout__ = _stream(1, "w", "backslashreplace")
+    sys.stderr = sys.__stderr__ = _stream(2, "w", "backslashreplace")
+    sys.argv = [inside.SOLUTION]
 
 
 def _stream(fd: int, mode: str, errors: str) -> TextIO:
     """A standard stream on a new descriptor: the old object holds what its predecessor buffered."""
     return cast(TextIO, open(fd, mode, encoding="utf-8", errors=errors, closefd=False))
-
-
-def _raised(fd: int) -> int:
-    import fcntl
-
-    return fcntl.fcntl(fd, fcntl.F_DUPFD, 20)
 
 
 def main() -> None:

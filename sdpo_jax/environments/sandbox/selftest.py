@@ -6,8 +6,7 @@ import tempfile
 from contextlib import suppress
 
 from sdpo_jax.environments.sandbox import tiers
-from sdpo_jax.environments.sandbox.protocol import Evaluate, Limits, Program, Sandbox
-from sdpo_jax.environments.sandbox.report import Report
+from sdpo_jax.environments.sandbox.protocol import Evaluate, Program, Report, Sandbox
 
 _ATTACKS = {
     "files": "open({file!r}).read()",
@@ -42,7 +41,6 @@ def examine(sandbox: Sandbox, interpreter: str, kernel: str) -> Report:
 
     `unsafe-local` holds nothing and is not refused: the report lists what is open.
     """
-    limits = Limits(cpu_seconds=2.0, wall_seconds=10.0)
     with tempfile.NamedTemporaryFile(prefix=_MARK) as file, socket.create_server(("", 0)) as server:
         os.chmod(file.name, 0o644)
         words = {"file": file.name, "port": server.getsockname()[1], "pid": os.getpid()}
@@ -51,7 +49,7 @@ def examine(sandbox: Sandbox, interpreter: str, kernel: str) -> Report:
         source = f"SECRET = {_MARK!r}\n" + _PROGRAM
         os.environ[_MARK] = _MARK
         try:
-            seen = sandbox.run([Program(source, tuple(tests), limits)])[0]
+            seen = sandbox.run([Program(source, tuple(tests))])[0]
         finally:
             os.environ.pop(_MARK, None)
         # The write may succeed in a file system of the box; only the file outside counts.
@@ -59,7 +57,7 @@ def examine(sandbox: Sandbox, interpreter: str, kernel: str) -> Report:
         with suppress(OSError):
             os.unlink(file.name + ".new")
     if seen[0].status != "done":
-        remedy = tiers.user_namespaces_remedy() if sandbox.tier == "bubblewrap" else ""
+        remedy = tiers.USER_NAMESPACES_REMEDY if sandbox.tier == "bubblewrap" else ""
         raise tiers.TierError(f"{seen[0].error or seen[0].status}; {remedy}".rstrip("; "))
     outcomes = {n: o.status == "done" for n, o in zip(_ATTACKS, seen[1:], strict=True)}
     outcomes["writing"] = written

@@ -5,7 +5,6 @@ be readable by every user. An interpreter below a closed home directory is not; 
 `/usr/bin/python3` runs the programs, and the report names it.
 """
 
-import base64
 import os
 import shutil
 import stat
@@ -19,6 +18,13 @@ from typing import NamedTuple
 from sdpo_jax.environments.sandbox import boot, boxes, confine, seccomp
 from sdpo_jax.errors import UserError
 
+USER_NAMESPACES_REMEDY = (
+    "allow user namespaces: `sysctl -w user.max_user_namespaces=15000`, on Debian also "
+    "`sysctl -w kernel.unprivileged_userns_clone=1`, on Ubuntu 24.04 "
+    "`sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`; in a pod, a securityContext "
+    "with `procMount: Unmasked` and `seccompProfile: {type: Unconfined}`"
+)
+"""The remedy if bwrap may not create a user namespace."""
 _SYSTEM = ("/usr/bin/python3", "/usr/local/bin/python3")
 
 
@@ -30,7 +36,6 @@ class Interpreter(NamedTuple):
     """The Python that runs the programs."""
 
     path: str
-    version: str
     prefix: str
 
 
@@ -83,13 +88,9 @@ def unsafe_local(mounts: Sequence[str]) -> boxes.Plan:
 
 def interpreter() -> Interpreter:
     """This interpreter's base if the uid of a box can read it, else the system's Python."""
-    candidates = [getattr(sys, "_base_executable", "") or sys.executable, *_SYSTEM]
-    for path in candidates:
-        real = os.path.realpath(path)
-        if not os.path.exists(real):
-            continue
-        found = _probe(real)
-        if found and all(_open_to_all(p) for p in (real, found.prefix)):
+    for path in (getattr(sys, "_base_executable", "") or sys.executable, *_SYSTEM):
+        found = _probe(os.path.realpath(path))
+        if found and _open_to_all(found.path) and _open_to_all(found.prefix):
             return found
     raise TierError(
         f"no interpreter is readable by an unprivileged user: {sys.base_prefix} is closed to it "
@@ -97,36 +98,25 @@ def interpreter() -> Interpreter:
     )
 
 
-def user_namespaces_remedy() -> str:
-    """The remedy if bwrap may not create a user namespace."""
-    return (
-        "allow user namespaces: `sysctl -w user.max_user_namespaces=15000`, on Debian also "
-        "`sysctl -w kernel.unprivileged_userns_clone=1`, on Ubuntu 24.04 "
-        "`sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`; in a pod, a securityContext "
-        "with `procMount: Unmasked` and `seccompProfile: {type: Unconfined}`"
-    )
-
-
 def _plan(
     tier: str, found: Interpreter, needed: Sequence[str], mounts: Sequence[str]
 ) -> boxes.Plan:
-    program, payload = boot.compiled(found.path, boot.RUNNER)
+    runner, code = boot.compiled(found.path, boot.RUNNER)
     return boxes.Plan(
         tier=tier,
         python=found.path,
         mounts=tuple(needed),
         paths=tuple(os.path.abspath(mount) for mount in mounts),
-        runner=program,
-        code=base64.b64encode(payload).decode(),
+        runner=runner,
+        code=code,
     )
 
 
 def _probe(path: str) -> Interpreter | None:
-    """Reads the version and prefix of an interpreter; None if it does not run."""
-    question = "import sys; print(sys.version.split()[0]); print(sys.base_prefix)"
+    """Reads the prefix of an interpreter; None if it does not run or does not exist."""
     try:
         answer = subprocess.run(
-            [path, "-I", "-S", "-c", question],
+            [path, "-I", "-S", "-c", "import sys; print(sys.base_prefix)"],
             env={},
             capture_output=True,
             text=True,
@@ -135,8 +125,8 @@ def _probe(path: str) -> Interpreter | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    version, prefix = answer.stdout.splitlines()
-    return Interpreter(path, version, prefix)
+    (prefix,) = answer.stdout.splitlines()
+    return Interpreter(path, prefix)
 
 
 def _readable_by_all(mounts: Sequence[str]) -> tuple[str, ...]:

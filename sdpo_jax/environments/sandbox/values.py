@@ -49,7 +49,10 @@ def _exact(value: Any, depth: int, budget: list[int]) -> Any:
     if kind is str:
         return _text(value, budget)
     if kind is int:
-        return _integer(value)
+        # Python limits the digits of an integer because their conversion is quadratic.
+        if value.bit_length() > 14_000:
+            raise NotJsonError("an integer of more than 4,200 digits is not JSON")
+        return value
     if kind is float:
         if not math.isfinite(value):
             raise NotJsonError(f"{value} is not a JSON value")
@@ -79,13 +82,6 @@ def _text(value: str, budget: list[int]) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise NotJsonError("a string with a lone surrogate is not JSON") from error
-    return value
-
-
-def _integer(value: int) -> int:
-    """Checks the digits of an integer, which Python limits because conversion is quadratic."""
-    if value.bit_length() > 14_000:
-        raise NotJsonError("an integer of more than 4,200 digits is not JSON")
     return value
 
 

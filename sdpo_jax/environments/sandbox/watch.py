@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from sdpo_jax.environments.sandbox import processes
+
 SETUP_FAILED = 113
 """Exit status of a child that could not be confined, which is a failure of the sandbox."""
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -54,7 +56,7 @@ class Reader:
 class Usage(NamedTuple):
     """The resources that the test's living processes use at one moment."""
 
-    pids: tuple[int, ...]
+    pids: list[int]
     cpu_seconds: float
     memory_bytes: int
 
@@ -69,35 +71,34 @@ class Seen(NamedTuple):
     limits: Mapping[str, Any]
 
     def observation(self) -> dict[str, Any]:
-        """The fields of an `Observation`; `value` is still JSON text."""
-        status, error, value = self._ending()
+        """The fields of an `Observation`: JSON text as `value` if the test is done, or `error`."""
+        status, text = self._ending()
         return {
             "status": status,
+            "value" if status == "done" else "error": text,
             "stdout": self.readers["stdout"].text,
             "stderr": self.readers["stderr"].text,
-            "value": value,
-            "error": error,
             "cpu_seconds": round(self.cpu_seconds, 3),
         }
 
-    def _ending(self) -> tuple[str, str, str]:
+    def _ending(self) -> tuple[str, str]:
         limits = self.limits
         over = [r.name for r in self.readers.values() if r.overflow]
         if self.verdict == "time_limit" or self.cpu_seconds > limits["cpu_seconds"]:
-            return "time_limit", "", "null"
+            return "time_limit", ""
         if over or self.verdict == "output_limit":
             what = "the returned value" if over == ["result"] else (over or ["a file"])[0]
-            return "output_limit", f"more output than allowed on {what}", "null"
+            return "output_limit", f"more output than allowed on {what}"
         if self.verdict == "memory_limit":
-            return "memory_limit", f"more than {limits['memory_mb']} MB", "null"
+            return "memory_limit", f"more than {limits['memory_mb']} MB"
         if self.verdict == "process_limit":
-            return "memory_limit", f"more than {limits['processes']} processes", "null"
+            return "memory_limit", f"more than {limits['processes']} processes"
         if self.verdict == "infrastructure" or self.exit_status == SETUP_FAILED << 8:
-            return "infrastructure", self.readers["stderr"].text[:500], "null"
+            return "infrastructure", self.readers["stderr"].text[:500]
         status, _, rest = self.readers["result"].text.partition("\n")
         if status not in _RECORD_STATUSES:
-            return "died", _exit_words(self.exit_status), "null"
-        return (status, "", rest) if status == "done" else (status, rest, "null")
+            return "died", _exit_words(self.exit_status)
+        return status, rest
 
 
 def _exit_words(status: int) -> str:
@@ -116,8 +117,7 @@ def watch(
     """Waits for the child or the first limit, kills every descendant, drains the pipes."""
     streams = _Streams(readers, stdin, child)
     started, before = time.monotonic(), _reaped_seconds()
-    verdict, status = "", 0
-    wait = 0.0
+    verdict, status, wait = "", 0, 0.0
     while not verdict:
         streams.turn(wait)
         pid, exit_status = os.waitpid(child, os.WNOHANG)
@@ -194,8 +194,7 @@ class _Streams:
 
     def drain(self) -> None:
         """Reads the rest of the pipes after all processes ended, then closes them."""
-        self._poll.unregister(self._child)
-        os.close(self._child)
+        self._close(self._child)
         for fd, reader in list(self.readers.items()):
             while not reader.overflow and self._read(fd):
                 pass
@@ -222,53 +221,24 @@ class _Streams:
             self._close_input()
 
     def _close_input(self) -> None:
-        self._poll.unregister(self._input)
-        os.close(self._input)
+        self._close(self._input)
         self._input = -1
 
     def _close(self, fd: int) -> None:
         self._poll.unregister(fd)
         os.close(fd)
-        self.readers.pop(fd)
+        self.readers.pop(fd, None)
 
 
 def usage() -> Usage:
     """CPU time and memory of all living descendants of the runner."""
-    pids = descendants()
-    cpu = memory = 0.0
+    pids = processes.descendants(os.getpid())
+    cpu, memory = 0.0, 0
     for pid in pids:
-        fields = _stat(pid)
-        if fields:
+        if fields := processes.stat(pid):
             cpu += _spent(pid, fields)
             memory += int(fields[21]) * _PAGE
-    return Usage(pids, cpu, int(memory))
-
-
-def descendants() -> tuple[int, ...]:
-    """Every process below the runner; orphans are its children, since it is a subreaper."""
-    found: list[int] = []
-    queue = [os.getpid()]
-    while queue:
-        below = _children(queue.pop())
-        found += below
-        queue += below
-    return tuple(found)
-
-
-def _children(pid: int) -> list[int]:
-    children: list[int] = []
-    with suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb") as listing:
-                children += [int(word) for word in listing.read().split()]
-    return children
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name, which may hold anything; empty if it is gone."""
-    with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as stat:
-        return stat.read().rpartition(b")")[2].decode().split()
-    return []
+    return Usage(pids, cpu, memory)
 
 
 def _spent(pid: int, fields: Sequence[str]) -> float:
@@ -294,13 +264,10 @@ def _reaped_seconds() -> float:
 
 def kill_all() -> None:
     """Ends every descendant: stops them first, so that none forks a successor meanwhile."""
-    while pids := descendants():
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in pids:
-                with suppress(OSError):
-                    os.kill(pid, number)
-            if number == signal.SIGSTOP:
-                pids = tuple(set(pids) | set(descendants()))
+    runner = os.getpid()
+    while pids := processes.descendants(runner):
+        processes.signal_all(pids, signal.SIGSTOP)
+        processes.signal_all({*pids, *processes.descendants(runner)}, signal.SIGKILL)
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -327,10 +294,9 @@ def _small(path: str, limit: int) -> bool:
 
 def empty(path: str) -> bool:
     """Empties a directory; False if too much is left in it, so that a new box is needed."""
-    left = _CLEANABLE_ENTRIES
-    directories = [path]
-    for directory in directories:
-        try:
+    left, directories = _CLEANABLE_ENTRIES, [path]
+    try:
+        for directory in directories:
             os.chmod(directory, 0o700)
             if len(directory) > _CLEANABLE_PATH:
                 return False
@@ -343,9 +309,6 @@ def empty(path: str) -> bool:
                     directories.append(entry.path)
                 else:
                     os.unlink(entry.path)
-        except OSError:
-            return False
-    try:
         for directory in reversed(directories[1:]):
             os.rmdir(directory)
     except OSError:
