@@ -24,6 +24,7 @@ from sdpo_jax.rollouts.sources import GradedRollouts
 from sdpo_jax.run.checkpoint import Restored
 from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.restore import restore_run
+from sdpo_jax.run.run_directory import write_atomically
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.contexts import SiblingContexts, context_seed
@@ -79,12 +80,13 @@ def batch_of(
     """
     config, tokenizer, step = trainer.config, trainer.tokenizer, restored.step + 1
     student = trainer.student(restored.state)
+    teacher = trainer.teacher_params(restored.state, student)
     batch = _rollouts(trainer, restored, components.environment, student, prompts)
     shown = _shown(trainer, restored, batch, step)
     records = token_records(
         components.model,
         student,
-        _teacher_weights(trainer, restored, student),
+        student if teacher is None else teacher,
         Responses(batch.prompt_ids, shown.prompt_ids, batch.response_ids),
         layout=trainer.layout,
         devices=trainer.devices,
@@ -124,14 +126,6 @@ def _shown(trainer: Trainer, restored: Restored, batch: RolloutBatch, step: int)
     contexts = build(batch.prompts, batch.group, batch.outcomes, batch.texts, seed=seed)
     prompts = trainer.teacher_prompts.of_rollouts(batch.prompts, batch.group, contexts)
     return Shown(contexts, prompts)
-
-
-def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:
-    """The teacher's weights; with a trust region also the student's."""
-    teacher = trainer.teacher_params(restored.state, student)
-    if trainer.teacher is None or teacher is None:
-        return [student]
-    return [teacher, student] if trainer.teacher.coefficient is not None else [teacher]
 
 
 def response_rows(
@@ -202,8 +196,7 @@ def token_rows(
 
 
 def _likeliest(candidate: Mapping[str, Any]) -> float:
-    log_q = candidate["log_q"]
-    return -max(candidate["log_p"], candidate["log_p"] if log_q is None else log_q)
+    return -max(x for x in (candidate["log_p"], candidate["log_q"]) if x is not None)
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
@@ -228,6 +221,4 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the file atomically."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
