@@ -169,14 +169,15 @@ def coverage(samples, runs=300, prompts=60):
     for run in range(runs):
         chance = random.beta(0.6, 0.9, size=prompts)
         sums = random.binomial(samples, chance)
-        found = estimate(measure(sums, [samples] * prompts), seed=run, resamples=400)
+        found = estimate(measure(sums, [samples] * prompts), seed=run)
         held += bounds(found)[0] <= 0.4 <= bounds(found)[1]
         low, high = wilson_interval(sums.mean() / samples, prompts * samples)
         naive += low <= 0.4 <= high
     return held / runs, naive / runs
 
 
-def test_intervals_hold_the_truth_in_about_95_of_100_evaluations():
+def test_intervals_hold_the_truth_in_about_95_of_100_evaluations(monkeypatch):
+    monkeypatch.setattr(estimators, "RESAMPLES", 400)
     # Binomial noise of 300 runs: 0.0126; the percentile interval is a little narrow.
     assert 0.89 <= coverage(1)[0] <= 0.99
     clustered, naive = coverage(8)

@@ -119,16 +119,16 @@ def recomputed(prompts):
 def test_every_metric_follows_from_what_the_json_says_of_the_prompts(made):
     made = json.loads(json.dumps(made, allow_nan=False))
     rows = {name: recomputed(row["prompts"]) for name, row in made["rows"].items()}
-    seed, resamples = made["settings"]["seed"], made["settings"]["resamples"]
+    seed = made["settings"]["seed"]
     assert seed == 4
     for name, measures in rows.items():
         metrics = made["rows"][name]["metrics"]
         for metric, one in measures.items():
-            found = estimate(one, seed=seed, resamples=resamples)
+            found = estimate(one, seed=seed)
             assert list(metrics[metric].values()) == pytest.approx(list(found)), metric
     assert set(made["differences"]) == {"step 6"}
     for metric, one in rows["start"].items():
-        found = paired_difference(one, rows["step 6"][metric], seed=seed, resamples=resamples)
+        found = paired_difference(one, rows["step 6"][metric], seed=seed)
         expected = made["differences"]["step 6"][metric]
         assert list(expected.values()) == pytest.approx(list(found)), metric
     rest = set(made["rows"]["start"]["metrics"]) - set(rows["start"])

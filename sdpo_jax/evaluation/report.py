@@ -142,7 +142,7 @@ def report(rows: Mapping[str, Evaluation], config: Config, samples: int) -> dict
 
 def _metrics(row: Evaluation, seed: int) -> dict[str, dict[str, float | None]]:
     found = {name: estimate(m, seed=seed)._asdict() for name, m in row.measures.items()}
-    return found | {name: Estimate(v, None, None)._asdict() for name, v in row.plain.items()}
+    return found | {name: Estimate(v)._asdict() for name, v in row.plain.items()}
 
 
 def _differences(
@@ -154,11 +154,8 @@ def _differences(
         name: paired_difference(before.measures[name], after.measures[name], seed=seed)
         for name in both
     }
-    found |= {
-        name: Estimate(after.plain[name] - value, None, None)
-        for name, value in before.plain.items()
-        if name in after.plain
-    }
+    plain = [name for name in before.plain if name in after.plain]
+    found |= {name: Estimate(after.plain[name] - before.plain[name]) for name in plain}
     return {name: e._asdict() for name, e in found.items() if math.isfinite(e.value)}
 
 
