@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.claims import forgetting
-from sdpo_jax.evaluation import estimators, report
+from sdpo_jax.evaluation import estimators
 from sdpo_jax.evaluation.estimators import (
     Measure,
     best_at_k,
@@ -16,6 +16,7 @@ from sdpo_jax.evaluation.estimators import (
     majority_at_k,
     paired_difference,
     pass_at_k,
+    powers_of_two,
     wilson_interval,
 )
 from sdpo_jax.rollouts import diagnostics
@@ -36,10 +37,14 @@ def bounds(found):
     return found.low, found.high
 
 
-@pytest.mark.parametrize("module", [estimators, report, diagnostics, forgetting])
+@pytest.mark.parametrize("module", [estimators, diagnostics, forgetting])
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.failed == 0 and result.attempted > 0
+
+
+def test_k_are_powers_of_two_and_all_samples():
+    assert [powers_of_two(n) for n in (1, 2, 4, 6)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 6]]
 
 
 # pass@k and best@k

@@ -17,7 +17,7 @@ from sdpo_jax.evaluation.estimators import (
     pass_at_k,
 )
 from sdpo_jax.evaluation.measures import Graded, teacher_measures
-from sdpo_jax.evaluation.report import evaluation, powers_of_two, report, table
+from sdpo_jax.evaluation.report import evaluation, report, table
 from sdpo_jax.run.recipes import default_config
 
 PROMPTS = [
@@ -182,7 +182,3 @@ def test_one_evaluation_alone_has_no_differences():
     made = report({"start": evaluated(0, 0.2)}, default_config(), GROUP)
     assert made["differences"] == {}
     assert table(made).splitlines()[0].split() == ["start"]
-
-
-def test_k_are_powers_of_two_and_all_samples():
-    assert [powers_of_two(n) for n in (1, 2, 4, 6)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 6]]

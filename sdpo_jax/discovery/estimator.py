@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.evaluation.estimators import pass_at_k
+from sdpo_jax.evaluation.estimators import pass_at_k, powers_of_two
 
 CONFIDENCE = 0.9
 """Level of the intervals, as in the paper's figures 19 and 20."""
@@ -58,16 +58,6 @@ class Estimate(NamedTuple):
     probability: float
     low: float
     high: float
-
-
-def log_grid(most: int) -> list[int]:
-    """1, 2, 4, ... up to `most`, which is the last.
-
-    >>> log_grid(20)
-    [1, 2, 4, 8, 16, 20]
-    """
-    grid = [2**i for i in range(max(most, 1).bit_length()) if 2**i < most]
-    return [*grid, most]
 
 
 def fine_grid(most: int, per_doubling: int = 8) -> list[int]:
@@ -184,7 +174,7 @@ def _summary_of(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
         "mean_generations": mean_generations(cells, budget),
         "generations": sum(cell.generations for cell in cells),
         "seconds": sum(cell.seconds for cell in cells),
-        "discovery": [e._asdict() for e in discovery(cells, log_grid(reach(cells)))],
+        "discovery": [e._asdict() for e in discovery(cells, powers_of_two(reach(cells)))],
         "questions": {
             group[0].question: {
                 "seeds": len(group),

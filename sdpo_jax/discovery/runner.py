@@ -24,12 +24,13 @@ import jax
 from sdpo_jax.config import Config
 from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.discovery.baselines import StartModel, best_of_k, multi_turn
-from sdpo_jax.discovery.estimator import Cell, log_grid, summary
+from sdpo_jax.discovery.estimator import Cell, summary
 from sdpo_jax.discovery.options import MULTI_TURN, TRAINED, Options, with_objective
 from sdpo_jax.discovery.picture import draw
 from sdpo_jax.discovery.test_time import QuestionTrainer
 from sdpo_jax.environments.base import Prompt
 from sdpo_jax.errors import UserError
+from sdpo_jax.evaluation.estimators import powers_of_two
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run import run_directory
 from sdpo_jax.run.components import RunComponents
@@ -185,7 +186,7 @@ def table(numbers: Mapping[str, Any]) -> str:
     """discovery@k of each method with its interval, mean generations, speed-ups."""
     methods: Mapping[str, Any] = numbers["methods"]
     most = max(method["discovery"][-1]["k"] for method in methods.values())
-    ks = log_grid(most)[-8:]
+    ks = powers_of_two(most)[-8:]
     head = f"{'discovery@k, %':<26}" + "".join(f"{k:>12}" for k in ks) + f"{'mean':>9}{'found':>10}"
     lines = ["", head]
     for name, method in methods.items():

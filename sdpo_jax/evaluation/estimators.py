@@ -57,6 +57,15 @@ class Estimate(NamedTuple):
     high: float | None = None
 
 
+def powers_of_two(most: int) -> list[int]:
+    """Numbers of samples `k` up to `most`: 1, 2, 4, ... and `most` itself.
+
+    >>> powers_of_two(6)
+    [1, 2, 4, 6]
+    """
+    return [*(1 << i for i in range((most - 1).bit_length())), most]
+
+
 def pass_at_k(samples: int, successes: int, k: int) -> float:
     """Unbiased estimate of the probability that at least one of `k` samples passes.
 

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.grading import failed_share
 from sdpo_jax.evaluation.estimators import Measure, best_at_k, majority_at_k, pass_at_k
 
 Measures = dict[str, Measure]
@@ -188,11 +189,18 @@ def values(measures: Measures) -> dict[str, float]:
     return {name: measure.value for name, measure in measures.items()}
 
 
-def length_quantiles(graded: Graded) -> dict[str, float]:
-    """The length that half, and 95 %, of the responses do not exceed."""
+def plain_numbers(graded: Graded) -> dict[str, float]:
+    """Numbers without an interval: quantiles of the length, and the share that was not graded.
+
+    The quantiles are the length that half, and 95 %, of the graded responses do not exceed. The
+    share is there only where some could not be graded.
+    """
     pairs = zip(graded.lengths, graded.outcomes, strict=True)
     lengths = [length for length, outcome in pairs if outcome.graded]
-    if not lengths:
-        return {}
-    found = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
-    return {"response_tokens/p50": float(found[0]), "response_tokens/p95": float(found[1])}
+    numbers: dict[str, float] = {}
+    if lengths:
+        p50, p95 = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
+        numbers = {"response_tokens/p50": float(p50), "response_tokens/p95": float(p95)}
+    if failed := failed_share(graded.outcomes):
+        numbers["environment/failed"] = failed
+    return numbers

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.grading import failed_share
 from sdpo_jax.evaluation.estimators import (
     LEVEL,
     RESAMPLES,
@@ -18,14 +17,9 @@ from sdpo_jax.evaluation.estimators import (
     Measure,
     estimate,
     paired_difference,
+    powers_of_two,
 )
-from sdpo_jax.evaluation.measures import (
-    Graded,
-    Measures,
-    label_of,
-    length_quantiles,
-    student_measures,
-)
+from sdpo_jax.evaluation.measures import Graded, Measures, label_of, plain_numbers, student_measures
 
 FORMAT = 1
 
@@ -59,25 +53,13 @@ def evaluation(
     measures = student_measures(sampled, prompts, answers, ks=powers_of_two(group))
     if (greedily := student_measures(greedy, prompts).get("accuracy")) is not None:
         measures["accuracy_greedy"] = greedily
-    plain = length_quantiles(sampled)
-    if failed := failed_share(sampled.outcomes):
-        plain["environment/failed"] = failed
     listed = [
         _prompt(prompt, sampled, answers, slice(i * group, (i + 1) * group))
         | {"greedy": _passed(greedy.outcomes[i])}
         | {"teacher": {name: _parts(measure, i) for name, measure in teacher.items()}}
         for i, prompt in enumerate(prompts)
     ]
-    return Evaluation(measures | teacher, plain, listed)
-
-
-def powers_of_two(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself.
-
-    >>> powers_of_two(6)
-    [1, 2, 4, 6]
-    """
-    return [*(1 << i for i in range((most - 1).bit_length())), most]
+    return Evaluation(measures | teacher, plain_numbers(sampled), listed)
 
 
 def _prompt(
