@@ -17,8 +17,8 @@ from sdpo_jax.discovery.estimator import (
     speed_up,
     summary,
 )
-from sdpo_jax.discovery.picture import draw
-from sdpo_jax.errors import UserError
+from sdpo_jax.discovery.options import METHODS
+from sdpo_jax.discovery.picture import NAMES, draw
 from sdpo_jax.reports.curves import COLOURS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -159,6 +159,5 @@ def test_points_of_the_picture_lie_at_the_logarithm_of_k():
     assert "prefers-color-scheme:dark" in draw(cells)
 
 
-def test_a_picture_of_more_methods_than_colours_is_refused():
-    with pytest.raises(UserError, match="--method"):
-        draw([stopped(1, method=f"m{i}") for i in range(len(COLOURS) + 1)])
+def test_every_method_has_a_name_and_a_colour():
+    assert set(NAMES) == set(METHODS) and len(METHODS) <= len(COLOURS)

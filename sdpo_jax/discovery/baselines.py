@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from sdpo_jax.config import Config
@@ -46,23 +47,16 @@ def best_of_k(
     start: StartModel, question: Prompt, seed: int, samples: int, report: Callable[[int, int], None]
 ) -> Cell:
     """Samples `samples` independent answers; a success does not end the cell."""
-    began, config, tally = time.perf_counter(), start.config, Tally(samples)
-    size = min(BATCH, samples)
-    rollout = replace(config.rollout, rollouts_per_prompt=size)
-    draws, step = cell_seed("best_of_k", question.id, seed), 0
+    began, config, tally, step = time.perf_counter(), start.config, Tally(samples), 0
+    rollout = replace(config.rollout, rollouts_per_prompt=min(BATCH, samples))
     setup = make_rollout_setup(replace(config, rollout=rollout), start.tokenizer, start.environment)
+    draws = cell_seed("best_of_k", question.id, seed)
+    sample = partial(sample_rollouts, setup, start.sampler, start.params, [question], seed=draws)
     while tally.generations < samples:
         step += 1
-        rollouts, _ = sample_rollouts(
-            setup,
-            start.sampler,
-            start.params,
-            [question],
-            seed=draws,
-            step=step,
-            timer=PhaseTimer(),
-        )
-        _refuse(start, rollouts.prompts, rollouts.outcomes, f"best_of_k, step {step}")
+        rollouts, _ = sample(step=step, timer=PhaseTimer())
+        limit, where = config.environment.max_failed_share, f"best_of_k, step {step}"
+        refuse_failures([question], rollouts.outcomes, limit, where)
         tally.add(rollouts.outcomes)
         report(tally.generations, samples)
     cell = tally.cell("best_of_k", question.id, seed, time.perf_counter() - began)
@@ -107,15 +101,13 @@ def multi_turn(
         recent.extend(zip((row.question for row in running), outcomes, strict=True))
         if len(recent) == recent.maxlen:
             questions, latest = [q for q, _ in recent], [o for _, o in recent]
-            _refuse(start, questions, latest, f"{method}, turn {turn}")
-        unfinished: list[_Running] = []
+            limit = start.config.environment.max_failed_share
+            refuse_failures(questions, latest, limit, f"{method}, turn {turn}")
         for row, outcome in zip(running, outcomes, strict=True):
             row.tally.add([outcome])
             if row.tally.over:
                 done(row.tally.cell(method, row.question.id, row.seed, seconds))
-            else:
-                unfinished.append(row)
-        running = unfinished
+        running = [row for row in running if not row.tally.over]
         report(turn, budget)
 
 
@@ -151,9 +143,3 @@ def _turn(start: StartModel, running: list[_Running], method: str, turn: int) ->
     for row, text, outcome in zip(running, texts, outcomes, strict=True):
         row.chain.add(text, outcome)
     return outcomes
-
-
-def _refuse(
-    start: StartModel, prompts: Sequence[Prompt], outcomes: Sequence[Outcome], where: str
-) -> None:
-    refuse_failures(prompts, outcomes, start.config.environment.max_failed_share, where)

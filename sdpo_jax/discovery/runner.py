@@ -169,16 +169,13 @@ def _run(
             shows_attempts = MULTI_TURN[method]
             multi_turn(start, pairs, budget, log.done, report, shows_attempts=shows_attempts)
             continue
-        train = None
+        solve = partial(best_of_k, start)
         if method in TRAINED:
             trained = with_objective(config, method)
-            train = QuestionTrainer(trained, model, tokenizer, environment, params)
+            solve = QuestionTrainer(trained, model, tokenizer, environment, params)
         for question, seed in pairs:
             report = partial(log.progress, f"{method:<24}{question.id}  seed {seed}")
-            if train is None:
-                log.done(best_of_k(start, question, seed, budget, report))
-            else:
-                log.done(train(question, seed, budget, report))
+            log.done(solve(question, seed, budget, report))
             jax.block_until_ready(params)
 
 
@@ -199,8 +196,8 @@ def table(numbers: Mapping[str, Any]) -> str:
         f"in brackets: {level} % bootstrap over seeds; mean: generations to the first success, "
         f"truncated at {numbers['budget']}; found: cells with a success"
     )
-    for other, gain in numbers["speed_up_over"].items():
-        lines.append(_speed_up(numbers["speed_up_of"], other, gain))
+    gains = numbers["speed_up_over"].items()
+    lines += [_speed_up(numbers["speed_up_of"], other, gain) for other, gain in gains]
     return "\n".join([*lines, *_by_question(methods), ""])
 
 
@@ -224,13 +221,14 @@ def _by_question(methods: Mapping[str, Any]) -> list[str]:
     names = list(dict.fromkeys(q for m in methods.values() for q in m["questions"]))
     if len(names) < 2:
         return []
-    width = max(map(len, names))
-    lines = ["", f"{'mean generations (found)':<{max(width, 24)}}  " + "  ".join(methods)]
+    head = "mean generations (found)"
+    width = max(map(len, (head, *names)))
+    lines = ["", f"{head:<{width}}  " + "  ".join(methods)]
     for name in names:
-        cells: list[str] = []
-        for method, numbers in methods.items():
-            q = numbers["questions"][name]
-            text = f"{q['mean_generations']:.0f} ({q['discovered']}/{q['seeds']})"
-            cells.append(f"{text:>{len(method)}}")
-        lines.append(f"{name:<{max(width, 24)}}  " + "  ".join(cells))
+        found = {method: numbers["questions"][name] for method, numbers in methods.items()}
+        cells = [
+            f"{q['mean_generations']:.0f} ({q['discovered']}/{q['seeds']})".rjust(len(method))
+            for method, q in found.items()
+        ]
+        lines.append(f"{name:<{width}}  " + "  ".join(cells))
     return lines

@@ -14,7 +14,6 @@ from sdpo_jax.evaluation.estimators import (
     LEVEL,
     RESAMPLES,
     Estimate,
-    Measure,
     estimate,
     paired_difference,
     powers_of_two,
@@ -56,7 +55,7 @@ def evaluation(
     listed = [
         _prompt(prompt, sampled, answers, slice(i * group, (i + 1) * group))
         | {"greedy": _passed(greedy.outcomes[i])}
-        | {"teacher": {name: _parts(measure, i) for name, measure in teacher.items()}}
+        | {"teacher": {k: [float(m.sums[i]), float(m.weights[i])] for k, m in teacher.items()}}
         for i, prompt in enumerate(prompts)
     ]
     return Evaluation(measures | teacher, plain_numbers(sampled), listed)
@@ -83,10 +82,6 @@ def _prompt(
 
 def _passed(outcome: Outcome) -> bool | None:
     return bool(outcome.passed) if outcome.graded else None
-
-
-def _parts(measure: Measure, prompt: int) -> list[float]:
-    return [float(measure.sums[prompt]), float(measure.weights[prompt])]
 
 
 def report(rows: Mapping[str, Evaluation], config: Config, samples: int) -> dict[str, Any]:
