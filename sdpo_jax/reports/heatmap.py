@@ -54,10 +54,9 @@ def heatmap_page(rows: Sequence[Mapping[str, Any]], *, max_tokens: int = 512) ->
     stop_ids = set(batch["stop_ids"])
 
     def text(token: Mapping[str, Any]) -> int | None:
-        if token["text"]:
-            return texts(token["text"])
         # A list marks a control token: text that a model writes is never a list.
-        return texts(["end" if token["id"] in stop_ids else str(token["id"])])
+        control = ["end" if token["id"] in stop_ids else str(token["id"])]
+        return texts(token["text"] or control)
 
     data = {
         "meta": {name: batch[name] for name in batch if name != "kind"},
