@@ -152,7 +152,7 @@ def summary(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
       cells: of all methods; the others are compared with the method of the first cell.
       budget: where means are truncated.
     """
-    methods = by_method(cells)
+    methods = grouped(cells, lambda cell: cell.method)
     (first, ours), *others = methods.items()
     speed_ups = {name: speed_up(ours, theirs) for name, theirs in others}
     return {
@@ -183,16 +183,12 @@ def _summary_of(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
     }
 
 
-def by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """The cells of each method, in the order of the first ones."""
-    return _groups(cells, lambda cell: cell.method)
-
-
 def _by_question(cells: Sequence[Cell]) -> list[list[Cell]]:
-    return list(_groups(cells, lambda cell: cell.question).values())
+    return list(grouped(cells, lambda cell: cell.question).values())
 
 
-def _groups(cells: Sequence[Cell], key: Callable[[Cell], str]) -> dict[str, list[Cell]]:
+def grouped(cells: Sequence[Cell], key: Callable[[Cell], str]) -> dict[str, list[Cell]]:
+    """The cells of each key, such as their method, in the order of the first ones."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(key(cell), []).append(cell)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sdpo_jax.discovery.estimator import CONFIDENCE, Cell, by_method, discovery, fine_grid, reach
+from sdpo_jax.discovery.estimator import CONFIDENCE, Cell, discovery, fine_grid, grouped, reach
 from sdpo_jax.reports.curves import FRAME, Curve, Point, picture
 
 NAMES = {
@@ -17,7 +17,7 @@ NAMES = {
 
 def draw(cells: Sequence[Cell]) -> str:
     """The SVG: one line for each method, a band for its interval."""
-    methods = by_method(cells)
+    methods = grouped(cells, lambda cell: cell.method)
     most = max(2, *map(reach, methods.values()))
     curves = [_curve(NAMES[name], group) for name, group in methods.items()]
     x = FRAME.horizontal(1, most, _decades(most), is_log=True)

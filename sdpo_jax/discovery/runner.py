@@ -166,8 +166,7 @@ def _run(
             continue
         if method in MULTI_TURN:
             report = partial(log.progress, f"{method:<24}{len(pairs)} chains")
-            shows_attempts = MULTI_TURN[method]
-            multi_turn(start, pairs, budget, log.done, report, shows_attempts=shows_attempts)
+            multi_turn(start, method, pairs, budget, log.done, report)
             continue
         solve = partial(best_of_k, start)
         if method in TRAINED:

@@ -84,16 +84,7 @@ class QuestionTrainer:
         environment: Environment,
         params: Params,
     ):
-        """Every cell starts from `params`; they are not donated.
-
-        Raises:
-          UserError: the objective learns from demonstrations and not from rollouts.
-        """
-        if config.objective.learns_from == "demonstrations":
-            raise UserError(
-                f"objective {config.objective.name}: expected one that learns from rollouts, "
-                "sdpo or grpo; choose it with --method"
-            )
+        """Every cell starts from `params`; they are not donated. The objective is one of `TRAINED`."""
         objective = make_objective(config.objective)
         self._trainer = Trainer(config, model, tokenizer, environment, objective=objective)
         setup = make_rollout_setup(config, tokenizer, environment)
