@@ -110,13 +110,8 @@ class Evaluator:
     def teacher_measures(self, params: Params, graded: Graded, step: int) -> Measures:
         """Asks the teacher once for each attempt that has a context; overall and by its kind."""
         group = len(graded.responses) // len(self.prompts)
-        contexts = self._contexts(
-            self._with_demonstrations(),
-            group,
-            graded.outcomes,
-            graded.responses,
-            seed=self._config.seed,
-        )
+        asked, seed = self._with_demonstrations(), self._config.seed
+        contexts = self._contexts(asked, group, graded.outcomes, graded.responses, seed=seed)
         rows = [i for i, context in enumerate(contexts) if context is not None]
         if not rows:
             return {}

@@ -84,8 +84,7 @@ def student_measures(
     rows_of = [np.flatnonzero(ok & (owner == i)).tolist() for i in range(len(prompts))]
     measures |= _at_k(graded, rows_of, answers, ks)
     if len(graded.log_probs):
-        lengths = np.asarray(graded.lengths)
-        measures["entropy"] = mean(-np.asarray(graded.log_probs), lengths, share=False)
+        measures["entropy"] = mean(-np.asarray(graded.log_probs), graded.lengths, share=False)
     if len(graded.repetition):
         measures["repetition"] = mean(graded.repetition)
     if graded.turns:
@@ -146,8 +145,7 @@ def teacher_measures(
     owner = np.asarray(rows) // (len(graded.responses) // prompts)
     ok = np.asarray([outcome.graded for outcome in answered.outcomes])
     passed = [outcome.passed for outcome in answered.outcomes]
-    attempts = [graded.responses[i] for i in rows]
-    same = [a == b for a, b in zip(answered.responses, attempts, strict=True)]
+    same = [text == graded.responses[i] for text, i in zip(answered.responses, rows, strict=True)]
     marks = {"": np.ones(len(kinds), np.bool_)}
     marks |= {f"/{kind}": np.asarray(kinds) == kind for kind in sorted(set(kinds))}
     return {
@@ -170,12 +168,10 @@ def groups(prompts: Sequence[Prompt]) -> dict[str, NDArray[np.bool_]]:
     """`[P]` masks of each family and each difficulty; none if there is only one."""
     found: dict[str, NDArray[np.bool_]] = {}
     for key, prefix in (("family", ""), ("difficulty", "difficulty/")):
-        labels = [label_of(prompt, key) for prompt in prompts]
+        labels = np.asarray([label_of(prompt, key) for prompt in prompts], object)
         names = sorted(set(labels) - {""})
         if len(set(labels)) > 1:
-            found |= {
-                f"{prefix}{name}": np.asarray([label == name for label in labels]) for name in names
-            }
+            found |= {f"{prefix}{name}": labels == name for name in names}
     return found
 
 

@@ -144,10 +144,9 @@ def table(made: Mapping[str, Any]) -> str:
     whole = {name: name.partition("/")[0] for row in columns.values() for name in row}
     order = list(dict.fromkeys(whole.values()))
     names = sorted(whole, key=lambda name: order.index(whole[name]))  # parts below their metric
+    signed = [(row, "") for row in columns.values()] + [(row, "+") for row in differences.values()]
     cells = [["", *columns, *differences]]
-    for name in names:
-        values = [_cell(row.get(name), "") for row in columns.values()]
-        cells.append([name, *values, *(_cell(row.get(name), "+") for row in differences.values())])
+    cells += [[name, *(_cell(row.get(name), sign) for row, sign in signed)] for name in names]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (zip(line, widths, strict=True) for line in cells)
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in line).rstrip() for line in lines)
