@@ -84,7 +84,10 @@ class QuestionTrainer:
         environment: Environment,
         params: Params,
     ):
-        """Every cell starts from `params`; they are not donated. The objective is one of `TRAINED`."""
+        """Every cell starts from `params`; they are not donated.
+
+        The objective is that of one of `options.TRAINED`: it learns from rollouts.
+        """
         objective = make_objective(config.objective)
         self._trainer = Trainer(config, model, tokenizer, environment, objective=objective)
         setup = make_rollout_setup(config, tokenizer, environment)
