@@ -30,7 +30,7 @@ from sdpo_jax.config import (
 )
 from sdpo_jax.discovery import baselines
 from sdpo_jax.discovery import runner as discover_command
-from sdpo_jax.discovery.options import Options, find_questions
+from sdpo_jax.discovery.options import Options, find_questions, make_options
 from sdpo_jax.discovery.runner import discover, read_cells
 from sdpo_jax.discovery.test_time import QuestionTrainer, Tally, cell_seed
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
@@ -195,9 +195,8 @@ def test_a_second_question_and_a_second_seed_compile_nothing():
 
 
 def test_supervised_training_is_no_method_for_a_question():
-    config = make_config(objective=SftConfig())
-    with pytest.raises(UserError, match="objective sft: expected one that learns from rollouts"):
-        QuestionTrainer(config, MODEL, TOKENIZER, Toy(), start_params())
+    with pytest.raises(UserError, match="--method sft: expected some of sdpo, grpo, best_of_k"):
+        make_options(make_config(objective=SftConfig()), ["t0"])
 
 
 METHODS = ("sdpo", "best_of_k", "multi_turn_feedback")

@@ -12,14 +12,13 @@ from sdpo_jax.discovery.estimator import (
     Cell,
     discovery,
     fine_grid,
-    log_grid,
     mean_generations,
     reach,
     speed_up,
     summary,
 )
-from sdpo_jax.discovery.picture import draw
-from sdpo_jax.errors import UserError
+from sdpo_jax.discovery.options import METHODS
+from sdpo_jax.discovery.picture import NAMES, draw
 from sdpo_jax.reports.curves import COLOURS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -138,8 +137,7 @@ def test_the_summary_compares_with_the_first_method():
     }
 
 
-def test_grids_go_from_one_to_the_last():
-    assert log_grid(1) == [1] and log_grid(64) == [1, 2, 4, 8, 16, 32, 64]
+def test_the_grid_of_a_curve_goes_from_one_to_the_last():
     grid = fine_grid(1000)
     assert grid[0] == 1 and grid[-1] == 1000 and grid == sorted(set(grid))
 
@@ -161,6 +159,5 @@ def test_points_of_the_picture_lie_at_the_logarithm_of_k():
     assert "prefers-color-scheme:dark" in draw(cells)
 
 
-def test_a_picture_of_more_methods_than_colours_is_refused():
-    with pytest.raises(UserError, match="--method"):
-        draw([stopped(1, method=f"m{i}") for i in range(len(COLOURS) + 1)])
+def test_every_method_has_a_name_and_a_colour():
+    assert set(NAMES) == set(METHODS) and len(METHODS) <= len(COLOURS)

@@ -11,7 +11,7 @@ from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.measures import (
     Graded,
     groups,
-    length_quantiles,
+    plain_numbers,
     student_measures,
     teacher_measures,
     values,
@@ -53,7 +53,7 @@ def test_what_a_failed_grading_was_about_has_no_part_in_any_number():
     asked = prompts({"family": "x"}, {"family": "y"})
     found = values(student_measures(one, asked, answers, ks=(1, 2, 3)))
     assert found == values(student_measures(other, asked, others, ks=(1, 2, 3)))
-    assert length_quantiles(one) == length_quantiles(other)
+    assert plain_numbers(one) == plain_numbers(other)
     assert found["accuracy"] == 3 / 5 and found["accuracy/x"] == 1 / 2
     assert found["response_tokens"] == (4 + 6 + 7 + 8 + 9) / 5
     assert found["entropy"] == pytest.approx(0.5)
@@ -62,9 +62,9 @@ def test_what_a_failed_grading_was_about_has_no_part_in_any_number():
     assert found["pass_at_2"] == pytest.approx((1.0 + 1.0) / 2)
 
 
-def test_where_nothing_could_be_graded_there_is_no_number():
+def test_where_nothing_could_be_graded_there_is_no_number_but_their_share():
     assert student_measures(graded([FAILED] * 2), prompts({}), ["a", "b"], ks=(1, 2)) == {}
-    assert length_quantiles(graded([FAILED] * 2)) == {}
+    assert plain_numbers(graded([FAILED] * 2)) == {"environment/failed": 1.0}
 
 
 def test_entropy_is_per_token_over_all_responses_together():

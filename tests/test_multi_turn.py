@@ -116,7 +116,7 @@ class Lottery:
         return Outcome(float(passed), passed, "" if passed else f"{len(response)} letters", {})
 
 
-def cells(pairs, budget=12, shows_attempts=False, **rollout):
+def cells(pairs, budget=12, **rollout):
     architecture = replace(tiny.ARCHITECTURE, vocabulary=TOKENIZER.vocabulary)
     model, devices = tiny.make_model(architecture), tiny.make_devices()
     settings = {"max_prompt_tokens": 64, "max_response_tokens": 4}
@@ -128,10 +128,9 @@ def cells(pairs, budget=12, shows_attempts=False, **rollout):
     start = StartModel(config, sampler, TOKENIZER, Lottery(), params)
     found, turns = {}, []
     multi_turn(
-        *(start, pairs, budget),
+        *(start, "multi_turn_feedback", pairs, budget),
         lambda cell: found.update({(cell.question, cell.seed): cell._replace(seconds=0.0)}),
         lambda turn, budget: turns.append((turn, budget)),
-        shows_attempts=shows_attempts,
     )
     assert turns[-1][0] == max(cell.generations for cell in found.values())
     return found

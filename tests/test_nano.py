@@ -12,6 +12,7 @@ from sdpo_jax.api import load_components
 from sdpo_jax.config import EvaluationConfig
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_jax.evaluation.evaluator import Evaluator, Graded, accuracy_metrics
+from sdpo_jax.evaluation.measures import values
 from sdpo_jax.model import Params
 from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.evaluate import make_evaluator
@@ -87,7 +88,7 @@ def test_context_helps_a_sibling_s_solution_most_feedback_clearly(
     evaluator: Evaluator, params: Params, sampled: Graded
 ) -> None:
     alone = accuracy_metrics(sampled, evaluator.prompts)["accuracy"]
-    shown = evaluator.teacher_metrics(params, sampled, 0)
+    shown = values(evaluator.teacher_measures(params, sampled, 0))
     assert shown["teacher_accuracy/demonstration"] > 0.75
     assert shown["teacher_accuracy/feedback"] > alone + 0.3
 

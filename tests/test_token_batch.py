@@ -268,7 +268,7 @@ def record(sampled, columns, log_p, log_q):
 def test_a_candidate_of_both_stands_once_and_the_likeliest_first():
     a, b, c = TOKENIZER.encode("abc")
     one = record([c], [[a, b, b, c]], [[-3, -0.2, -2, -2, -3]], [[-0.5, -4, -0.7, -0.7, -0.5]])
-    (row,) = token_rows(one, TOKENIZER, {})
+    (row,) = token_rows(one, TOKENIZER, lambda token: TOKENIZER.decode([token]))
     assert [x["text"] for x in row["alternatives"]] == ["a", "c", "b"]
     assert row["advantage"] == pytest.approx(2.5)
     assert (row["id"], row["text"]) == (c, "c")

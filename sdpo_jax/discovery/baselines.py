@@ -8,11 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from sdpo_jax.config import Config
 from sdpo_jax.discovery.estimator import Cell
 from sdpo_jax.discovery.multi_turn import Chain
+from sdpo_jax.discovery.options import MULTI_TURN
 from sdpo_jax.discovery.test_time import Tally, cell_seed
 from sdpo_jax.environments.base import Environment, Outcome, Prompt
 from sdpo_jax.environments.grading import Grader, refuse_failures
@@ -46,23 +48,16 @@ def best_of_k(
     start: StartModel, question: Prompt, seed: int, samples: int, report: Callable[[int, int], None]
 ) -> Cell:
     """Samples `samples` independent answers; a success does not end the cell."""
-    began, config, tally = time.perf_counter(), start.config, Tally(samples)
-    size = min(BATCH, samples)
-    rollout = replace(config.rollout, rollouts_per_prompt=size)
-    draws, step = cell_seed("best_of_k", question.id, seed), 0
+    began, config, tally, step = time.perf_counter(), start.config, Tally(samples), 0
+    rollout = replace(config.rollout, rollouts_per_prompt=min(BATCH, samples))
     setup = make_rollout_setup(replace(config, rollout=rollout), start.tokenizer, start.environment)
+    draws = cell_seed("best_of_k", question.id, seed)
+    sample = partial(sample_rollouts, setup, start.sampler, start.params, [question], seed=draws)
     while tally.generations < samples:
         step += 1
-        rollouts, _ = sample_rollouts(
-            setup,
-            start.sampler,
-            start.params,
-            [question],
-            seed=draws,
-            step=step,
-            timer=PhaseTimer(),
-        )
-        _refuse(start, rollouts.prompts, rollouts.outcomes, f"best_of_k, step {step}")
+        rollouts, _ = sample(step=step, timer=PhaseTimer())
+        limit, where = config.environment.max_failed_share, f"best_of_k, step {step}"
+        refuse_failures([question], rollouts.outcomes, limit, where)
         tally.add(rollouts.outcomes)
         report(tally.generations, samples)
     cell = tally.cell("best_of_k", question.id, seed, time.perf_counter() - began)
@@ -70,7 +65,6 @@ def best_of_k(
 
 
 class _Running(NamedTuple):
-    question: Prompt
     seed: int
     chain: Chain
     tally: Tally
@@ -78,25 +72,23 @@ class _Running(NamedTuple):
 
 def multi_turn(
     start: StartModel,
+    method: str,
     pairs: Sequence[tuple[Prompt, int]],
     budget: int,
     done: Callable[[Cell], None],
     report: Callable[[int, int], None],
-    *,
-    shows_attempts: bool,
 ) -> None:
     """Runs chains of turns, decoded as one batch; each depends on its question and seed alone.
 
     Args:
       start: the start model.
+      method: one of `MULTI_TURN`.
       pairs: questions with seeds; one chain each.
       budget: turns of each chain.
       done: called with the cell of each finished chain; its seconds are its share of each turn's.
       report: called with the turns so far and the budget after each turn.
-      shows_attempts: whether prompts show the attempts, see `multi_turn.Chain`.
     """
-    method = "multi_turn_conversation" if shows_attempts else "multi_turn_feedback"
-    running = _begun(start, pairs, budget, shows_attempts)
+    running = _begun(start, pairs, budget, MULTI_TURN[method])
     turn, seconds = 0, 0.0
     recent: deque[tuple[Prompt, Outcome]] = deque(maxlen=max(len(running), MIN_ANSWERS))
     while running:
@@ -104,18 +96,16 @@ def multi_turn(
         began = time.perf_counter()
         outcomes = _turn(start, running, method, turn)
         seconds += (time.perf_counter() - began) / len(running)
-        recent.extend(zip((row.question for row in running), outcomes, strict=True))
+        recent.extend(zip((row.chain.prompt for row in running), outcomes, strict=True))
         if len(recent) == recent.maxlen:
             questions, latest = [q for q, _ in recent], [o for _, o in recent]
-            _refuse(start, questions, latest, f"{method}, turn {turn}")
-        unfinished: list[_Running] = []
+            limit = start.config.environment.max_failed_share
+            refuse_failures(questions, latest, limit, f"{method}, turn {turn}")
         for row, outcome in zip(running, outcomes, strict=True):
             row.tally.add([outcome])
             if row.tally.over:
-                done(row.tally.cell(method, row.question.id, row.seed, seconds))
-            else:
-                unfinished.append(row)
-        running = unfinished
+                done(row.tally.cell(method, row.chain.prompt.id, row.seed, seconds))
+        running = [row for row in running if not row.tally.over]
         report(turn, budget)
 
 
@@ -127,7 +117,7 @@ def _begun(
     for question, seed in pairs:
         prompt_ids(start.tokenizer, question, limit)  # raises if it is too long
         chain = Chain(question, teacher, start.tokenizer, shows_attempts=shows_attempts)
-        running.append(_Running(question, seed, chain, Tally(budget)))
+        running.append(_Running(seed, chain, Tally(budget)))
     return running
 
 
@@ -141,19 +131,13 @@ def _turn(start: StartModel, running: list[_Running], method: str, turn: int) ->
         temperature=start.config.rollout.temperature,
         seed=0,
         step=turn,
-        first_prompt=[cell_seed(method, row.question.id, row.seed) for row in running],
+        first_prompt=[cell_seed(method, row.chain.prompt.id, row.seed) for row in running],
         prompt_rows=1 << (len(running) - 1).bit_length(),  # few shapes; padding costs a prefill
     )
     texts = [start.tokenizer.decode(ids) for ids in rollouts.responses()]
     truncated = [not stopped for stopped in rollouts.stopped.tolist()]
-    questions = [row.question for row in running]
+    questions = [row.chain.prompt for row in running]
     outcomes = agreed(Grader(start.environment)(questions, texts, truncated))
     for row, text, outcome in zip(running, texts, outcomes, strict=True):
         row.chain.add(text, outcome)
     return outcomes
-
-
-def _refuse(
-    start: StartModel, prompts: Sequence[Prompt], outcomes: Sequence[Outcome], where: str
-) -> None:
-    refuse_failures(prompts, outcomes, start.config.environment.max_failed_share, where)

@@ -17,13 +17,13 @@ tests/test_discovery.py against enumeration of all samples and draws with known 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.evaluation.estimators import pass_at_k
+from sdpo_jax.evaluation.estimators import pass_at_k, powers_of_two
 
 CONFIDENCE = 0.9
 """Level of the intervals, as in the paper's figures 19 and 20."""
@@ -60,16 +60,6 @@ class Estimate(NamedTuple):
     high: float
 
 
-def log_grid(most: int) -> list[int]:
-    """1, 2, 4, ... up to `most`, which is the last.
-
-    >>> log_grid(20)
-    [1, 2, 4, 8, 16, 20]
-    """
-    grid = [2**i for i in range(max(most, 1).bit_length()) if 2**i < most]
-    return [*grid, most]
-
-
 def fine_grid(most: int, per_doubling: int = 8) -> list[int]:
     """Whole numbers from 1 to `most`, about evenly spread on a log axis; for curves."""
     count = max(1, round(per_doubling * math.log2(max(most, 2))))
@@ -98,7 +88,8 @@ def discovery(
     ks = [k for k in ks if k <= reach(cells)]
     rng = np.random.default_rng(seed)
     groups = _by_question(cells)
-    point = np.mean([_of_question(group, ks) for group in groups], axis=0)  # [K]
+    as_drawn = [_resampled(group, np.arange(len(group))[None], ks)[0] for group in groups]
+    point = np.mean(as_drawn, axis=0)  # [K]
     drawn = np.zeros((resamples, len(ks)))  # [R, K]
     for group in groups:
         picks = rng.integers(len(group), size=(resamples, len(group)))  # [R, seeds]
@@ -119,7 +110,7 @@ def mean_generations(cells: Sequence[Cell], budget: int) -> float:
     means: list[float] = []
     for group in _by_question(cells):
         if group[0].independent:
-            n, c = sum(cell.generations for cell in group), _successes(group)
+            n, c = sum(cell.generations for cell in group), sum(sum(cell.passed) for cell in group)
             means.append(sum(1.0 - pass_at_k(n, c, k) for k in range(budget)))
         else:
             means.append(sum(min(cell.first or budget, budget) for cell in group) / len(group))
@@ -138,11 +129,8 @@ class SpeedUp(NamedTuple):
     """The highest probability that both reach."""
     ours: int
     theirs: int
-
-    @property
-    def ratio(self) -> float:
-        """How many times more generations the other method needs."""
-        return self.theirs / self.ours
+    ratio: float
+    """How many times more generations the other method needs."""
 
 
 def speed_up(ours: Sequence[Cell], theirs: Sequence[Cell]) -> SpeedUp | None:
@@ -151,8 +139,10 @@ def speed_up(ours: Sequence[Cell], theirs: Sequence[Cell]) -> SpeedUp | None:
     probability = min(curve[-1].probability for curve in curves)
     if probability <= 0.0:
         return None
-    first = [next(e.k for e in c if e.probability >= probability - 1e-12) for c in curves]
-    return SpeedUp(probability, *first)
+    our_k, their_k = (
+        next(e.k for e in curve if e.probability >= probability - 1e-12) for curve in curves
+    )
+    return SpeedUp(probability, our_k, their_k, their_k / our_k)
 
 
 def summary(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
@@ -162,18 +152,15 @@ def summary(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
       cells: of all methods; the others are compared with the method of the first cell.
       budget: where means are truncated.
     """
-    methods = {name: [c for c in cells if c.method == name] for name in _names(cells)}
-    ours = next(iter(methods.values()))
-    speed_ups = {
-        name: None if (s := speed_up(ours, theirs)) is None else {**s._asdict(), "ratio": s.ratio}
-        for name, theirs in list(methods.items())[1:]
-    }
+    methods = grouped(cells, lambda cell: cell.method)
+    (first, ours), *others = methods.items()
+    speed_ups = {name: speed_up(ours, theirs) for name, theirs in others}
     return {
         "confidence": CONFIDENCE,
         "budget": budget,
         "methods": {name: _summary_of(group, budget) for name, group in methods.items()},
-        "speed_up_of": ours[0].method,
-        "speed_up_over": speed_ups,
+        "speed_up_of": first,
+        "speed_up_over": {name: gain and gain._asdict() for name, gain in speed_ups.items()},
     }
 
 
@@ -184,7 +171,7 @@ def _summary_of(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
         "mean_generations": mean_generations(cells, budget),
         "generations": sum(cell.generations for cell in cells),
         "seconds": sum(cell.seconds for cell in cells),
-        "discovery": [e._asdict() for e in discovery(cells, log_grid(reach(cells)))],
+        "discovery": [e._asdict() for e in discovery(cells, powers_of_two(reach(cells)))],
         "questions": {
             group[0].question: {
                 "seeds": len(group),
@@ -196,25 +183,16 @@ def _summary_of(cells: Sequence[Cell], budget: int) -> dict[str, Any]:
     }
 
 
-def _names(cells: Sequence[Cell]) -> list[str]:
-    return list(dict.fromkeys(cell.method for cell in cells))
-
-
 def _by_question(cells: Sequence[Cell]) -> list[list[Cell]]:
+    return list(grouped(cells, lambda cell: cell.question).values())
+
+
+def grouped(cells: Sequence[Cell], key: Callable[[Cell], str]) -> dict[str, list[Cell]]:
+    """The cells of each key, such as their method, in the order of the first ones."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(cell.question, []).append(cell)
-    return list(groups.values())
-
-
-def _successes(cells: Sequence[Cell]) -> int:
-    return sum(sum(cell.passed) for cell in cells)
-
-
-def _of_question(group: Sequence[Cell], ks: Sequence[int]) -> NDArray[np.float64]:
-    """discovery@k [K] of one question."""
-    picks = np.arange(len(group))[None]
-    return _resampled(group, picks, ks)[0]
+        groups.setdefault(key(cell), []).append(cell)
+    return groups
 
 
 def _resampled(
@@ -227,7 +205,6 @@ def _resampled(
         return is_solved[picks].mean(axis=1)
     n = np.asarray([c.generations for c in group])[picks].sum(axis=1)  # [R]
     c = np.asarray([sum(cell.passed) for cell in group])[picks].sum(axis=1)
-    known: dict[tuple[int, int], list[float]] = {}
-    for pair in set(zip(n.tolist(), c.tolist(), strict=True)):
-        known[pair] = [pass_at_k(*pair, min(k, pair[0])) for k in ks]
-    return np.asarray([known[pair] for pair in zip(n.tolist(), c.tolist(), strict=True)])
+    pairs: list[tuple[int, int]] = list(zip(n.tolist(), c.tolist(), strict=True))
+    known = {pair: [pass_at_k(*pair, min(k, pair[0])) for k in ks] for pair in set(pairs)}
+    return np.asarray([known[pair] for pair in pairs])

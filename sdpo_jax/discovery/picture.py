@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from sdpo_jax.discovery.estimator import CONFIDENCE, Cell, discovery, fine_grid, reach
-from sdpo_jax.errors import UserError
-from sdpo_jax.reports.curves import COLOURS, FRAME, Curve, Point, picture
+from sdpo_jax.discovery.estimator import CONFIDENCE, Cell, discovery, fine_grid, grouped, reach
+from sdpo_jax.reports.curves import FRAME, Curve, Point, picture
 
 NAMES = {
     "sdpo": "SDPO",
@@ -17,20 +16,10 @@ NAMES = {
 
 
 def draw(cells: Sequence[Cell]) -> str:
-    """The SVG: one line for each method, a band for its interval.
-
-    Raises:
-      UserError: more methods than there are colours.
-    """
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    if len(methods) > len(COLOURS):
-        raise UserError(
-            f"{len(methods)} methods; expected at most {len(COLOURS)} in one picture: "
-            "leave one out of --method"
-        )
-    groups = [[cell for cell in cells if cell.method == name] for name in methods]
-    most = max(2, *(reach(group) for group in groups))
-    curves = [_curve(NAMES[name], group) for name, group in zip(methods, groups, strict=True)]
+    """The SVG: one line for each method, a band for its interval."""
+    methods = grouped(cells, lambda cell: cell.method)
+    most = max(2, *map(reach, methods.values()))
+    curves = [_curve(NAMES[name], group) for name, group in methods.items()]
     x = FRAME.horizontal(1, most, _decades(most), is_log=True)
     y = FRAME.vertical([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     questions = len({cell.question for cell in cells})

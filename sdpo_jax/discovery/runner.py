@@ -24,12 +24,13 @@ import jax
 from sdpo_jax.config import Config
 from sdpo_jax.devices import Devices, make_mesh
 from sdpo_jax.discovery.baselines import StartModel, best_of_k, multi_turn
-from sdpo_jax.discovery.estimator import Cell, log_grid, summary
+from sdpo_jax.discovery.estimator import Cell, summary
 from sdpo_jax.discovery.options import MULTI_TURN, TRAINED, Options, with_objective
 from sdpo_jax.discovery.picture import draw
 from sdpo_jax.discovery.test_time import QuestionTrainer
 from sdpo_jax.environments.base import Prompt
 from sdpo_jax.errors import UserError
+from sdpo_jax.evaluation.estimators import powers_of_two
 from sdpo_jax.rollouts.sampler import Sampler
 from sdpo_jax.run import run_directory
 from sdpo_jax.run.components import RunComponents
@@ -165,19 +166,15 @@ def _run(
             continue
         if method in MULTI_TURN:
             report = partial(log.progress, f"{method:<24}{len(pairs)} chains")
-            shows_attempts = MULTI_TURN[method]
-            multi_turn(start, pairs, budget, log.done, report, shows_attempts=shows_attempts)
+            multi_turn(start, method, pairs, budget, log.done, report)
             continue
-        train = None
+        solve = partial(best_of_k, start)
         if method in TRAINED:
             trained = with_objective(config, method)
-            train = QuestionTrainer(trained, model, tokenizer, environment, params)
+            solve = QuestionTrainer(trained, model, tokenizer, environment, params)
         for question, seed in pairs:
             report = partial(log.progress, f"{method:<24}{question.id}  seed {seed}")
-            if train is None:
-                log.done(best_of_k(start, question, seed, budget, report))
-            else:
-                log.done(train(question, seed, budget, report))
+            log.done(solve(question, seed, budget, report))
             jax.block_until_ready(params)
 
 
@@ -185,7 +182,7 @@ def table(numbers: Mapping[str, Any]) -> str:
     """discovery@k of each method with its interval, mean generations, speed-ups."""
     methods: Mapping[str, Any] = numbers["methods"]
     most = max(method["discovery"][-1]["k"] for method in methods.values())
-    ks = log_grid(most)[-8:]
+    ks = powers_of_two(most)[-8:]
     head = f"{'discovery@k, %':<26}" + "".join(f"{k:>12}" for k in ks) + f"{'mean':>9}{'found':>10}"
     lines = ["", head]
     for name, method in methods.items():
@@ -198,8 +195,8 @@ def table(numbers: Mapping[str, Any]) -> str:
         f"in brackets: {level} % bootstrap over seeds; mean: generations to the first success, "
         f"truncated at {numbers['budget']}; found: cells with a success"
     )
-    for other, gain in numbers["speed_up_over"].items():
-        lines.append(_speed_up(numbers["speed_up_of"], other, gain))
+    gains = numbers["speed_up_over"].items()
+    lines += [_speed_up(numbers["speed_up_of"], other, gain) for other, gain in gains]
     return "\n".join([*lines, *_by_question(methods), ""])
 
 
@@ -223,13 +220,14 @@ def _by_question(methods: Mapping[str, Any]) -> list[str]:
     names = list(dict.fromkeys(q for m in methods.values() for q in m["questions"]))
     if len(names) < 2:
         return []
-    width = max(map(len, names))
-    lines = ["", f"{'mean generations (found)':<{max(width, 24)}}  " + "  ".join(methods)]
+    head = "mean generations (found)"
+    width = max(map(len, (head, *names)))
+    lines = ["", f"{head:<{width}}  " + "  ".join(methods)]
     for name in names:
-        cells: list[str] = []
-        for method, numbers in methods.items():
-            q = numbers["questions"][name]
-            text = f"{q['mean_generations']:.0f} ({q['discovered']}/{q['seeds']})"
-            cells.append(f"{text:>{len(method)}}")
-        lines.append(f"{name:<{max(width, 24)}}  " + "  ".join(cells))
+        found = {method: numbers["questions"][name] for method, numbers in methods.items()}
+        cells = [
+            f"{q['mean_generations']:.0f} ({q['discovered']}/{q['seeds']})".rjust(len(method))
+            for method, q in found.items()
+        ]
+        lines.append(f"{name:<{width}}  " + "  ".join(cells))
     return lines

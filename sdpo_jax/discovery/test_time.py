@@ -13,6 +13,7 @@ The samples of a cell depend on method, question and seed alone.
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from sdpo_jax.config import Config
@@ -23,9 +24,8 @@ from sdpo_jax.errors import UserError
 from sdpo_jax.model import Params
 from sdpo_jax.objectives import make_objective
 from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.rollout_batch import RolloutBatch, make_rollout_setup, sample_rollouts
+from sdpo_jax.rollouts.rollout_batch import make_rollout_setup, sample_rollouts
 from sdpo_jax.tokens import Tokenizer
-from sdpo_jax.training.state import TrainState
 from sdpo_jax.training.trainer import Trainer
 
 
@@ -86,17 +86,12 @@ class QuestionTrainer:
     ):
         """Every cell starts from `params`; they are not donated.
 
-        Raises:
-          UserError: the objective learns from demonstrations and not from rollouts.
+        The objective is that of one of `options.TRAINED`: it learns from rollouts.
         """
-        if config.objective.learns_from == "demonstrations":
-            raise UserError(
-                f"objective {config.objective.name}: expected one that learns from rollouts, "
-                "sdpo or grpo; choose it with --method"
-            )
         objective = make_objective(config.objective)
         self._trainer = Trainer(config, model, tokenizer, environment, objective=objective)
-        self._setup = make_rollout_setup(config, tokenizer, environment)
+        setup = make_rollout_setup(config, tokenizer, environment)
+        self._sample = partial(sample_rollouts, setup, self._trainer.sampler)
         self._start = self._trainer.host_state()
         self._config, self._params = config, params
 
@@ -121,31 +116,17 @@ class QuestionTrainer:
         state, step = trainer.initial_state(self._params, draws), 0
         while not tally.over:
             step, timer = step + 1, PhaseTimer()
-            rollouts, observed = self._sample(state, question, draws, step, timer)
+            rollouts, observed = self._sample(
+                trainer.student(state), [question], seed=draws, step=step, timer=timer
+            )
+            limit = self._config.environment.max_failed_share
+            refuse_failures(rollouts.prompts, rollouts.outcomes, limit, f"step {step}")
             tally.add(rollouts.outcomes)
             if not tally.over:
                 state, row = trainer.learn(state, rollouts, step, timer, observed=observed)
                 self._stop_if_not_finite(f"{method}, question {question.id}, seed {seed}", row)
             report(tally.generations, budget)
         return tally.cell(method, question.id, seed, time.perf_counter() - began)
-
-    def _sample(
-        self, state: TrainState, question: Prompt, seed: int, step: int, timer: PhaseTimer
-    ) -> tuple[RolloutBatch, dict[str, float]]:
-        """One graded group of the question."""
-        trainer = self._trainer
-        rollouts, metrics = sample_rollouts(
-            self._setup,
-            trainer.sampler,
-            trainer.student(state),
-            [question],
-            seed=seed,
-            step=step,
-            timer=timer,
-        )
-        limit = self._config.environment.max_failed_share
-        refuse_failures(rollouts.prompts, rollouts.outcomes, limit, f"step {step}")
-        return rollouts, metrics
 
     def _stop_if_not_finite(self, cell: str, row: Mapping[str, Any]) -> None:
         optimizer = self._config.optimizer

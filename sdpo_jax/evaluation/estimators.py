@@ -8,7 +8,8 @@ intervals' coverage with simulations.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -37,6 +38,10 @@ class Measure(NamedTuple):
         weight = float(self.weights.sum())
         return float(self.sums.sum()) / weight if weight else math.nan
 
+    def resampled(self, rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        """The value `[R]` of each draw of prompts, `rows: [R, P]`."""
+        return self.sums[rows].sum(axis=-1) / self.weights[rows].sum(axis=-1)
+
     def of(self, rows: NDArray[np.bool_]) -> "Measure":
         """The same measure over the prompts with `rows[P]` True."""
         return Measure(
@@ -48,8 +53,17 @@ class Estimate(NamedTuple):
     """A value with its interval; None if the data give no interval."""
 
     value: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Numbers of samples `k` up to `most`: 1, 2, 4, ... and `most` itself.
+
+    >>> powers_of_two(6)
+    [1, 2, 4, 6]
+    """
+    return [*(1 << i for i in range((most - 1).bit_length())), most]
 
 
 def pass_at_k(samples: int, successes: int, k: int) -> float:
@@ -150,10 +164,7 @@ def majority_at_k(
 
 def _elected(answers: Sequence[str | None], worth: dict[str, float]) -> float:
     """Mean value of the most frequent answers."""
-    counts: dict[str, int] = {}
-    for answer in answers:
-        if answer is not None:
-            counts[answer] = counts.get(answer, 0) + 1
+    counts = Counter(answer for answer in answers if answer is not None)
     most = max(counts.values(), default=0)
     tied = [worth[answer] for answer, count in counts.items() if count == most]
     return sum(tied) / len(tied) if tied else 0.0
@@ -187,7 +198,7 @@ def _over_subsets(votes: Sequence[tuple[int, float]], n: int, k: int) -> float:
     return total / math.comb(n, k)
 
 
-def wilson_interval(share: float, trials: int, *, level: float = LEVEL) -> tuple[float, float]:
+def wilson_interval(share: float, trials: int) -> tuple[float, float]:
     """Wilson's score interval of a share of independent trials.
 
         (p + z²/2n ± z √(p (1 − p) / n + z²/4n²)) / (1 + z²/n)
@@ -200,7 +211,7 @@ def wilson_interval(share: float, trials: int, *, level: float = LEVEL) -> tuple
     """
     if trials < 1 or not 0.0 <= share <= 1.0:
         raise ValueError(f"expected a share of at least one trial; got {share} of {trials}")
-    z = NormalDist().inv_cdf((1.0 + level) / 2.0)
+    z = NormalDist().inv_cdf((1.0 + LEVEL) / 2.0)
     middle = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1.0 - share) / trials + (z / (2 * trials)) ** 2)
     scale = 1.0 + z * z / trials
@@ -209,9 +220,7 @@ def wilson_interval(share: float, trials: int, *, level: float = LEVEL) -> tuple
     return low, (middle + half) / scale if share < 1.0 else 1.0
 
 
-def estimate(
-    measure: Measure, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
-) -> Estimate:
+def estimate(measure: Measure, *, seed: int = 0) -> Estimate:
     """Value and interval of a measure.
 
     If every prompt is 0 or 1 (one sample of each, pass@n, no success at all), prompts are trials
@@ -219,25 +228,14 @@ def estimate(
     the percentile interval of a bootstrap that draws prompts with all their samples (a cluster
     bootstrap). There is none if all prompts have the same mean, since the bootstrap has no width.
     """
-    own = measure.weights > 0
-    sums, weights = measure.sums[own], measure.weights[own]
-    if measure.share and len(sums) and bool(np.all((sums == 0) | (sums == weights))):
-        return Estimate(measure.value, *wilson_interval(measure.value, len(sums), level=level))
-    drawn = [
-        sums[rows].sum(axis=-1) / weights[rows].sum(axis=-1)
-        for rows in _resampled(len(sums), seed, resamples)
-    ]
-    return Estimate(measure.value, *_percentiles(drawn, level))
+    kept = np.flatnonzero(measure.weights > 0)
+    sums, weights = measure.sums[kept], measure.weights[kept]
+    if measure.share and len(kept) and bool(np.all((sums == 0) | (sums == weights))):
+        return Estimate(measure.value, *wilson_interval(measure.value, len(kept)))
+    return Estimate(measure.value, *_interval(measure.resampled, kept, seed))
 
 
-def paired_difference(
-    before: Measure,
-    after: Measure,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-) -> Estimate:
+def paired_difference(before: Measure, after: Measure, *, seed: int = 0) -> Estimate:
     """`after − before` of two evaluations of the same prompts, in the same order.
 
     Each bootstrap draw takes the same prompts of both, so that the difficulty of a prompt cancels
@@ -251,29 +249,27 @@ def paired_difference(
             f"expected the same prompts; got {len(before.sums)} and {len(after.sums)} of them"
         )
     both = (before.weights > 0) & (after.weights > 0)
-    a, b, c, d = (x[both] for x in (after.sums, after.weights, before.sums, before.weights))
-    drawn = [
-        a[rows].sum(axis=-1) / b[rows].sum(axis=-1) - c[rows].sum(axis=-1) / d[rows].sum(axis=-1)
-        for rows in _resampled(len(a), seed, resamples)
-    ]
+
+    def difference(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        return after.resampled(rows) - before.resampled(rows)
+
     value = after.of(both).value - before.of(both).value
-    return Estimate(value, *_percentiles(drawn, level))
+    return Estimate(value, *_interval(difference, np.flatnonzero(both), seed))
 
 
-def _resampled(prompts: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Indices of prompts `[batch, P]`, `resamples` rows in all, in batches to bound memory."""
+def _interval(
+    resampled: Callable[[NDArray[np.intp]], NDArray[np.float64]], kept: NDArray[np.intp], seed: int
+) -> tuple[float | None, float | None]:
+    """Percentiles of `resampled` over draws of the prompts `kept`, in batches to bound memory."""
+    prompts = len(kept)
     if prompts < 2:  # there is no variance between prompts to estimate
-        return
+        return None, None
     draws = np.random.default_rng(seed)
     at_a_time = max(1, _DRAWS_AT_A_TIME // prompts)
-    for start in range(0, resamples, at_a_time):
-        yield draws.integers(prompts, size=(min(at_a_time, resamples - start), prompts))
-
-
-def _percentiles(
-    drawn: Sequence[NDArray[np.float64]], level: float
-) -> tuple[float | None, float | None]:
-    if not drawn or np.ptp(values := np.concatenate(drawn)) < 1e-12:
+    sizes = [min(at_a_time, RESAMPLES - start) for start in range(0, RESAMPLES, at_a_time)]
+    drawn = [resampled(kept[draws.integers(prompts, size=(size, prompts))]) for size in sizes]
+    values = np.concatenate(drawn)
+    if np.ptp(values) < 1e-12:
         return None, None
-    low, high = np.quantile(values, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    low, high = np.quantile(values, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
     return float(low), float(high)

@@ -13,12 +13,12 @@ import numpy as np
 
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Environment, HasReferences, Prompt
-from sdpo_jax.environments.grading import OpenEpisodes, answers_of, failed_share, refuse_failures
+from sdpo_jax.environments.grading import OpenEpisodes, answers_of, refuse_failures
 from sdpo_jax.environments.retries import with_episodes
 from sdpo_jax.evaluation.measures import (
     Graded,
     Measures,
-    length_quantiles,
+    plain_numbers,
     student_measures,
     teacher_measures,
     values,
@@ -61,19 +61,12 @@ class Evaluator:
         self._contexts = contexts or SiblingContexts(config.teacher)
         self._config, self._sampler, self._tokenizer = config, sampler, tokenizer
         self._environment, self._teacher_prompts = environment, teacher_prompts
-        self._prompts = list(environment.held_out)[: config.evaluation.prompts]
-        limit = config.rollout.max_prompt_tokens
-        self._ids = [prompt_ids(tokenizer, p, limit) for p in self._prompts]
-
-    @property
-    def prompts(self) -> list[Prompt]:
+        self.prompts: list[Prompt] = list(environment.held_out)[: config.evaluation.prompts]
         """The held-out prompts that are evaluated."""
-        return self._prompts
-
-    @property
-    def asks_teacher(self) -> bool:
+        self.asks_teacher = config.evaluation.teacher
         """Whether the recipe wants the teacher's accuracy, too."""
-        return self._config.evaluation.teacher
+        limit = config.rollout.max_prompt_tokens
+        self._ids = [prompt_ids(tokenizer, p, limit) for p in self.prompts]
 
     def __call__(
         self, params: Params, teacher_params: Params, step: int, compare: Compare | None = None
@@ -82,15 +75,15 @@ class Evaluator:
 
         `compare` sees the answers to the first `evaluation.batch_prompts` prompts.
         """
-        if not self._prompts:  # evaluation.prompts = 0
+        if not self.prompts:  # evaluation.prompts = 0
             return {}
         graded = self.attempts(params, step)
-        metrics = accuracy_metrics(graded, self._prompts, self.answers(graded))
+        metrics = accuracy_metrics(graded, self.prompts, self.answers(graded))
         if teacher_params is not None and self.asks_teacher:
-            metrics |= self.teacher_metrics(teacher_params, graded, step)
+            metrics |= values(self.teacher_measures(teacher_params, graded, step))
             if compare is not None and graded.ids:
                 asked = self._ids[: self._config.evaluation.batch_prompts]
-                group = len(graded.ids) // len(self._prompts)
+                group = len(graded.ids) // len(self.prompts)
                 rows = [list(ids) for ids in asked for _ in range(group)]
                 metrics |= compare(params, teacher_params, rows, graded.ids[: len(rows)])
         return metrics
@@ -108,52 +101,39 @@ class Evaluator:
         group = settings.samples_per_prompt if samples is None else samples
         temperature = settings.temperature if temperature is None else temperature
         turns, step = self._config.rollout.max_turns, EVALUATION_STREAM + step
-        return self._sample(params, self._ids, group, temperature, step, self._prompts, turns)
+        return self._sample(params, self._ids, group, temperature, step, self.prompts, turns)
 
     def answers(self, graded: Graded) -> list[str | None] | None:
         """What each response votes for; None where the environment knows no answers."""
-        return answers_of(self._environment, self._prompts, graded.responses)
-
-    def teacher_metrics(self, params: Params, graded: Graded, step: int) -> dict[str, float]:
-        """Values of `teacher_measures`."""
-        return values(self.teacher_measures(params, graded, step))
+        return answers_of(self._environment, self.prompts, graded.responses)
 
     def teacher_measures(self, params: Params, graded: Graded, step: int) -> Measures:
         """Asks the teacher once for each attempt that has a context; overall and by its kind."""
-        group = len(graded.responses) // len(self._prompts)
-        contexts = self._contexts(
-            self._with_demonstrations(),
-            group,
-            graded.outcomes,
-            graded.responses,
-            seed=self._config.seed,
-        )
+        group = len(graded.responses) // len(self.prompts)
+        asked, seed = self._with_demonstrations(), self._config.seed
+        contexts = self._contexts(asked, group, graded.outcomes, graded.responses, seed=seed)
         rows = [i for i, context in enumerate(contexts) if context is not None]
         if not rows:
             return {}
-        prompts = [self._prompts[i // group] for i in rows]
+        prompts = [self.prompts[i // group] for i in rows]
         shown: list[TeacherContext] = [c for c in contexts if c is not None]
         ids, _ = self._teacher_prompts([p.messages for p in prompts], shown)
-        answers = self._sample_rows(params, prompts, ids, TEACHER_STREAM + step)
+        # One response to each, however many turns the student has.
+        temperature, step = self._config.evaluation.temperature, TEACHER_STREAM + step
+        answers = self._sample(params, ids, 1, temperature, step, prompts, 1)
         kinds = [context.kind for context in shown]
-        return teacher_measures(graded, answers, rows, kinds, len(self._prompts))
+        return teacher_measures(graded, answers, rows, kinds, len(self.prompts))
 
     def _with_demonstrations(self) -> list[Prompt]:
         """Held-out prompts as a context builder sees those of training."""
         environment = self._environment
         learns_from_them = self._config.objective.learns_from == "demonstrations"
         if not learns_from_them or not isinstance(environment, HasReferences):
-            return self._prompts
+            return self.prompts
         return [
             prompt._replace(data={**prompt.data, "demonstration": environment.reference(prompt)})
-            for prompt in self._prompts
+            for prompt in self.prompts
         ]
-
-    def _sample_rows(
-        self, params: Params, prompts: Sequence[Prompt], ids: Sequence[list[int]], step: int
-    ) -> Graded:
-        """One response to each, however many turns the student has."""
-        return self._sample(params, ids, 1, self._config.evaluation.temperature, step, prompts, 1)
 
     def _sample(
         self,
@@ -225,7 +205,4 @@ def accuracy_metrics(
     """
     group = len(graded.responses) // len(prompts)
     measures = student_measures(graded, prompts, answers, ks=(group,) if group > 1 else ())
-    metrics = values(measures) | length_quantiles(graded)
-    if failed := failed_share(graded.outcomes):
-        metrics["environment/failed"] = failed
-    return metrics
+    return values(measures) | plain_numbers(graded)

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.grading import failed_share
 from sdpo_jax.evaluation.estimators import Measure, best_at_k, majority_at_k, pass_at_k
 
 Measures = dict[str, Measure]
@@ -83,8 +84,7 @@ def student_measures(
     rows_of = [np.flatnonzero(ok & (owner == i)).tolist() for i in range(len(prompts))]
     measures |= _at_k(graded, rows_of, answers, ks)
     if len(graded.log_probs):
-        lengths = np.asarray(graded.lengths)
-        measures["entropy"] = mean(-np.asarray(graded.log_probs), lengths, share=False)
+        measures["entropy"] = mean(-np.asarray(graded.log_probs), graded.lengths, share=False)
     if len(graded.repetition):
         measures["repetition"] = mean(graded.repetition)
     if graded.turns:
@@ -145,8 +145,7 @@ def teacher_measures(
     owner = np.asarray(rows) // (len(graded.responses) // prompts)
     ok = np.asarray([outcome.graded for outcome in answered.outcomes])
     passed = [outcome.passed for outcome in answered.outcomes]
-    attempts = [graded.responses[i] for i in rows]
-    same = [a == b for a, b in zip(answered.responses, attempts, strict=True)]
+    same = [text == graded.responses[i] for text, i in zip(answered.responses, rows, strict=True)]
     marks = {"": np.ones(len(kinds), np.bool_)}
     marks |= {f"/{kind}": np.asarray(kinds) == kind for kind in sorted(set(kinds))}
     return {
@@ -169,12 +168,10 @@ def groups(prompts: Sequence[Prompt]) -> dict[str, NDArray[np.bool_]]:
     """`[P]` masks of each family and each difficulty; none if there is only one."""
     found: dict[str, NDArray[np.bool_]] = {}
     for key, prefix in (("family", ""), ("difficulty", "difficulty/")):
-        labels = [label_of(prompt, key) for prompt in prompts]
+        labels = np.asarray([label_of(prompt, key) for prompt in prompts], object)
         names = sorted(set(labels) - {""})
         if len(set(labels)) > 1:
-            found |= {
-                f"{prefix}{name}": np.asarray([label == name for label in labels]) for name in names
-            }
+            found |= {f"{prefix}{name}": labels == name for name in names}
     return found
 
 
@@ -188,11 +185,18 @@ def values(measures: Measures) -> dict[str, float]:
     return {name: measure.value for name, measure in measures.items()}
 
 
-def length_quantiles(graded: Graded) -> dict[str, float]:
-    """The length that half, and 95 %, of the responses do not exceed."""
+def plain_numbers(graded: Graded) -> dict[str, float]:
+    """Numbers without an interval: quantiles of the length, and the share that was not graded.
+
+    The quantiles are the length that half, and 95 %, of the graded responses do not exceed. The
+    share is there only where some could not be graded.
+    """
     pairs = zip(graded.lengths, graded.outcomes, strict=True)
     lengths = [length for length, outcome in pairs if outcome.graded]
-    if not lengths:
-        return {}
-    found = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
-    return {"response_tokens/p50": float(found[0]), "response_tokens/p95": float(found[1])}
+    numbers: dict[str, float] = {}
+    if lengths:
+        p50, p95 = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
+        numbers = {"response_tokens/p50": float(p50), "response_tokens/p95": float(p95)}
+    if failed := failed_share(graded.outcomes):
+        numbers["environment/failed"] = failed
+    return numbers

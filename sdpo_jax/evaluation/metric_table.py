@@ -106,22 +106,20 @@ METRICS: dict[str, Metric] = {
 }
 """By name, in the order of the report's panels."""
 
-AT_K = {"pass_at_": percent, "maj_at_": percent}
-"""Metrics of `k` samples, by the start of their names."""
+AT_K = ("pass_at_", "maj_at_")
+"""Metrics of `k` samples, shares, by the start of their names."""
 
 
 def metric_of(name: str) -> Metric:
     """How a metric is shown; one without a row in the table by its name."""
+    if name in METRICS:
+        return METRICS[name]
     whole, _, part = name.partition("/")
-    found = METRICS.get(name) or METRICS.get(whole)
-    for start, show in AT_K.items():
-        if whole.startswith(start):
-            found = Metric(whole.replace("_at_", "@"), show)
-    if found is None:
-        found = Metric(whole.replace("_", " "))
-    if part and name not in METRICS:
-        return found._replace(label=f"{found.label}, {part.replace('_', ' ')}")
-    return found
+    if whole.startswith(AT_K):
+        found = Metric(whole.replace("_at_", "@"), percent)
+    else:
+        found = METRICS.get(whole) or Metric(whole.replace("_", " "))
+    return found._replace(label=f"{found.label}, {part.replace('_', ' ')}") if part else found
 
 
 def text_of(name: str, value: Any) -> str:

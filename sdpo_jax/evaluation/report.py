@@ -10,22 +10,15 @@ from typing import Any, NamedTuple
 
 from sdpo_jax.config import Config
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.grading import failed_share
 from sdpo_jax.evaluation.estimators import (
     LEVEL,
     RESAMPLES,
     Estimate,
-    Measure,
     estimate,
     paired_difference,
+    powers_of_two,
 )
-from sdpo_jax.evaluation.measures import (
-    Graded,
-    Measures,
-    label_of,
-    length_quantiles,
-    student_measures,
-)
+from sdpo_jax.evaluation.measures import Graded, Measures, label_of, plain_numbers, student_measures
 
 FORMAT = 1
 
@@ -59,25 +52,13 @@ def evaluation(
     measures = student_measures(sampled, prompts, answers, ks=powers_of_two(group))
     if (greedily := student_measures(greedy, prompts).get("accuracy")) is not None:
         measures["accuracy_greedy"] = greedily
-    plain = length_quantiles(sampled)
-    if failed := failed_share(sampled.outcomes):
-        plain["environment/failed"] = failed
     listed = [
         _prompt(prompt, sampled, answers, slice(i * group, (i + 1) * group))
         | {"greedy": _passed(greedy.outcomes[i])}
-        | {"teacher": {name: _parts(measure, i) for name, measure in teacher.items()}}
+        | {"teacher": {k: [float(m.sums[i]), float(m.weights[i])] for k, m in teacher.items()}}
         for i, prompt in enumerate(prompts)
     ]
-    return Evaluation(measures | teacher, plain, listed)
-
-
-def powers_of_two(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself.
-
-    >>> powers_of_two(6)
-    [1, 2, 4, 6]
-    """
-    return [*(1 << i for i in range((most - 1).bit_length())), most]
+    return Evaluation(measures | teacher, plain_numbers(sampled), listed)
 
 
 def _prompt(
@@ -101,10 +82,6 @@ def _prompt(
 
 def _passed(outcome: Outcome) -> bool | None:
     return bool(outcome.passed) if outcome.graded else None
-
-
-def _parts(measure: Measure, prompt: int) -> list[float]:
-    return [float(measure.sums[prompt]), float(measure.weights[prompt])]
 
 
 def report(rows: Mapping[str, Evaluation], config: Config, samples: int) -> dict[str, Any]:
@@ -142,7 +119,7 @@ def report(rows: Mapping[str, Evaluation], config: Config, samples: int) -> dict
 
 def _metrics(row: Evaluation, seed: int) -> dict[str, dict[str, float | None]]:
     found = {name: estimate(m, seed=seed)._asdict() for name, m in row.measures.items()}
-    return found | {name: Estimate(v, None, None)._asdict() for name, v in row.plain.items()}
+    return found | {name: Estimate(v)._asdict() for name, v in row.plain.items()}
 
 
 def _differences(
@@ -154,11 +131,8 @@ def _differences(
         name: paired_difference(before.measures[name], after.measures[name], seed=seed)
         for name in both
     }
-    found |= {
-        name: Estimate(after.plain[name] - value, None, None)
-        for name, value in before.plain.items()
-        if name in after.plain
-    }
+    plain = [name for name in before.plain if name in after.plain]
+    found |= {name: Estimate(after.plain[name] - before.plain[name]) for name in plain}
     return {name: e._asdict() for name, e in found.items() if math.isfinite(e.value)}
 
 
@@ -170,10 +144,9 @@ def table(made: Mapping[str, Any]) -> str:
     whole = {name: name.partition("/")[0] for row in columns.values() for name in row}
     order = list(dict.fromkeys(whole.values()))
     names = sorted(whole, key=lambda name: order.index(whole[name]))  # parts below their metric
+    signed = [(row, "") for row in columns.values()] + [(row, "+") for row in differences.values()]
     cells = [["", *columns, *differences]]
-    for name in names:
-        values = [_cell(row.get(name), "") for row in columns.values()]
-        cells.append([name, *values, *(_cell(row.get(name), "+") for row in differences.values())])
+    cells += [[name, *(_cell(row.get(name), sign) for row, sign in signed)] for name in names]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (zip(line, widths, strict=True) for line in cells)
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in line).rstrip() for line in lines)

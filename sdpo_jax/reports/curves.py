@@ -194,11 +194,9 @@ def _band(index: int, curve: Curve, x: Axis, y: Axis) -> str:
 def _names(curves: Sequence[Curve], x: Axis, y: Axis) -> list[str]:
     """The legend: each name at the end of its line, moved apart where lines end together."""
     out: list[str] = []
-    order = sorted(range(len(curves)), key=lambda i: -curves[i].points[-1].mean)
+    order = sorted(enumerate(curves), key=lambda numbered: -numbered[1].points[-1].mean)
     lowest = -math.inf
-    for rank, index in enumerate(order):
-        curve = curves[index]
-        below = len(order) - 1 - rank
+    for below, (index, curve) in zip(reversed(range(len(order))), order, strict=True):
         # Below the axis a name would cover its numbers, so the names above it move up instead.
         at = min(y.place(curve.points[-1].mean) + 4, y.place(y.low) - NAME_HEIGHT * below)
         at = lowest = max(at, lowest + NAME_HEIGHT)
@@ -222,10 +220,8 @@ def main(argv: Sequence[str]) -> None:
     out, metric = arguments.out, arguments.metric
     if out.suffix != ".svg" or not all("=" in text for text in arguments.curves):
         parser.error("expected a file with .svg, then NAME=FILE[,FILE...] ...")
-    curves: list[Curve] = []
-    for text in arguments.curves:
-        name, _, files = text.partition("=")
-        curves.append(read_curve(name, files.split(","), metric))
+    pairs = [text.split("=", 1) for text in arguments.curves]
+    curves = [read_curve(name, files.split(","), metric) for name, files in pairs]
     out.write_text(draw(curves, metric), encoding="utf-8")
     print(f"wrote {out}: {', '.join(f'{c.name} ({c.seeds} run(s))' for c in curves)}")
 

@@ -54,10 +54,9 @@ def heatmap_page(rows: Sequence[Mapping[str, Any]], *, max_tokens: int = 512) ->
     stop_ids = set(batch["stop_ids"])
 
     def text(token: Mapping[str, Any]) -> int | None:
-        if token["text"]:
-            return texts(token["text"])
         # A list marks a control token: text that a model writes is never a list.
-        return texts(["end" if token["id"] in stop_ids else str(token["id"])])
+        control = ["end" if token["id"] in stop_ids else str(token["id"])]
+        return texts(token["text"] or control)
 
     data = {
         "meta": {name: batch[name] for name in batch if name != "kind"},
@@ -66,9 +65,8 @@ def heatmap_page(rows: Sequence[Mapping[str, Any]], *, max_tokens: int = 512) ->
         "texts": texts.values,
         "long": long.values,
     }
-    title = f"Token advantages, {batch['run']}"
     return page(
-        title,
+        f"Token advantages, {batch['run']}",
         asset("heatmap.html"),
         styles=["heatmap.css"],
         scripts=["colours.js", "matrix.js", "heatmap.js"],
@@ -98,8 +96,7 @@ def scale(responses: Sequence[Mapping[str, Any]]) -> list[float]:
 def _row(row: Mapping[str, Any], text: Any, long: _Table, max_tokens: int) -> dict[str, Any]:
     """One response under short keys, which `heatmap.js` explains."""
     tokens = row["tokens"][:max_tokens]
-    shown = row["shown"] or {"demonstration": None, "feedback": None}
-    has_teacher = row["shown"] is not None
+    shown = row["shown"] or {}
     return {
         "n": row["row"],
         "id": row["prompt_id"],
@@ -107,14 +104,14 @@ def _row(row: Mapping[str, Any], text: Any, long: _Table, max_tokens: int) -> di
         "reward": round(row["reward"], 4),
         "verdict": "passed" if row["passed"] else "failed" if row["graded"] else "not graded",
         "said": long(row["feedback"] or None),
-        "demo": long(shown["demonstration"]),
-        "feed": long(shown["feedback"]),
+        "demo": long(shown.get("demonstration")),
+        "feed": long(shown.get("feedback")),
         "read": long(row["teacher_prompt"]),
         "grpo": round(row["grpo_advantage"], 4),
         "total": len(row["tokens"]),
         "w": [text(token) for token in tokens],
         "p": [round(1000 * token["log_p"]) for token in tokens],
-        "q": [round(1000 * token["log_q"]) for token in tokens] if has_teacher else None,
+        "q": [round(1000 * token["log_q"]) for token in tokens] if shown else None,
         "c": [_candidates(token, text) for token in tokens],
     }
 
@@ -123,9 +120,7 @@ def _candidates(token: Mapping[str, Any], text: Any) -> list[Any]:
     """Flat list: text, then probabilities in 1/10000 of the student and, if any, the teacher."""
     flat: list[Any] = []
     for candidate in token["alternatives"]:
-        logs = [candidate["log_p"]]
-        if candidate["log_q"] is not None:
-            logs.append(candidate["log_q"])
+        logs = [x for x in (candidate["log_p"], candidate["log_q"]) if x is not None]
         if max(logs) >= math.log(FAINT):
             flat += [text(candidate), *(round(1e4 * math.exp(x)) for x in logs)]
     return flat

@@ -4,9 +4,9 @@ A long run is thinned to means of neighbouring steps, so that a page stays small
 smoothed line names the width of the mean.
 """
 
-import math
 from collections.abc import Sequence
 from html import escape
+from statistics import fmean
 from typing import NamedTuple
 
 from sdpo_jax.reports.plot import Axis, Frame, coordinates, nice_ticks
@@ -28,17 +28,15 @@ class Series(NamedTuple):
 
 def rolling_mean(points: Points, width: int) -> list[tuple[float, float]]:
     """Each y becomes the mean of itself and the `width - 1` before it, fewer at the start."""
-    return [
-        (x, math.fsum(y for _, y in points[max(0, i + 1 - width) : i + 1]) / min(i + 1, width))
-        for i, (x, _) in enumerate(points)
-    ]
+    ys = [y for _, y in points]
+    return [(x, fmean(ys[max(0, i + 1 - width) : i + 1])) for i, (x, _) in enumerate(points)]
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
     """At most `most` points: means of equally many neighbours, each at its last one's x."""
     size = -(-len(points) // most) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(group[-1][0], math.fsum(y for _, y in group) / len(group)) for group in groups]
+    return [(group[-1][0], fmean(y for _, y in group)) for group in groups]
 
 
 def panel(title: str, series: Sequence[Series], *, x_label: str, share: bool = False) -> str:
@@ -57,10 +55,10 @@ def panel(title: str, series: Sequence[Series], *, x_label: str, share: bool = F
     ends = "; ".join(
         f"{s.name} from {_text(s.points[0][1])} to {_text(s.points[-1][1])}" for s in drawn
     )
-    label = f"{title}: {ends}"
+    label = escape(f"{title}: {ends}")
     lines = [
         f'<figure class="panel"><figcaption>{escape(title)}</figcaption>',
-        f'<svg viewBox="0 0 {FRAME.width} {FRAME.height}" role="img" aria-label="{escape(label)}">',
+        f'<svg viewBox="0 0 {FRAME.width} {FRAME.height}" role="img" aria-label="{label}">',
         *FRAME.grid(x, y, x_label, share=share),
         *(line for s in drawn for line in _line(s, x, y, share)),
         "</svg></figure>",

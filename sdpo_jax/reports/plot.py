@@ -75,19 +75,18 @@ class Frame(NamedTuple):
             if share:
                 text = f"{100 * tick:.{digits}f} %"
             out.append(f'<path class="grid" d="M{self.left} {at}H{self.width - self.right}"/>')
-            out.append(_text(f"{self.left - self.left_gap}", at, "end", text, 'dy="4" '))
+            out.append(_text(self.left - self.left_gap, at, "end", text, 'dy="4" '))
         for tick in x.ticks:
             text = f"{tick:,.0f}" if x.high > 8 else f"{tick:g}"
             anchor = "end" if x.place(tick) > self.width - EDGE else "middle"
-            height = f"{self.height - self.bottom + self.tick_drop}"
-            out.append(_text(f"{x.place(tick):.1f}", height, anchor, text))
+            baseline = self.height - self.bottom + self.tick_drop
+            out.append(_text(f"{x.place(tick):.1f}", baseline, anchor, text))
         middle = (self.left + self.width - self.right) / 2
-        height = f"{self.height - self.label_rise}"
-        out.append(_text(f"{middle:g}", height, "middle", escape(label)))
+        out.append(_text(f"{middle:g}", self.height - self.label_rise, "middle", escape(label)))
         return out
 
 
-def _text(x: str, y: str, anchor: str, text: str, shift: str = "") -> str:
+def _text(x: str | int, y: str | int, anchor: str, text: str, shift: str = "") -> str:
     return f'<text x="{x}" y="{y}" {shift}text-anchor="{anchor}">{text}</text>'
 
 

@@ -9,7 +9,7 @@ checkpoints, as in figure 6 of arXiv 2601.20802.
 import os
 import statistics
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,9 +84,13 @@ def minutes(run: Run) -> dict[int, float]:
     """Minutes of training at the end of each step; 0 at step 0."""
     spent, total = {0: 0.0}, 0.0
     for row in run.train:
-        total += sum(v for k, v in row.items() if k.startswith("seconds_") and k not in INSIDE) / 60
+        total += sum(value for name, value in row.items() if _is_phase(name)) / 60
         spent[row["step"]] = total
     return spent
+
+
+def _is_phase(name: str) -> bool:
+    return name.startswith("seconds_") and name not in INSIDE
 
 
 def generations(run: Run) -> dict[int, float]:
@@ -127,9 +131,14 @@ def report_page(runs: Sequence[Run], folder: Path) -> str:
     return page(f"{title}: {names}", "\n".join(body), styles=["report.css"], scripts=[])
 
 
-def _swatch(index: int) -> str:
-    path = f'<path class="run{index}" d="M1 4H23"/>'
+def _swatch(kind: str) -> str:
+    path = f'<path class="{kind}" d="M1 4H23"/>'
     return f'<svg class="swatch" viewBox="0 0 24 8" aria-hidden="true">{path}</svg>'
+
+
+def _name(index: int, run: Run) -> str:
+    """The name of a run beside the colour of its lines."""
+    return f"{_swatch(f'run{index}')} {escape(run.name)}"
 
 
 def _overview(runs: Sequence[Run], folder: Path) -> str:
@@ -138,10 +147,9 @@ def _overview(runs: Sequence[Run], folder: Path) -> str:
         settings = tomllib.loads(run.recipe)
         done = max((row["step"] for row in run.train), default=0)
         wanted, objective = settings["train"]["steps"], settings["objective"]["name"]
-        is_sft = objective == "sft"
-        task = settings["data"]["source"] if is_sft else settings["environment"]["kind"]
+        task = settings["data"]["source"] if objective == "sft" else settings["environment"]["kind"]
         cells = [
-            f"{_swatch(i)} {escape(run.name)}",
+            _name(i, run),
             escape(f"{objective} on {task}"),
             escape(settings["model"]["path"]),
             f"{done} of {wanted}",
@@ -172,12 +180,10 @@ def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
 
 def _legend(runs: Sequence[Run]) -> str:
     """The colour of each run's lines."""
-    entries = "".join(f"<span>{_swatch(i)} {escape(run.name)}</span>" for i, run in enumerate(runs))
-    dashed = '<path class="dashed" d="M1 4H23"/>'
-    svg = f'<svg class="swatch" viewBox="0 0 24 8" aria-hidden="true">{dashed}</svg>'
+    entries = "".join(f"<span>{_name(i, run)}</span>" for i, run in enumerate(runs))
     note = "Minutes of training are those of rollout, teacher and update, compilation included."
     return (
-        f'<p class="legend">{entries}<span>{svg} dashed: the teacher</span></p>'
+        f'<p class="legend">{entries}<span>{_swatch("dashed")} dashed: the teacher</span></p>'
         f'<p class="soft">{note}</p>'
     )
 
@@ -212,18 +218,13 @@ def _against_steps(run: Run, metric: str, kind: str) -> Points:
 def _training_panels(runs: Sequence[Run]) -> str:
     figures: list[str] = []
     for title in dict.fromkeys(m.panel for m in METRICS.values() if m.panel):
-        shown = {name: metric for name, metric in METRICS.items() if metric.panel == title}
+        shown = {name: m for name, m in METRICS.items() if m.panel == title}
         series = [
-            Series(
-                f"{run.name}, {metric.label}",
-                _against_steps(run, name, "train"),
-                i,
-                dashed=metric.dashed,
-            )
+            Series(f"{run.name}, {m.label}", _against_steps(run, name, "train"), i, m.dashed)
             for i, run in enumerate(runs)
-            for name, metric in shown.items()
+            for name, m in shown.items()
         ]
-        share = all(metric.is_share for metric in shown.values())
+        share = all(m.is_share for m in shown.values())
         figures.append(panel(title, series, x_label="steps", share=share))
     return f'<p class="soft">Means of {SMOOTHED} steps.</p>' + _grid(figures, "no step yet")
 
@@ -235,20 +236,14 @@ def _grid(figures: Sequence[str], nothing: str) -> str:
 
 def _before_and_after(runs: Sequence[Run]) -> str:
     """First and last evaluation of each run."""
-    known = [run for run in runs if run.evaluations]
-    if not known:
+    ends = [(run, run.evaluations[i]) for run in runs if run.evaluations for i in (0, -1)]
+    if not ends:
         return '<p class="soft">no evaluation yet</p>'
-    ends = [(run.evaluations[0], run.evaluations[-1]) for run in known]
-    names = dict.fromkeys(key for pair in ends for row in pair for key in row)
-    heads = [
-        f"{escape(run.name)}: step {row['step']}"
-        for run, pair in zip(known, ends, strict=True)
-        for row in pair
-    ]
+    heads = [f"{escape(run.name)}: step {row['step']}" for run, row in ends]
     rows = [
         f'<th scope="row">{escape(name)}</th>'
-        + "".join(f"<td>{_value(name, row.get(name))}</td>" for pair in ends for row in pair)
-        for name in names
+        + "".join(f"<td>{_value(name, row.get(name))}</td>" for _, row in ends)
+        for name in dict.fromkeys(key for _, row in ends for key in row)
         if name not in ("kind", "step")
     ]
     return _table(["Metric", *heads], rows)
@@ -260,16 +255,11 @@ def _value(name: str, value: Any) -> str:
 
 def _phases(runs: Sequence[Run]) -> str:
     """Median seconds of each phase; a median leaves out the steps that compiled."""
-    medians: list[dict[str, float]] = []
-    for run in runs:
-        names = dict.fromkeys(k for row in run.train for k in row if k.startswith("seconds_"))
-        medians.append(
-            {n: statistics.median(row[n] for row in run.train if n in row) for n in names}
-        )
-    names = [n for n in dict.fromkeys(n for m in medians for n in m) if n not in INSIDE]
+    medians = [_medians(run) for run in runs]
+    names = list(dict.fromkeys(name for found in medians for name in found))
     if not names:
         return '<p class="soft">no step yet</p>'
-    longest = max(sum(m.get(n, 0.0) for n in names) for m in medians)
+    longest = max(sum(found.values()) for found in medians)
     rows: list[str] = []
     for i, (run, found) in enumerate(zip(runs, medians, strict=True)):
         bars = "".join(
@@ -278,9 +268,9 @@ def _phases(runs: Sequence[Run]) -> str:
             if n in found
         )
         cells = "".join(f"<td>{duration(found[n]) if n in found else '-'}</td>" for n in names)
-        total = duration(sum(found.get(n, 0.0) for n in names))
+        total = duration(sum(found.values()))
         rows.append(
-            f'<th scope="row">{_swatch(i)} {escape(run.name)}</th>{cells}<td>{total}</td>'
+            f'<th scope="row">{_name(i, run)}</th>{cells}<td>{total}</td>'
             f'<td class="bars"><div aria-hidden="true">{bars}</div></td>'
         )
     chips = [
@@ -290,38 +280,39 @@ def _phases(runs: Sequence[Run]) -> str:
     return _table(["Median of steps", *chips, "together", ""], rows)
 
 
+def _medians(run: Run) -> dict[str, float]:
+    """Of the seconds of each phase."""
+    names = dict.fromkeys(name for row in run.train for name in row if _is_phase(name))
+    return {n: statistics.median(row[n] for row in run.train if n in row) for n in names}
+
+
 def _recipes(runs: Sequence[Run]) -> str:
-    parts: list[str] = []
-    if len(runs) > 1:
-        parts.append(_differences(runs))
-    for run in runs:
-        opened = " open" if len(runs) == 1 else ""
-        parts.append(
-            f"<details{opened}><summary>{escape(run.name)}/{CONFIG}</summary>"
-            f"<pre>{escape(run.recipe)}</pre></details>"
-        )
+    parts = [_differences(runs)] if len(runs) > 1 else []
+    opened = "" if len(runs) > 1 else " open"
+    parts += [
+        f"<details{opened}><summary>{escape(run.name)}/{CONFIG}</summary>"
+        f"<pre>{escape(run.recipe)}</pre></details>"
+        for run in runs
+    ]
     return "\n".join(parts)
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    flat = [_leaves(tomllib.loads(run.recipe)) for run in runs]
-    keys = [k for k in dict.fromkeys(k for f in flat for k in f) if k != "run_dir"]
+    flat = [dict(_leaves(tomllib.loads(run.recipe))) for run in runs]
     rows = [
         f'<th scope="row"><code>{escape(key)}</code></th>'
         + "".join(f"<td>{escape(str(f.get(key, '-')))}</td>" for f in flat)
-        for key in keys
-        if len({repr(f.get(key)) for f in flat}) > 1
+        for key in dict.fromkeys(key for f in flat for key in f)
+        if key != "run_dir" and len({repr(f.get(key)) for f in flat}) > 1
     ]
     if not rows:
         return '<p class="soft">The recipes agree but for the folder.</p>'
     return _table(["Setting", *(escape(run.name) for run in runs)], rows)
 
 
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if isinstance(value, Mapping):
-            out |= _leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            out[f"{prefix}{key}"] = value
-    return out
+            yield f"{prefix}{key}", value

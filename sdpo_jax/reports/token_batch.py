@@ -10,7 +10,8 @@ SDPO's teacher would see. Under `sft` the student answers the first prompts of t
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from sdpo_jax.rollouts.sources import GradedRollouts
 from sdpo_jax.run.checkpoint import Restored
 from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.restore import restore_run
+from sdpo_jax.run.run_directory import write_atomically
 from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.contexts import SiblingContexts, context_seed
@@ -79,12 +81,13 @@ def batch_of(
     """
     config, tokenizer, step = trainer.config, trainer.tokenizer, restored.step + 1
     student = trainer.student(restored.state)
+    teacher = trainer.teacher_params(restored.state, student)
     batch = _rollouts(trainer, restored, components.environment, student, prompts)
     shown = _shown(trainer, restored, batch, step)
     records = token_records(
         components.model,
         student,
-        _teacher_weights(trainer, restored, student),
+        student if teacher is None else teacher,
         Responses(batch.prompt_ids, shown.prompt_ids, batch.response_ids),
         layout=trainer.layout,
         devices=trainer.devices,
@@ -126,14 +129,6 @@ def _shown(trainer: Trainer, restored: Restored, batch: RolloutBatch, step: int)
     return Shown(contexts, prompts)
 
 
-def _teacher_weights(trainer: Trainer, restored: Restored, student: Params) -> list[Params]:
-    """The teacher's weights; with a trust region also the student's."""
-    teacher = trainer.teacher_params(restored.state, student)
-    if trainer.teacher is None or teacher is None:
-        return [student]
-    return [teacher, student] if trainer.teacher.coefficient is not None else [teacher]
-
-
 def response_rows(
     batch: RolloutBatch, shown: Shown, records: Sequence[TokenRecord], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
@@ -145,7 +140,7 @@ def response_rows(
     if not batch.outcomes:
         nothing = not_graded("nothing grades the answers to demonstrations")
         batch = batch._replace(outcomes=[nothing] * len(batch.texts))
-    grpo, known = graded_advantages(batch), dict[int, str]()
+    grpo, decoded = graded_advantages(batch), cache(lambda token: tokenizer.decode([token]))
     rows: list[dict[str, Any]] = []
     for i, (outcome, record) in enumerate(zip(batch.outcomes, records, strict=True)):
         prompt, context = batch.prompts[i // batch.group], shown.contexts[i]
@@ -164,33 +159,30 @@ def response_rows(
                 "shown": context._asdict() if context is not None and ids is not None else None,
                 "teacher_prompt": None if ids is None else tokenizer.decode(ids),
                 "grpo_advantage": float(grpo[i]),
-                "tokens": token_rows(record, tokenizer, known),
+                "tokens": token_rows(record, tokenizer, decoded),
             }
         )
     return rows
 
 
 def token_rows(
-    record: TokenRecord, tokenizer: Tokenizer, known: dict[int, str]
+    record: TokenRecord, tokenizer: Tokenizer, decoded: Callable[[int], str]
 ) -> list[dict[str, Any]]:
     """Text, log p, log q, advantage and candidates of each token, likeliest candidate first.
 
     The text is what the token adds to the response. It is empty for control tokens and for a token
-    that begins a character that a later token completes. `known` caches texts of candidates.
+    that begins a character that a later token completes. `decoded` is the text of a candidate.
     """
     texts = token_texts(record.ids[:, 0].tolist(), tokenizer)
     rows: list[dict[str, Any]] = []
     for t, text in enumerate(texts):
-        log_p = record.log_p[t].tolist()
+        ids, log_p = record.ids[t].tolist(), record.log_p[t].tolist()
         log_q = [None] * len(log_p) if record.log_q is None else record.log_q[t].tolist()
-        seen: dict[int, dict[str, Any]] = {}
-        for token, p, q in zip(record.ids[t].tolist()[1:], log_p[1:], log_q[1:], strict=True):
-            if token not in known:
-                known[token] = tokenizer.decode([token])
-            seen[token] = {"id": token, "text": known[token], "log_p": p, "log_q": q}
+        others = zip(ids[1:], log_p[1:], log_q[1:], strict=True)
+        seen = {i: {"id": i, "text": decoded(i), "log_p": p, "log_q": q} for i, p, q in others}
         rows.append(
             {
-                "id": int(record.ids[t, 0]),
+                "id": ids[0],
                 "text": text,
                 "log_p": log_p[0],
                 "log_q": log_q[0],
@@ -202,8 +194,7 @@ def token_rows(
 
 
 def _likeliest(candidate: Mapping[str, Any]) -> float:
-    log_q = candidate["log_q"]
-    return -max(candidate["log_p"], candidate["log_p"] if log_q is None else log_q)
+    return -max(x for x in (candidate["log_p"], candidate["log_q"]) if x is not None)
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
@@ -228,6 +219,4 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the file atomically."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -52,12 +52,7 @@ class TokenRecord(NamedTuple):
 
     ids: NDArray[np.int32]  # [T, 1 + 2K], or [T, 1 + K] without a teacher
     log_p: NDArray[np.float32]  # same shape, the student's
-    log_q: NDArray[np.float32] | None  # same shape, the teacher's; None without a context
-
-    @property
-    def advantages(self) -> NDArray[np.float32] | None:
-        """[T], log q / p of the sampled tokens; None without a context."""
-        return None if self.log_q is None else self.log_q[:, 0] - self.log_p[:, 0]
+    log_q: NDArray[np.float32] | None = None  # same shape, the teacher's; None without a context
 
 
 class Programs(NamedTuple):
@@ -71,7 +66,7 @@ class Programs(NamedTuple):
 def token_records(
     model: Model,
     student: Params,
-    teacher: Sequence[Params],
+    teacher: Params,
     responses: Responses,
     *,
     layout: BatchLayout,
@@ -85,7 +80,7 @@ def token_records(
     Args:
       model: pure functions.
       student: its weights.
-      teacher: weights of the teacher; in a trust region also the student's own, as the second.
+      teacher: weights of the teacher.
       responses: ids of prompts, re-prompts and responses.
       layout: how sequences are packed, as in training.
       devices: the mesh.
@@ -96,29 +91,21 @@ def token_records(
     Returns:
       One record per response, in order.
     """
-    programs = _programs(model, devices, min(top, model.vocabulary), coefficient)
-    records: list[TokenRecord | None] = [None] * len(responses.responses)
-    for with_teacher in (True, False):
-        rows = [
-            i
-            for i, ids in enumerate(responses.teacher_prompts)
-            if (ids is not None) == with_teacher
-        ]
-        weights = [student, *(teacher if with_teacher else ())]
-        found = _records_of(programs, weights, responses, rows, layout, devices, temperature)
-        for row, record in zip(rows, found, strict=True):
-            records[row] = record
-    return [record for record in records if record is not None]
-
-
-def _programs(model: Model, devices: Devices, top: int, coefficient: float | None) -> Programs:
-    return Programs(
+    candidates = partial(compare, top=min(top, model.vocabulary), coefficient=coefficient)
+    programs = Programs(
         devices.jit(partial(forward, model), out_shardings=devices.rows),
         devices.jit(model.head, out_shardings=devices.head),
-        devices.jit(
-            partial(compare, top=top, coefficient=coefficient), out_shardings=devices.replicated
-        ),
+        devices.jit(candidates, out_shardings=devices.replicated),
     )
+    # In a trust region the student reads the teacher's prompt, too.
+    taught = [student, teacher] if coefficient is None else [student, teacher, student]
+    records: dict[int, TokenRecord] = {}
+    for weights, has_teacher in ((taught, True), ([student], False)):
+        prompts = enumerate(responses.teacher_prompts)
+        rows = [i for i, ids in prompts if (ids is not None) == has_teacher]
+        found = _records_of(programs, weights, responses, rows, layout, devices, temperature)
+        records |= zip(rows, found, strict=True)
+    return [records[i] for i in range(len(records))]
 
 
 def compare(
@@ -129,7 +116,7 @@ def compare(
     *,
     top: int,
     coefficient: float | None = None,
-) -> tuple[jax.Array, list[jax.Array]]:
+) -> list[jax.Array]:
     """Candidates of one chunk of `C` tokens, with log-probabilities under student and teacher.
 
     Args:
@@ -142,21 +129,20 @@ def compare(
       coefficient: see `token_records`.
 
     Returns:
-      ids [C, 1 + K · number of models] int32, and [log p] or [log p, log q] of the same shape.
+      ids [C, 1 + K · number of models] int32, then log p and, if there is a teacher, log q, of the
+      same shape.
     """
     logits = [
         scale_logits(head_logits(h.reshape(-1, h.shape[-1]), w), temperature=temperature)
         for h, w in zip(hidden, heads, strict=True)
     ]
-    if len(logits) > 1:
-        teacher = logits[1]
-        if coefficient is not None:
-            teacher = trust_region_logits(teacher, logits[2], coefficient)
-        logits = [logits[0], teacher]
+    if coefficient is not None and len(logits) > 1:
+        own, teacher, live = logits
+        logits = [own, trust_region_logits(teacher, live, coefficient)]
     log_probs = [log_softmax(z) for z in logits]
     likeliest = [jax.lax.top_k(x, top)[1] for x in log_probs]
     ids = jnp.concatenate([targets.reshape(-1, 1), *likeliest], axis=1)  # [C, 1 + K · models]
-    return ids, [jnp.take_along_axis(x, ids, axis=1) for x in log_probs]
+    return [ids, *(jnp.take_along_axis(x, ids, axis=1) for x in log_probs)]
 
 
 def _records_of(
@@ -168,23 +154,19 @@ def _records_of(
     devices: Devices,
     temperature: float,
 ) -> list[TokenRecord]:
-    """Records of the given rows; `weights` are the student's, then the teacher's if it runs."""
+    """Records of the given rows; `weights` are the student's, then those that the teacher needs."""
     if not rows:
         return []
     pairs = [Pair(responses.prompts[i], responses.responses[i]) for i in rows]
-    reprompted = [
-        Pair(responses.teacher_prompts[i] or (), responses.responses[i])
-        for i in rows
-        if len(weights) > 1
-    ]
+    reprompted = [Pair(responses.teacher_prompts[i] or (), responses.responses[i]) for i in rows]
+    read = [pairs, *[reprompted] * (len(weights) - 1)]
     heads = [programs.head(x) for x in weights]
     records: dict[int, TokenRecord] = {}
     for packed in split_micro_batches(pairs, layout):
-        sequences = [make_sequences(packed, devices)]
-        if reprompted:
-            own = make_sequences(repack(reprompted, packed, layout), devices)
-            sequences += [own] * len(weights[1:])
-        hidden = [programs.forward(w, s) for w, s in zip(weights, sequences, strict=True)]
+        hidden = [
+            programs.forward(x, make_sequences(repack(own, packed, layout), devices))
+            for x, own in zip(weights, read, strict=True)
+        ]
         targets = place_tokens([p.response for p in pairs], packed, np.int32, devices)
         chunks = [
             devices.fetch(
@@ -202,17 +184,15 @@ def _cut(
     chunks: Sequence[Any], lengths: Sequence[int], packed: PackedBatch
 ) -> dict[int, TokenRecord]:
     """Splits the chunks of all shards into records; a shard holds its pairs end to end."""
-    columns = [[ids, *log_probs] for ids, log_probs in chunks]
-    whole = [np.stack(parts) for parts in zip(*columns, strict=True)]  # each [n, D · c, ...]
+    whole = [np.stack(parts) for parts in zip(*chunks, strict=True)]  # each [n, D · c, ...]
     size = packed.chunk_tokens
     records: dict[int, TokenRecord] = {}
     for shard, members in enumerate(packed.members):
         own = [x[:, shard * size : (shard + 1) * size] for x in whole]
-        ids, log_p, *log_q = (x.reshape(-1, x.shape[-1]) for x in own)
+        columns = [x.reshape(-1, x.shape[-1]) for x in own]
         start = 0
         for pair in members:
-            here = slice(start, start + lengths[pair])
-            teacher = log_q[0][here] if log_q else None
-            records[pair] = TokenRecord(ids[here], log_p[here], teacher)
-            start = here.stop
+            end = start + lengths[pair]
+            records[pair] = TokenRecord(*(x[start:end] for x in columns))
+            start = end
     return records
