@@ -25,8 +25,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -62,7 +61,7 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of one run directory.
 
     with Checkpoints("runs/x/checkpoints", keep=2) as checkpoints:
@@ -102,15 +101,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._error: BaseException | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def steps(self) -> list[int]:

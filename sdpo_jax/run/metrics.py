@@ -13,9 +13,9 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -25,7 +25,7 @@ from sdpo_jax.errors import UserError
 METRICS_FILE = "metrics.jsonl"
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager["MetricsLog"]):
     """The open log of a run directory.
 
     with MetricsLog("runs/x", start_step=0) as log:
@@ -52,15 +52,7 @@ class MetricsLog:
             str(folder / "tensorboard"), purge_step=start_step + 1 if start_step > 0 else 0
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
