@@ -55,7 +55,7 @@ class Console(AbstractContextManager["Console"]):
     """The console of one run.
 
     with Console(objective.columns, steps=60) as console:
-        console.header(training="nano on tool_calls", devices="1 cpu", run_dir="runs/x", batch=...)
+        console.note("run       runs/x")
         console.step({"step": 1, "reward": 0.2})
     """
 
@@ -83,13 +83,6 @@ class Console(AbstractContextManager["Console"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def header(self, *, training: str, devices: str, run_dir: str, batch: str) -> None:
-        """Prints what is trained, on which devices, where the run lies, and a step's batch."""
-        self.note(f"training  {training}")
-        self.note(f"devices   {devices}")
-        self.note(f"run       {run_dir}")
-        self.note(f"batch     {batch}, {self._steps} steps")
 
     def step(self, row: Row) -> None:
         """One finished step: `step` and the metrics of the columns."""
