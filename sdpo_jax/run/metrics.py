@@ -21,6 +21,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from sdpo_jax.errors import UserError
+from sdpo_jax.run.run_directory import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -53,7 +54,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         )
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        os.close(self._file)
+        self._curves.close()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Appends a row and hands it to the operating system before it returns.
@@ -72,26 +74,12 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             if isinstance(value, int | float):
                 self._curves.add_scalar(f"{kind}/{name}", float(value), step)
 
-    def close(self) -> None:
-        """Flushes the curves and closes both; a second call does nothing."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            self._curves.close()
 
-
-def truncate_to(path: str | os.PathLike[str], step: int) -> None:
+def truncate_to(path: Path, step: int) -> None:
     """Drops the rows of steps after `step` and a torn last line, atomically."""
-    path = Path(path)
-    if not path.exists():
-        return
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
+        write_atomically(path, "".join(kept))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
