@@ -9,7 +9,7 @@ The commands of `sdpo` are thin shells over this module. Without `verbose` nothi
 signals stay as they are.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from sdpo_jax.model import Model, Params
 from sdpo_jax.run.callbacks import Callbacks, merge
 from sdpo_jax.run.components import RunComponents, objective_of
 from sdpo_jax.run.console import Console
-from sdpo_jax.run.loop import EvaluationResult, StepResult, TrainingLoop, never
+from sdpo_jax.run.loop import EvaluationResult, Run, StepResult
 from sdpo_jax.run.recipes import load_recipe, override_config
 from sdpo_jax.run.restore import restore_student
 from sdpo_jax.run.run_ref import RunRef, find_run, is_run, run_config
@@ -49,84 +49,6 @@ from sdpo_models.tokenizer import ChatTokenizer
 from sdpo_models.transformer import build_model
 
 __all__ = ["Callbacks", "EvaluationResult", "Run", "StepResult", "Summary", "load", "train"]
-
-
-class Run:
-    """A run in its folder: trains, resumes, evaluates. Made by `load`."""
-
-    def __init__(
-        self,
-        config: Config,
-        components: RunComponents,
-        *,
-        callbacks: Callbacks | Sequence[Callbacks] = (),
-        verbose: bool | Console = False,
-    ):
-        """Loads no weights and writes nothing; the arguments are those of `load`."""
-        self._config = config
-        if verbose is True:
-            columns = objective_of(config, components).columns
-            verbose = Console(columns, steps=config.train.steps, live=False)
-        self._loop = TrainingLoop(
-            config,
-            components,
-            callbacks=merge([callbacks] if isinstance(callbacks, Callbacks) else callbacks),
-            console=verbose or None,
-        )
-
-    @property
-    def config(self) -> Config:
-        """Every setting of the run."""
-        return self._config
-
-    @property
-    def run_dir(self) -> Path:
-        """The folder of metrics, checkpoints and summary."""
-        return Path(self._config.run_dir)
-
-    def train(self, stop: Callable[[], bool] = never) -> Summary:
-        """Trains up to `train.steps`; goes on from memory, or from the folder's last checkpoint.
-
-        A run that is complete is not trained again: the result is read from its `summary.json`.
-
-        Args:
-          stop: called after each step; True saves the step and ends the training.
-
-        Raises:
-          UserError: bad input, a folder with another recipe, or updates that stay non-finite.
-        """
-        return self._loop.train(stop)
-
-    def steps(self) -> Generator[StepResult, None, None]:
-        """Trains as `train` does, and yields the result of each step.
-
-        The recipe's evaluations and the final summary are complete before their step is yielded; a
-        checkpoint is still being written, and `on_save` reports it when it is on the disk. A loop
-        that is left early goes on with the next step when `steps` or `train` is called again.
-        Another process goes on from the last checkpoint.
-
-        Raises:
-          UserError: as `train`.
-        """
-        return self._loop.steps()
-
-    def evaluate(self) -> EvaluationResult:
-        """Measures the current student on the held-out prompts, as evaluations in training do.
-
-        Raises:
-          UserError: `evaluation.prompts` is 0.
-        """
-        if self._config.evaluation.prompts == 0:
-            raise UserError("evaluation.prompts = 0: expected at least 1, to evaluate on")
-        return self._loop.evaluate()
-
-    @property
-    def params(self) -> Params:
-        """The student's current weights, adapters merged; from memory, else the last checkpoint.
-
-        The next training step reuses the memory of these arrays: copy what is needed beyond it.
-        """
-        return self._loop.student()
 
 
 def load(
@@ -168,16 +90,13 @@ def load(
     """
     config = load_config(recipe, overrides, objective)
     components = load_components(
-        config,
-        environment=environment,
-        model=model,
-        params=params,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        objective=objective,
-        context=context,
-    )
-    return Run(config, components, callbacks=callbacks, verbose=verbose)
+        config, environment=environment, model=model, params=params, tokenizer=tokenizer
+    )._replace(optimizer=optimizer, objective=objective, context=context)
+    if verbose is True:
+        columns = objective_of(config, components).columns
+        verbose = Console(columns, steps=config.train.steps, live=False)
+    called = merge([callbacks] if isinstance(callbacks, Callbacks) else callbacks)
+    return Run(config, components, callbacks=called, console=verbose or None)
 
 
 def train(recipe: str | Path | Config, **arguments: Any) -> Summary:
@@ -220,9 +139,6 @@ def load_components(
     model: Model | None = None,
     params: Params | LoadParams | None = None,
     tokenizer: Tokenizer | None = None,
-    optimizer: optax.GradientTransformation | None = None,
-    objective: Objective | None = None,
-    context: ContextBuilder | None = None,
 ) -> RunComponents:
     """Loads what a recipe names, but for what is given; the arguments are those of `load`.
 
@@ -238,7 +154,7 @@ def load_components(
         checked(environment, "environment")
     is_taught = config.objective.learns_from == "demonstrations"
     demonstrations = load_demonstrations(config.data, environment) if is_taught else ()
-    load_given = params if callable(params) else partial(_same, params)
+    load_given = params if callable(params) else lambda: params
     if model is None:
         folder = model_folder(config)
         architecture, model = _load_model(config, folder)
@@ -249,13 +165,7 @@ def load_components(
             chat.check_vocabulary(architecture.vocabulary)
             tokenizer = cast(Tokenizer, chat)  # pyright takes no cached_property for a property
     assert tokenizer is not None
-    return RunComponents(
-        model, load_given, tokenizer, environment, demonstrations, objective, optimizer, context
-    )
-
-
-def _same(params: Params) -> Params:
-    return params
+    return RunComponents(model, load_given, tokenizer, environment, demonstrations)
 
 
 def model_folder(config: Config) -> Path:

@@ -5,12 +5,12 @@ loop enters `CompileCounter`.
 """
 
 import contextlib
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -56,12 +56,7 @@ class CompileCounter:
         jax.monitoring.register_event_duration_secs_listener(self._on_seconds)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # If other code has cleared all listeners, JAX raises because these are not registered.
         with contextlib.suppress(AssertionError, ValueError):
             jax.monitoring.unregister_event_listener(self._on_event)
@@ -76,20 +71,14 @@ class CompileCounter:
     def since_mark(self) -> Compilation:
         """The compilations since the last call, or since the counter was opened."""
         before, self._mark = self._mark, self.total()
-        return Compilation(
-            self._mark.programs_compiled - before.programs_compiled,
-            self._mark.programs_loaded - before.programs_loaded,
-            self._mark.seconds - before.seconds,
-        )
+        return Compilation._make(map(operator.sub, self._mark, before))
 
-    def _on_event(self, event: str, **details: Any) -> None:
-        del details
+    def _on_event(self, event: str, **_: Any) -> None:
         if event == _LOADED:
             with self._lock:
                 self._loaded += 1
 
-    def _on_seconds(self, event: str, duration_secs: float, **details: Any) -> None:
-        del details
+    def _on_seconds(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _PROGRAM_SECONDS:
             with self._lock:
                 self._programs += 1

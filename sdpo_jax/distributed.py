@@ -88,23 +88,16 @@ def is_leader() -> bool:
 
 def any_process(asked: bool) -> bool:
     """Whether `asked` is true on any process; the same answer on all, so that none waits alone."""
-    if jax.process_count() == 1:
-        return asked
     return bool(np.any(multihost_utils.process_allgather(np.asarray(asked))))
 
 
 def all_processes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """`[N]`: the logical and of `mask` over all processes, the same on all of them."""
-    if jax.process_count() == 1:
-        return mask
-    gathered = np.asarray(multihost_utils.process_allgather(mask)).reshape(-1, len(mask))
-    return np.all(gathered, axis=0)
+    return np.all(multihost_utils.process_allgather(mask), axis=0)
 
 
 def of_leader(verdict: int) -> int:
     """The value of the first process, on all processes."""
-    if jax.process_count() == 1:
-        return verdict
     return int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
 
 

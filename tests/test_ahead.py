@@ -15,7 +15,7 @@ from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import make_rollout_setup, restore_rollouts, start_rollouts
 from sdpo_jax.run.components import make_trainer
 from sdpo_jax.run.console import Console
-from sdpo_jax.run.loop import TrainingLoop
+from sdpo_jax.run.loop import Run
 from sdpo_jax.run.recipes import load_recipe
 
 OBJECTIVES = {"sdpo": SdpoConfig(), "grpo": GrpoConfig()}
@@ -55,7 +55,7 @@ class Watched(Toy):
 
 def train(config, environment=None, console=None):
     environment = Watched() if environment is None else environment
-    return TrainingLoop(config, components_of(start_params(), environment), console=console).train()
+    return Run(config, components_of(start_params(), environment), console=console).train()
 
 
 def batches(config):

@@ -51,7 +51,7 @@ SIGNATURES = {
         callbacks: sdpo_jax.run.callbacks.Callbacks |
         Sequence[sdpo_jax.run.callbacks.Callbacks] = (),
         verbose: bool | sdpo_jax.run.console.Console = False, **overrides: Any)
-        -> sdpo_jax.api.Run""",
+        -> sdpo_jax.run.loop.Run""",
     "train": """(recipe: str | pathlib.Path | sdpo_jax.config.Config, **arguments: Any)
         -> sdpo_jax.run.summary.Summary""",
     "Run.train": "(self, stop: Callable[[], bool] = never) -> sdpo_jax.run.summary.Summary",

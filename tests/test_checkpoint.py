@@ -107,7 +107,7 @@ def test_a_step_that_is_asked_for_is_restored_or_refused(tmp_path):
         restored = checkpoints.restore(make_state(), step=2)
         assert restored is not None and restored.step == 2
         assert_same_bits(restored.state, make_state(2))
-        part = checkpoints.restore_part("params", make_state()["params"], step=1)
+        part = checkpoints.restore(make_state()["params"], step=1, part="params")
         assert part is not None
         assert_same_bits(part.state, make_state(1)["params"])
         path = data_file(tmp_path, 2)
@@ -115,7 +115,7 @@ def test_a_step_that_is_asked_for_is_restored_or_refused(tmp_path):
         with pytest.raises(UserError, match=r"step 2 is damaged or not there\. .*\[1, 3\]"):
             checkpoints.restore(make_state(), step=2)
         with pytest.raises(UserError, match="step 7 is damaged or not there"):
-            checkpoints.restore_part("params", make_state()["params"], step=7)
+            checkpoints.restore(make_state()["params"], step=7, part="params")
     # Nothing was put aside: the run itself may not need this step.
     assert Checkpoints(tmp_path).steps() == [1, 2, 3]
     assert path.name in warnings[0]
@@ -200,13 +200,14 @@ def test_one_part_is_restored_alone(tmp_path):
         make_state()["params"],
     )
     with Checkpoints(tmp_path) as checkpoints:
-        restored = checkpoints.restore_part("params", template)
+        restored = checkpoints.restore(template, part="params")
         assert restored is not None and restored.step == 2 and restored.extra["seed"] == 7
         assert_same_bits(restored.state, make_state(2)["params"])
         with pytest.raises(UserError, match=r"params\.w: saved as bfloat16\[64, 32\]"):
-            checkpoints.restore_part("params", make_state()["params"] | {"w": jnp.zeros((64, 31))})
+            other = make_state()["params"] | {"w": jnp.zeros((64, 31))}
+            checkpoints.restore(other, part="params")
     with Checkpoints(tmp_path / "empty") as checkpoints:
-        assert checkpoints.restore_part("params", make_state()["params"]) is None
+        assert checkpoints.restore(make_state()["params"], part="params") is None
 
 
 def test_other_arrays_are_refused_by_name(tmp_path):

@@ -3,7 +3,9 @@
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from sdpo_jax.config import RolloutConfig, TrainConfig
@@ -11,6 +13,7 @@ from sdpo_jax.evaluation.metric_table import METRICS, duration, metric_of, text_
 from sdpo_jax.objectives import OBJECTIVES, SftConfig
 from sdpo_jax.run.console import Console, batch_arithmetic
 from sdpo_jax.run.recipes import default_config
+from sdpo_jax.run.reporter import introduce
 
 STEP = {
     "step": 3,
@@ -67,10 +70,7 @@ def test_other_objectives_have_other_columns():
 
 def test_plain_header_evaluation_and_summary():
     console, stream = plain()
-    batch = batch_arithmetic(default_config())
-    console.header(
-        training="sdpo, nano on tool_calls", devices="1 cpu", run_dir="runs/x", batch=batch
-    )
+    introduce(default_config(run_dir="runs/x"), SimpleNamespace(size=1_234_567), console)
     before = {
         "step": 0,
         "accuracy": 0.25,
@@ -83,8 +83,8 @@ def test_plain_header_evaluation_and_summary():
     console.note("a note with [brackets] and 100%")
     console.summary(before, after, "runs/x", ["sdpo report runs/x", "sdpo export runs/x"])
     assert stream.getvalue().splitlines() == [
-        "training  sdpo, nano on tool_calls",
-        "devices   1 cpu",
+        "training  sdpo on tool_calls, model nano with 1.23 M parameters",
+        f"devices   {jax.device_count()} x cpu",
         "run       runs/x",
         "batch     16 prompts x 8 rollouts = 128 generations a step, 60 steps",
         "step  0/60  evaluation  held-out accuracy 25.0 %  teacher accuracy 50.0 %  a ratio 0.3",
@@ -166,7 +166,7 @@ def test_live_table_renders_every_objective(objective, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     stream = io.StringIO()
     with Console(COLUMNS[objective], steps=60, stream=stream, live=True) as console:
-        console.header(training="a", devices="b", run_dir="[/runs]/x", batch="c")
+        console.note("run       [/runs]/x")
         console.evaluation({"step": 0, "accuracy": 0.125})
         for step in range(1, 30):
             console.step(STEP | {"step": step, "reward": 0.5, "loss": 0.5, "divergence": 0.5})

@@ -28,7 +28,7 @@ from sdpo_jax.rollouts.phase_timer import PhaseTimer, is_time
 from sdpo_jax.rollouts.rollout_batch import RolloutSetup, sample_rollouts
 from sdpo_jax.run.components import RunComponents
 from sdpo_jax.run.console import Console
-from sdpo_jax.run.loop import TrainingLoop
+from sdpo_jax.run.loop import Run
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.recipes import default_config, load_recipe
 from sdpo_jax.training import trainer as trainer_module
@@ -200,7 +200,7 @@ def run(config, model, weights, tokenizer, environment):
         patch.setattr(trainer_module, "make_mesh", lambda config: tiny.make_devices().mesh)
         patch.setattr(jax, "jit", tiny.quick_jit)
         components = RunComponents(model, weights, tokenizer, environment)
-        TrainingLoop(config, components, console=console).train()
+        Run(config, components, console=console).train()
     rows = read_metrics(Path(config.run_dir) / METRICS_FILE)
     return [{k: v for k, v in row.items() if not is_time(k)} for row in rows]
 

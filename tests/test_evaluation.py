@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sdpo_jax.commands.evaluate import evaluate_run
+from sdpo_jax.commands import evaluate as evaluate_command
 from sdpo_jax.config import EvaluationConfig, RolloutConfig, TeacherConfig
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.grading import Grader, OpenEpisodes
@@ -31,7 +31,6 @@ from sdpo_jax.rollouts.generate import rollout_keys
 from sdpo_jax.rollouts.sampler import HostRollouts, Sampler
 from sdpo_jax.run.evaluate import evaluate, evaluate_fully
 from sdpo_jax.run.recipes import default_config
-from sdpo_jax.run.run_ref import RunRef
 from sdpo_jax.teacher.context import TeacherContext
 from sdpo_jax.teacher.contexts import ContextBuilder, SiblingContexts
 from sdpo_jax.teacher.prompts import TeacherPrompts
@@ -207,10 +206,10 @@ def test_evaluation_draws_with_its_own_temperature_and_top_p():
     assert drawn == {(0.6, 0.95)}
 
 
-def test_a_run_without_held_out_prompts_cannot_be_evaluated(tmp_path):
+def test_a_run_without_held_out_prompts_cannot_be_evaluated():
     config = replace(default_config(), evaluation=EvaluationConfig(prompts=0))
     with pytest.raises(UserError, match=r"evaluation\.prompts = 0, there is nothing to evaluate"):
-        evaluate_run(RunRef(tmp_path, config, None), {}, samples=1)
+        evaluate_command.evaluate("a run", config, {}, samples=1)
 
 
 # The teacher sees what it sees in training

@@ -36,7 +36,7 @@ from sdpo_jax.rollouts.phase_timer import is_time
 from sdpo_jax.run import loop
 from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.console import Console
-from sdpo_jax.run.loop import TrainingLoop
+from sdpo_jax.run.loop import Run
 from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.recipes import default_config
 from sdpo_jax.run.stop_signals import stop_signals
@@ -133,7 +133,7 @@ def run(config, *, params=None, crash_after=None, then=None):
     console = QuietConsole(config, crash_after, then)
     params = start_params() if params is None else params
     with stop_signals() as stop:
-        summary = TrainingLoop(config, components_of(params), console=console).train(stop)
+        summary = Run(config, components_of(params), console=console).train(stop)
     return summary, console.text.getvalue()
 
 

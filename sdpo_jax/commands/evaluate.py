@@ -54,63 +54,52 @@ def run(arguments: Namespace) -> None:
     config = replace(config, mesh=fitting_mesh(config.mesh))
     with persistent_cache(cache_folder, partial(print, file=stderr)):
         components = load_components(config, environment=environment)
-        if reference is None:
-            evaluate_start(target, config, components, arguments.samples, file)
-        else:
-            reference = reference._replace(config=config)
-            evaluate_run(reference, components, arguments.samples, file)
+        name = target if reference is None else str(reference.folder)
+        evaluate(name, config, components, arguments.samples, run=reference, file=file)
 
 
-def evaluate_run(
-    run: "RunRef", components: "RunComponents", samples: int, file: Path | None = None
+def evaluate(
+    name: str,
+    config: "Config",
+    components: "RunComponents",
+    samples: int,
+    *,
+    run: "RunRef | None" = None,
+    file: Path | None = None,
 ) -> None:
-    """Evaluates a run before and after training; prints a table, writes `eval.json` into the run.
+    """Evaluates the start model, and a run after training; prints a table, writes JSON.
 
-    With a checkpoint in the reference, the file is `eval@STEP.json`.
+    Args:
+      name: what is evaluated, for messages.
+      config: the recipe.
+      components: of the recipe.
+      samples: answers to each prompt.
+      run: the run, which gets an `eval.json`; with a checkpoint in the reference, `eval@STEP.json`.
+      file: gets the same JSON.
 
     Raises:
-      UserError: the run has no such checkpoint, or evaluates no prompts.
+      UserError: the run has no such checkpoint, or the recipe evaluates no prompts.
     """
     from sdpo_jax.run.components import make_trainer
     from sdpo_jax.run.evaluate import evaluate_fully, make_evaluator
     from sdpo_jax.run.restore import restore_run
 
-    _require_prompts(str(run.folder), run.config)
-    trainer = make_trainer(run.config, components)
-    evaluator = make_evaluator(trainer, components.environment)
-    restored = restore_run(trainer, run, components.params)
-    trained = evaluate_fully(trainer, evaluator, restored.state, samples)
-    state = trainer.initial_state(components.params())
-    start = evaluate_fully(trainer, evaluator, state, samples)
-    name = "eval.json" if run.step is None else f"eval@{run.step}.json"
-    files = [run.folder / name, *([] if file is None else [file])]
-    _show({"start": start, f"step {restored.step}": trained}, run.config, samples, files)
-
-
-def evaluate_start(
-    recipe: str, config: "Config", components: "RunComponents", samples: int, file: Path | None
-) -> None:
-    """Evaluates the start model of a recipe; prints a table, writes JSON if there is a file.
-
-    Raises:
-      UserError: the recipe evaluates no prompts.
-    """
-    from sdpo_jax.run.components import make_trainer
-    from sdpo_jax.run.evaluate import evaluate_fully, make_evaluator
-
-    _require_prompts(recipe, config)
-    trainer = make_trainer(config, components)
-    state = trainer.initial_state(components.params())
-    start = evaluate_fully(trainer, make_evaluator(trainer, components.environment), state, samples)
-    _show({"start": start}, config, samples, [] if file is None else [file])
-
-
-def _require_prompts(name: str, config: "Config") -> None:
     if config.evaluation.prompts == 0:
         raise UserError(
             f"{name}: evaluation.prompts = 0, there is nothing to evaluate; expected a recipe "
             "that sets it above 0"
         )
+    trainer = make_trainer(config, components)
+    evaluator = make_evaluator(trainer, components.environment)
+    trained: dict[str, Evaluation] = {}
+    files = [] if file is None else [file]
+    if run is not None:
+        step, state, _ = restore_run(trainer, run, components.params)
+        trained[f"step {step}"] = evaluate_fully(trainer, evaluator, state, samples)
+        files.insert(0, run.folder / ("eval.json" if run.step is None else f"eval@{run.step}.json"))
+    state = trainer.initial_state(components.params())
+    start = evaluate_fully(trainer, evaluator, state, samples)
+    _show({"start": start, **trained}, config, samples, files)
 
 
 def _show(

@@ -1,6 +1,5 @@
 """`sdpo train`: trains a recipe, or resumes its run."""
 
-import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ def run(arguments: Namespace) -> None:
     from sdpo_jax.objectives import make_objective
     from sdpo_jax.run import run_directory, summary
     from sdpo_jax.run.console import Console
-    from sdpo_jax.run.reporter import show_summary
+    from sdpo_jax.run.reporter import Nowhere, show_summary
     from sdpo_jax.run.stop_signals import stop_signals
     from sdpo_models.gguf.convert import cache_folder
 
@@ -39,7 +38,7 @@ def run(arguments: Namespace) -> None:
     # Before there is a device: an environment may start processes of its own.
     environment = None if result is not None else make_environment(config.environment)
     initialize_from_environment()
-    stream = None if is_leader() else open(os.devnull, "w")  # noqa: SIM115, open until the end
+    stream = None if is_leader() else Nowhere()
     columns = make_objective(config.objective).columns
     console = Console(columns, steps=config.train.steps, stream=stream)
     if result is not None:

@@ -1,15 +1,14 @@
 """Functions of the user's that the training loop calls."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ParamSpec, TypeAlias
+from typing import Any, TypeAlias
 
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.run.summary import Summary
 
 Metrics: TypeAlias = Mapping[str, float]
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +36,15 @@ class Callbacks:
 
 def merge(callbacks: Sequence[Callbacks]) -> Callbacks:
     """One value that calls the functions of all of them in order; unused ones stay None."""
-    return Callbacks(
-        on_rollouts=_each([c.on_rollouts for c in callbacks]),
-        on_step=_each([c.on_step for c in callbacks]),
-        on_evaluation=_each([c.on_evaluation for c in callbacks]),
-        on_save=_each([c.on_save for c in callbacks]),
-        on_end=_each([c.on_end for c in callbacks]),
-    )
+    names = [field.name for field in fields(Callbacks)]
+    return Callbacks(**{name: _each([getattr(c, name) for c in callbacks]) for name in names})
 
 
-def _each(functions: Sequence[Callable[P, None] | None]) -> Callable[P, None] | None:
+def _each(functions: Sequence[Callable[..., None] | None]) -> Callable[..., None] | None:
     used = [function for function in functions if function is not None]
-    if not used:
-        return None
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+    def call(*args: Any) -> None:
         for function in used:
-            function(*args, **kwargs)
+            function(*args)
 
-    return call
+    return call if used else None

@@ -18,6 +18,7 @@ the others follow its decision. All of them must see the directory's file system
 # pyright: reportUnknownVariableType=false
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
@@ -25,24 +26,15 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from sdpo_jax.distributed import of_leader
+from sdpo_jax.distributed import is_leader, of_leader
 from sdpo_jax.errors import UserError
-from sdpo_jax.run.manifest import (
-    MANIFEST,
-    Damaged,
-    complete,
-    numbered,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from sdpo_jax.run import manifest
 
 _NOTHING_SAVED, _ALL_DAMAGED, _NOT_INTACT = -1, -2, -3  # answers of process 0 in place of a step
 _DISK_ERRORS = (
@@ -62,7 +54,7 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of one run directory.
 
     with Checkpoints("runs/x/checkpoints", keep=2) as checkpoints:
@@ -96,26 +88,17 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._warn = warn if warn is not None else _print_to_stderr
-        self._leader = jax.process_index() == 0
         self._manager: Any = None  # an ocp.CheckpointManager, made at the first save or restore
         self._completion: threading.Thread | None = None
         self._saving: int | None = None
         self._error: BaseException | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def steps(self) -> list[int]:
         """Complete steps, ascending; their files are verified by `restore` alone."""
-        return complete(self._directory)
+        return manifest.complete(self._directory)
 
     def save(
         self, step: int, state: Any, extra: Mapping[str, Any], *, also: int | None = None
@@ -134,11 +117,10 @@ class Checkpoints:
         self.finish()
         if of_leader(step if step in self.steps() else -1) == step:
             return
-        if self._leader:
+        if is_leader():
             self._make_room(step)
-        _barrier("sdpo_checkpoint_room")
+        multihost_utils.sync_global_devices("sdpo_checkpoint_room")
         manager = self._open()
-        manager.reload()
         arrays = _describe(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
@@ -176,7 +158,9 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
-    def restore(self, template: Any, step: int | None = None) -> Restored | None:
+    def restore(
+        self, template: Any, step: int | None = None, *, part: str | None = None
+    ) -> Restored | None:
         """Restores the latest intact step; None if no step was ever completed.
 
         A damaged step is reported and renamed to `N.corrupt`, and the one before it is tried;
@@ -186,6 +170,8 @@ class Checkpoints:
             template: a pytree like the saved one, of `jax.Array` or `jax.ShapeDtypeStruct` with a
                 sharding; it determines structure, shapes, dtypes and shardings.
             step: restores this step or raises.
+            part: one field of the state, such as `params`; `template` and `Restored.state` are
+                those of the field, and nothing else is read into memory.
 
         Raises:
             UserError: every step is damaged, `step` is damaged or missing, or the template has
@@ -194,52 +180,27 @@ class Checkpoints:
         step = self._find(step)
         if step is None:
             return None
-        saved = read_manifest(self._manifest_path(step))["arrays"]
-        _refuse_other_arrays(saved, _describe(template), self._directory / str(step))
-        manager = self._open()
-        manager.reload()
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(  # pyright: ignore[reportCallIssue]
-                jax.tree.map(_abstract, template)
-            ),
-            extra=ocp.args.JsonRestore(),
-        )
-        restored = manager.restore(step, args=items)
-        return Restored(step, restored["state"], dict(restored["extra"]))
-
-    def restore_part(self, name: str, template: Any, step: int | None = None) -> Restored | None:
-        """Restores one field of the state; nothing else is read into memory.
-
-        Args:
-            name: the field, such as `params`; becomes `Restored.state`.
-            template: for that field, as in `restore`.
-            step: as in `restore`.
-
-        Raises:
-            UserError: as in `restore`.
-        """
-        step = self._find(step)
-        if step is None:
-            return None
-        saved = read_manifest(self._manifest_path(step))["arrays"]
-        part = {key: value for key, value in saved.items() if key.startswith(f"{name}.")}
-        wanted, folder = {name: jax.tree.map(_abstract, template)}, self._directory / str(step)
-        _refuse_other_arrays(part, _describe(wanted), folder)
+        folder, wanted = self._folder(step), jax.tree.map(_abstract, template)
+        saved = manifest.read(folder)["arrays"]
+        if part is not None:
+            wanted = {part: wanted}
+            saved = {name: array for name, array in saved.items() if name.startswith(f"{part}.")}
+        _refuse_other_arrays(saved, _describe(wanted), folder)
         items = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
+            partial_restore=part is not None,
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            state = reader.restore(folder / "state", args=items)[name]
-        extra = self._open().restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
-        return Restored(step, state, dict(extra["extra"]))
+            state = reader.restore(folder / "state", args=items)
+        rest = self._open().restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
+        return Restored(step, state if part is None else state[part], dict(rest["extra"]))
 
     def _find(self, wanted: int | None) -> int | None:
         """The step to restore, equal on every process; None if no step was ever completed."""
         self.finish()
         search = self._newest_intact if wanted is None else partial(self._intact, wanted)
-        step = of_leader(search() if self._leader else _NOTHING_SAVED)
+        step = of_leader(search() if is_leader() else _NOTHING_SAVED)
         if step == _NOT_INTACT:
             raise UserError(
                 f"{self._directory}: step {wanted} is damaged or not there. Expected another one: "
@@ -254,6 +215,7 @@ class Checkpoints:
         return None if step == _NOTHING_SAVED else step
 
     def _open(self) -> Any:
+        """Orbax's manager, as of what is in the directory now."""
         if self._manager is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
@@ -263,27 +225,28 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, item_names=("state", "extra")
             )
+        self._manager.reload()
         return self._manager
 
-    def _manifest_path(self, step: int) -> Path:
-        return self._directory / str(step) / MANIFEST
+    def _folder(self, step: int) -> Path:
+        return self._directory / str(step)
 
     def _make_room(self, step: int) -> None:
         """Removes the remains of killed saves and renames an unfinished directory of this step."""
         for pattern in ("*.orbax-checkpoint-tmp*", "*.deleted"):
             for path in self._directory.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
-        if (self._directory / str(step)).exists():
+        if self._folder(step).exists():
             aside = self._directory / f"{step}.incomplete"
             shutil.rmtree(aside, ignore_errors=True)
-            (self._directory / str(step)).rename(aside)
+            self._folder(step).rename(aside)
 
     def _complete(self, step: int, arrays: dict[str, Any], also: int | None) -> None:
         """Background: waits for Orbax's commit, writes the manifest, drops old steps."""
         try:
             self._manager.wait_until_finished()
-            if self._leader:
-                write_manifest(self._directory / str(step), step, arrays)
+            if is_leader():
+                manifest.write(self._folder(step), step, arrays)
                 self._drop_old(also)
         except BaseException as error:
             self._error = error
@@ -294,9 +257,7 @@ class Checkpoints:
                 continue
             doomed = self._directory / f"{step}.deleted"
             shutil.rmtree(doomed, ignore_errors=True)
-            (self._directory / str(step)).rename(
-                doomed
-            )  # renamed first, so that no half step is visible
+            self._folder(step).rename(doomed)  # first, so that no half step is visible
             shutil.rmtree(doomed, ignore_errors=True)
 
     def _raise_failed_save(self, error: BaseException) -> None:
@@ -315,22 +276,22 @@ class Checkpoints:
     def _intact(self, step: int) -> int:
         """The step, if its files agree with its manifest; renames nothing."""
         try:
-            verify(self._directory / str(step))
-        except Damaged as error:
-            self._warn(f"checkpoint {self._directory / str(step)}: {error}")
+            manifest.verify(self._folder(step))
+        except manifest.Damaged as error:
+            self._warn(f"checkpoint {self._folder(step)}: {error}")
             return _NOT_INTACT
         return step
 
     def _newest_intact(self) -> int:
         damaged = any(self._directory.glob("*.corrupt*"))
-        for step in reversed(numbered(self._directory)):
-            path = self._directory / str(step)
-            if not (path / MANIFEST).exists():
+        for step in reversed(manifest.numbered(self._directory)):
+            path = self._folder(step)
+            if not (path / manifest.MANIFEST).exists():
                 self._warn(f"checkpoint {path}: no manifest, never completed; skipped")
                 continue
             try:
-                verify(path)
-            except Damaged as error:
+                manifest.verify(path)
+            except manifest.Damaged as error:
                 damaged = True
                 aside = _free_name(self._directory / f"{step}.corrupt")
                 path.rename(aside)
@@ -346,25 +307,17 @@ def _print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def _free_name(path: Path) -> Path:
     """`path`, or `path.2`, `path.3`, ...: the first name that does not exist."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}.{number}"), number + 1
-    return candidate
+    others = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], others) if not name.exists())
 
 
 def _describe(tree: Any) -> dict[str, Any]:
     """Maps the name of every array of a pytree to [dtype, shape]."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): [str(leaf.dtype), list(leaf.shape)]
-        for path, leaf in leaves
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 

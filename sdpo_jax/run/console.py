@@ -9,8 +9,8 @@ import os
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, TextIO
+from contextlib import AbstractContextManager
+from typing import Any, TextIO
 
 from sdpo_jax.config import Config
 from sdpo_jax.evaluation.metric_table import AT_K, duration, metric_of, text_of
@@ -51,11 +51,11 @@ def generations_per_step(config: Config) -> int:
     return prompts * config.rollout.rollouts_per_prompt
 
 
-class Console:
+class Console(AbstractContextManager["Console"]):
     """The console of one run.
 
     with Console(objective.columns, steps=60) as console:
-        console.header(training="nano on tool_calls", devices="1 cpu", run_dir="runs/x", batch=...)
+        console.note("run       runs/x")
         console.step({"step": 1, "reward": 0.2})
     """
 
@@ -81,23 +81,8 @@ class Console:
         table = _is_capable_terminal(self._stream) if live is None else live
         self._table = _LiveTable(self._columns, self._stream, live is True) if table else None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def header(self, *, training: str, devices: str, run_dir: str, batch: str) -> None:
-        """Prints what is trained, on which devices, where the run lies, and a step's batch."""
-        self.note(f"training  {training}")
-        self.note(f"devices   {devices}")
-        self.note(f"run       {run_dir}")
-        self.note(f"batch     {batch}, {self._steps} steps")
 
     def step(self, row: Row) -> None:
         """One finished step: `step` and the metrics of the columns."""

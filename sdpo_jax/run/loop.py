@@ -1,7 +1,4 @@
-"""The training loop: steps, evaluations, metrics, checkpoints, resuming.
-
-`TrainingLoop(config, components).steps()` runs a recipe; `sdpo_jax.api` and the commands drive it.
-"""
+"""The training loop: steps, evaluations, metrics, checkpoints, resuming."""
 
 import copy
 import logging
@@ -17,7 +14,7 @@ import jax.numpy as jnp
 
 from sdpo_jax.compilation import CompileCounter
 from sdpo_jax.config import Config
-from sdpo_jax.distributed import any_process, of_leader
+from sdpo_jax.distributed import any_process, is_leader, of_leader
 from sdpo_jax.errors import UserError
 from sdpo_jax.evaluation.evaluator import Evaluator
 from sdpo_jax.model import Params
@@ -27,7 +24,8 @@ from sdpo_jax.run.checkpoint import Checkpoints
 from sdpo_jax.run.components import RunComponents, make_trainer
 from sdpo_jax.run.console import Console, generations_per_step
 from sdpo_jax.run.evaluate import evaluate, make_evaluator
-from sdpo_jax.run.reporter import Nowhere, Reporter, introduce, open_log, show_summary
+from sdpo_jax.run.metrics import MetricsLog
+from sdpo_jax.run.reporter import Nowhere, Reporter, introduce, show_summary
 from sdpo_jax.run.restore import restore
 from sdpo_jax.run.saver import Progress, Saver
 from sdpo_jax.run.summary import Summary
@@ -57,8 +55,15 @@ def never() -> bool:
     return False
 
 
-class TrainingLoop:
-    """A run in `config.run_dir`: goes on from its last checkpoint, or from what is in memory."""
+class Run:
+    """A run in its folder: trains, resumes, evaluates. `sdpo_jax.api.load` makes it.
+
+    It goes on from what is in memory, or from the folder's last checkpoint.
+
+    Attributes:
+      config: every setting of the run.
+      run_dir: the folder of metrics, checkpoints and summary.
+    """
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class TrainingLoop:
         callbacks: Callbacks | None = None,
         console: Console | None = None,
     ):
-        """Loads nothing and writes nothing.
+        """Loads no weights and writes nothing.
 
         Args:
           config: the recipe; `run_dir` must be set.
@@ -76,8 +81,8 @@ class TrainingLoop:
           callbacks: functions to call on the way.
           console: prints the progress; None prints nothing.
         """
-        self._config, self._components = config, components
-        self._run_dir, self._callbacks = Path(config.run_dir), callbacks or Callbacks()
+        self.config, self.run_dir = config, Path(config.run_dir)
+        self._components, self._callbacks = components, callbacks or Callbacks()
         self._console = console or Console((), steps=config.train.steps, stream=Nowhere())
         self._warn = console.note if console else logging.getLogger("sdpo_jax").warning
         self._trainer: Trainer | None = None
@@ -88,34 +93,61 @@ class TrainingLoop:
         self._is_running = False
 
     def train(self, stop: Callable[[], bool] = never) -> Summary:
-        """Exhausts `steps`; at once the stored summary, if the run is complete.
+        """Trains up to `train.steps`; goes on from memory, or from the folder's last checkpoint.
 
-        Raises:
-          UserError: as `steps`.
-        """
-        for _ in self.steps(stop):
-            pass
-        assert self._summary is not None
-        return self._summary
-
-    def steps(self, stop: Callable[[], bool] = never) -> Generator[StepResult, None, None]:
-        """Trains; yields each step once its evaluation and its checkpoint are on their way.
-
-        Left early, it waits for a checkpoint that is being written and keeps the state in memory:
-        the next call goes on with the next step. Another process goes on from the last checkpoint.
+        A run that is complete is not trained again: the result is read from its `summary.json`.
 
         Args:
-          stop: asked after each step, on every process; True saves the step and ends.
+          stop: called after each step, on every process; True saves the step and ends the training.
 
         Raises:
           UserError: bad input, a folder with another recipe, or updates that stay non-finite.
         """
+        for _ in self._steps(stop):
+            pass
+        assert self._summary is not None
+        return self._summary
+
+    def steps(self) -> Generator[StepResult, None, None]:
+        """Trains as `train` does, and yields the result of each step.
+
+        The recipe's evaluations and the final summary are complete before their step is yielded; a
+        checkpoint is still being written, and `on_save` reports it when it is on the disk. A loop
+        that is left early waits for that checkpoint, and goes on with the next step when `steps` or
+        `train` is called again. Another process goes on from the last checkpoint.
+
+        Raises:
+          UserError: as `train`.
+        """
+        return self._steps(never)
+
+    def evaluate(self) -> EvaluationResult:
+        """Measures the current student on the held-out prompts, as evaluations in training do.
+
+        Raises:
+          UserError: `evaluation.prompts` is 0.
+        """
+        if self.config.evaluation.prompts == 0:
+            raise UserError("evaluation.prompts = 0: expected at least 1, to evaluate on")
+        trainer, progress = self._current()
+        return EvaluationResult(progress.step, self._evaluate(trainer, progress))
+
+    @property
+    def params(self) -> Params:
+        """The student's current weights, adapters merged; from memory, else the last checkpoint.
+
+        The next training step reuses the memory of these arrays: copy what is needed beyond it.
+        """
+        trainer, progress = self._current()
+        return trainer.student(progress.state)
+
+    def _steps(self, stop: Callable[[], bool]) -> Generator[StepResult, None, None]:
         if self._is_running:
-            raise UserError(f"{self._run_dir}: `steps` is running already; close that iterator")
-        finished = summary.read(self._run_dir)
-        if finished is not None and finished.steps >= self._config.train.steps:
-            if jax.process_index() == 0:
-                run_directory.claim(self._run_dir, self._config)
+            raise UserError(f"{self.run_dir}: `steps` is running already; close that iterator")
+        finished = summary.read(self.run_dir)
+        if finished is not None and finished.steps >= self.config.train.steps:
+            if is_leader():
+                run_directory.claim(self.run_dir, self.config)
             self._summary = finished
             return
         self._is_running = True
@@ -129,16 +161,6 @@ class TrainingLoop:
         finally:
             self._is_running = False
 
-    def student(self) -> Params:
-        """The current weights of the student, adapters merged."""
-        trainer, progress = self._current()
-        return trainer.student(progress.state)
-
-    def evaluate(self) -> EvaluationResult:
-        """Evaluates the student as it is now; leaves the run as it was."""
-        trainer, progress = self._current()
-        return EvaluationResult(progress.step, self._evaluate(trainer, progress))
-
     def _evaluate(self, trainer: Trainer, progress: Progress) -> Metrics:
         if self._evaluator is None:
             self._evaluator = make_evaluator(trainer, self._components.environment)
@@ -147,14 +169,14 @@ class TrainingLoop:
     def _current(self) -> tuple[Trainer, Progress]:
         """What is in memory, else what the last checkpoint holds, else the start."""
         if self._trainer is None or self._progress is None:
-            run_directory.check(self._run_dir, self._config)
+            run_directory.check(self.run_dir, self.config)
             with self._checkpoints() as checkpoints:
                 return self._begin(checkpoints)
         return self._trainer, self._progress
 
     def _checkpoints(self) -> Checkpoints:
-        keep = self._config.checkpoint.keep
-        return Checkpoints(self._run_dir / "checkpoints", keep=keep, warn=self._warn)
+        keep = self.config.checkpoint.keep
+        return Checkpoints(self.run_dir / "checkpoints", keep=keep, warn=self._warn)
 
     def _begin(self, checkpoints: Checkpoints) -> tuple[Trainer, Progress]:
         """Makes the trainer where there is none, and restores the last checkpoint, if any."""
@@ -164,7 +186,7 @@ class TrainingLoop:
             state = trainer.initial_state(load_params())
             # A context from the caller outlives a trainer, and may remember steps that are undone.
             trainer.set_host_state(copy.deepcopy(self._first_host_state or {}))
-            _refuse_weights_that_are_not_finite(trainer.student(state), self._config.model.path)
+            _refuse_weights_that_are_not_finite(trainer.student(state), self.config.model.path)
             self._progress = Progress(0, state, None, None, 0.0)
         else:
             extra = restored.extra
@@ -177,18 +199,20 @@ class TrainingLoop:
         return trainer, self._progress
 
     def _locked_steps(self, stop: Callable[[], bool]) -> Generator[StepResult, None, None]:
-        config, run_dir, console = self._config, self._run_dir, self._console
+        config, run_dir, console = self.config, self.run_dir, self._console
         with ExitStack() as stack:
             stack.enter_context(console)
             counter = stack.enter_context(CompileCounter())
-            if jax.process_index() == 0:
+            if is_leader():
                 run_directory.check(run_dir, config)  # before a lock is left in a foreign folder
                 stack.enter_context(run_directory.locked(run_dir))
                 run_directory.claim(run_dir, config)
             checkpoints = stack.enter_context(self._checkpoints())
             began = time.perf_counter()
             trainer, progress = self._start(checkpoints)
-            log = stack.enter_context(open_log(run_dir, progress.step))
+            log = None
+            if is_leader():
+                log = stack.enter_context(MetricsLog(run_dir, progress.step))
             report = Reporter(log, console, counter, self._callbacks)
             if progress.before is None:
                 progress.before = self._evaluate(trainer, progress)
@@ -217,7 +241,7 @@ class TrainingLoop:
         saved = of_leader(max(checkpoints.steps(), default=0))
         if self._progress is not None and self._progress.step < saved:
             self._progress = None  # another process went on in the meantime
-        introduce(self._config, self._make_trainer(), self._console)
+        introduce(self.config, self._make_trainer(), self._console)
         if self._progress is None:
             self._begin(checkpoints)
         assert self._progress is not None and self._trainer is not None
@@ -228,7 +252,7 @@ class TrainingLoop:
 
     def _make_trainer(self) -> Trainer:
         if self._trainer is None:
-            self._trainer = make_trainer(self._config, self._components)
+            self._trainer = make_trainer(self.config, self._components)
             if self._first_host_state is None:
                 self._first_host_state = copy.deepcopy(self._trainer.host_state())
         return self._trainer
@@ -236,7 +260,7 @@ class TrainingLoop:
     def _step(
         self, trainer: Trainer, progress: Progress, step: int, report: Reporter, saver: Saver
     ) -> StepResult:
-        config, evaluation = self._config, None
+        config, evaluation = self.config, None
         on_rollouts = self._callbacks.on_rollouts
         progress.state, row = trainer.step(progress.state, step, on_rollouts)
         progress.step = step
@@ -252,7 +276,7 @@ class TrainingLoop:
     def _finish(self, progress: Progress, saver: Saver, counter: CompileCounter) -> None:
         """Waits for the last checkpoint, then reports the result."""
         saver.finish()
-        config, step, before = self._config, progress.step, progress.before or {}
+        config, step, before = self.config, progress.step, progress.before or {}
         self._summary = Summary(
             objective=config.objective.name,
             complete=step == config.train.steps,
@@ -265,11 +289,10 @@ class TrainingLoop:
             compilation=counter.total(),
         )
         if not self._summary.complete:
-            note = f"stopped   after step {step}; saved. The same command goes on."
-            self._console.note(note)
+            self._console.note(f"stopped   after step {step}; saved. The same command goes on.")
         else:
-            if jax.process_index() == 0:
-                summary.write(self._run_dir, self._summary, config)
+            if is_leader():
+                summary.write(self.run_dir, self._summary, config)
             show_summary(config, self._summary, self._console)
         if self._callbacks.on_end is not None:
             self._callbacks.on_end(self._summary)

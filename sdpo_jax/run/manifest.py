@@ -1,11 +1,13 @@
 """The manifest of a complete checkpoint: its arrays and its files, with their hashes."""
 
 import json
-import os
 import re
-from hashlib import blake2b
+from functools import partial
+from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
+
+from sdpo_jax.run.run_directory import write_atomically
 
 MANIFEST = "sdpo_manifest.json"
 
@@ -28,18 +30,15 @@ def complete(directory: Path) -> list[int]:
 
 
 def _hash_file(path: Path) -> str:
-    digest = blake2b(digest_size=32)
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, partial(blake2b, digest_size=32)).hexdigest()
 
 
 def _hash_json(body: dict[str, Any]) -> str:
     return blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
-def write_manifest(path: Path, step: int, arrays: dict[str, Any]) -> None:
+def write(path: Path, step: int, arrays: dict[str, Any]) -> None:
     """Hashes every file of a committed step; the rename at the end makes the step complete.
 
     Args:
@@ -53,28 +52,24 @@ def write_manifest(path: Path, step: int, arrays: dict[str, Any]) -> None:
         if file.is_file() and not file.name.startswith(MANIFEST)
     }
     body = {"format": 1, "step": step, "arrays": arrays, "files": files}
-    partial = path / f"{MANIFEST}.partial"
-    with partial.open("w") as file:
-        json.dump({"blake2b": _hash_json(body), "body": body}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path / MANIFEST)
+    signed = {"blake2b": _hash_json(body), "body": body}
+    write_atomically(path / MANIFEST, json.dumps(signed, indent=1))
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads `arrays` and `files` of a manifest.
+def read(path: Path) -> dict[str, Any]:
+    """Reads `arrays` and `files` of the manifest in a step's folder.
 
     Raises:
         Damaged: the file is missing, cut off or altered.
     """
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads((path / MANIFEST).read_bytes())
         body = manifest["body"]
         intact = manifest["blake2b"] == _hash_json(body)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise Damaged(f"{path.name} cannot be read ({error})") from error
+        raise Damaged(f"{MANIFEST} cannot be read ({error})") from error
     if not intact:
-        raise Damaged(f"{path.name} was altered")
+        raise Damaged(f"{MANIFEST} was altered")
     return body
 
 
@@ -84,12 +79,11 @@ def verify(path: Path) -> None:
     Raises:
         Damaged: names the first file that differs.
     """
-    for name, expected in read_manifest(path / MANIFEST)["files"].items():
+    for name, expected in read(path)["files"].items():
         file = path / name
         if not file.is_file():
             raise Damaged(f"{name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            size = file.stat().st_size
+        if (size := file.stat().st_size) != expected["bytes"]:
             raise Damaged(f"{name} has {size} bytes instead of {expected['bytes']}")
         if _hash_file(file) != expected["blake2b"]:
             raise Damaged(f"{name} was altered (its hash differs from the manifest)")

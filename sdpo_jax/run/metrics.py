@@ -13,19 +13,20 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
 from sdpo_jax.errors import UserError
+from sdpo_jax.run.run_directory import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager["MetricsLog"]):
     """The open log of a run directory.
 
     with MetricsLog("runs/x", start_step=0) as log:
@@ -52,16 +53,9 @@ class MetricsLog:
             str(folder / "tensorboard"), purge_step=start_step + 1 if start_step > 0 else 0
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+        self._curves.close()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Appends a row and hands it to the operating system before it returns.
@@ -80,26 +74,12 @@ class MetricsLog:
             if isinstance(value, int | float):
                 self._curves.add_scalar(f"{kind}/{name}", float(value), step)
 
-    def close(self) -> None:
-        """Flushes the curves and closes both; a second call does nothing."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            self._curves.close()
 
-
-def truncate_to(path: str | os.PathLike[str], step: int) -> None:
+def truncate_to(path: Path, step: int) -> None:
     """Drops the rows of steps after `step` and a torn last line, atomically."""
-    path = Path(path)
-    if not path.exists():
-        return
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
+        write_atomically(path, "".join(kept))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -21,20 +20,29 @@ class Reporter:
     A resumed run compiles what the uninterrupted one had in memory, and their rows are the same.
     """
 
-    def __init__(self, log: Any, console: Console, counter: CompileCounter, callbacks: Callbacks):
+    def __init__(
+        self,
+        log: MetricsLog | None,
+        console: Console,
+        counter: CompileCounter,
+        callbacks: Callbacks,
+    ):
+        """`log` is None on every process but the first."""
         self._log, self._console, self._counter = log, console, counter
         self._callbacks, self._has_reported = callbacks, False
 
     def step(self, step: int, row: Metrics) -> None:
         """Reports a training step."""
-        self._log.write("train", step, row)
+        if self._log is not None:
+            self._log.write("train", step, row)
         self._console.step({"step": step, **row})
         if self._callbacks.on_step is not None:
             self._callbacks.on_step(step, row)
 
     def evaluation(self, step: int, row: Metrics) -> None:
         """Reports an evaluation after `step` steps."""
-        self._log.write("eval", step, row)
+        if self._log is not None:
+            self._log.write("eval", step, row)
         self._console.evaluation({"step": step, **row})
         if self._callbacks.on_evaluation is not None:
             self._callbacks.on_evaluation(step, row)
@@ -51,13 +59,13 @@ def introduce(config: Config, trainer: Trainer, console: Console) -> None:
     """Prints what is trained, on what, to where."""
     is_taught = config.objective.learns_from == "demonstrations"
     task = config.data.source if is_taught else config.environment.kind
-    console.header(
-        training=f"{config.objective.name} on {task}, model {config.model.path} "
-        f"with {trainer.size / 1e6:.2f} M parameters",
-        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        run_dir=config.run_dir,
-        batch=batch_arithmetic(config),
+    size = f"{trainer.size / 1e6:.2f} M parameters"
+    console.note(
+        f"training  {config.objective.name} on {task}, model {config.model.path} with {size}"
     )
+    console.note(f"devices   {jax.device_count()} x {jax.devices()[0].device_kind}")
+    console.note(f"run       {config.run_dir}")
+    console.note(f"batch     {batch_arithmetic(config)}, {config.train.steps} steps")
 
 
 def show_summary(config: Config, result: Summary, console: Console) -> None:
@@ -85,25 +93,6 @@ def next_commands(config: Config, run_dir: Path) -> list[str]:
     if config.objective.learns_from == "demonstrations":
         commands.append(f"sdpo train RECIPE --model.path {run_dir}   # a second stage from here")
     return [*commands, f"sdpo convert {run_dir} OUT   # weights in Hugging Face layout"]
-
-
-def open_log(run_dir: Path, first: int) -> Any:
-    """The metrics log of a run from step `first` on; it writes on the first process alone."""
-    return MetricsLog(run_dir, first) if jax.process_index() == 0 else _NoLog()
-
-
-class _NoLog:
-    """The log of every process but the first."""
-
-    def __enter__(self) -> "_NoLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del error
-
-    def write(self, kind: str, step: int, values: Any) -> None:
-        """Writes nothing."""
-        del kind, step, values
 
 
 class Nowhere(io.StringIO):

@@ -67,7 +67,7 @@ def restore_student(run: RunRef, model: Model, load_params: LoadParams) -> tuple
         devices.parameter_shardings(parameters.logical_axes(model.logical_axes), trained),
     )
     with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        restored = _require(run.folder, checkpoints.restore_part("params", template, run.step))
+        restored = _require(run.folder, checkpoints.restore(template, run.step, part="params"))
     if config.lora.rank == 0:
         return restored.step, restored.state
     base = load_params()

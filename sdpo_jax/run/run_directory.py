@@ -97,7 +97,10 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file completely or not at all."""
+    """Writes a file completely, on the disk, or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
