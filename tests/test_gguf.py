@@ -315,7 +315,7 @@ def test_a_big_endian_file_is_refused(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(UserError, match="expected a little-endian GGUF file .* swapped"):
+    with pytest.raises(UserError, match=r"expected a little-endian GGUF file .* swapped"):
         GgufFile(tmp_path / "m.gguf")
 
 

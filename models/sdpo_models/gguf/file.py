@@ -1,7 +1,7 @@
-"""Reads a GGUF file with the package `gguf` (the extra of that name): fields, and tensors as floats.
+"""Reads a GGUF file: its fields at once, and its tensors as float32, one at a time.
 
-The reader of that package checks little, so whatever it raises on a damaged file becomes one error
-that says what to do.
+The package `gguf` (the extra of that name) parses the file. It checks little, so whatever it raises
+on a damaged file becomes one error that says what to do.
 """
 
 from pathlib import Path
