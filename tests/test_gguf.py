@@ -17,15 +17,13 @@ import tiny
 from sdpo_jax.cli import main
 from sdpo_jax.errors import UserError
 from sdpo_models import hugging_face
-from sdpo_models.families import tensor_names
 from sdpo_models.gguf import convert as convert_module
 from sdpo_models.gguf.convert import convert, package_folder
 from sdpo_models.gguf.file import GgufFile
 from sdpo_models.gguf.tokenizer import build_tokenizer, stop_ids
-from sdpo_models.gguf.weights import LAYER, TOP
 from sdpo_models.rope import inverse_frequencies, read_scaling
 from sdpo_models.tokenizer import ChatTokenizer
-from sdpo_models.transformer import build_model, parameter_table
+from sdpo_models.transformer import build_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 import gguf_files  # noqa: E402, it needs gguf
@@ -74,18 +72,6 @@ def converted(path, **options):
 
 
 # What comes in
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tensors_are_called_what_ggufs_own_table_calls_them(family):
-    a = FAMILIES[family]
-    arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[family]
-    table = gguf.get_tensor_name_map(arch, a.layers)
-    layered = parameter_table(a)["layers"]
-    for ours in [*TOP, *layered]:
-        theirs = tensor_names(family, ours, a.layers if ours in layered else None)[-1]
-        expected = f"blk.1.{LAYER[ours]}" if ours in layered else f"{TOP[ours]}.weight"
-        assert table.get_name(theirs, try_suffixes=(".weight", ".bias")) == expected
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
