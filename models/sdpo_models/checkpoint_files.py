@@ -1,11 +1,13 @@
-"""Safetensors files of a model folder: listing their tensors, reading slices, writing shards.
+"""Files of a model folder: JSON objects, and tensors in safetensors, read by slices.
 
-A file is opened for each slice that is read and closed again. While it is open its pages are
-memory-mapped, so everything that was read from it would count towards the host's memory.
+A file of tensors is opened for each slice that is read and closed again. While it is open its pages
+are memory-mapped, so everything that was read from it would count towards the host's memory.
 """
 
 import json
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,45 @@ from sdpo_jax.errors import UserError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: the file cannot be read, or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as JSON ({error}); copy or download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object; copy or download it again")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented as transformers does."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to that gets its name `folder` in the end: completely or not at all.
+
+    Raises:
+      UserError: `folder` exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: expected a new or empty folder; nothing was overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        unfinished = Path(beside) / "unfinished"
+        unfinished.mkdir()  # by the user's umask: `beside` itself is open to its owner alone
+        yield unfinished
+        unfinished.replace(folder)
 
 
 class StoredTensor(NamedTuple):
@@ -130,12 +171,12 @@ def write_shards(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_by
     shards = _divide(tensors, max_shard_bytes)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [WEIGHTS]
-    files = [name for name in names] + ([INDEX] if len(shards) > 1 else [])
+    files = names + ([INDEX] if len(shards) > 1 else [])
     try:
         for name, shard in zip(names, shards, strict=True):
             _write_one(folder / f"{name}.partial", shard)
         if len(shards) > 1:
-            (folder / f"{INDEX}.partial").write_text(_index_text(names, shards))
+            write_json(folder / f"{INDEX}.partial", _index(names, shards))
         for name in files:
             (folder / f"{name}.partial").replace(folder / name)
     finally:
@@ -162,8 +203,7 @@ def _write_one(path: Path, shard: list[PlannedTensor]) -> None:
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def _index_text(names: list[str], shards: list[list[PlannedTensor]]) -> str:
+def _index(names: list[str], shards: list[list[PlannedTensor]]) -> dict[str, Any]:
     weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
     total = sum(t.bytes for shard in shards for t in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(index, indent=2) + "\n"
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

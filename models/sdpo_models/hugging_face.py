@@ -6,10 +6,8 @@ most `PIECE_BYTES` plus a layer's slice. (If a tied checkpoint stores the head a
 compares all of it with the embedding, a piece at a time.) Saving writes one shard at a time.
 """
 
-import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,10 @@ from sdpo_models.checkpoint_files import (
     PlannedTensor,
     StoredTensor,
     list_tensors,
+    new_folder,
+    read_json,
     read_slice,
+    write_json,
     write_shards,
 )
 from sdpo_models.families import TOP_NAMES, is_transposed, tensor_names
@@ -67,17 +68,7 @@ class Parameter(NamedTuple):
 def load_architecture(folder: Path) -> Architecture:
     """Reads `config.json`."""
     path = folder / "config.json"
-    return from_hugging_face(_read_json(path), where=str(path))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+    return from_hugging_face(read_json(path), where=str(path))
 
 
 def load_params(
@@ -321,7 +312,6 @@ def save_run(
     params: Params,
     *,
     source: Path,
-    config: Mapping[str, Any] | None = None,
     dtype: Any = jnp.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -331,63 +321,45 @@ def save_run(
       folder: does not exist yet, or is empty.
       params: host or device arrays.
       source: a model folder.
-      config: replaces the source's `config.json`.
       dtype: of the weights; config.json names it.
       max_shard_bytes: see `save_weights`.
 
     Raises:
       UserError: the folder exists and is not empty, or the source's config.json is not readable.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: expected a new or empty folder; nothing was overwritten")
-    path = source / "config.json"
-    config = _read_json(path) if config is None else config
-    architecture = from_hugging_face(config, where=str(path))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        unfinished.chmod(0o755)  # mkdtemp gives access to the owner alone
+    architecture = load_architecture(source)
+    with new_folder(folder) as unfinished:
         for name in BESIDE_WEIGHTS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, unfinished / name)
-        _write_configs(unfinished, source, config, jnp.dtype(dtype).name)
+        _write_configs(unfinished, source, jnp.dtype(dtype).name)
         save_weights(unfinished, params, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_configs(folder: Path, source: Path, config: Mapping[str, Any], dtype: str) -> None:
+def _write_configs(folder: Path, source: Path, dtype: str) -> None:
     """Writes the dtype to config.json and the stop ids to generation_config.json.
 
     Without the first, readers would convert the weights; without the second, they would generate
     past the end of an answer. If the source's generation_config.json names no stop id, it is that
     of config.json, else that of the tokenizer, as in training (`ChatTokenizer.from_pretrained`).
     """
+    config = read_json(folder / "config.json")
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    wanted = {**config, key: dtype}
-    path = folder / "config.json"
-    if not path.is_file() or json.loads(path.read_text()) != wanted:
-        path.write_text(json.dumps(wanted, indent=2) + "\n")
-    path = source / "generation_config.json"
-    generation = _read_json(path) if path.is_file() else {}
+    if config.get(key) != dtype:
+        write_json(folder / "config.json", {**config, key: dtype})
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
     if generation.get("eos_token_id") in (None, []):
         stop = config.get("eos_token_id")
         stop = _tokenizer_end(source) if stop in (None, []) else stop
         if stop is not None:
-            generation["eos_token_id"] = stop
-            (folder / path.name).write_text(json.dumps(generation, indent=2) + "\n")
+            write_json(path, {**generation, "eos_token_id": stop})
 
 
 def _tokenizer_end(folder: Path) -> int | None:
     """The id of a tokenizer's end-of-sequence token; None if the folder names none."""
-    paths = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    if not all(path.is_file() for path in paths):
+    if not all((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         return None
-    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
 
-    token = _read_json(paths[0]).get("eos_token")
-    token = (
-        token.get("content") if isinstance(token, dict) else token
-    )  # old files: an object with flags
-    return Tokenizer.from_file(str(paths[1])).token_to_id(token) if token else None
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).eos_token_id

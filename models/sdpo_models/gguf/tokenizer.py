@@ -94,14 +94,14 @@ def build_tokenizer(file: GgufFile) -> Any:
 
 _NAMED_TOKENS = ("bos", "eos", "unk", "pad")
 _SPECIAL = (*_NAMED_TOKENS, "eot", "eom")
-_WORDS = {"unk": "unknown", "pad": "padding"}
+_SPELLED_OUT = {"unk": "unknown", "pad": "padding"}
 """Where GGUF's fields do not use transformers' abbreviation."""
 
 
 def special_ids(file: GgufFile) -> dict[str, int]:
     """The ids of the special tokens that the file names: bos, eos, unk, pad, eot, eom."""
     count = len(_vocabulary(file)[0])
-    fields = {name: f"tokenizer.ggml.{_WORDS.get(name, name)}_token_id" for name in _SPECIAL}
+    fields = {n: f"tokenizer.ggml.{_SPELLED_OUT.get(n, n)}_token_id" for n in _SPECIAL}
     found = {name: file.fields[field] for name, field in fields.items() if field in file.fields}
     for name, value in found.items():
         if type(value) is not int or not 0 <= value < count:
