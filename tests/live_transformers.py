@@ -73,7 +73,7 @@ def check_export_of_ours(name, seed, work):
         folder.mkdir()
         config = to_hugging_face(a, dtype=dtype)
         (folder / "config.json").write_text(json.dumps(config))
-        save_weights(folder, params, dtype=dtype)
+        save_weights(folder, params, a, dtype=dtype)
         assert load_architecture(folder) == a
         case = make_fixtures.expected(make_fixtures.load(folder), seed)
         errors[dtype] = max(all_errors(folder, case).values())

@@ -76,9 +76,12 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     if (folder / WEIGHTS).is_file():
         return _headers(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
+        advice = (
+            "; the folder has .bin files: load it with transformers and save_pretrained() it again"
+        )
         raise UserError(
             f"{folder / WEIGHTS}: no weights there, nor {INDEX}; expected safetensors"
-            + _advice_on_pickles(folder)
+            + (advice if any(folder.glob("*.bin")) else "")
         )
     weight_map, found = _read_index(folder / INDEX), dict[str, StoredTensor]()
     for name in sorted(set(weight_map.values())):
@@ -97,12 +100,6 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _advice_on_pickles(folder: Path) -> str:
-    if not list(folder.glob("*.bin")):
-        return ""
-    return "; the folder has .bin files: load it with transformers and save_pretrained() it again"
-
-
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
@@ -118,23 +115,21 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _headers(path: Path) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
-
-    def read(file: Any) -> None:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            tensor = file.get_slice(name)
-            found[name] = StoredTensor(path, tuple(tensor.get_shape()), tensor.get_dtype())
-
-    _with_open(path, read)
-    return found
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return {
+            name: StoredTensor(path, tuple(tensor.get_shape()), tensor.get_dtype())
+            for name, tensor in slices.items()
+        }
 
 
-def _with_open(path: Path, use: Callable[[Any], Any]) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="numpy") as file:
-            return use(file)
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: not a readable safetensors file ({error}); cut off or damaged: "
@@ -144,7 +139,8 @@ def _with_open(path: Path, use: Callable[[Any], Any]) -> Any:
 
 def read_slice(stored: StoredTensor, name: str, index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
     """Reads a slice of a tensor in the file's dtype, and copies nothing else."""
-    return _with_open(stored.path, lambda file: np.asarray(file.get_slice(name)[index]))
+    with _opened(stored.path) as file:
+        return np.asarray(file.get_slice(name)[index])
 
 
 class PlannedTensor(NamedTuple):

@@ -33,7 +33,7 @@ from sdpo_models.checkpoint_files import (
     write_shards,
 )
 from sdpo_models.families import TOP_NAMES, is_transposed, tensor_names
-from sdpo_models.transformer import Leaf, parameter_table
+from sdpo_models.transformer import Leaf, is_leaf, parameter_table
 
 PIECE_BYTES = 512 * 2**20
 COMPARED_VALUES = 4 * 2**20  # values per piece when head and embedding are compared
@@ -93,16 +93,13 @@ def load_params(
     parameters = _match(folder, list_tensors(folder), architecture)
     build = partial(jax.tree.map, is_leaf=lambda x: isinstance(x, Parameter))
     if shardings is None:
-        return build(lambda p: _read(p, _whole(p.shape), dtype), parameters)
+        whole = lambda p: tuple(slice(0, size) for size in p.shape)  # noqa: E731
+        return build(lambda p: _read(p, whole(p), dtype), parameters)
     if callable(shardings):
-        axes = _each_leaf(lambda leaf: leaf.axes, architecture)
-        shapes = _each_leaf(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), architecture)
-        shardings = shardings(axes, shapes)
+        each, table = partial(jax.tree.map, is_leaf=is_leaf), parameter_table(architecture)
+        shapes = each(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), table)
+        shardings = shardings(each(lambda leaf: leaf.axes, table), shapes)
     return build(lambda p, sharding: _place(p, sharding, jnp.dtype(dtype)), parameters, shardings)
-
-
-def _each_leaf(f: Callable[[Leaf], Any], a: Architecture) -> Any:
-    return jax.tree.map(f, parameter_table(a), is_leaf=lambda x: isinstance(x, Leaf))
 
 
 def _match(folder: Path, found: Mapping[str, StoredTensor], a: Architecture) -> dict[str, Any]:
@@ -155,16 +152,13 @@ def _checked(
 def _refuse_extra(found: Mapping[str, StoredTensor], used: set[str], a: Architecture) -> None:
     """Refuses tensors that no parameter reads: config.json then describes another model."""
     for name in sorted(set(found) - used):
-        stored = found[name]
-        if name.endswith(_BUFFER):
-            continue
         if a.tied_head and name == TOP_NAMES["head"]:
-            _refuse_untied(stored, found[TOP_NAMES["embedding"]])
-            continue
-        raise UserError(
-            f"{stored.path}: tensor {name} has no place in {a.family} as config.json describes it; "
-            "config.json and weights must be of the same model"
-        )
+            _refuse_untied(found[name], found[TOP_NAMES["embedding"]])
+        elif not name.endswith(_BUFFER):
+            raise UserError(
+                f"{found[name].path}: tensor {name} has no place in {a.family} as config.json "
+                "describes it; config.json and weights must be of the same model"
+            )
 
 
 def _refuse_untied(head: StoredTensor, embedding: StoredTensor) -> None:
@@ -182,10 +176,6 @@ def _refuse_untied(head: StoredTensor, embedding: StoredTensor) -> None:
             f"{head.path}: tensor {names[0]} differs from {names[1]}, but "
             "config.json has tie_word_embeddings = true; set it to false to use both"
         )
-
-
-def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(0, size) for size in shape)
 
 
 def _read(p: Parameter, index: tuple[slice, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -247,7 +237,7 @@ def _write_rows(array: jax.Array, piece: jax.Array, start: int, *, axis: int) ->
 def save_weights(
     folder: Path,
     params: Params,
-    architecture: Architecture | None = None,
+    architecture: Architecture,
     *,
     dtype: Any = jnp.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -257,7 +247,7 @@ def save_weights(
     Args:
       folder: must not hold weights.
       params: host or device arrays.
-      architecture: determines the tensors' names; None reads the folder's `config.json`.
+      architecture: determines the tensors' names.
       dtype: of all tensors.
       max_shard_bytes: a larger checkpoint is written to several files.
 
@@ -265,7 +255,6 @@ def save_weights(
       UserError: the folder already holds weights.
       ValueError: the parameters' shapes do not fit the architecture.
     """
-    architecture = load_architecture(folder) if architecture is None else architecture
     _check_shapes(params, architecture)
     tensors = _plan(params, architecture, jnp.dtype(dtype))
     write_shards(folder, tensors, max_shard_bytes=max_shard_bytes)
@@ -281,7 +270,6 @@ def _check_shapes(params: Params, a: Architecture) -> None:
                 f"parameter {name} has shape {value.shape}; its config.json implies {leaf.shape}"
             )
 
-    is_leaf = lambda x: isinstance(x, Leaf)  # noqa: E731
     jax.tree_util.tree_map_with_path(one, parameter_table(a), params, is_leaf=is_leaf)
 
 
