@@ -7,14 +7,30 @@ import gguf
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sdpo_models.gguf.weights import LAYER, TOP
-
 ARCHITECTURE_FIELDS = {"context_length": 64, "attention.layer_norm_rms_epsilon": 1e-6}
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TOP = {"embedding": "token_embd", "final_norm": "output_norm", "head": "output"}
+LAYER = {
+    "attention_norm": "attn_norm.weight",
+    "query": "attn_q.weight",
+    "key": "attn_k.weight",
+    "value": "attn_v.weight",
+    "output": "attn_output.weight",
+    "query_bias": "attn_q.bias",
+    "key_bias": "attn_k.bias",
+    "value_bias": "attn_v.bias",
+    "query_norm": "attn_q_norm.weight",
+    "key_norm": "attn_k_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+}
+"""Parameter to GGUF tensor name, after `blk.LAYER.`; spelled out, to compare gguf's table with."""
 CORPUS = [
     "The quick brown fox doesn't jump over 12 lazy dogs; they'll sleep   until 2024.",
     "def add(a, b):\n    return a + b  # 3.14\n\n\nfor i in range(100):\n\tprint(i)",

@@ -57,7 +57,8 @@ def representable(params):
 def write_folder(folder, architecture=tiny.ARCHITECTURE, params=None, **options):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_hugging_face(architecture, end_token=0)))
-    save_weights(folder, tiny.make_params(architecture) if params is None else params, **options)
+    params = tiny.make_params(architecture) if params is None else params
+    save_weights(folder, params, architecture, **options)
     return folder
 
 
@@ -222,7 +223,7 @@ def test_an_export_that_fails_leaves_nothing_that_looks_like_weights(
 def test_two_checkpoints_never_mix_in_one_folder(folder):
     before = all_bytes(folder)
     with pytest.raises(UserError, match=rf"{folder}.*model\.safetensors.*without weights"):
-        save_weights(folder, tiny.make_params(seed=1), max_shard_bytes=8_000)
+        save_weights(folder, tiny.make_params(seed=1), tiny.ARCHITECTURE, max_shard_bytes=8_000)
     assert all_bytes(folder) == before
 
 

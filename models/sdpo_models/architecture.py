@@ -115,7 +115,7 @@ def _refuse_other_options(config: Mapping[str, Any], family: str, where: str) ->
         "original_max_position_embeddings": None,
     }
     if family != "qwen2":  # Qwen 2 has biases whatever the value of this key.
-        implemented["attention_bias"] = FAMILIES[family].attention_bias
+        implemented["attention_bias"] = FAMILIES[family].switches.get("attention_bias", False)
     for key, value in implemented.items():
         if config.get(key, value) != value:
             raise UserError(
@@ -206,8 +206,10 @@ def _sliding_layers(
     switch = _read(config, "use_sliding_window", _SWITCH, where, None)
     switched_off = not family.rope_per_layer_type and not switch
     if types is None:
+        if switch and not family.may_slide:
+            raise UserError(f"{where}: use_sliding_window is not supported for this model_type")
         if not family.may_slide or switched_off:
-            return _no_sliding(config, family, where)
+            return 0, ()
         types = _default_layer_types(config, family, layers, where)
     if len(types) != layers or any(kind not in _LAYER_TYPES for kind in types):
         raise UserError(
@@ -223,12 +225,6 @@ def _sliding_layers(
             "expected a window that is switched on, in a family that has one"
         )
     return _read(config, "sliding_window", _COUNT, where, 4096), flags
-
-
-def _no_sliding(config: Mapping[str, Any], family: Family, where: str) -> tuple[int, tuple[()]]:
-    if config.get("use_sliding_window") and not family.may_slide:
-        raise UserError(f"{where}: use_sliding_window is not supported for this model_type")
-    return 0, ()
 
 
 def _default_layer_types(

@@ -15,6 +15,7 @@ and the implementations against each other (tests/test_attention.py, tests/test_
 """
 
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -143,19 +144,15 @@ def _bins(
     window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, slides: jax.Array
 ) -> jax.Array:
     """Attention bin by bin, because the loops of each bin have their own lengths."""
+    if q.shape[1] < BLOCK_TOKENS:
+        raise ValueError(f"expected bins of at least {BLOCK_TOKENS} tokens, got {q.shape[1]}")
+
+    def one(of_bin: tuple[jax.Array, jax.Array, jax.Array, Blocks]) -> jax.Array:
+        return _block_attention(window, *of_bin, slides)
+
     if q.shape[0] == 1:
-        only: Blocks = jax.tree.map(lambda x: x[0], blocks)
-        return _bin(window, slides, q[0], k[0], v[0], only)[None]
-    return jax.lax.map(lambda one: _bin(window, slides, *one), (q, k, v, blocks))
-
-
-def _bin(
-    window: int | None, slides: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks
-) -> jax.Array:
-    """Attention in one bin, `[S, Q, d]`; blocks are transposed to heads first when read."""
-    if q.shape[0] < BLOCK_TOKENS:
-        raise ValueError(f"expected bins of at least {BLOCK_TOKENS} tokens, got {q.shape[0]}")
-    return _block_attention(window, q, k, v, blocks, slides)
+        return one(jax.tree.map(itemgetter(0), (q, k, v, blocks)))[None]
+    return jax.lax.map(one, (q, k, v, blocks))
 
 
 class _Block(NamedTuple):

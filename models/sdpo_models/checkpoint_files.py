@@ -1,11 +1,13 @@
-"""Safetensors files of a model folder: listing their tensors, reading slices, writing shards.
+"""Files of a model folder: JSON objects, and tensors in safetensors, read by slices.
 
-A file is opened for each slice that is read and closed again. While it is open its pages are
-memory-mapped, so everything that was read from it would count towards the host's memory.
+A file of tensors is opened for each slice that is read and closed again. While it is open its pages
+are memory-mapped, so everything that was read from it would count towards the host's memory.
 """
 
 import json
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,45 @@ from sdpo_jax.errors import UserError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: the file cannot be read, or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as JSON ({error}); copy or download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object; copy or download it again")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented as transformers does."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to that gets its name `folder` in the end: completely or not at all.
+
+    Raises:
+      UserError: `folder` exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: expected a new or empty folder; nothing was overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        unfinished = Path(beside) / "unfinished"
+        unfinished.mkdir()  # by the user's umask: `beside` itself is open to its owner alone
+        yield unfinished
+        unfinished.replace(folder)
 
 
 class StoredTensor(NamedTuple):
@@ -35,9 +76,12 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     if (folder / WEIGHTS).is_file():
         return _headers(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
+        advice = (
+            "; the folder has .bin files: load it with transformers and save_pretrained() it again"
+        )
         raise UserError(
             f"{folder / WEIGHTS}: no weights there, nor {INDEX}; expected safetensors"
-            + _advice_on_pickles(folder)
+            + (advice if any(folder.glob("*.bin")) else "")
         )
     weight_map, found = _read_index(folder / INDEX), dict[str, StoredTensor]()
     for name in sorted(set(weight_map.values())):
@@ -56,12 +100,6 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _advice_on_pickles(folder: Path) -> str:
-    if not list(folder.glob("*.bin")):
-        return ""
-    return "; the folder has .bin files: load it with transformers and save_pretrained() it again"
-
-
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
@@ -77,23 +115,21 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _headers(path: Path) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
-
-    def read(file: Any) -> None:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            tensor = file.get_slice(name)
-            found[name] = StoredTensor(path, tuple(tensor.get_shape()), tensor.get_dtype())
-
-    _with_open(path, read)
-    return found
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return {
+            name: StoredTensor(path, tuple(tensor.get_shape()), tensor.get_dtype())
+            for name, tensor in slices.items()
+        }
 
 
-def _with_open(path: Path, use: Callable[[Any], Any]) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="numpy") as file:
-            return use(file)
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: not a readable safetensors file ({error}); cut off or damaged: "
@@ -103,7 +139,8 @@ def _with_open(path: Path, use: Callable[[Any], Any]) -> Any:
 
 def read_slice(stored: StoredTensor, name: str, index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
     """Reads a slice of a tensor in the file's dtype, and copies nothing else."""
-    return _with_open(stored.path, lambda file: np.asarray(file.get_slice(name)[index]))
+    with _opened(stored.path) as file:
+        return np.asarray(file.get_slice(name)[index])
 
 
 class PlannedTensor(NamedTuple):
@@ -130,12 +167,12 @@ def write_shards(folder: Path, tensors: Iterable[PlannedTensor], *, max_shard_by
     shards = _divide(tensors, max_shard_bytes)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [WEIGHTS]
-    files = [name for name in names] + ([INDEX] if len(shards) > 1 else [])
+    files = names + ([INDEX] if len(shards) > 1 else [])
     try:
         for name, shard in zip(names, shards, strict=True):
             _write_one(folder / f"{name}.partial", shard)
         if len(shards) > 1:
-            (folder / f"{INDEX}.partial").write_text(_index_text(names, shards))
+            write_json(folder / f"{INDEX}.partial", _index(names, shards))
         for name in files:
             (folder / f"{name}.partial").replace(folder / name)
     finally:
@@ -162,8 +199,7 @@ def _write_one(path: Path, shard: list[PlannedTensor]) -> None:
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def _index_text(names: list[str], shards: list[list[PlannedTensor]]) -> str:
+def _index(names: list[str], shards: list[list[PlannedTensor]]) -> dict[str, Any]:
     weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
     total = sum(t.bytes for shard in shards for t in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(index, indent=2) + "\n"
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

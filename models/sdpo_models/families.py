@@ -51,10 +51,7 @@ class Family(NamedTuple):
 
     class_name: str  # written to `architectures` of config.json
     layer_names: Mapping[str, str]  # parameter to tensor name, after `model.layers.{i}.`
-    query_key_norm: bool = False
-    norm_whole_projection: bool = False
-    attention_bias: bool = False
-    post_norm: bool = False
+    switches: Mapping[str, Any]  # the fields of `Architecture` that the family determines
     may_slide: bool = False  # config.json may declare sliding-window layers
     rope_per_layer_type: bool = False  # sliding layers have rotary parameters of their own
     # The defaults of transformers for keys that config.json leaves out:
@@ -62,35 +59,23 @@ class Family(NamedTuple):
     default_epsilon: float = 1e-6
     default_head_size: int | None = None  # None: width / heads
 
-    @property
-    def switches(self) -> dict[str, Any]:
-        """The fields of `Architecture` that the family determines."""
-        return {
-            "query_key_norm": self.query_key_norm,
-            "norm_whole_projection": self.norm_whole_projection,
-            "attention_bias": self.attention_bias,
-            "post_norm": self.post_norm,
-        }
-
 
 FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(
         "Qwen3ForCausalLM",
         _PROJECTIONS | _PRE_NORM,
-        query_key_norm=True,
+        {"query_key_norm": True},
         may_slide=True,
         default_head_size=128,
     ),
     "qwen2": Family(
-        "Qwen2ForCausalLM", _PROJECTIONS | _PRE_NORM, attention_bias=True, may_slide=True
+        "Qwen2ForCausalLM", _PROJECTIONS | _PRE_NORM, {"attention_bias": True}, may_slide=True
     ),
-    "llama": Family("LlamaForCausalLM", _PROJECTIONS | _PRE_NORM),
+    "llama": Family("LlamaForCausalLM", _PROJECTIONS | _PRE_NORM, {}),
     "olmo3": Family(
         "Olmo3ForCausalLM",
         _PROJECTIONS | _POST_NORM,
-        query_key_norm=True,
-        norm_whole_projection=True,
-        post_norm=True,
+        {"query_key_norm": True, "norm_whole_projection": True, "post_norm": True},
         may_slide=True,
         rope_per_layer_type=True,
         default_theta=500_000.0,

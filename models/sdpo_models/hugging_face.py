@@ -6,10 +6,8 @@ most `PIECE_BYTES` plus a layer's slice. (If a tied checkpoint stores the head a
 compares all of it with the embedding, a piece at a time.) Saving writes one shard at a time.
 """
 
-import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,11 +26,14 @@ from sdpo_models.checkpoint_files import (
     PlannedTensor,
     StoredTensor,
     list_tensors,
+    new_folder,
+    read_json,
     read_slice,
+    write_json,
     write_shards,
 )
 from sdpo_models.families import TOP_NAMES, is_transposed, tensor_names
-from sdpo_models.transformer import Leaf, parameter_table
+from sdpo_models.transformer import Leaf, is_leaf, parameter_table
 
 PIECE_BYTES = 512 * 2**20
 COMPARED_VALUES = 4 * 2**20  # values per piece when head and embedding are compared
@@ -67,17 +68,7 @@ class Parameter(NamedTuple):
 def load_architecture(folder: Path) -> Architecture:
     """Reads `config.json`."""
     path = folder / "config.json"
-    return from_hugging_face(_read_json(path), where=str(path))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+    return from_hugging_face(read_json(path), where=str(path))
 
 
 def load_params(
@@ -102,16 +93,13 @@ def load_params(
     parameters = _match(folder, list_tensors(folder), architecture)
     build = partial(jax.tree.map, is_leaf=lambda x: isinstance(x, Parameter))
     if shardings is None:
-        return build(lambda p: _read(p, _whole(p.shape), dtype), parameters)
+        whole = lambda p: tuple(slice(0, size) for size in p.shape)  # noqa: E731
+        return build(lambda p: _read(p, whole(p), dtype), parameters)
     if callable(shardings):
-        axes = _each_leaf(lambda leaf: leaf.axes, architecture)
-        shapes = _each_leaf(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), architecture)
-        shardings = shardings(axes, shapes)
+        each, table = partial(jax.tree.map, is_leaf=is_leaf), parameter_table(architecture)
+        shapes = each(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), table)
+        shardings = shardings(each(lambda leaf: leaf.axes, table), shapes)
     return build(lambda p, sharding: _place(p, sharding, jnp.dtype(dtype)), parameters, shardings)
-
-
-def _each_leaf(f: Callable[[Leaf], Any], a: Architecture) -> Any:
-    return jax.tree.map(f, parameter_table(a), is_leaf=lambda x: isinstance(x, Leaf))
 
 
 def _match(folder: Path, found: Mapping[str, StoredTensor], a: Architecture) -> dict[str, Any]:
@@ -164,16 +152,13 @@ def _checked(
 def _refuse_extra(found: Mapping[str, StoredTensor], used: set[str], a: Architecture) -> None:
     """Refuses tensors that no parameter reads: config.json then describes another model."""
     for name in sorted(set(found) - used):
-        stored = found[name]
-        if name.endswith(_BUFFER):
-            continue
         if a.tied_head and name == TOP_NAMES["head"]:
-            _refuse_untied(stored, found[TOP_NAMES["embedding"]])
-            continue
-        raise UserError(
-            f"{stored.path}: tensor {name} has no place in {a.family} as config.json describes it; "
-            "config.json and weights must be of the same model"
-        )
+            _refuse_untied(found[name], found[TOP_NAMES["embedding"]])
+        elif not name.endswith(_BUFFER):
+            raise UserError(
+                f"{found[name].path}: tensor {name} has no place in {a.family} as config.json "
+                "describes it; config.json and weights must be of the same model"
+            )
 
 
 def _refuse_untied(head: StoredTensor, embedding: StoredTensor) -> None:
@@ -191,10 +176,6 @@ def _refuse_untied(head: StoredTensor, embedding: StoredTensor) -> None:
             f"{head.path}: tensor {names[0]} differs from {names[1]}, but "
             "config.json has tie_word_embeddings = true; set it to false to use both"
         )
-
-
-def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(0, size) for size in shape)
 
 
 def _read(p: Parameter, index: tuple[slice, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -256,7 +237,7 @@ def _write_rows(array: jax.Array, piece: jax.Array, start: int, *, axis: int) ->
 def save_weights(
     folder: Path,
     params: Params,
-    architecture: Architecture | None = None,
+    architecture: Architecture,
     *,
     dtype: Any = jnp.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -266,7 +247,7 @@ def save_weights(
     Args:
       folder: must not hold weights.
       params: host or device arrays.
-      architecture: determines the tensors' names; None reads the folder's `config.json`.
+      architecture: determines the tensors' names.
       dtype: of all tensors.
       max_shard_bytes: a larger checkpoint is written to several files.
 
@@ -274,7 +255,6 @@ def save_weights(
       UserError: the folder already holds weights.
       ValueError: the parameters' shapes do not fit the architecture.
     """
-    architecture = load_architecture(folder) if architecture is None else architecture
     _check_shapes(params, architecture)
     tensors = _plan(params, architecture, jnp.dtype(dtype))
     write_shards(folder, tensors, max_shard_bytes=max_shard_bytes)
@@ -290,7 +270,6 @@ def _check_shapes(params: Params, a: Architecture) -> None:
                 f"parameter {name} has shape {value.shape}; its config.json implies {leaf.shape}"
             )
 
-    is_leaf = lambda x: isinstance(x, Leaf)  # noqa: E731
     jax.tree_util.tree_map_with_path(one, parameter_table(a), params, is_leaf=is_leaf)
 
 
@@ -321,7 +300,6 @@ def save_run(
     params: Params,
     *,
     source: Path,
-    config: Mapping[str, Any] | None = None,
     dtype: Any = jnp.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -331,63 +309,45 @@ def save_run(
       folder: does not exist yet, or is empty.
       params: host or device arrays.
       source: a model folder.
-      config: replaces the source's `config.json`.
       dtype: of the weights; config.json names it.
       max_shard_bytes: see `save_weights`.
 
     Raises:
       UserError: the folder exists and is not empty, or the source's config.json is not readable.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: expected a new or empty folder; nothing was overwritten")
-    path = source / "config.json"
-    config = _read_json(path) if config is None else config
-    architecture = from_hugging_face(config, where=str(path))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        unfinished.chmod(0o755)  # mkdtemp gives access to the owner alone
+    architecture = load_architecture(source)
+    with new_folder(folder) as unfinished:
         for name in BESIDE_WEIGHTS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, unfinished / name)
-        _write_configs(unfinished, source, config, jnp.dtype(dtype).name)
+        _write_configs(unfinished, source, jnp.dtype(dtype).name)
         save_weights(unfinished, params, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_configs(folder: Path, source: Path, config: Mapping[str, Any], dtype: str) -> None:
+def _write_configs(folder: Path, source: Path, dtype: str) -> None:
     """Writes the dtype to config.json and the stop ids to generation_config.json.
 
     Without the first, readers would convert the weights; without the second, they would generate
     past the end of an answer. If the source's generation_config.json names no stop id, it is that
     of config.json, else that of the tokenizer, as in training (`ChatTokenizer.from_pretrained`).
     """
+    config = read_json(folder / "config.json")
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    wanted = {**config, key: dtype}
-    path = folder / "config.json"
-    if not path.is_file() or json.loads(path.read_text()) != wanted:
-        path.write_text(json.dumps(wanted, indent=2) + "\n")
-    path = source / "generation_config.json"
-    generation = _read_json(path) if path.is_file() else {}
+    if config.get(key) != dtype:
+        write_json(folder / "config.json", {**config, key: dtype})
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
     if generation.get("eos_token_id") in (None, []):
         stop = config.get("eos_token_id")
         stop = _tokenizer_end(source) if stop in (None, []) else stop
         if stop is not None:
-            generation["eos_token_id"] = stop
-            (folder / path.name).write_text(json.dumps(generation, indent=2) + "\n")
+            write_json(path, {**generation, "eos_token_id": stop})
 
 
 def _tokenizer_end(folder: Path) -> int | None:
     """The id of a tokenizer's end-of-sequence token; None if the folder names none."""
-    paths = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    if not all(path.is_file() for path in paths):
+    if not all((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         return None
-    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
 
-    token = _read_json(paths[0]).get("eos_token")
-    token = (
-        token.get("content") if isinstance(token, dict) else token
-    )  # old files: an object with flags
-    return Tokenizer.from_file(str(paths[1])).token_to_id(token) if token else None
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).eos_token_id

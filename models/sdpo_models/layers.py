@@ -123,13 +123,12 @@ def block(
             x, out = select(x), select(out)
         x = x + norm_out("attention_norm", out @ weights["output"].astype(x.dtype))
     with jax.named_scope("mlp"):
-        out = mlp(a, weights, norm_in("mlp_norm", x))
+        out = mlp(weights, norm_in("mlp_norm", x))
         return x + norm_out("mlp_norm", out), kept
 
 
-def mlp(a: Architecture, weights: Params, h: jax.Array) -> jax.Array:
+def mlp(weights: Params, h: jax.Array) -> jax.Array:
     """The gated MLP, applied to each token: `[..., D] -> [..., D]`."""
-    del a  # unused here; a mixture of experts reads its number of experts from it
     gate, up = h @ weights["gate"].astype(h.dtype), h @ weights["up"].astype(h.dtype)
     return (jax.nn.silu(gate) * up) @ weights["down"].astype(h.dtype)
 

@@ -9,7 +9,7 @@ over dimensions, with its ends rounded outwards.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -61,21 +61,16 @@ def inverse_frequencies(
     if scaling is None:
         return plain.astype(np.float32)
     stretched = plain / scaling.factor
-    kept = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}[scaling.kind](
-        plain, scaling, theta
-    )
+    kept: Any = 0.0  # the unstretched share of each frequency
+    if scaling.kind == "llama3":
+        kept = _llama3(plain, scaling)
+    elif scaling.kind == "yarn":
+        kept = _yarn(plain, scaling, theta)
     return (kept * plain + (1.0 - kept) * stretched).astype(np.float32)
 
 
-def _linear(plain: np.ndarray[Any, Any], scaling: RopeScaling, theta: float) -> Any:
-    """The unstretched share of each frequency: 0."""
-    del scaling, theta
-    return np.zeros_like(plain)
-
-
-def _llama3(plain: np.ndarray[Any, Any], scaling: RopeScaling, theta: float) -> Any:
+def _llama3(plain: np.ndarray[Any, Any], scaling: RopeScaling) -> Any:
     """The unstretched share: a ramp over rotations per original length, low to high factor."""
-    del theta
     turns = scaling.original_positions * plain / (2 * math.pi)
     return np.clip(
         (turns - scaling.low_factor) / (scaling.high_factor - scaling.low_factor), 0.0, 1.0
@@ -147,13 +142,9 @@ def _checked(kind: str, given: dict[str, Any], max_positions: int, where: str) -
 
 
 def _number(value: Any, key: str, where: str) -> float:
-    def refuse() -> NoReturn:
+    positive = type(value) in (int, float) and 0.0 < value < math.inf
+    if not positive or (key == "factor" and value < 1.0):
         raise UserError(f"{where}: rope option {key} = {value!r}; expected a positive number")
-
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        refuse()
-    if not (0.0 < value < math.inf) or (key == "factor" and value < 1.0):
-        refuse()
     return float(value)
 
 

@@ -10,16 +10,16 @@ token. Text of the model itself (a demonstration, an assistant's turn) may becom
 that are not special, as it does in sampling.
 """
 
-import json
 import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from sdpo_jax.errors import UserError
+from sdpo_models.checkpoint_files import read_json
 
 Messages = Sequence[Mapping[str, str]]
 Thinking = Literal["template", "on", "off"]
@@ -230,24 +230,14 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object; returns an empty one if the file does not exist."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(
-            f"{path}: cannot be read as JSON ({error}); copy or download it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object; copy or download it again")
-    return cast("dict[str, Any]", content)
+    return read_json(path) if path.is_file() else {}
 
 
 def _stop_ids(folder: Path) -> tuple[int, ...]:
     """Reads `eos_token_id` of generation_config.json, or if it names none, of config.json."""
     for name in ("generation_config.json", "config.json"):
         stop = _read_object(folder / name).get("eos_token_id")
-        stops = (
-            cast("list[Any]", stop) if isinstance(stop, list) else [] if stop is None else [stop]
-        )
+        stops: list[Any] = stop if isinstance(stop, list) else [] if stop is None else [stop]
         if any(type(i) is not int for i in stops):
             raise UserError(
                 f"{folder / name}: eos_token_id is {stop!r}; expected a token id or a list of them"

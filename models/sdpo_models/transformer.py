@@ -90,13 +90,14 @@ def parameter_table(a: Architecture) -> dict[str, Any]:
     return table
 
 
-def _is_leaf(x: object) -> bool:
+def is_leaf(x: object) -> bool:
+    """Whether an object is an entry of the parameter table, for `jax.tree` over it."""
     return isinstance(x, Leaf)
 
 
 def init(a: Architecture, key: jax.Array) -> Params:
     """Draws float32 parameters; outputs to the residual stream are scaled by `(2·L) ** -0.5`."""
-    leaves, tree = jax.tree.flatten(parameter_table(a), is_leaf=_is_leaf)
+    leaves, tree = jax.tree.flatten(parameter_table(a), is_leaf=is_leaf)
     keys = jax.random.split(key, len(leaves))
     values = [
         jnp.ones(leaf.shape)
@@ -242,7 +243,7 @@ def build_model(
       attention: the implementation for packed segments; `splash` is a TPU kernel.
     """
     settings = Settings(dtype, remat, attention)
-    axes = jax.tree.map(lambda leaf: leaf.axes, parameter_table(a), is_leaf=_is_leaf)
+    axes = jax.tree.map(lambda leaf: leaf.axes, parameter_table(a), is_leaf=is_leaf)
     model = Model(
         init=partial(init, a),
         logical_axes=axes,

@@ -4,17 +4,14 @@
 Python package that contains one GGUF file, which is converted once, into the user's cache.
 """
 
-import json
 import os
-import shutil
-import tempfile
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Literal
 
 from sdpo_jax.errors import UserError
 from sdpo_models.architecture import from_hugging_face
-from sdpo_models.checkpoint_files import write_shards
+from sdpo_models.checkpoint_files import new_folder, read_json, write_json, write_shards
 from sdpo_models.gguf.file import GgufFile
 from sdpo_models.gguf.tokenizer import build_tokenizer, special_ids, stop_ids
 from sdpo_models.gguf.weights import planned_tensors, to_config
@@ -38,19 +35,10 @@ def convert(source: str | Path, folder: str | Path, *, dtype: Dtype = "float32")
     Raises:
       UserError: the file cannot be used, or the folder exists and is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: expected a new or empty folder; nothing was overwritten")
-    file = GgufFile(source)
+    file, folder = GgufFile(source), Path(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with new_folder(folder) as partial:
             _write(file, partial, dtype)
-            partial.chmod(0o755)  # mkdtemp gives access to the owner alone
-            partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
@@ -61,10 +49,14 @@ def _write(file: GgufFile, folder: Path, dtype: Dtype) -> None:
     tokenizer = build_tokenizer(file)
     _check_tokenizer(file, tokenizer, stops)
     ids = {f"{name}_token_id": special[name] for name in ("bos", "pad") if name in special}
-    _write_json(folder / "config.json", {**config, **ids, "eos_token_id": stops[0], "dtype": dtype})
-    _write_json(folder / "generation_config.json", {**ids, "eos_token_id": stops})
+    write_json(folder / "config.json", {**config, **ids, "eos_token_id": stops[0], "dtype": dtype})
+    write_json(folder / "generation_config.json", {**ids, "eos_token_id": stops})
     tokenizer.save_pretrained(str(folder))
-    _write_tokenizer_class(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
+    settings.pop("backend", None)
+    # A class that transformers 4 can load, too; transformers 5 writes another.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(folder / "tokenizer_config.json", settings)
     tensors = planned_tensors(file, architecture, dtype)
     write_shards(folder, tensors, max_shard_bytes=MAX_SHARD_BYTES)
 
@@ -91,17 +83,6 @@ def _check_tokenizer(file: GgufFile, tokenizer: Any, stops: list[int]) -> None:
         raise UserError(
             f"{file.path}: field {field} cannot render a message ({error.__cause__}); {remedy}"
         ) from error
-
-
-def _write_tokenizer_class(path: Path) -> None:
-    """Names a tokenizer class that transformers 4 can load, too; transformers 5 writes another."""
-    config = json.loads(path.read_text())
-    config.pop("backend", None)
-    _write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def package_folder(path: str) -> Path:

@@ -7,8 +7,18 @@ words before merging (`tokenizer.ggml.pre`). The pre-tokenizers here are those o
 other ids than in SmolLM2's training.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from sdpo_jax.errors import UserError
 from sdpo_models.gguf.file import GgufFile
@@ -32,43 +42,28 @@ END_OF_TURN = (
 class PreTokenizer(NamedTuple):
     """How a family splits text before merging."""
 
-    pre_tokenizer: Callable[[], Any]
+    pre_tokenizer: Any
     nfc: bool = False
     """Whether text is normalized to composed characters (NFC) first."""
     ignore_merges: bool = False
     """Whether a word that is a token stays whole, whatever the merges give."""
 
 
-def _gpt2() -> Any:
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _digits_then_gpt2() -> Any:
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+def _at(pattern: str) -> Any:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
-def _at(pattern: str) -> Callable[[], Any]:
-    def build() -> Any:
-        from tokenizers import Regex, pre_tokenizers
-
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-
-    return build
-
-
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_DIGITS = pre_tokenizers.Digits(individual_digits=True)
 _LLAMA3 = PreTokenizer(_at(LLAMA3_PATTERN), ignore_merges=True)
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "gpt-2": PreTokenizer(_gpt2),
-    "smollm": PreTokenizer(_digits_then_gpt2),
+    "gpt-2": PreTokenizer(_GPT2),
+    "smollm": PreTokenizer(pre_tokenizers.Sequence([_DIGITS, _GPT2])),
     "qwen2": PreTokenizer(_at(QWEN2_PATTERN), nfc=True),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
@@ -85,42 +80,35 @@ def build_tokenizer(file: GgufFile) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokens = _tokens(file)
-    named = {
-        f"{name}_token": tokens[i] for name, i in special_ids(file).items() if name in _NAMED_TOKENS
-    }
+    (tokens, _), special = _vocabulary(file), special_ids(file)
     template = file.fields.get("tokenizer.chat_template")
-    templates = {"chat_template": template} if isinstance(template, str) else {}
+    architecture = file.fields.get("general.architecture")
     return PreTrainedTokenizerFast(
-        tokenizer_object=_backend(file, tokens),
-        model_max_length=_context_length(file),
+        tokenizer_object=_backend(file),
+        model_max_length=file.fields.get(f"{architecture}.context_length", 2048),
         clean_up_tokenization_spaces=False,
-        **templates,
-        **named,
+        chat_template=template if isinstance(template, str) else None,
+        **{f"{name}_token": tokens[special[name]] for name in _NAMED_TOKENS if name in special},
     )
 
 
 _NAMED_TOKENS = ("bos", "eos", "unk", "pad")
-_SPECIAL = {
-    **{"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id"},
-    **{"pad": "padding_token_id", "eot": "eot_token_id", "eom": "eom_token_id"},
-}
+_SPECIAL = (*_NAMED_TOKENS, "eot", "eom")
+_SPELLED_OUT = {"unk": "unknown", "pad": "padding"}
+"""Where GGUF's fields do not use transformers' abbreviation."""
 
 
 def special_ids(file: GgufFile) -> dict[str, int]:
     """The ids of the special tokens that the file names: bos, eos, unk, pad, eot, eom."""
-    count = len(_tokens(file))
-    found: dict[str, int] = {}
-    for name, field in _SPECIAL.items():
-        value = file.fields.get(f"tokenizer.ggml.{field}")
-        if value is None:
-            continue
+    count = len(_vocabulary(file)[0])
+    fields = {n: f"tokenizer.ggml.{_SPELLED_OUT.get(n, n)}_token_id" for n in _SPECIAL}
+    found = {name: file.fields[field] for name, field in fields.items() if field in file.fields}
+    for name, value in found.items():
         if type(value) is not int or not 0 <= value < count:
             raise UserError(
-                f"{file.path}: tokenizer.ggml.{field} is {value!r}; "
+                f"{file.path}: {fields[name]} is {value!r}; "
                 f"expected the id of one of {count} tokens"
             )
-        found[name] = value
     return found
 
 
@@ -133,39 +121,34 @@ def stop_ids(file: GgufFile) -> list[int]:
     """
     special = special_ids(file)
     stops = [special[name] for name in ("eos", "eot", "eom") if name in special]
-    tokens = _tokens(file)
-    types = _types(file)
-    control = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL}
+    rows = enumerate(zip(*_vocabulary(file), strict=True))
+    control = {token: i for i, (token, kind) in rows if kind == CONTROL}
     stops += [control[token] for token in END_OF_TURN if token in control]
     if not stops:
         raise UserError(f"{file.path}: no field names the end of a sequence (eos_token_id)")
     return list(dict.fromkeys(stops))
 
 
-def _tokens(file: GgufFile) -> list[str]:
-    """Tokens by id, without the unused rows at the end, which pad the embedding."""
+def _vocabulary(file: GgufFile) -> tuple[list[str], list[int]]:
+    """Tokens and their types by id, without the unused rows at the end that pad the embedding."""
     kind = file.fields.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise UserError(
             f"{file.path}: tokenizer.ggml.model is {kind!r}, expected 'gpt2' (byte-level BPE); "
             "use the model's folder in Hugging Face layout"
         )
-    tokens, types = _strings(file, "tokenizer.ggml.tokens"), _types(file)
-    end = len(tokens)
-    while end and types[end - 1] == UNUSED:
-        end -= 1
-    return tokens[:end]
-
-
-def _types(file: GgufFile) -> list[int]:
-    """The type of each token; without types, control tokens in a text would be split."""
+    tokens = _strings(file, "tokenizer.ggml.tokens")
     types = file.fields.get("tokenizer.ggml.token_type")
-    if not isinstance(types, list) or len(types) != len(_strings(file, "tokenizer.ggml.tokens")):
+    # Without types, control tokens in a text would be split.
+    if not isinstance(types, list) or len(types) != len(tokens):
         raise UserError(
             f"{file.path}: field tokenizer.ggml.token_type is missing or of another length than "
             "tokenizer.ggml.tokens; use the model's folder in Hugging Face layout"
         )
-    return types
+    end = len(tokens)
+    while end and types[end - 1] == UNUSED:
+        end -= 1
+    return tokens[:end], types[:end]
 
 
 def _strings(file: GgufFile, name: str) -> list[str]:
@@ -175,10 +158,8 @@ def _strings(file: GgufFile, name: str) -> list[str]:
     return value
 
 
-def _backend(file: GgufFile, tokens: list[str]) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
-    split = _pre_tokenizer(file)
+def _backend(file: GgufFile) -> Tokenizer:
+    split, (tokens, types) = _pre_tokenizer(file), _vocabulary(file)
     pairs = (m.partition(" ") for m in _strings(file, "tokenizer.ggml.merges"))
     merges = [(left, right) for left, _, right in pairs]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -190,15 +171,21 @@ def _backend(file: GgufFile, tokens: list[str]) -> Any:
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"{file.path}: tokenizer.ggml.merges do not fit ({error})") from error
     backend = Tokenizer(model)
-    backend.pre_tokenizer = split.pre_tokenizer()
+    backend.pre_tokenizer = split.pre_tokenizer
     backend.decoder = decoders.ByteLevel()
     if split.nfc:
         backend.normalizer = normalizers.NFC()
-    for token, kind in zip(tokens, _types(file), strict=False):  # types are longer by the padding
+    for token, kind in zip(tokens, types, strict=True):
         if kind in (CONTROL, USER_DEFINED):
-            added = AddedToken(token, normalized=False, special=kind == CONTROL)
-            (backend.add_special_tokens if kind == CONTROL else backend.add_tokens)([added])
-    _begin_with_bos(file, backend, tokens)
+            backend.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)])
+    bos = special_ids(file).get("bos")
+    # Makes `add_special_tokens=True` add bos; rendered prompts get bos from the chat template.
+    if file.fields.get("tokenizer.ggml.add_bos_token") and bos is not None:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A",
+            pair=f"{tokens[bos]} $A {tokens[bos]} $B",
+            special_tokens=[(tokens[bos], bos)],
+        )
     return backend
 
 
@@ -211,21 +198,3 @@ def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
             "in training; use the model's folder in Hugging Face layout"
         )
     return PRE_TOKENIZERS[name]
-
-
-def _begin_with_bos(file: GgufFile, backend: Any, tokens: list[str]) -> None:
-    """Makes `add_special_tokens=True` add bos; rendered prompts get bos from the chat template."""
-    from tokenizers import processors
-
-    if file.fields.get("tokenizer.ggml.add_bos_token") and "bos" in special_ids(file):
-        bos = special_ids(file)["bos"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A",
-            pair=f"{tokens[bos]} $A {tokens[bos]} $B",
-            special_tokens=[(tokens[bos], bos)],
-        )
-
-
-def _context_length(file: GgufFile) -> int:
-    value = file.fields.get(f"{file.fields.get('general.architecture')}.context_length")
-    return value if type(value) is int else 2048

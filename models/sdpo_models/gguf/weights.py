@@ -24,24 +24,6 @@ from sdpo_models.transformer import parameter_table
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 """Supported values of `general.architecture`, which are also names of families."""
-TOP = {"embedding": "token_embd", "final_norm": "output_norm", "head": "output"}
-LAYER = {
-    "attention_norm": "attn_norm.weight",
-    "query": "attn_q.weight",
-    "key": "attn_k.weight",
-    "value": "attn_v.weight",
-    "output": "attn_output.weight",
-    "query_bias": "attn_q.bias",
-    "key_bias": "attn_k.bias",
-    "value_bias": "attn_v.bias",
-    "query_norm": "attn_q_norm.weight",
-    "key_norm": "attn_k_norm.weight",
-    "mlp_norm": "ffn_norm.weight",
-    "gate": "ffn_gate.weight",
-    "up": "ffn_up.weight",
-    "down": "ffn_down.weight",
-}
-"""Parameter to GGUF tensor name, after `blk.LAYER.`."""
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -94,26 +76,26 @@ def planned_tensors(
       UserError: a tensor is missing, has another shape or an unknown quantization, or is not part
         of the architecture.
     """
-    layered = parameter_table(architecture)["layers"]
-
-    def plan(parameter: str, name: str, target: str) -> PlannedTensor:
-        size = math.prod(file.shape(name)) * jnp.dtype(dtype).itemsize
-        fetch = partial(_tensor, file, architecture, parameter, name)
-        return PlannedTensor(target, size, lambda: fetch().astype(jnp.dtype(dtype)))
-
-    for parameter, names in _names(file, architecture).items():
-        layers = architecture.layers if parameter in layered else None
-        targets = tensor_names(architecture.family, parameter, layers)
-        for name, target in zip(names, targets, strict=True):
-            yield plan(parameter, name, target)
+    a, names, table = architecture, _names(file, architecture), parameter_table(architecture)
+    layered = table.pop("layers")
+    for parameter, leaf in (table | layered).items():
+        layers, shape = (a.layers, leaf.shape[1:]) if parameter in layered else (None, leaf.shape)
+        shape = shape[::-1] if is_transposed(parameter, len(shape)) else shape
+        for target in tensor_names(a.family, parameter, layers):
+            size = math.prod(file.shape(names[target])) * jnp.dtype(dtype).itemsize
+            fetch = partial(_tensor, file, a, parameter, names[target], shape, jnp.dtype(dtype))
+            yield PlannedTensor(target, size, fetch)
 
 
-def _names(file: GgufFile, a: Architecture) -> dict[str, list[str]]:
-    """Maps every parameter to its tensors in the file; refuses tensors that no parameter reads."""
-    table = parameter_table(a)
-    names = {p: [f"{TOP[p]}.weight"] for p in table if p != "layers"}
-    names |= {p: [f"blk.{i}.{LAYER[p]}" for i in range(a.layers)] for p in table["layers"]}
-    foreign = sorted(file.tensors - {n for own in names.values() for n in own} - {ROPE_FACTORS})
+def _names(file: GgufFile, a: Architecture) -> dict[str, str]:
+    """Maps the tensors of a checkpoint to those of the file; refuses tensors that have no place."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    table, to_gguf = parameter_table(a), get_tensor_name_map(MODEL_ARCH[a.family.upper()], a.layers)
+    targets = [name for p in table if p != "layers" for name in tensor_names(a.family, p, None)]
+    targets += [name for p in table["layers"] for name in tensor_names(a.family, p, a.layers)]
+    names = {t: str(to_gguf.get_name(t, try_suffixes=(".weight", ".bias"))) for t in targets}
+    foreign = sorted(file.tensors - set(names.values()) - {ROPE_FACTORS})
     if foreign:
         raise UserError(
             f"{file.path}: tensor {foreign[0]} has no place in the architecture {a.family} "
@@ -122,12 +104,10 @@ def _names(file: GgufFile, a: Architecture) -> dict[str, list[str]]:
     return names
 
 
-def _tensor(file: GgufFile, a: Architecture, parameter: str, name: str) -> np.ndarray[Any, Any]:
+def _tensor(
+    file: GgufFile, a: Architecture, parameter: str, name: str, shape: tuple[int, ...], dtype: Any
+) -> np.ndarray[Any, Any]:
     """Reads a tensor in Hugging Face orientation, with llama.cpp's permutation undone."""
-    table = parameter_table(a)
-    layers = table["layers"]
-    shape = layers[parameter].shape[1:] if parameter in layers else table[parameter].shape
-    shape = shape[::-1] if is_transposed(parameter, len(shape)) else shape
     if file.shape(name) != shape:
         raise UserError(
             f"{file.path}: tensor {name} has shape {file.shape(name)} (parameter {parameter}); "
@@ -135,8 +115,8 @@ def _tensor(file: GgufFile, a: Architecture, parameter: str, name: str) -> np.nd
         )
     array = file.read(name)
     if a.family == "llama" and parameter in ("query", "key"):
-        return _halves_apart(array, a.heads if parameter == "query" else a.kv_heads)
-    return array
+        array = _halves_apart(array, a.heads if parameter == "query" else a.kv_heads)
+    return array.astype(dtype)
 
 
 def _halves_apart(array: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

@@ -6,13 +6,13 @@ The tokenizer is a byte-level BPE of 512 entries, trained on the pre-training te
 separate tokens. Training is deterministic: the same corpus rows give the same merges.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from sdpo_jax.data.tool_call_corpus import ToolCallCorpus
 from sdpo_models.architecture import Architecture, to_hugging_face
+from sdpo_models.checkpoint_files import write_json
 from sdpo_models.nano import FOLDER
 
 VOCABULARY = 512
@@ -76,12 +76,8 @@ def write_tokenizer(folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
         "model_max_length": 2048,
     }
-    _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "generation_config.json", {"eos_token_id": 0})
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "generation_config.json", {"eos_token_id": 0})
 
 
 def main() -> None:
@@ -89,7 +85,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
-    _write_json(folder / "config.json", to_hugging_face(ARCHITECTURE, end_token=0))
+    write_json(folder / "config.json", to_hugging_face(ARCHITECTURE, end_token=0))
 
 
 if __name__ == "__main__":
