@@ -19,13 +19,13 @@ import make_fixtures
 import numpy as np
 import parity
 import tiny
-from variants import VARIANTS
 
 from sdpo_models.architecture import to_hugging_face
 from sdpo_models.checkpoint_files import list_tensors, read_slice
 from sdpo_models.families import is_transposed, tensor_names
 from sdpo_models.hugging_face import load_architecture, load_params, save_run, save_weights
 from sdpo_models.transformer import parameter_table
+from sdpo_models.variants import VARIANTS
 
 
 def tensors(folder):

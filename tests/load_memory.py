@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
-from variants import VARIANTS
 
 from sdpo_models.checkpoint_files import INDEX
 from sdpo_models.families import is_transposed, tensor_names
 from sdpo_models.hugging_face import load_params
 from sdpo_models.transformer import parameter_table
+from sdpo_models.variants import VARIANTS
 
 
 def tensors(a):

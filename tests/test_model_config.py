@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from variants import VARIANTS
 
 from sdpo_jax.errors import UserError
 from sdpo_models.architecture import from_hugging_face, to_hugging_face
 from sdpo_models.rope import RopeScaling, read_scaling
 from sdpo_models.transformer import parameter_table
+from sdpo_models.variants import VARIANTS
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 LLAMA3 = {
