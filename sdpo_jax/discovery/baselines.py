@@ -50,17 +50,12 @@ def best_of_k(
     size = min(BATCH, samples)
     rollout = replace(config.rollout, rollouts_per_prompt=size)
     draws, step = cell_seed("best_of_k", question.id, seed), 0
-    setup = make_rollout_setup(replace(config, rollout=rollout), start.tokenizer, start.environment)
+    drawn = replace(config, rollout=rollout, seed=draws)
+    setup = make_rollout_setup(drawn, start.tokenizer, start.environment, start.sampler)
     while tally.generations < samples:
         step += 1
         rollouts, _ = sample_rollouts(
-            setup,
-            start.sampler,
-            start.params,
-            [question],
-            seed=draws,
-            step=step,
-            timer=PhaseTimer(),
+            setup, start.params, [question], step=step, timer=PhaseTimer()
         )
         _refuse(start, rollouts.prompts, rollouts.outcomes, f"best_of_k, step {step}")
         tally.add(rollouts.outcomes)

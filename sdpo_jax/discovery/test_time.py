@@ -96,7 +96,8 @@ class QuestionTrainer:
             )
         objective = make_objective(config.objective)
         self._trainer = Trainer(config, model, tokenizer, environment, objective=objective)
-        self._setup = make_rollout_setup(config, tokenizer, environment)
+        sampler = self._trainer.sampler
+        self._setup = make_rollout_setup(config, tokenizer, environment, sampler)
         self._start = self._trainer.host_state()
         self._config, self._params = config, params
 
@@ -133,16 +134,8 @@ class QuestionTrainer:
         self, state: TrainState, question: Prompt, seed: int, step: int, timer: PhaseTimer
     ) -> tuple[RolloutBatch, dict[str, float]]:
         """One graded group of the question."""
-        trainer = self._trainer
-        rollouts, metrics = sample_rollouts(
-            self._setup,
-            trainer.sampler,
-            trainer.student(state),
-            [question],
-            seed=seed,
-            step=step,
-            timer=timer,
-        )
+        setup, student = self._setup._replace(seed=seed), self._trainer.student(state)
+        rollouts, metrics = sample_rollouts(setup, student, [question], step=step, timer=timer)
         limit = self._config.environment.max_failed_share
         refuse_failures(rollouts.prompts, rollouts.outcomes, limit, f"step {step}")
         return rollouts, metrics
