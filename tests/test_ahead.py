@@ -130,9 +130,9 @@ def test_rollouts_that_were_saved_are_restored_to_the_bit():
     config = config_of("unused")
     trainer = make_trainer(config, components_of(start_params()))
     prompts, timer = list(Toy.train[:2]), PhaseTimer()
-    setup = make_rollout_setup(config, TOKENIZER, Toy())
-    parts = (setup, trainer.sampler, start_params(), prompts, ThreadPoolExecutor(1))
-    pending = start_rollouts(*parts, seed=0, step=3, timer=timer)
+    setup = make_rollout_setup(config, TOKENIZER, Toy(), trainer.sampler)
+    executor = ThreadPoolExecutor(1)
+    pending = start_rollouts(setup, start_params(), prompts, executor, step=3, timer=timer)
     restored = restore_rollouts(setup, prompts, pending.to_state(), timer)
     (old, metrics), (new, same) = pending.finish(timer), restored.finish(timer)
     assert metrics == same

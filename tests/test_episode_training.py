@@ -80,9 +80,9 @@ def params():
 @cache
 def collected():
     trainer = trainer_of("grpo")
-    setup = RolloutSetup(trainer.config.rollout, trainer.tokenizer, Checksum(), 64)
-    given = {"seed": 1, "step": 1, "timer": PhaseTimer()}
-    return sample_rollouts(setup, trainer.sampler, params(), PROMPTS[:2], **given)
+    rollout, tokenizer = trainer.config.rollout, trainer.tokenizer
+    setup = RolloutSetup(rollout, tokenizer, Checksum(), 64, trainer.sampler, seed=1)
+    return sample_rollouts(setup, params(), PROMPTS[:2], step=1, timer=PhaseTimer())
 
 
 def assert_equal(a, b):

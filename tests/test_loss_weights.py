@@ -69,6 +69,17 @@ def mini_batch_of(given, rows, denominator=1.0) -> Any:
     )
 
 
+def step_of(objective, given, weights) -> Any:
+    """As much of a step as credit reads."""
+    return SimpleNamespace(
+        settings=objective,
+        engine=SimpleNamespace(config=default_config()),
+        rollouts=given,
+        has_teacher=TEACHER,
+        weights=weights,
+    )
+
+
 def test_plain_sdpo_counts_the_rollouts_with_a_teacher_and_nothing_else():
     weights = weights_of(SdpoConfig())
     np.testing.assert_array_equal(weights.active, TEACHER)
@@ -125,7 +136,7 @@ def test_each_half_of_a_mix_is_divided_by_its_own_tokens():
     weights = weights_of(objective, given=given)
     tokens = float(given.lengths.sum())
     mini_batch = mini_batch_of(given, list(range(9)), tokens)
-    distill = distillation_weights(objective, given, mini_batch, TEACHER, weights)
+    distill = distillation_weights(step_of(objective, given, weights), mini_batch)
     # Over the common denominator: what (1 - lambda) over the distilled tokens would be.
     expected = 0.6 / given.lengths[TEACHER].sum()
     np.testing.assert_allclose(distill / tokens, expected * TEACHER, rtol=1e-6)
@@ -144,9 +155,9 @@ def test_teacher_entropy_weights_have_mean_one_over_an_update():
 def credit(objective, given, gaps, rows):
     weights = weights_of(objective, given=given)
     mini_batch = mini_batch_of(given, rows, float(given.lengths.sum()))
-    distill = distillation_weights(objective, given, mini_batch, TEACHER, weights)
-    told = token_advantages(TeacherConfig(), objective, given, mini_batch, gaps, distill, weights)
-    return told, weights, distill
+    step = step_of(objective, given, weights)
+    told = token_advantages(step, mini_batch, gaps)
+    return told, weights, distillation_weights(step, mini_batch)
 
 
 def test_a_rollout_has_the_mean_of_its_tokens_advantages():
@@ -255,10 +266,9 @@ def test_the_rollouts_own_attempt_stands_before_its_feedback():
 
 def test_diagnostics_count_by_hand():
     outcomes = rollouts(ungraded=(5,)).outcomes
-    lengths = np.array([1, 2, 3, 4, 5, 6, 7, 8, 100], np.int32)
-    responses = [[1, 2, 3, 4, 1, 2, 3, 4]] + [[1, 2]] * 8
-    found = rollout_diagnostics(lengths, responses, outcomes, GROUP)
-    assert found["response_tokens_p95"] == pytest.approx(np.percentile(lengths, 95))
+    responses = [[1, 2, 3, 4, 1, 2, 3, 4], *(list(range(n)) for n in (1, 2, 3, 4, 5, 6, 7, 100))]
+    found = rollout_diagnostics(responses, outcomes, GROUP)
+    assert found["response_tokens_p95"] == pytest.approx(8 + 0.6 * 92)  # 7.6 of 8 places up
     assert found["repetition"] == pytest.approx(0.2 / 9)
     assert found["groups/no_success"] == found["groups/one_success"] == pytest.approx(1 / 3)
     assert found["groups/all_success"] == 0.0

@@ -239,6 +239,10 @@ def updates_of(trainer, student=None, teacher=None, seed=1):
     return updates, row | more
 
 
+def draw_with(trainer, sampler):
+    trainer.source._setup = trainer.source._setup._replace(sampler=sampler)
+
+
 def gradient_after(trainer, update, params):
     """Gradient and metrics of an update, by AdamW's first moment."""
     state, metrics = run_update(trainer._programs, trainer.initial_state(params), update)
@@ -294,12 +298,13 @@ def reference_loss(alpha, drawn, demonstrations, student, teacher):
 def test_an_update_is_the_objective_of_the_sampled_responses_in_float64(alpha):
     trainer = trainer_of(alpha)
     plain = trainer.sampler
-    trainer.source._sampler = spy = Spy(MODEL, trainer.devices, TOKENIZER.stop_ids)
+    spy = Spy(MODEL, trainer.devices, TOKENIZER.stop_ids)
+    draw_with(trainer, spy)
     position = trainer.source.get_state()
     demonstrations = next(trainer.source._demonstrations)
     trainer.source.set_state(position)
     ((update,), _) = updates_of(trainer)
-    trainer.source._sampler = plain
+    draw_with(trainer, plain)
     gradient, metrics = gradient_after(trainer, update, weights(2))  # off-policy: ratios differ
     reference = partial(reference_loss, alpha, spy.last, demonstrations, teacher=weights(1))
     np.testing.assert_allclose(metrics.loss, reference(student=weights(2)), rtol=2e-5)
@@ -364,7 +369,7 @@ def test_the_result_does_not_depend_on_how_responses_are_cut_into_micro_batches(
 def test_nothing_is_graded_and_responses_that_were_cut_off_are_kept():
     trainer = trainer_of()
     ((update,), row) = updates_of(trainer)
-    assert trainer.source._sampler is trainer.sampler and row["generations"] == 8
+    assert trainer.source._setup.sampler is trainer.sampler and row["generations"] == 8
     assert ENVIRONMENT.graded == 0
     assert row["truncated"] > 0
     counted = sum(float(jnp.sum(m.weights > 0)) for m in update.micro_batches)
@@ -392,7 +397,7 @@ def test_sft_and_sdft_see_the_same_demonstrations_in_the_same_order():
         trainer = make_trainer(config_of(objective), Environment(), asked)
         asked.order.clear()
         if isinstance(objective, SdftConfig):  # nothing is compiled twice
-            trainer.source._sampler = trainer_of().sampler
+            draw_with(trainer, trainer_of().sampler)
         for step in range(1, 3):
             trainer.source(weights(0), step, PhaseTimer())
         orders.append(asked.order)
@@ -439,7 +444,7 @@ def test_a_demonstration_of_thoughts_alone_is_no_signal_unless_thoughts_are_show
     for remove in (True, False):
         config = config_of(SdftConfig(), teacher={"remove_thinking": remove})
         trainer, compiled = make_trainer(config, Environment(), thoughtful), trainer_of()
-        trainer.source._sampler = compiled.sampler
+        draw_with(trainer, compiled.sampler)
         trainer.engine.forward, trainer.engine.head = compiled.engine.forward, compiled.engine.head
         updates, row = updates_of(trainer)
         counts.append((len(updates), row["teacher_signal"]))

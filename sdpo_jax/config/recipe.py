@@ -110,11 +110,15 @@ def override(config: Config, values: Mapping[str, Any], kinds: Kinds) -> Config:
 def _apply_values(tree: Tree, values: Mapping[str, Any]) -> dict[str, str]:
     """Writes values into the tree; returns the spelling of each key."""
     for key, value in values.items():
-        section, _, leaf = key.rpartition(".")
-        table = tree.setdefault(section, {}) if section else tree
-        if isinstance(table, dict):  # otherwise the section itself is reported
-            table[leaf] = list(value) if isinstance(value, tuple) else value
+        _write(tree, key, list(value) if isinstance(value, tuple) else value)
     return {key: key for key in values}
+
+
+def _write(tree: Tree, key: str, value: Any) -> None:
+    section, _, leaf = key.rpartition(".")
+    table = tree.setdefault(section, {}) if section else tree
+    if isinstance(table, dict):  # otherwise the section itself is reported
+        table[leaf] = value
 
 
 def _checked(
@@ -210,10 +214,7 @@ def _apply_overrides(
                 lines.append(f"--{name}: no value, expected {_expected(types[key])}")
                 continue
             spelled[key] = f"--{name}"
-            section, _, leaf = key.rpartition(".")
-            table = tree.setdefault(section, {}) if section else tree
-            if isinstance(table, dict):  # otherwise the section itself is reported
-                table[leaf] = _parse(types[key], values)
+            _write(tree, key, _parse(types[key], values))
     return spelled, lines
 
 

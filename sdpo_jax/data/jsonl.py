@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sdpo_jax.environments.rows import chat, get, read_rows, row_id, text
+from sdpo_jax.environments.rows import Rows, chat, get, read_rows, row_id, text
 
 
 class Demonstration(NamedTuple):
@@ -21,14 +21,7 @@ class Demonstration(NamedTuple):
     response: str
 
 
-class Demonstrations(NamedTuple):
-    """The good rows of a file, and a line for each bad one: `file:line: reason`."""
-
-    rows: list[Demonstration]
-    problems: list[str]
-
-
-def read_demonstrations(path: str | Path, on_error: Literal["stop", "skip"]) -> Demonstrations:
+def read_demonstrations(path: str | Path, on_error: Literal["stop", "skip"]) -> Rows[Demonstration]:
     """Reads and validates a whole file.
 
     Args:
@@ -39,7 +32,7 @@ def read_demonstrations(path: str | Path, on_error: Literal["stop", "skip"]) -> 
     Raises:
         UserError: the file cannot be read, has no usable row, or has a bad row under `stop`.
     """
-    found = read_rows(
+    return read_rows(
         path,
         _row,
         on_error,
@@ -47,7 +40,6 @@ def read_demonstrations(path: str | Path, on_error: Literal["stop", "skip"]) -> 
         content="demonstrations",
         skip='data.on_error = "skip"',
     )
-    return Demonstrations(found.rows, found.problems)
 
 
 def _row(row: dict[str, Any], place: str) -> Demonstration:

@@ -65,6 +65,11 @@ class Pair(NamedTuple):
     response: Sequence[int]
 
 
+def token_count(pairs: Sequence[Pair]) -> int:
+    """Tokens of prompts and responses, without padding."""
+    return sum(len(prompt) + len(response) for prompt, response in pairs)
+
+
 def shared_prompts(pairs: Sequence[Pair]) -> list[list[int]]:
     """Indices of the pairs of each distinct prompt, in the order of first occurrence."""
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -216,10 +221,7 @@ def pack_rows(
     if longest > width:
         raise ValueError(f"expected sequences of at most {width} tokens, got {longest}")
     shards = [[pairs[i] for i in shard] for shard in members]
-    placed = [
-        _first_fit_decreasing([len(prompt) + len(response) for prompt, response in shard], width)
-        for shard in shards
-    ]
+    placed = [_first_fit_decreasing([len(p) + len(r) for p, r in shard], width) for shard in shards]
     rows = max(1, *(count for _, count in placed))
     rows = bucket(rows, max(1, 1 << max(0, (rows - 1).bit_length() - 4)))
     shape = (len(placed) * rows, width)
@@ -255,8 +257,4 @@ def _first_fit_decreasing(sizes: list[int], room: int) -> tuple[list[tuple[int, 
 
 
 SHARED_PROMPTS = Packing(_fewest_shared_tokens, assign_shared_prompts, pack_shared_prompts)
-PACKED_ROWS = Packing(
-    lambda pairs: sum(len(prompt) + len(response) for prompt, response in pairs),
-    assign_rows,
-    pack_rows,
-)
+PACKED_ROWS = Packing(token_count, assign_rows, pack_rows)

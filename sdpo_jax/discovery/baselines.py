@@ -50,9 +50,9 @@ def best_of_k(
     """Samples `samples` independent answers; a success does not end the cell."""
     began, config, tally, step = time.perf_counter(), start.config, Tally(samples), 0
     rollout = replace(config.rollout, rollouts_per_prompt=min(BATCH, samples))
-    setup = make_rollout_setup(replace(config, rollout=rollout), start.tokenizer, start.environment)
-    draws = cell_seed("best_of_k", question.id, seed)
-    sample = partial(sample_rollouts, setup, start.sampler, start.params, [question], seed=draws)
+    drawn = replace(config, rollout=rollout, seed=cell_seed("best_of_k", question.id, seed))
+    setup = make_rollout_setup(drawn, start.tokenizer, start.environment, start.sampler)
+    sample = partial(sample_rollouts, setup, start.params, [question])
     while tally.generations < samples:
         step += 1
         rollouts, _ = sample(step=step, timer=PhaseTimer())

@@ -90,8 +90,8 @@ class QuestionTrainer:
         """
         objective = make_objective(config.objective)
         self._trainer = Trainer(config, model, tokenizer, environment, objective=objective)
-        setup = make_rollout_setup(config, tokenizer, environment)
-        self._sample = partial(sample_rollouts, setup, self._trainer.sampler)
+        sampler = self._trainer.sampler
+        self._setup = make_rollout_setup(config, tokenizer, environment, sampler)
         self._start = self._trainer.host_state()
         self._config, self._params = config, params
 
@@ -112,13 +112,12 @@ class QuestionTrainer:
         began, trainer = time.perf_counter(), self._trainer
         method, tally = self._config.objective.name, Tally(budget)
         draws = cell_seed(method, question.id, seed)
+        sample = partial(sample_rollouts, self._setup._replace(seed=draws))
         trainer.set_host_state(self._start)  # forgets the successes of other cells
         state, step = trainer.initial_state(self._params, draws), 0
         while not tally.over:
             step, timer = step + 1, PhaseTimer()
-            rollouts, observed = self._sample(
-                trainer.student(state), [question], seed=draws, step=step, timer=timer
-            )
+            rollouts, observed = sample(trainer.student(state), [question], step=step, timer=timer)
             limit = self._config.environment.max_failed_share
             refuse_failures(rollouts.prompts, rollouts.outcomes, limit, f"step {step}")
             tally.add(rollouts.outcomes)

@@ -77,29 +77,25 @@ def with_reference_kl(
     if not coefficient >= 0.0:
         raise ValueError(f"coefficient must be at least 0, got {coefficient}")
     kl = partial(_reference_kl, vocabulary=vocabulary)
-    kl = partial(by_rows, kl, vocabulary=vocabulary)
 
     def loss(
         logits: jax.Array, tokens: ReferenceKlTokenInputs, constants: ReferenceKlSharedInputs
     ) -> tuple[jax.Array, Metrics]:
         value, metrics = objective(logits, tokens.objective, constants.objective)
-        apart, _ = kl(logits, tokens._replace(objective=None), constants.temperature)
+        rows = tokens._replace(objective=None)
+        apart, _ = by_rows(kl, logits, rows, constants.temperature, vocabulary=vocabulary)
         return value + coefficient * apart, {**metrics, "reference_kl": apart}
 
     return loss
 
 
 def _reference_kl(
-    logits: jax.Array,
-    tokens: ReferenceKlTokenInputs,
-    temperature: jax.Array,
-    *,
-    vocabulary: Vocabulary,
+    logits: jax.Array, rows: ReferenceKlTokenInputs, temperature: jax.Array, vocabulary: Vocabulary
 ) -> tuple[jax.Array, Metrics]:
     logits = scale_logits(logits, temperature=temperature)
     log_probs = log_softmax(logits, vocabulary=vocabulary)
-    chosen = select_targets(log_probs, tokens.targets, vocabulary=vocabulary)
-    return reference_kl(chosen, tokens.reference_log_probs), {}
+    chosen = select_targets(log_probs, rows.targets, vocabulary=vocabulary)
+    return reference_kl(chosen, rows.reference_log_probs), {}
 
 
 def score_per_token(*, vocabulary: Vocabulary = WHOLE) -> PerTokenLoss:
@@ -118,20 +114,16 @@ def score_per_token(*, vocabulary: Vocabulary = WHOLE) -> PerTokenLoss:
     def of_rows(
         logits: jax.Array, targets: jax.Array, temperature: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        log_probs = log_softmax(
-            scale_logits(logits, temperature=temperature), vocabulary=vocabulary
-        )
+        logits = scale_logits(logits, temperature=temperature)
+        log_probs = log_softmax(logits, vocabulary=vocabulary)
         chosen = select_targets(log_probs, targets, vocabulary=vocabulary)
         return chosen, {"log_prob": chosen, "entropy": entropy(log_probs, vocabulary=vocabulary)}
 
     def loss(
         logits: jax.Array, tokens: ScoreTokenInputs, constants: ScoreSharedInputs
     ) -> tuple[jax.Array, Metrics]:
-        logits = with_live_model(
-            logits, tokens.live_hidden, constants.live_head, constants.coefficient
-        )
-        return by_rows(
-            of_rows, logits, tokens.targets, constants.temperature, vocabulary=vocabulary
-        )
+        live = tokens.live_hidden, constants.live_head, constants.coefficient
+        logits, temperature = with_live_model(logits, *live), constants.temperature
+        return by_rows(of_rows, logits, tokens.targets, temperature, vocabulary=vocabulary)
 
     return loss

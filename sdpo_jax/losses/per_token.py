@@ -300,43 +300,23 @@ def _distillation(
         # Of the logits, not the log-probabilities: the softmaxes have two of the maxima already.
         same = same_likeliest(*pair, vocabulary=vocabulary)
         metrics = {"divergence": value, **stats._asdict(), "same_token": same}
-        weights = _weights(stats, rows.old_log_probs, importance_cap, weigh)
-        for weight in weights.values():
-            value = value * weight.by
-        return value, metrics | {name: weight.metric for name, weight in weights.items()}
+        if importance_cap is not None:
+            new, old = stats.log_prob, rows.old_log_probs
+            if old is None:
+                raise ValueError(f"importance_cap {importance_cap} needs old_log_probs, got None")
+            value = value * truncated_importance_weights(new, old, cap=importance_cap)
+            metrics["ratio"] = probability_ratio(new, old)
+        if weigh is not None:
+            metrics["weight"] = jax.lax.stop_gradient(weigh(stats))
+            value = value * metrics["weight"]
+        return value, metrics
 
     def loss(
         logits: jax.Array, tokens: SdpoTokenInputs, constants: SdpoSharedInputs
     ) -> tuple[jax.Array, Metrics]:
         teacher = head_logits(tokens.teacher_hidden, constants.teacher_head)
-        teacher = with_live_model(
-            teacher, tokens.live_hidden, constants.live_head, constants.coefficient
-        )
-        rows = _Rows(teacher, tokens.targets, tokens.old_log_probs)
+        live = tokens.live_hidden, constants.live_head, constants.coefficient
+        rows = _Rows(with_live_model(teacher, *live), tokens.targets, tokens.old_log_probs)
         return by_rows(of_rows, logits, rows, constants, vocabulary=vocabulary)
 
     return loss
-
-
-class _Weight(NamedTuple):
-    by: jax.Array  # [C], what the loss is multiplied by
-    metric: jax.Array  # [C]
-
-
-def _weights(
-    stats: TokenStats,
-    old_log_probs: jax.Array | None,
-    importance_cap: float | None,
-    weigh: Weigh | None,
-) -> dict[str, _Weight]:
-    weights: dict[str, _Weight] = {}
-    if importance_cap is not None:
-        if old_log_probs is None:
-            raise ValueError(f"importance_cap {importance_cap} needs old_log_probs, got None")
-        pair = stats.log_prob, old_log_probs
-        capped = truncated_importance_weights(*pair, cap=importance_cap)
-        weights["ratio"] = _Weight(capped, probability_ratio(*pair))
-    if weigh is not None:
-        given = jax.lax.stop_gradient(weigh(stats))
-        weights["weight"] = _Weight(given, given)
-    return weights

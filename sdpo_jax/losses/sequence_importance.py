@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from sdpo_jax.losses.fused_linear import Metrics, PerTokenLoss, fused_linear_loss
+from sdpo_jax.losses.kl_penalty import ScoreSharedInputs, ScoreTokenInputs, score_per_token
 from sdpo_jax.losses.per_token import SdpoSharedInputs, SdpoTokenInputs
-from sdpo_jax.losses.vocabulary import log_softmax, scale_logits, select_targets
 from sdpo_jax.losses.weights import truncated_importance_weights
 
 
@@ -63,7 +63,7 @@ def sequence_weighted_head(
     tokens, old = aux.distilled, aux.distilled.old_log_probs
     if old is None:
         raise ValueError(f"importance_cap {cap} needs old_log_probs, got None")
-    new = _log_probs(hidden, head, tokens, constants, **cut)
+    new = _log_probs(hidden, head, tokens.targets, constants.temperature, **cut)
     importance = _mean_of_rollout(truncated_importance_weights(new, old, cap=cap), aux.rollout)
     weights, cut = weights * importance, {**cut, "constants": constants}
     total, metrics = fused_linear_loss(per_token_loss, hidden, head, tokens, weights, **cut)
@@ -71,27 +71,14 @@ def sequence_weighted_head(
 
 
 def _log_probs(
-    hidden: jax.Array,
-    head: jax.Array,
-    tokens: SdpoTokenInputs,
-    constants: SdpoSharedInputs,
-    **cut: Any,
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, **cut: Any
 ) -> jax.Array:
     """[M], of the targets, detached; 0 beyond the chunks that are filled."""
-
-    def sampled(
-        logits: jax.Array, targets: jax.Array, temperature: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        log_probs = log_softmax(scale_logits(logits, temperature=temperature))
-        return select_targets(log_probs, targets), {}
-
     hidden, head = jax.lax.stop_gradient((hidden, head))
     nothing = jnp.zeros(hidden.shape[:1], jnp.float32)  # the sum is not asked for
-    temperature = constants.temperature
-    _, metrics = fused_linear_loss(
-        sampled, hidden, head, tokens.targets, nothing, constants=temperature, **cut
-    )
-    return metrics["loss"]
+    inputs, cut["constants"] = ScoreTokenInputs(targets), ScoreSharedInputs(temperature)
+    _, metrics = fused_linear_loss(score_per_token(), hidden, head, inputs, nothing, **cut)
+    return metrics["log_prob"]
 
 
 def _mean_of_rollout(values: jax.Array, rollout: jax.Array) -> jax.Array:

@@ -7,28 +7,22 @@ Log-ratios are clipped to ±20. Validated against numpy (tests/test_loss_weights
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from sdpo_jax.config import (
-    POSITIVE_SHARE,
-    Config,
-    Problem,
-    TeacherConfig,
-    at_least,
-    between,
-    setting,
-)
+from sdpo_jax.config import POSITIVE_SHARE, Config, Problem, at_least, between, setting
 from sdpo_jax.losses.credit import modulate_advantages, sequence_advantages
 from sdpo_jax.losses.weights import MAX_LOG_RATIO, teacher_entropy_weights
+from sdpo_jax.model import Params
 from sdpo_jax.objectives.loss_weights import LossWeights, MixConfig, Rows, has_policy_gradient
+from sdpo_jax.rollouts.phase_timer import PhaseTimer
 from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.teacher.context import is_success
 from sdpo_jax.training.batch import MiniBatch, reduction_weights, response_mask
-from sdpo_jax.training.engine import Scores
+from sdpo_jax.training.engine import Engine, Scores
 
 BY_ADVANTAGE = ("sequence", "modulated", "fixed_negative")
 """Credits that are known before the loss: they run through GRPO's surrogate."""
@@ -87,6 +81,18 @@ class CreditConfig(MixConfig):
             yield Problem("rollout.rollouts_per_prompt", expected, others)
 
 
+class WeighedStep(NamedTuple):
+    """What the updates of a step have in common."""
+
+    settings: CreditConfig
+    engine: Engine
+    rollouts: RolloutBatch
+    has_teacher: NDArray[np.bool_]  # [N]
+    weights: LossWeights  # of the rollouts in either term
+    reference: Params  # weights for a KL to the initial model; None: no KL
+    timer: PhaseTimer
+
+
 def has_unequal_weights(settings: CreditConfig) -> bool:
     """Whether rollouts or tokens differ in the weight of their distillation."""
     return (
@@ -118,25 +124,20 @@ def worth_computing(settings: CreditConfig, weights: LossWeights) -> NDArray[np.
     return (weights.distill != 0) | (weights.policy_gradient * weights.advantages != 0)
 
 
-def distillation_weights(
-    settings: CreditConfig,
-    rollouts: RolloutBatch,
-    mini_batch: MiniBatch,
-    has_teacher: NDArray[np.bool_],
-    weights: LossWeights,
-) -> Rows:
+def distillation_weights(step: WeighedStep, mini_batch: MiniBatch) -> Rows:
     """[N], weights of the distillation that divide it by its own rows alone in a mix.
 
     Under `route = "outcome"` both terms have one denominator (SRPO), and without GRPO there is one.
     """
+    settings, rollouts, distill = step.settings, step.rollouts, step.weights.distill
     if not has_policy_gradient(settings) or settings.route == "outcome":
-        return weights.distill
+        return distill
     block = mini_batch.graded_rows
     lengths, reduction = rollouts.lengths[block], settings.reduction
     written, skip = response_mask(rollouts, block), settings.skip_first_tokens
     most = int(lengths.max())
-    _, alone = reduction_weights(lengths, has_teacher[block], most, reduction, written, skip)
-    return weights.distill * np.float32(mini_batch.denominator / max(alone, 1.0))
+    _, alone = reduction_weights(lengths, step.has_teacher[block], most, reduction, written, skip)
+    return distill * np.float32(mini_batch.denominator / max(alone, 1.0))
 
 
 def entropy_weighted(weights: Ragged, entropies: Ragged, *, beta: float) -> Ragged:
@@ -149,52 +150,35 @@ def entropy_weighted(weights: Ragged, entropies: Ragged, *, beta: float) -> Ragg
     return np.split((np.asarray(found)[0] * flat).astype(np.float32), cuts)
 
 
-def token_advantages(
-    teacher: TeacherConfig,
-    settings: CreditConfig,
-    rollouts: RolloutBatch,
-    mini_batch: MiniBatch,
-    gaps: Ragged | None,
-    distill: Rows,
-    weights: LossWeights,
-) -> Ragged:
+def token_advantages(step: WeighedStep, mini_batch: MiniBatch, gaps: Ragged | None) -> Ragged:
     """The advantage of each token of a mini-batch, under a credit that is known before the loss.
 
     Args:
-      teacher: says what counts as a success.
-      settings: with `credit` one of `BY_ADVANTAGE`.
-      rollouts: the rollout batch.
+      step: its settings have one of `BY_ADVANTAGE` for `credit`.
       mini_batch: its rows.
       gaps: log q(y_t) - log π(y_t); None under `fixed_negative`.
-      distill: [N], from `distillation_weights`.
-      weights: of the rollouts.
     """
-    lengths = [len(x) for x in mini_batch.weights]
-    if settings.credit == "modulated":
-        modulated = _modulated(settings, rollouts, mini_batch, gaps or [], weights)
-        return _rows(modulated, lengths)
-    if settings.credit == "fixed_negative":
-        credit = [_negative(teacher, settings, rollouts, i) for i in mini_batch.rows]
+    lengths, weights = [len(x) for x in mini_batch.weights], step.weights
+    if step.settings.credit == "modulated":
+        return _rows(_modulated(step, mini_batch, gaps or []), lengths)
+    if step.settings.credit == "fixed_negative":
+        credit = [_negative(step, i) for i in mini_batch.rows]
     else:
         mask = _padded([(x > 0).astype(np.float32) for x in mini_batch.weights])
         means = sequence_advantages(jnp.asarray(_padded(gaps or [])), jnp.asarray(mask))
         credit = _rows(means, lengths)
+    distill = distillation_weights(step, mini_batch)
     return [
         distill[i] * own + np.float32(weights.policy_gradient[i] * weights.advantages[i])
         for own, i in zip(credit, mini_batch.rows, strict=True)
     ]
 
 
-def _modulated(
-    settings: CreditConfig,
-    rollouts: RolloutBatch,
-    mini_batch: MiniBatch,
-    gaps: Ragged,
-    weights: LossWeights,
-) -> object:
+def _modulated(step: WeighedStep, mini_batch: MiniBatch, gaps: Ragged) -> object:
+    settings, weights = step.settings, step.weights
     # A rollout without a context has no teacher, only the plain question's: its gap is noise.
     known = [g * (weights.distill[i] != 0) for g, i in zip(gaps, mini_batch.rows, strict=True)]
-    old = _padded([rollouts.log_probs[i] for i in mini_batch.rows])
+    old = _padded([step.rollouts.log_probs[i] for i in mini_batch.rows])
     return modulate_advantages(
         jnp.asarray(weights.advantages[mini_batch.rows]),
         jnp.asarray(old),
@@ -204,12 +188,10 @@ def _modulated(
     )
 
 
-def _negative(
-    teacher: TeacherConfig, settings: CreditConfig, rollouts: RolloutBatch, row: int
-) -> NDArray[np.float32]:
+def _negative(step: WeighedStep, row: int) -> NDArray[np.float32]:
     """-1 where a failure's token was unlikely when it was sampled (OPSA, arXiv 2608.31046)."""
-    unlikely = rollouts.log_probs[row] < np.log(settings.control_probability)
-    failed = not is_success(rollouts.outcomes[row], teacher)
+    unlikely = step.rollouts.log_probs[row] < np.log(step.settings.control_probability)
+    failed = not is_success(step.rollouts.outcomes[row], step.engine.config.teacher)
     return -(unlikely & failed).astype(np.float32)
 
 

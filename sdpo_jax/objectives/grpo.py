@@ -95,7 +95,7 @@ def make_updates(
     reference = models.reference if settings.reference_kl > 0 else None
     updates = [
         advantage_update(
-            engine, rollouts, x, _on_every_token(rollouts, x, advantages), reference, timer
+            engine, rollouts, x, on_every_token(rollouts, x, advantages), reference, timer
         )
         for x in mini_batches
     ]
@@ -103,10 +103,11 @@ def make_updates(
     return updates, {"advantage_signal": float(np.mean(signal)) if len(signal) else 0.0}
 
 
-def _on_every_token(
-    rollouts: RolloutBatch, mini_batch: MiniBatch, advantages: NDArray[np.float32]
+def on_every_token(
+    rollouts: RolloutBatch, mini_batch: MiniBatch, numbers: NDArray[np.float32]
 ) -> list[NDArray[np.float32]]:
-    return [np.full(len(rollouts.response_ids[i]), advantages[i]) for i in mini_batch.rows]
+    """`[|y|]` for each row of the mini-batch, with the rollout's number of the `[N]`."""
+    return [np.full(len(rollouts.response_ids[i]), numbers[i]) for i in mini_batch.rows]
 
 
 def surrogate(settings: GrpoConfig) -> PerTokenLoss:

@@ -32,7 +32,13 @@ from sdpo_jax.losses.per_token import (
 )
 from sdpo_jax.losses.token_stats import TokenStats
 from sdpo_jax.losses.weights import disagreement_weights
-from sdpo_jax.objectives.credit import BY_ADVANTAGE, CreditConfig, is_mixed, worth_computing
+from sdpo_jax.objectives.credit import (
+    BY_ADVANTAGE,
+    CreditConfig,
+    WeighedStep,
+    is_mixed,
+    worth_computing,
+)
 from sdpo_jax.objectives.grpo import GrpoConfig, surrogate
 from sdpo_jax.objectives.loss_weights import make_loss_weights
 from sdpo_jax.objectives.variants import advantage_updates, weighted_update
@@ -154,12 +160,12 @@ def make_updates(
         jax.block_until_ready(inputs)
     metrics = _context_metrics(engine, rollouts, contexts, int(has_teacher.sum()))
     reference = models.reference if settings.reference_kl else None
-    known = (settings, engine, rollouts, has_teacher, weights, reference, timer)
+    known = WeighedStep(settings, engine, rollouts, has_teacher, weights, reference, timer)
     if settings.credit in BY_ADVANTAGE:
-        updates, more = advantage_updates(*known, mini_batches, inputs, shared)
+        updates, more = advantage_updates(known, mini_batches, inputs, shared)
         return updates, metrics | more
     pairs = zip(mini_batches, inputs, strict=True)
-    return [weighted_update(*known, x, tokens or [], shared) for x, tokens in pairs], metrics
+    return [weighted_update(known, x, tokens or [], shared) for x, tokens in pairs], metrics
 
 
 def _context_metrics(

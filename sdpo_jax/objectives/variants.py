@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdpo_jax.losses.per_token import (
     GrpoSharedInputs,
@@ -18,10 +17,9 @@ from sdpo_jax.losses.per_token import (
     SdpoSharedInputs,
     SdpoTokenInputs,
 )
-from sdpo_jax.model import Params
 from sdpo_jax.objectives.credit import (
-    CreditConfig,
     Ragged,
+    WeighedStep,
     distillation_weights,
     entropy_weighted,
     has_unequal_weights,
@@ -29,26 +27,16 @@ from sdpo_jax.objectives.credit import (
     log_ratios,
     token_advantages,
 )
-from sdpo_jax.objectives.grpo import advantage_update
-from sdpo_jax.objectives.loss_weights import LossWeights
+from sdpo_jax.objectives.grpo import advantage_update, on_every_token
 from sdpo_jax.rollouts.diagnostics import gap_agreement, outcome_signs
-from sdpo_jax.rollouts.phase_timer import PhaseTimer
-from sdpo_jax.rollouts.rollout_batch import RolloutBatch
 from sdpo_jax.training.batch import MiniBatch, PackedBatch
-from sdpo_jax.training.engine import Engine
 from sdpo_jax.training.step import Update
 from sdpo_jax.training.teacher_pass import teacher_scores
 from sdpo_jax.training.token_metrics import agreement_shares
 
 
 def weighted_update(
-    settings: CreditConfig,
-    engine: Engine,
-    rollouts: RolloutBatch,
-    has_teacher: NDArray[np.bool_],
-    weights: LossWeights,
-    reference: Params,
-    timer: PhaseTimer,
+    step: WeighedStep,
     mini_batch: MiniBatch,
     inputs: Sequence[SdpoTokenInputs],
     shared: SdpoSharedInputs,
@@ -56,25 +44,17 @@ def weighted_update(
     """The update whose loss gives credit to candidates or to sampled tokens.
 
     Args:
-      settings: of the objective.
-      engine: assembles the update.
-      rollouts: the rollout batch.
-      has_teacher: [N].
-      weights: of the rollouts in either term.
-      reference: weights for a KL to the initial model; None: no KL.
-      timer: adds the teacher's scores to the phase `teacher`.
+      step: what the updates share; its timer adds the teacher's scores to the phase `teacher`.
       mini_batch: the rows.
       inputs: the teacher's side of each micro-batch.
       shared: what all tokens share.
     """
+    settings, engine, timer = step.settings, step.engine, step.timer
     tokens: Sequence[Any] = inputs
     together: Any = shared
-    outcomes = outcome_signs(rollouts.outcomes, weights.distill != 0)
     mixes = is_mixed(settings)
     if mixes or has_unequal_weights(settings):
-        distill = distillation_weights(settings, rollouts, mini_batch, has_teacher, weights)
-        pairs = list(zip(mini_batch.weights, mini_batch.rows, strict=True))
-        by_token: Ragged = [np.full(len(x), distill[i]) for x, i in pairs]
+        by_token = on_every_token(step.rollouts, mini_batch, distillation_weights(step, mini_batch))
         if settings.token_weights == "teacher_entropy":
             with timer.phase("teacher"):
                 scores = teacher_scores(engine, mini_batch, inputs, shared)
@@ -82,32 +62,27 @@ def weighted_update(
             beta = settings.token_weight_beta
             by_token = entropy_weighted(counted, scores.entropies, beta=beta)
         if mixes:
-            tokens = _mixed(engine, rollouts, mini_batch, inputs, by_token, weights)
+            tokens = _mixed(step, mini_batch, inputs, by_token)
             together = MixedSharedInputs(shared, GrpoSharedInputs(shared.temperature))
         else:
             both = zip(mini_batch.weights, by_token, strict=True)
             mini_batch = mini_batch._replace(weights=[a * b for a, b in both])
+    outcomes = outcome_signs(step.rollouts.outcomes, step.weights.distill != 0)
     return engine.update(
-        mini_batch, tokens, together, reference=reference, outcomes=outcomes, timer=timer
+        mini_batch, tokens, together, reference=step.reference, outcomes=outcomes, timer=timer
     )
 
 
 def _mixed(
-    engine: Engine,
-    rollouts: RolloutBatch,
-    mini_batch: MiniBatch,
-    inputs: Sequence[SdpoTokenInputs],
-    distill: Ragged,
-    weights: LossWeights,
+    step: WeighedStep, mini_batch: MiniBatch, inputs: Sequence[SdpoTokenInputs], distill: Ragged
 ) -> list[MixedTokenInputs]:
     """Inputs of both terms, with the weight of each token in either."""
-    rows = [(len(rollouts.response_ids[i]), i) for i in mini_batch.rows]
-    policy_gradient = [np.full(n, weights.policy_gradient[i]) for n, i in rows]
-    advantages = [np.full(n, weights.advantages[i]) for n, i in rows]
+    rollouts, weights, place = step.rollouts, step.weights, step.engine.place
+    policy_gradient = on_every_token(rollouts, mini_batch, weights.policy_gradient)
+    advantages = on_every_token(rollouts, mini_batch, weights.advantages)
 
     def mixed(known: SdpoTokenInputs, packed: PackedBatch) -> MixedTokenInputs:
         assert known.old_log_probs is not None  # the teacher's pass always gives them
-        place = engine.place
         grpo = GrpoTokenInputs(known.targets, known.old_log_probs, place(advantages, packed))
         return MixedTokenInputs(known, grpo, place(distill, packed), place(policy_gradient, packed))
 
@@ -115,13 +90,7 @@ def _mixed(
 
 
 def advantage_updates(
-    settings: CreditConfig,
-    engine: Engine,
-    rollouts: RolloutBatch,
-    has_teacher: NDArray[np.bool_],
-    weights: LossWeights,
-    reference: Params,
-    timer: PhaseTimer,
+    step: WeighedStep,
     mini_batches: Sequence[MiniBatch],
     inputs: Sequence[Sequence[SdpoTokenInputs] | None],
     shared: SdpoSharedInputs,
@@ -133,7 +102,8 @@ def advantage_updates(
     updates: list[Update] = []
     every_gap: Ragged = []
     agreeing = np.zeros(4)
-    outcomes = outcome_signs(rollouts.outcomes, weights.distill != 0)
+    engine, rollouts, timer = step.engine, step.rollouts, step.timer
+    outcomes = outcome_signs(rollouts.outcomes, step.weights.distill != 0)
     for mini_batch, known in zip(mini_batches, inputs, strict=True):
         gaps = None
         if known is not None:
@@ -143,11 +113,10 @@ def advantage_updates(
             every_gap += gaps
             counted = [x * (w > 0) for x, w in zip(gaps, mini_batch.weights, strict=True)]
             agreeing += gap_agreement(counted, outcomes[mini_batch.rows])
-        distill = distillation_weights(settings, rollouts, mini_batch, has_teacher, weights)
-        advantages = token_advantages(
-            engine.config.teacher, settings, rollouts, mini_batch, gaps, distill, weights
+        advantages = token_advantages(step, mini_batch, gaps)
+        updates.append(
+            advantage_update(engine, rollouts, mini_batch, advantages, step.reference, timer)
         )
-        updates.append(advantage_update(engine, rollouts, mini_batch, advantages, reference, timer))
     if not every_gap:
         return updates, {}
     mean = float(np.mean(np.concatenate(every_gap)))

@@ -34,12 +34,7 @@ def rollout_metrics(
         **_means([outcome for outcome in outcomes if outcome.graded]),
         "environment/failed": failed_share(outcomes),
         **lengths,
-        **rollout_diagnostics(
-            np.asarray([row.sampled_tokens for row in rows]),
-            [row.sampled_ids for row in rows],
-            outcomes,
-            group,
-        ),
+        **rollout_diagnostics([row.sampled_ids for row in rows], outcomes, group),
         **environment_metrics(outcomes),
     }
     if max_turns == 1:
@@ -62,10 +57,7 @@ def _means(graded: Sequence[Outcome]) -> dict[str, float]:
 
 
 def rollout_diagnostics(
-    lengths: NDArray[np.int32],
-    responses: Sequence[Sequence[int]],
-    outcomes: Sequence[Outcome],
-    group: int,
+    responses: Sequence[Sequence[int]], outcomes: Sequence[Outcome], group: int
 ) -> dict[str, float]:
     """Of `N` responses, a prompt's side by side.
 
@@ -75,7 +67,7 @@ def rollout_diagnostics(
       something could be graded.
     """
     found = {
-        "response_tokens_p95": float(np.percentile(lengths, 95)),
+        "response_tokens_p95": float(np.percentile([len(ids) for ids in responses], 95)),
         "repetition": float(np.mean([repeated_share(ids) for ids in responses])),
     }
     graded = np.asarray([o.graded for o in outcomes]).reshape(-1, group)
@@ -111,11 +103,8 @@ def gap_agreement(
     gaps: Sequence[NDArray[np.float32]], outcome_signs: NDArray[np.int32]
 ) -> NDArray[np.float64]:
     """The counts of `token_sums`, of gaps that are known on the host, `[|y|]` of each rollout."""
-    sums, passed, failed = (
-        np.asarray([np.sum(x) for x in gaps]),
-        outcome_signs > 0,
-        outcome_signs < 0,
-    )
+    sums = np.asarray([np.sum(x) for x in gaps])
+    passed, failed = outcome_signs > 0, outcome_signs < 0
     counts = (passed & (sums > 0), passed, failed & (sums < 0), failed)
     return np.asarray([np.sum(x) for x in counts], np.float64)
 
@@ -153,13 +142,8 @@ def _grams(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:
 
 def environment_metrics(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
     """Means of what the environment reports besides reward, of what it could grade."""
-    outcomes = [outcome for outcome in outcomes if outcome.graded]
-    names = sorted({name for outcome in outcomes for name in outcome.metrics})
-    return {
-        f"environment/{name}": _mean([o.metrics[name] for o in outcomes if name in o.metrics])
-        for name in names
-    }
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers) if numbers else 0.0
+    numbers: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        for name, number in outcome.metrics.items() if outcome.graded else ():
+            numbers.setdefault(name, []).append(number)
+    return {f"environment/{name}": sum(x) / len(x) for name, x in sorted(numbers.items())}

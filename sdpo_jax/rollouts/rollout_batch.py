@@ -73,25 +73,20 @@ class RolloutSetup(NamedTuple):
     tokenizer: Tokenizer
     environment: Environment | None  # None: nothing is graded
     max_observation_tokens: int
+    sampler: Sampler
+    seed: int
 
 
 def make_rollout_setup(
-    config: Config, tokenizer: Tokenizer, environment: Environment | None
+    config: Config, tokenizer: Tokenizer, environment: Environment | None, sampler: Sampler
 ) -> RolloutSetup:
     """The setup of a run of this recipe."""
     limit = config.teacher.max_feedback_tokens
-    return RolloutSetup(config.rollout, tokenizer, environment, limit)
+    return RolloutSetup(config.rollout, tokenizer, environment, limit, sampler, config.seed)
 
 
 def sample_rollouts(
-    setup: RolloutSetup,
-    sampler: Sampler,
-    params: Params,
-    prompts: Sequence[Prompt],
-    *,
-    seed: int,
-    step: int,
-    timer: PhaseTimer,
+    setup: RolloutSetup, params: Params, prompts: Sequence[Prompt], *, step: int, timer: PhaseTimer
 ) -> tuple[RolloutBatch, dict[str, float]]:
     """Samples and grades `G` episodes of each prompt, of one turn or more.
 
@@ -105,7 +100,7 @@ def sample_rollouts(
       UserError: the environment raised, or returned something else than an outcome.
     """
     grade = _grader(setup, prompts, timer)
-    rows = _sample(setup, sampler, params, prompts, grade, seed=seed, step=step, timer=timer)
+    rows = _sample(setup, params, prompts, grade, step=step, timer=timer)
     return finish(setup, prompts, rows)
 
 
@@ -131,20 +126,18 @@ def finish(
 
 def _sample(
     setup: RolloutSetup,
-    sampler: Sampler,
     params: Params,
     prompts: Sequence[Prompt],
     grade: Grader,
     *,
-    seed: int,
     step: int,
     timer: PhaseTimer,
 ) -> list[Episode]:
     config = setup.config
     sample = partial(
-        sampler,
+        setup.sampler,
         params,
-        seed=seed,
+        seed=setup.seed,
         step=step,
         max_tokens=config.max_response_tokens,
         temperature=config.temperature,
@@ -224,18 +217,16 @@ class PendingRollouts:
 
 def start_rollouts(
     setup: RolloutSetup,
-    sampler: Sampler,
     params: Params,
     prompts: Sequence[Prompt],
     executor: Executor,
     *,
-    seed: int,
     step: int,
     timer: PhaseTimer,
 ) -> PendingRollouts:
     """Samples as `sample_rollouts` does; the executor grades while the caller goes on."""
     grading = _BackgroundGrader(executor, partial(_grader, setup, prompts))
-    rows = _sample(setup, sampler, params, prompts, grading, seed=seed, step=step, timer=timer)
+    rows = _sample(setup, params, prompts, grading, step=step, timer=timer)
     return PendingRollouts(setup, prompts, rows, grading)
 
 

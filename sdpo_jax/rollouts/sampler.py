@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from sdpo_jax.data.packing import bucket, pad_rows, size_bucket
 from sdpo_jax.devices import ROWS, Devices
-from sdpo_jax.model import Model, Params, Prefix, SuffixCache
+from sdpo_jax.model import Model, Params, Prefix
 from sdpo_jax.rollouts.generate import (
     Job,
     Plan,
-    Rollouts,
     Slots,
     Turn,
     advance,
@@ -37,39 +36,22 @@ from sdpo_jax.rollouts.token_sampling import Filters
 SMALLEST_CACHE = 64
 
 
-def _specs(rows: Any, cached: Any, job: Job | None = None) -> tuple[Any, Any]:
+def _specs(rows: Any, cached: Any, whole: Any) -> tuple[Any, Any]:
     """Partition specs (or shardings) for `Job` and `Slots`.
 
     Args:
       rows: of arrays whose first axis is rows.
       cached: of keys and values, `[L, rows, ...]`.
-      job: whose filters are present; None leaves the specs of filters out.
+      whole: of what every shard has.
     """
     prefix = Prefix(keys=cached, values=cached, lengths=rows, last_hidden=rows)
-    filters: Any = None if job is None else jax.tree.map(lambda _: P(), job.filters)
-    rollouts = Rollouts(tokens=rows, log_probs=rows, lengths=rows, stopped=rows)
-    slots = Slots(
-        rollout=rows,
-        step=rows,
-        hidden=rows,
-        cache=SuffixCache(keys=cached, values=cached),
-        written=rows,
-        started=rows,
-        decoded=rows,
-        rollouts=rollouts,
-    )
-    replicated: Any = P()
-    specs: Any = Job(prefix=prefix, keys=rows, wanted=rows, stop_ids=replicated, filters=filters)
-    return specs, slots
+    job = Job(prefix=prefix, keys=rows, wanted=rows, stop_ids=whole, filters=whole)
+    # The spec of a tuple (`SuffixCache`, `Rollouts`) is that of each of its arrays.
+    return job, Slots(rows, rows, rows, cached, rows, rows, rows, rows)
 
 
-_, SLOTS = _specs(ROWS, P(None, *ROWS))
-"""Partition specs of `Slots`."""
-
-
-def job_specs(job: Job) -> Any:
-    """Partition specs of a job."""
-    return _specs(ROWS, P(None, *ROWS), job)[0]
+JOB, SLOTS = _specs(ROWS, P(None, *ROWS), P())
+"""Partition specs of `Job` and `Slots`."""
 
 
 def cache_sizes(max_tokens: int) -> list[int]:
@@ -258,8 +240,7 @@ class Sampler:
         real = (lengths > 0).astype(jnp.int32).reshape(shards, -1)
         job = Job(prefix, keys, jnp.sum(real, axis=-1) * group, stop_ids, filters)
         start = self._on_shards(
-            lambda job: begin(self._model, job, slots // shards, cache_size, max_tokens),
-            job_specs(job),
+            lambda job: begin(self._model, job, slots // shards, cache_size, max_tokens), JOB
         )
         return job, start(job)
 
@@ -267,7 +248,7 @@ class Sampler:
         run = self._on_shards(
             lambda params, job, slots: advance(self._model, params, job, slots, plan),
             P(),
-            job_specs(job),
+            JOB,
             SLOTS,
         )
         return run(params, job, slots)
@@ -292,9 +273,7 @@ class Sampler:
         heads = jax.eval_shape(lambda: self._model.suffix_cache(1, 1)).keys.shape[2]
         tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
         cached = NamedSharding(mesh, P(None, *ROWS, tensor))
-        job, state = _specs(rows, cached)
-        whole = self._devices.replicated
-        return job._replace(stop_ids=whole, filters=whole), state
+        return _specs(rows, cached, self._devices.replicated)
 
 
 def _padded(turn: Turn, rows: int) -> Turn:

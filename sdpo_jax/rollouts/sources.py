@@ -68,8 +68,8 @@ class GradedRollouts:
     ):
         size = config.rollout.prompts_per_step
         self._prompts = prompt_batches(environment.train, batch_size=size, seed=config.seed)
-        self._config, self._sampler = config, sampler
-        self._setup = make_rollout_setup(config, tokenizer, environment)
+        self._config = config
+        self._setup = make_rollout_setup(config, tokenizer, environment, sampler)
         prefetches = config.rollout.one_step_off_policy
         self._prefetch = _Prefetch(ThreadPoolExecutor(1)) if prefetches else None
 
@@ -86,15 +86,9 @@ class GradedRollouts:
         refuse_failures(rollouts.prompts, rollouts.outcomes, limit, f"step {step}")
         if self._prefetch is not None and first is None and step < self._config.train.steps:
             self._prefetch.position = self._prompts.get_state()
+            prompts, executor = next(self._prompts), self._prefetch.executor
             self._prefetch.pending = start_rollouts(
-                self._setup,
-                self._sampler,
-                params,
-                next(self._prompts),
-                self._prefetch.executor,
-                seed=self._config.seed,
-                step=step + 1,
-                timer=timer,
+                self._setup, params, prompts, executor, step=step + 1, timer=timer
             )
         return rollouts, metrics | {"generations": step * len(rollouts.texts)}
 
@@ -105,15 +99,8 @@ class GradedRollouts:
             pending, self._prefetch.pending = self._prefetch.pending, None
             rollouts, metrics = pending.finish(timer)
             return rollouts if first is None else rollouts.of_first(first), metrics
-        return sample_rollouts(
-            self._setup,
-            self._sampler,
-            params,
-            next(self._prompts)[:first],
-            seed=self._config.seed,
-            step=step,
-            timer=timer,
-        )
+        prompts = next(self._prompts)[:first]
+        return sample_rollouts(self._setup, params, prompts, step=step, timer=timer)
 
     def wait(self) -> None:
         """Returns when what was prefetched is graded."""
@@ -172,6 +159,10 @@ class _FromDemonstrations:
         self._demonstrations.set_state(state)
 
 
+def _questions(demonstrations: Sequence[Demonstration]) -> list[Prompt]:
+    return [Prompt(d.id, d.messages, {"demonstration": d.response}) for d in demonstrations]
+
+
 class SampledDemonstrations(_FromDemonstrations):
     """The student's own responses to the questions of demonstrations; nothing is graded.
 
@@ -186,23 +177,14 @@ class SampledDemonstrations(_FromDemonstrations):
         sampler: Sampler,
     ):
         super().__init__(config, demonstrations)
-        self._setup = make_rollout_setup(config, tokenizer, None)
-        self._sampler = sampler
+        self._setup = make_rollout_setup(config, tokenizer, None, sampler)
 
     def __call__(
         self, params: Params, step: int, timer: PhaseTimer, *, first: int | None = None
     ) -> tuple[RolloutBatch, dict[str, float]]:
         """Samples responses to one batch of questions."""
-        rows = next(self._demonstrations)[:first]
-        rollouts, metrics = sample_rollouts(
-            self._setup,
-            self._sampler,
-            params,
-            [Prompt(d.id, d.messages, {"demonstration": d.response}) for d in rows],
-            seed=self._config.seed,
-            step=step,
-            timer=timer,
-        )
+        prompts = _questions(next(self._demonstrations)[:first])
+        rollouts, metrics = sample_rollouts(self._setup, params, prompts, step=step, timer=timer)
         return rollouts, metrics | {"generations": step * len(rollouts.texts)}
 
 
@@ -230,7 +212,7 @@ class Demonstrations(_FromDemonstrations):
             responses = [[*self._tokenizer.encode_response(d.response), end] for d in rows]
             self._check_lengths(rows, prompts, responses)
             batch = RolloutBatch(
-                prompts=[Prompt(d.id, d.messages, {"demonstration": d.response}) for d in rows],
+                prompts=_questions(rows),
                 group=1,
                 prompt_ids=prompts,
                 response_ids=responses,

@@ -277,26 +277,18 @@ def _fit_parts(
     """The longest re-prompt within `max_tokens`, cutting one part after the other."""
     demonstration, feedback, attempt = (text or "" for text in context)
 
-    def shorter_demonstration(tokens: int) -> FittedReprompt:
-        return write(question, start_of(demonstration, tokenizer, tokens), feedback, attempt)
-
-    def shorter_attempt(tokens: int) -> FittedReprompt:
-        return write(question, "", feedback, start_of(attempt, tokenizer, tokens))
-
-    def shorter_feedback(tokens: int) -> FittedReprompt:
-        return write(question, "", start_of(feedback, tokenizer, tokens))
-
-    def shorter_question(tokens: int) -> FittedReprompt:
-        return write(end_of(question, tokenizer, tokens), "", "")
+    def start(text: str, tokens: int) -> str:
+        return start_of(text, tokenizer, tokens)
 
     def fits(candidate: FittedReprompt) -> bool:
         return len(tokenizer.render(candidate.messages)) <= max_tokens
 
-    cuts = (
-        (demonstration, shorter_demonstration),
-        (attempt, shorter_attempt),
-        (feedback, shorter_feedback),
-        (question, shorter_question),
+    # Each part, and the re-prompt with `n` of its tokens and without the parts before it.
+    cuts: tuple[tuple[str, Callable[[int], FittedReprompt]], ...] = (
+        (demonstration, lambda n: write(question, start(demonstration, n), feedback, attempt)),
+        (attempt, lambda n: write(question, "", feedback, start(attempt, n))),
+        (feedback, lambda n: write(question, "", start(feedback, n))),
+        (question, lambda n: write(end_of(question, tokenizer, n), "", "")),
     )
     for text, shorter in cuts:
         fitted = _longest_fit(len(tokenizer.encode(text)), shorter, fits)

@@ -29,7 +29,8 @@ class RefreshSchedule:
     def __init__(self, config: TeacherConfig):
         self._config = config
         self._recent: list[Observed] = []  # the last `refresh_window` steps
-        self._since = 0  # steps with this teacher
+        self.since = 0
+        """Steps since the teacher last moved."""
         self._here: Observed | None = None  # means when this teacher came
         self._before: Observed | None = None  # of the teacher that may still come back
 
@@ -44,26 +45,21 @@ class RefreshSchedule:
             `refresh`: towards the student; `return`: the teacher before the last refresh.
         """
         config = self._config
-        self._since += 1
+        self.since += 1
         if observed is not None:
             self._recent = [*self._recent, observed][-config.refresh_window :]
         mean = self._mean()
         if self._here is None and mean is not None:
             self._here = mean  # of the initial teacher: the first full window
         if self._is_worse(mean):
-            self._here, self._before, self._since = self._before, None, 0
+            self._here, self._before, self.since = self._before, None, 0
             return "return"
-        due = config.refresh != "never" and moved and self._since >= config.refresh_steps
+        due = config.refresh != "never" and moved and self.since >= config.refresh_steps
         if not due or (config.refresh == "gated" and not self._gate(mean)):
             return "stay"
         self._before = self._here if config.return_drop > 0 else None
-        self._here, self._since = mean, 0
+        self._here, self.since = mean, 0
         return "refresh"
-
-    @property
-    def since(self) -> int:
-        """Steps since the teacher last moved."""
-        return self._since
 
     def _mean(self) -> Observed | None:
         if len(self._recent) < self._config.refresh_window:
@@ -74,7 +70,7 @@ class RefreshSchedule:
         """Whether reward fell too far; judged on steps with the present teacher alone."""
         if mean is None or self._here is None or self._before is None:
             return False
-        settled = self._since >= self._config.refresh_window
+        settled = self.since >= self._config.refresh_window
         return settled and mean.reward < self._here.reward - self._config.return_drop
 
     def _gate(self, mean: Observed | None) -> bool:
@@ -90,7 +86,7 @@ class RefreshSchedule:
         """The history, JSON-serialisable."""
         return {
             "recent": [list(x) for x in self._recent],
-            "since": self._since,
+            "since": self.since,
             "here": self._here and list(self._here),
             "before": self._before and list(self._before),
         }
@@ -98,6 +94,6 @@ class RefreshSchedule:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Restores a saved history."""
         self._recent = [Observed(*x) for x in state["recent"]]
-        self._since = state["since"]
+        self.since = state["since"]
         self._here = state["here"] and Observed(*state["here"])
         self._before = state["before"] and Observed(*state["before"])

@@ -7,7 +7,7 @@ at a rate of 0.05 or less the steps of a bfloat16 average round to nothing.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,15 @@ Params = Any
 """A pytree of arrays."""
 
 
-TeacherInit: TypeAlias = Callable[[Params], Params]
-"""`init(student) -> teacher`, the state to carry along."""
-
-TeacherUpdate: TypeAlias = Callable[[Params, Params], Params]
-"""`update(teacher, student) -> teacher`, once per generation batch."""
-
-TeacherParams: TypeAlias = Callable[[Params, Params], Params]
-"""`params(teacher, student) -> params`, the weights to run the teacher with."""
-
-
 class Teacher(NamedTuple):
     """How the teacher's weights follow the student, as pure functions."""
 
-    init: TeacherInit
-    update: TeacherUpdate
-    params: TeacherParams
+    init: Callable[[Params], Params]
+    """`init(student) -> teacher`, the state to carry along."""
+    update: Callable[[Params, Params], Params]
+    """`update(teacher, student) -> teacher`, once per generation batch."""
+    params: Callable[[Params, Params], Params]
+    """`params(teacher, student) -> params`, the weights to run the teacher with."""
     coefficient: float | None = None  # of `trust_region_logits`, which mixes in the student's
 
 
@@ -95,11 +88,7 @@ def ema(rate: float) -> Teacher:
     """
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"rate must lie in [0, 1], got {rate}")
-    return Teacher(
-        init=float32_copy,
-        update=lambda teacher, student: ema_update(teacher, student, rate),
-        params=lambda teacher, student: teacher,
-    )
+    return frozen()._replace(update=lambda teacher, student: ema_update(teacher, student, rate))
 
 
 def live() -> Teacher:

@@ -22,6 +22,7 @@ from sdpo_jax.data.packing import (
     Packing,
     Pair,
     size_bucket,
+    token_count,
 )
 from sdpo_jax.devices import Devices
 from sdpo_jax.losses.reductions import sequence_mean_weights, token_mean_weights
@@ -195,19 +196,16 @@ def place_tokens(per_pair: Sequence[Any], packed: PackedBatch, dtype: Any, devic
     return devices.put_rows(_fill(packed, shards, dtype))
 
 
-def rows_of_tokens(
-    pairs: Sequence[Pair], packed: PackedBatch, array: Any
-) -> dict[int, NDArray[np.float32]]:
-    """Values `[D, n, c]` of a micro-batch as ragged values of each pair; undoes `place_tokens`."""
+def rows_of_tokens(mini_batch: MiniBatch, arrays: Sequence[Any]) -> list[NDArray[np.float32]]:
+    """Values `[D, n, c]` of micro-batches as values `[|y|]` of each row; undoes `place_tokens`."""
     found: dict[int, NDArray[np.float32]] = {}
-    values = np.asarray(array, np.float32)
-    for line, members in zip(values.reshape(len(values), -1), packed.members, strict=True):
-        start = 0
-        for member in members:
-            end = start + len(pairs[member].response)
-            found[member] = line[start:end]
-            start = end
-    return found
+    for packed, array in zip(mini_batch.micro_batches, arrays, strict=True):
+        values = np.asarray(array, np.float32)
+        for line, members in zip(values.reshape(len(values), -1), packed.members, strict=True):
+            ends = np.cumsum([len(mini_batch.pairs[i].response) for i in members], dtype=np.int64)
+            # What follows the last response is padding.
+            found |= zip(members, np.split(line, ends)[:-1], strict=True)
+    return [found[i] for i in range(len(mini_batch.rows))]
 
 
 def rollout_numbers(pairs: Sequence[Pair], packed: PackedBatch) -> list[NDArray[np.int32]]:
@@ -217,11 +215,6 @@ def rollout_numbers(pairs: Sequence[Pair], packed: PackedBatch) -> list[NDArray[
     """
     number = {i: n for shard in packed.members for n, i in enumerate(shard, 1)}
     return [np.full(len(p.response), number.get(i, 0), np.int32) for i, p in enumerate(pairs)]
-
-
-def token_count(pairs: Sequence[Pair]) -> int:
-    """Tokens of prompts and responses, without padding."""
-    return sum(len(prompt) + len(response) for prompt, response in pairs)
 
 
 def _fill(packed: PackedBatch, shards: Sequence[Any], dtype: Any) -> Any:

@@ -34,7 +34,6 @@ from sdpo_jax.training.batch import (
     BatchLayout,
     MiniBatch,
     PackedBatch,
-    Reduction,
     make_sequences,
     place_tokens,
     rollout_numbers,
@@ -84,6 +83,10 @@ class Engine:
             model.head, out_shardings=devices.head
         )
         """`params -> [width, V]`, placed as the loss wants the head."""
+        self.split = partial(
+            split_mini_batches, mini_batches=config.train.mini_batches, layout=layout
+        )
+        """`(rollouts, *, active, worth, reduction, skip=0) -> [MiniBatch]`, one for each update."""
         self._score = devices.jit(
             partial(token_values, score_per_token()), out_shardings=devices.rows
         )
@@ -98,26 +101,6 @@ class Engine:
         if isinstance(build, Remembers):
             build.remember(*given)
         return contexts
-
-    def split(
-        self,
-        rollouts: RolloutBatch,
-        *,
-        active: NDArray[np.bool_],
-        worth: NDArray[np.bool_],
-        reduction: Reduction,
-        skip: int = 0,
-    ) -> list[MiniBatch]:
-        """The mini-batches of a rollout batch; see `split_mini_batches`."""
-        return split_mini_batches(
-            rollouts,
-            self.config.train.mini_batches,
-            self.layout,
-            active=active,
-            worth=worth,
-            reduction=reduction,
-            skip=skip,
-        )
 
     def place(self, values: Sequence[Any], packed: PackedBatch, dtype: Any = np.float32) -> Any:
         """Values `[|y|]` of each row of a mini-batch as a device array `[D, n, c]`."""
@@ -150,7 +133,7 @@ class Engine:
         ]
         fetched = self.devices.fetch(found)
         names = ("log_prob", "entropy")
-        return Scores(*(_rows(mini_batch, [x[name] for x in fetched]) for name in names))
+        return Scores(*(rows_of_tokens(mini_batch, [x[name] for x in fetched]) for name in names))
 
     def update(
         self,
@@ -209,10 +192,3 @@ class Engine:
         hidden, shared = self.forward(params, sequences), ScoreSharedInputs(self.temperature)
         tokens, filled = ScoreTokenInputs(targets), jnp.int32(packed.filled)
         return jax.block_until_ready(self._score(hidden, head, tokens, shared, filled)["log_prob"])
-
-
-def _rows(mini_batch: MiniBatch, values: Sequence[Any]) -> list[NDArray[np.float32]]:
-    rows: dict[int, NDArray[np.float32]] = {}
-    for packed, array in zip(mini_batch.micro_batches, values, strict=True):
-        rows |= rows_of_tokens(mini_batch.pairs, packed, array)
-    return [rows[i] for i in range(len(mini_batch.rows))]

@@ -163,10 +163,6 @@ def state_shardings(
     )
 
 
-def _extra_weights_of(shardings: TrainState) -> ExtraWeights:
-    return ExtraWeights(shardings.previous is not None, shardings.reference is not None)
-
-
 def state_maker(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
@@ -178,8 +174,7 @@ def state_maker(
     Each array lies where it belongs. `params` stay the caller's.
     """
     create = jax.jit(
-        partial(_create, optimizer, teacher, parameters, _extra_weights_of(shardings)),
-        out_shardings=shardings,
+        partial(_create, optimizer, teacher, shardings, parameters), out_shardings=shardings
     )
     return lambda params, seed: create(np.uint32(seed), params)
 
@@ -193,9 +188,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of what a checkpoint holds: all but `base`. No array exists."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    create = partial(
-        _create, optimizer, teacher, parameters, _extra_weights_of(shardings), np.uint32(0)
-    )
+    create = partial(_create, optimizer, teacher, shardings, parameters, np.uint32(0))
     state = jax.eval_shape(create, shapes)
 
     def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -207,8 +200,8 @@ def abstract_state(
 def _create(
     optimizer: optax.GradientTransformation,
     teacher: Teacher | None,
+    shardings: TrainState,
     parameters: Parameters,
-    extra: ExtraWeights,
     seed: Any,
     params: Params,
 ) -> TrainState:
@@ -220,6 +213,6 @@ def _create(
         None if teacher is None else teacher.init(parameters.merged(base, trained)),
         jnp.zeros((), jnp.int32),
         base,
-        float32_copy(params) if extra.previous else None,
-        float32_copy(params) if extra.reference else None,
+        None if shardings.previous is None else float32_copy(params),
+        None if shardings.reference is None else float32_copy(params),
     )

@@ -19,8 +19,9 @@ from sdpo_jax.losses.fused_linear import PerTokenLoss
 from sdpo_jax.losses.per_token import Divergence, SdpoSharedInputs, SdpoTokenInputs, sdpo_per_token
 from sdpo_jax.model import Params
 from sdpo_jax.training.batch import PackedBatch, Pair, make_sequences, split_micro_batches
-from sdpo_jax.training.engine import Engine
+from sdpo_jax.training.engine import Engine, Models
 from sdpo_jax.training.step import token_values
+from sdpo_jax.training.teacher_pass import shared_inputs
 
 
 class StudentTeacherKl:
@@ -28,9 +29,6 @@ class StudentTeacherKl:
 
     def __init__(self, engine: Engine, divergence: Divergence):
         self._engine = engine
-        teacher = engine.config.teacher
-        in_region = teacher.weights == "trust_region"
-        self._coefficient = jnp.float32(teacher.trust_region) if in_region else None
         loss = partial(_sum, sdpo_per_token(divergence))
         self._sum = engine.devices.jit(loss, out_shardings=engine.devices.replicated)
 
@@ -42,34 +40,32 @@ class StudentTeacherKl:
         responses: Sequence[Sequence[int]],
     ) -> dict[str, float]:
         """`student_teacher_kl` in nats, a mean over all tokens of the responses."""
+        engine, models = self._engine, Models(student, teacher, None)
         pairs = [Pair(*x) for x in zip(prompts, map(list, responses), strict=True)]
-        heads = [self._engine.head(x) for x in (student, teacher)]
-        packed = split_micro_batches(pairs, self._engine.layout)
-        found = [self._of(pairs, x, (student, teacher), heads) for x in packed]
-        total = sum(float(x) for x in self._engine.devices.fetch(found))
+        head, shared = engine.head(student), shared_inputs(engine, models)
+        packed = split_micro_batches(pairs, engine.layout)
+        found = [self._of(pairs, x, models, head, shared) for x in packed]
+        total = sum(float(x) for x in engine.devices.fetch(found))
         return {"student_teacher_kl": total / max(1, sum(len(p.response) for p in pairs))}
 
     def _of(
         self,
         pairs: list[Pair],
         packed: PackedBatch,
-        weights: tuple[Params, Params],
-        heads: list[jax.Array],
+        models: Models,
+        head: jax.Array,
+        shared: SdpoSharedInputs,
     ) -> jax.Array:
         """[], the sum of a micro-batch."""
         engine = self._engine
         sequences = make_sequences(packed, engine.devices)
-        student, teacher = (engine.forward(x, sequences) for x in weights)
+        student, teacher = (engine.forward(x, sequences) for x in models[:2])
+        targets = engine.place([p.response for p in pairs], packed, np.int32)
         # With a trust region the teacher mixes both models: the other one is the student itself.
-        live = None if self._coefficient is None else (student, heads[0])
-        inputs = SdpoTokenInputs(
-            teacher,
-            engine.place([p.response for p in pairs], packed, np.int32),
-            live_hidden=live and live[0],
-        )
-        shared = SdpoSharedInputs(heads[1], engine.temperature, live and live[1], self._coefficient)
+        live = None if shared.live_head is None else student
+        inputs = SdpoTokenInputs(teacher, targets, live_hidden=live)
         there = engine.place([np.ones(len(p.response)) for p in pairs], packed, np.bool_)
-        return self._sum(student, heads[0], inputs, shared, there, jnp.int32(packed.filled))
+        return self._sum(student, head, inputs, shared, there, jnp.int32(packed.filled))
 
 
 def _sum(
