@@ -112,4 +112,5 @@ def test_a_teacher_that_is_the_student_with_the_same_prompt_has_no_advantage():
         top=TOP,
     )
     for record in records:
+        assert record.log_q is not None
         np.testing.assert_array_equal(record.log_q[:, 0], record.log_p[:, 0])
