@@ -52,6 +52,7 @@ def test_what_is_worse_than_the_start_is_not_the_best(monkeypatch, tmp_path):
     assert saved_steps(config) == [3] and summary.best is None and "@best" not in text
 
 
+@pytest.mark.slow
 def test_a_run_that_is_given_more_steps_keeps_its_best_one(rising_and_falling, tmp_path):
     settings = {"every_steps": 1, "keep": 1}
     run(make_config(tmp_path / "run", checkpoint=settings, train={"steps": 2}))

@@ -33,6 +33,7 @@ from sdpo_jax.run.metrics import METRICS_FILE, read_metrics
 from sdpo_jax.run.recipes import load_recipe
 from sdpo_models.hugging_face import load_architecture, load_params
 
+pytestmark = pytest.mark.slow
 CHAT = [{"role": "user", "content": "wake me at seven"}]
 
 
@@ -151,7 +152,6 @@ def test_a_run_reports_every_step_once_and_its_result(finished):
     assert f"sdpo eval {run_dir}" in out and f"step {STEPS}/{STEPS}" in out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_at_a_random_step_and_restarted_a_run_repeats_the_uninterrupted_one(
     seed, sdpo, finished, tmp_path
@@ -165,7 +165,6 @@ def test_killed_at_a_random_step_and_restarted_a_run_repeats_the_uninterrupted_o
     assert_same_run(run_dir, finished[0])
 
 
-@pytest.mark.slow  # test_loop.py sends the same signals to itself
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_a_run_finishes_its_step_saves_and_goes_on_exactly(
     number, sdpo, finished, tmp_path
@@ -215,7 +214,6 @@ def test_a_folder_with_another_recipe_is_refused_with_every_difference(finished,
         assert bytes_of(run_dir) == kept
 
 
-@pytest.mark.slow
 def test_demonstrations_from_a_file_train_end_to_end(sdpo, tmp_path):
     rows = [
         json.dumps({"prompt": f"wake me at {n}", "response": f"set_alarm({n})"}) for n in range(8)
@@ -238,7 +236,6 @@ def test_demonstrations_from_a_file_train_end_to_end(sdpo, tmp_path):
     assert summary["before"] == summary["after"] == {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -259,7 +256,6 @@ def test_the_papers_recipes_run_with_the_embedded_model_in_place_of_theirs(name,
     assert row["updates"] >= 1 and row["skipped"] == 0 and row["grad_norm"] > 0
 
 
-@pytest.mark.slow
 def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished, tmp_path):
     run_dir, _ = finished
     kept = bytes_of(run_dir)
@@ -306,7 +302,6 @@ def test_eval_prints_a_table_and_writes_what_it_prints(sdpo, finished, tmp_path)
     assert out.endswith(f"{table(started)}\n")
 
 
-@pytest.mark.slow
 def test_heatmap_and_report_write_pages_and_leave_the_run_as_it_was(sdpo, finished):
     run_dir, _ = finished
     kept = bytes_of(run_dir)
@@ -375,7 +370,6 @@ def test_a_run_of_a_pod_is_converted_on_one_device_without_its_environment(
     assert load_params(tmp_path / "out", load_architecture(tmp_path / "out"))
 
 
-@pytest.mark.slow
 def test_convert_adds_adapters_in(sdpo, tmp_path):
     run_dir, out = tmp_path / "run", tmp_path / "out"
     steps = ["--train.steps", "2", "--evaluation.every-steps", "0"]

@@ -131,7 +131,8 @@ def test_a_success_beyond_the_budget_is_none():
     assert exact.first == 6
 
 
-@pytest.mark.parametrize("objective", ["grpo", pytest.param("sdpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_success_in_the_first_step_is_that_of_samples_of_the_start_model(objective):
     train, toy = training(objective)
     toy.odds, found = 3, []

@@ -365,6 +365,7 @@ def real():
         return real_sampler()
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_how_many_prompts_are_decoded_at_a_time(real):
     sampler, params = real
     answers = {}

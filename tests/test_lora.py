@@ -113,6 +113,7 @@ def state_of(config, mesh=(1, 1, 1), architecture=tiny.ARCHITECTURE):
     return state, teacher, parameters
 
 
+@pytest.mark.slow
 def test_an_averaged_teacher_follows_the_product_of_the_adapters():
     state, teacher, parameters = state_of(config_of("ema"))
     assert teacher is not None

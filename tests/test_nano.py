@@ -59,6 +59,7 @@ def test_it_has_at_most_4_million_parameters_in_at_most_8_megabytes(params: Para
     assert json.loads((FOLDER / "config.json").read_text())["model_type"] == "qwen3"
 
 
+@pytest.mark.slow
 def test_alone_it_mostly_fails_sampled_and_greedy(
     evaluator: Evaluator, params: Params, sampled: Graded
 ) -> None:

@@ -263,6 +263,7 @@ def test_log_probs_past_a_grown_cache_are_those_of_a_full_forward(params, long_r
     np.testing.assert_allclose(long_rollouts.log_probs[row, : len(response)], chosen, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_that_are_done_leave_their_slots_and_change_nothing(params, long_rollouts):
     # 48 rollouts of which few are long: the last ones go on in a quarter of the slots or fewer.
     prompts = [PROMPTS[i % 3] for i in range(12)]

@@ -75,7 +75,10 @@ def assert_close(got, expected, segments):
 
 @pytest.mark.parametrize(
     ("b", "s", "heads", "kv_heads", "d"),
-    [(2, 640, 4, 2, 64), (2, 200, 2, 2, 128), (2, 100, 4, 1, 32), (1, 530, 2, 1, 80)],
+    [
+        *((2, 200, 2, 2, 128), (2, 100, 4, 1, 32), (1, 530, 2, 1, 80)),
+        pytest.param(2, 640, 4, 2, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_values_and_gradients_are_those_of_a_dense_softmax(b, s, heads, kv_heads, d):
     q, k, v, weights, segments = arrays(b, s, heads, kv_heads, d)
@@ -85,7 +88,9 @@ def test_values_and_gradients_are_those_of_a_dense_softmax(b, s, heads, kv_heads
     assert_close(got, expected, segments)
 
 
-@pytest.mark.parametrize(("s", "window"), [(150, 1), (640, 100)])
+@pytest.mark.parametrize(
+    ("s", "window"), [(150, 1), pytest.param(640, 100, marks=pytest.mark.slow)]
+)
 def test_a_traced_flag_says_whether_the_layer_slides(s, window):
     q, k, v, weights, segments = arrays(2, s, 4, 2, 32)
     run = value_and_gradients(interpreted(window), weights, segments)
@@ -124,7 +129,10 @@ def test_output_and_gradients_keep_the_dtype():
 
 
 # Two key-value heads over two devices, in a layer that may slide; and one head that both need.
-@pytest.mark.parametrize(("kv_heads", "window", "flags"), [(2, 50, (True, False)), (1, None, ())])
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "flags"),
+    [pytest.param(2, 50, (True, False), marks=pytest.mark.slow), (1, None, ())],
+)
 def test_a_mesh_of_rows_and_heads_changes_nothing(kv_heads, window, flags):
     q, k, v, weights, segments = arrays(4, 120, 4, kv_heads, 32)
     alone, across = (value_and_gradients(interpreted(window), weights, segments) for _ in range(2))

@@ -180,7 +180,7 @@ def test_rows_without_an_advantage_are_not_computed_but_counted():
 # Packed demonstrations
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("reduction", ["sequence_mean", slow("token_mean")])
 def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
     run = programs("sft", share_prompts=False)
     packed = the_update("sft", run, reduction=reduction)

@@ -125,6 +125,7 @@ RETURNING: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_return_brings_the_weights_before_the_refresh_back_and_resumes_exactly(tmp_path):
     trainer, state = begin(configured(teacher=RETURNING))
     initial = jax.device_get(state.teacher)

@@ -46,8 +46,17 @@ def _specs(rows: Any, cached: Any, whole: Any) -> tuple[Any, Any]:
     """
     prefix = Prefix(keys=cached, values=cached, lengths=rows, last_hidden=rows)
     job = Job(prefix=prefix, keys=rows, wanted=rows, stop_ids=whole, filters=whole)
-    # The spec of a tuple (`SuffixCache`, `Rollouts`) is that of each of its arrays.
-    return job, Slots(rows, rows, rows, cached, rows, rows, rows, rows)
+    slots = Slots(
+        rollout=rows,
+        step=rows,
+        hidden=rows,
+        cache=cached,
+        written=rows,
+        started=rows,
+        decoded=rows,
+        rollouts=rows,  # the spec of a tuple is that of each of its arrays
+    )
+    return job, slots
 
 
 JOB, SLOTS = _specs(ROWS, P(None, *ROWS), P())
