@@ -71,8 +71,8 @@ REFUSED = "The answer in the box was not checked: "
         ),
         (
             {},
-            r"\boxed{(x+1)^{21}}",
-            f"{REFUSED}an expression with variables is raised to more than the power 20.",
+            r"\boxed{\binom{10000}{3}}",
+            f"{REFUSED}it is not evaluated (a sum, product, integral, limit or binomial).",
         ),
         (
             {"reveal_expected": True},

@@ -133,6 +133,16 @@ class NeedsWorker(Protocol):
         ...
 
 
+@runtime_checkable
+class JudgesLate(Protocol):
+    """An environment that runs in workers and blames the response for a missed deadline."""
+
+    @property
+    def late(self) -> Outcome:
+        """The outcome of a response whose worker missed the deadline, or died three times."""
+        ...
+
+
 class Step(NamedTuple):
     """An environment's reply to one turn of an episode.
 

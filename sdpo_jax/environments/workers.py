@@ -16,7 +16,9 @@ A worker that misses the deadline is killed and replaced, and the response goes 
 at most `RETRIES` times; after that it counts as not graded. The same holds for a worker that needs
 more than `MEMORY_MB`: it exits at the first `MemoryError` that leaves the environment, since its
 state can no longer be trusted. Such a response is not a wrong answer: the grader failed, and the
-reward that the response deserves is unknown.
+reward that the response deserves is unknown. An environment with `late`, which only evaluates what
+the response says, blames the response instead: it gets that outcome at the first missed deadline,
+or once three workers died.
 """
 
 import contextlib
@@ -40,6 +42,7 @@ from sdpo_jax.environments.base import (
     HasAnswers,
     HasEpisodes,
     HasReferences,
+    JudgesLate,
     Outcome,
     Prompt,
     Step,
@@ -92,6 +95,7 @@ class InWorkers:
             "memory_mb": MEMORY_MB,
         }
         self._pool = _Pool(hello, fingerprint(environment), workers, settings.deadline_seconds)
+        self._pool.late = environment.late if isinstance(environment, JudgesLate) else None
         self.close = weakref.finalize(self, self._pool.close)
         # Set only where the environment has them: callers test for the attribute.
         if isinstance(environment, HasReferences):
@@ -206,6 +210,7 @@ class _Pool:
         self._hello, self._prompts, self._seconds = hello, prompts, seconds
         self._workers = [_Worker(hello) for _ in range(workers)]
         self._dead_starts = 0
+        self.late: Outcome | None = None
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Step]:
         """One step for each request, in order; of a single response only `outcome` counts."""
@@ -278,7 +283,9 @@ class _Pool:
         self._workers[self._workers.index(worker)] = self._replace(worker)
         if job is None:
             return
-        if job.lost < RETRIES:
+        if self.late and (job.lost == RETRIES or time.monotonic() >= worker.deadline):
+            outcomes[job.row] = Step(None, self.late)
+        elif job.lost < RETRIES:
             waiting.append(job._replace(lost=job.lost + 1))
         else:
             outcomes[job.row] = Step(None, not_graded(f"{why}, {job.lost + 1} times"))

@@ -1,13 +1,13 @@
-r"""Kind `math`: problems with a final answer in `\boxed{}`, compared by value with math-verify.
+r"""Kind `math`: problems with a final answer in `\boxed{}`, compared by value.
 
-The last box counts. It passes if it equals the true answer as text, or if math-verify finds both
-equal (`1/2` and `\frac{2}{4}`). The reward is 1 or 0; `metrics` holds `well_formed` (there is a
-box) and `refused` (math-verify was not called, see `why_refused`).
+The last complete box after the thinking counts. It passes if it equals the true answer by the rules
+of docs/environments.md (`math_equality.py`); math-verify's parser reads formulas. The reward is 1
+or 0; `metrics` holds `well_formed` (there is a box) and `refused` (the answer was not evaluated,
+see `why_refused`).
 
-math-verify runs computer algebra on the model's answer, which may never terminate. Its own timeout
-works in the main thread only and not inside long operations of C code, so it is off here. Instead,
-`needs_worker` selects a worker process with a deadline, and an answer that obviously explodes
-(`9^{9^{9}}`, `1000000!`) is refused beforehand, with a reason.
+A few formulas take for ever to evaluate. `needs_worker` selects a worker process with a deadline;
+an answer that misses it is wrong (`late`), since the delay is the answer's own. An answer that
+obviously explodes (`9^{9^{9}}`, `1000000!`) is refused beforehand, with a reason.
 
 Departures from the reference's grader (lasgroup/SDPO, `verl/utils/reward_score/feedback/math.py`):
 
@@ -16,43 +16,37 @@ Departures from the reference's grader (lasgroup/SDPO, `verl/utils/reward_score/
 * It mentions truncation even if the answer is right; here feedback on a right answer is blank.
 * Its switch for feedback on wrong answers prints the truth; here `report_incorrect` does not, and
   `reveal_expected` does.
-* Answers in words are compared as words: math-verify parses words outside `\text{}` as products of
-  letters, so that anagrams are equal.
-* Text up to `</think>` does not count.
+* It compares by math-verify, which drops words and units, and finds any two numbers equal that are
+  close to each other; here both count.
+* Thinking does not count.
 """
 
-import logging
+import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import util
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from sdpo_jax.config import at_least, setting
 from sdpo_jax.environments import rows
 from sdpo_jax.environments.answer_forms import cut_off, last_boxed, shown, without_thinking
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.math_equality import equal
+from sdpo_jax.environments.math_spelling import plain, same_text
+from sdpo_jax.environments.math_values import why_only_text, why_refused
 from sdpo_jax.environments.rows import BadRow, Split, type_name
 from sdpo_jax.environments.settings import FilesConfig, WorkerConfig, print_skipped, require_files
 from sdpo_jax.errors import UserError
 
-MAX_CHARACTERS, MAX_DIGITS, MAX_DEPTH = 500, 60, 20
-MAX_POWER = 10_000
-"""Bound on the product of nested exponents; a tenth of it bounds the operand of a factorial."""
-MAX_EXPANSION = 20
-"""Bound on the power of a group with variables, such as `(x + 1)^{20}`, which is expanded."""
 FORM = r"\boxed{your_answer}"
 _INSTALL = "pip install 'math-verify>=0.9.0'"
 _INSTRUCTION = rf"Think step by step, then put the final answer inside {FORM}."
 _FORM = '{"question": "...", "answer": "... #### 18"} or {"problem": "...", "solution": "..."}'
 
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_WORD = re.compile(r"[^\W\d_]{3,}(?:[ '-]+[^\W\d_]+)*\.?")
-_DIGITS = re.compile(r"\d+")
-_EXPONENT = re.compile(r"(?:\^|\*\*)\s*")
-_TOKEN = re.compile(r"\\[A-Za-z]+|[-+]?\s*[\d.]+|.", re.DOTALL)
-_UNBOUNDED = re.compile(r"\\(?:sum|prod|i*int|oint|lim|binom|[dt]binom|choose|Gamma)(?![A-Za-z])")
+_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -65,6 +59,10 @@ class MathConfig(FilesConfig, WorkerConfig):
     """Whether feedback on a wrong answer states that it is wrong."""
     reveal_expected: bool = False
     """Whether feedback on a wrong answer contains the right one, which gives it away."""
+    missing_units: bool = False
+    """Whether an answer may lack the unit of measure that the true answer names."""
+    relative_tolerance: float = setting(0.0, at_least(0))
+    """Relative error that a number may have; 0: it must be exact."""
 
 
 class Problem(NamedTuple):
@@ -80,6 +78,12 @@ class Math:
     """The environment: every problem given, in order."""
 
     needs_worker = True
+    late = Outcome(
+        0.0,
+        False,
+        "Comparing the answer in the box took too long. Give it in a simpler form.",
+        {"well_formed": 1.0, "refused": 1.0},
+    )
 
     def __init__(
         self,
@@ -88,6 +92,8 @@ class Math:
         *,
         report_incorrect: bool = False,
         reveal_expected: bool = False,
+        missing_units: bool = False,
+        relative_tolerance: float = 0.0,
     ):
         """Checks that no problem is on both sides and that math-verify is installed.
 
@@ -96,6 +102,8 @@ class Math:
           held_out: problems to evaluate on.
           report_incorrect: whether feedback on a wrong answer states that it is wrong.
           reveal_expected: whether it also contains the true answer, which the teacher then copies.
+          missing_units: whether an answer may lack the unit that the true answer names.
+          relative_tolerance: relative error that a number may have.
 
         Raises:
           UserError: an id or a problem occurs twice, or the package math-verify is missing.
@@ -106,6 +114,7 @@ class Math:
         self.held_out = [_prompt(problem) for problem in held_out]
         rows.check_sides(self.train, self.held_out)
         self._report_incorrect, self._reveal = report_incorrect, reveal_expected
+        self._missing_units, self._tolerance = missing_units, relative_tolerance
 
     def grade(self, prompt: Prompt, response: str) -> Outcome:
         """Passes an equal answer; feedback names the form, or why an answer was not checked.
@@ -120,7 +129,12 @@ class Math:
             return Outcome(0.0, False, feedback, {"well_formed": 0.0, "refused": 0.0})
         same = same_text(given, problem.answer)
         reason = None if same else why_refused(given)
-        right = same or (reason is None and equal(given, problem.answer))
+        right = same or (
+            reason is None
+            and equal(
+                given, problem.answer, missing_units=self._missing_units, tolerance=self._tolerance
+            )
+        )
         metrics = {"well_formed": 1.0, "refused": float(reason is not None)}
         return Outcome(float(right), right, self._complaint(given, problem, right, reason), metrics)
 
@@ -145,7 +159,7 @@ class Math:
         """
         del prompt
         given = last_boxed(without_thinking(response))
-        return _plain(given) if given else None
+        return plain(given) if given else None
 
     def reference(self, prompt: Prompt) -> str:
         """The worked solution, if any, and the true answer in a box."""
@@ -158,11 +172,17 @@ def build(config: MathConfig) -> Math:
     require_files(config)
     sides = load_math(config.train, config.held_out, config.on_error)
     print_skipped(sides.problems)
+    for problem in (*sides.train, *sides.held_out):
+        if reason := why_only_text(problem.answer):
+            answer = shown(problem.answer)
+            print(f"{problem.id}: only its own letters match {answer}: {reason}", file=sys.stderr)
     return Math(
         sides.train,
         sides.held_out,
         report_incorrect=config.report_incorrect,
         reveal_expected=config.reveal_expected,
+        missing_units=config.missing_units,
+        relative_tolerance=config.relative_tolerance,
     )
 
 
@@ -171,113 +191,14 @@ def _prompt(problem: Problem) -> Prompt:
     return Prompt(problem.id, ({"role": "user", "content": content},), {"problem": problem})
 
 
-def same_text(given: str, answer: str) -> bool:
-    r"""Whether two answers are the same text, with or without `\text{}` and the like."""
-    return given == answer or _plain(given) == _plain(answer)
-
-
-def _plain(answer: str) -> str:
-    r"""Normalizes an answer: words to lower case without `\text{}`, others without white space."""
-    words = _LATEX_TEXT.sub(r"\1", answer).strip(" $.")
-    return words.casefold() if _WORD.fullmatch(words) else "".join(words.split())
-
-
-def why_refused(answer: str) -> str | None:
-    """The reason why an answer must not reach computer algebra; None if it may."""
-    if len(answer) > MAX_CHARACTERS:
-        return f"it is longer than {MAX_CHARACTERS} characters"
-    if any(len(number) > MAX_DIGITS for number in _DIGITS.findall(answer)):
-        return f"it holds a number of more than {MAX_DIGITS} digits"
-    if _depth(answer) > MAX_DEPTH:
-        return f"it is nested deeper than {MAX_DEPTH} levels"
-    if _UNBOUNDED.search(answer):
-        return "it is not evaluated (a sum, product, integral, limit or binomial)"
-    if _expands(answer):
-        return f"an expression with variables is raised to more than the power {MAX_EXPANSION}"
-    if _power(answer) > MAX_POWER or _largest_factorial(answer) > MAX_POWER // 10:
-        return "its powers or factorials are too large to evaluate"
-    return None
-
-
-def _depth(answer: str) -> int:
-    steps = ((character in "([{") - (character in ")]}") for character in answer)
-    return max(accumulate(steps, initial=0))
-
-
-def _power(answer: str) -> int:
-    """An upper bound on the product of nested exponents: those of groups, and one plain one.
-
-    An exponent counts as its largest integer. A power inside an exponent is a tower and counts as
-    more than is allowed.
-    """
-    nested = plain = 1
-    for match in _EXPONENT.finditer(answer):
-        exponent, end = _argument(answer, match.end())
-        raised = re.search(r"\d[\s})]*(?:\^|\*\*)", exponent)
-        if raised or (_EXPONENT.match(answer, end) and _DIGITS.search(exponent)):
-            return MAX_POWER + 1
-        size = max([1, *map(int, _DIGITS.findall(exponent))])
-        if answer[: match.start()].rstrip()[-1:] in (")", "}", "]"):
-            nested *= size
-        else:
-            plain = max(plain, size)
-    return nested * plain
-
-
-def _expands(answer: str) -> bool:
-    """Whether an answer with variables raises a group to a large power."""
-    if not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", answer)):
-        return False
-    groups = re.finditer(r"[)}\]]\s*(?:\^|\*\*)\s*", answer)
-    exponents = [_argument(answer, match.end())[0] for match in groups]
-    return any(int(n) > MAX_EXPANSION for e in exponents for n in _DIGITS.findall(e))
-
-
-def _argument(answer: str, start: int) -> tuple[str, int]:
-    """The group or token that begins at `start`, and the position after it."""
-    if answer[start : start + 1] not in ("{", "("):
-        token = _TOKEN.match(answer, start)
-        return (token[0], token.end()) if token else ("", start)
-    depth = 0
-    for end in range(start, len(answer)):
-        depth += (answer[end] in "({") - (answer[end] in ")}")
-        if depth == 0:
-            return answer[start : end + 1], end + 1
-    return answer[start:], len(answer)
-
-
-def _largest_factorial(answer: str) -> int:
-    """The largest integer before `!`; the factorial of anything else exceeds the bound."""
-    found = re.findall(r"(\d*)\s*(!+|\\factorial)", answer)
-    return max((int(n) if n and mark == "!" else MAX_POWER for n, mark in found), default=0)
-
-
-def equal(given: str, answer: str) -> bool:
-    """Whether math-verify finds two answers equal; runs without a deadline.
-
-    If the true answer is a word, or would be refused itself, only the same text is equal.
-    """
-    words = _LATEX_TEXT.sub(r"\1", answer).strip(" $.")
-    if _WORD.fullmatch(words) or why_refused(answer) is not None:
-        return False
-    from math_verify import parse, verify
-
-    # math-verify warns that it has no timeout, which is intended here.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    without_deadline: Any = None  # Accepted, though `parse` declares an int.
-    expected, found = (
-        parse(rf"\boxed{{{text}}}", parsing_timeout=without_deadline) for text in (answer, given)
-    )
-    return bool(verify(expected, found, timeout_seconds=without_deadline))
-
-
 def load_math(
     train: str | Path, held_out: str | Path, on_error: Literal["stop", "skip"] = "stop"
 ) -> Split[Problem]:
     r"""Reads two JSONL files in the form of GSM8K or of MATH.
 
-    A row has a `question` (or `problem`) and an `answer` (or `solution`). The true answer is what
-    follows the last `####`, else the last `\boxed{}`, else all of it; it may be a number.
+    A row has a `question` (or `problem`) and an `answer` (or `solution`). The true answer is the
+    last `\boxed{}`, else what follows the only `####` in the last line, else all of it; it may be a
+    number.
 
     Raises:
       UserError: a file is missing, or holds bad rows.
@@ -291,7 +212,7 @@ def parse_row(row: dict[str, Any], place: str) -> Problem:
     question = rows.text(rows.get(row, asked), asked)
     key = "solution" if "solution" in row and "answer" not in row else "answer"
     value = rows.get(row, key)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
         value = str(value)
     if not isinstance(value, str):
         raise BadRow(f"{key} is {type_name(value)}, expected a string or a number")
@@ -303,11 +224,12 @@ def parse_row(row: dict[str, Any], place: str) -> Problem:
 
 def _true_answer(value: str, key: str) -> tuple[str, str]:
     """Splits a worked solution into the answer and the text before it, without calculator marks."""
-    solution, mark, final = value.rpartition("####")
-    if mark:
-        answer, solution = final.strip().replace(",", ""), _CALCULATOR.sub("", solution).strip()
-    elif (boxed := last_boxed(value)) is not None:
+    solution, mark, final = value.strip().rpartition("####")
+    if (boxed := last_boxed(value)) is not None:
         answer, solution = boxed, value.strip()
+    elif mark and "####" not in solution and "\n" not in final:  # Others are Markdown headings.
+        answer, solution = final.strip(), _CALCULATOR.sub("", solution).strip()
+        answer = answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
     elif key == "solution":
         raise BadRow(r"solution has no #### and no \boxed{}, expected one of them")
     else:
