@@ -158,8 +158,8 @@ def _same_relation(a: Any, b: Any) -> bool:
     import sympy
 
     flipped = (sympy.Gt, sympy.Ge)
-    differences = [r.rhs - r.lhs if isinstance(r, flipped) else r.lhs - r.rhs for r in (a, b)]
-    kinds = [r.reversed.func if isinstance(r, flipped) else r.func for r in (a, b)]
+    differences = [r.rhs - r.lhs if r.func in flipped else r.lhs - r.rhs for r in (a, b)]
+    kinds = [r.reversed.func if r.func in flipped else r.func for r in (a, b)]
     if kinds[0] != kinds[1] or not all(d.free_symbols for d in differences):
         return False
     quotient = differences[0] / differences[1]
