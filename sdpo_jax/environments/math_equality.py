@@ -122,8 +122,9 @@ def _same_item(a: str, b: str) -> bool:
         return _same_related(a, b)
     if _RELATION.search(b):
         return _same_related(b, a)
-    if "\\cup" in a and "\\cup" in b:
-        return _matched(_split(a, r"\\cup"), _split(b, r"\\cup"))
+    united, other_united = _split(a, r"\\cup"), _split(b, r"\\cup")
+    if len(united) > 1 and len(other_united) > 1:
+        return _matched(united, other_united)
     return same_formula(a, b)
 
 
