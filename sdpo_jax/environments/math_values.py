@@ -8,6 +8,7 @@ difference of two formulas must vanish at points that nobody chose.
 
 import random
 import re
+from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
@@ -24,8 +25,8 @@ MAX_POWER = 10_000
 """Bound on the product of nested exponents; a tenth of it bounds the operand of a factorial."""
 _POINTS = 4
 """Points at which formulas with variables are compared."""
-_CONSTANT_DIGITS, _POINT_DIGITS = 400, 100
-"""Digits to which a difference is evaluated before it counts as zero."""
+_CONSTANT_DIGITS, _POINT_DIGITS = (60, 400), (30, 100)
+"""Two precisions at which a difference without or with variables is computed."""
 
 _COMMAND_NAMES = (
     "frac sqrt times cdot div pi infty cup cap pm mp leq geq neq binom in emptyset mathbb begin "
@@ -158,49 +159,52 @@ def _same_relation(a: Any, b: Any) -> bool:
     import sympy
 
     flipped = (sympy.Gt, sympy.Ge)
-    differences = [r.rhs - r.lhs if r.func in flipped else r.lhs - r.rhs for r in (a, b)]
+    first, second = (r.rhs - r.lhs if r.func in flipped else r.lhs - r.rhs for r in (a, b))
     kinds = [r.reversed.func if r.func in flipped else r.func for r in (a, b)]
-    if kinds[0] != kinds[1] or not all(d.free_symbols for d in differences):
+    if kinds[0] != kinds[1] or not (first.free_symbols and second.free_symbols):
         return False
-    quotient = differences[0] / differences[1]
-    ratios = [quotient.xreplace(point) for point in _points(quotient)]
-    direction = kinds[0] in (sympy.Eq, sympy.Ne) or bool(ratios[0].evalf() > 0)
-    return direction and all(_vanishes(ratio - ratios[0]) for ratio in ratios[1:])
+    symbols = sorted(first.free_symbols | second.free_symbols, key=str)
+    point = dict(zip(symbols, map(sympy.Rational, _point(symbols, 0)), strict=True))
+    ratio = (first / second).xreplace(point)
+    is_directed = kinds[0] in (sympy.Eq, sympy.Ne) or bool(ratio.evalf() > 0)
+    return is_directed and ratio != 0 and _vanishes(first - ratio * second)
 
 
-def _points(value: Any) -> list[dict[Any, Any]]:
+def _point(symbols: list[Any], number: int) -> list[Fraction]:
     """Fractions of both signs for the variables of a formula, the same ones at every call."""
-    import sympy
-
-    symbols = sorted(value.free_symbols, key=str)
-    draws = [random.Random(f"{k} {symbols}") for k in range(_POINTS if symbols else 1)]
-    draw_of = [
-        {str(s): sympy.Rational(d.randint(-2999, 2999), 1009) for s in symbols} for d in draws
-    ]
-    return [{s: drawn[str(s)] for s in symbols} for drawn in draw_of]
+    draw = random.Random(f"{number} {symbols}")
+    return [Fraction(draw.randint(-2999, 2999), 1009) for _ in symbols]
 
 
 def _vanishes(difference: Any) -> bool:
-    """Whether a formula is zero at all points at which it has a value, of which there is one."""
+    """Whether a formula is zero at all points at which it has a value, of which there is one.
+
+    Rounding decides: a value that is zero shrinks by as many digits as the precision grows.
+    """
+    import mpmath
     import sympy
 
-    digits = _POINT_DIGITS if difference.free_symbols else _CONSTANT_DIGITS
+    if difference.is_Rational:
+        return difference == 0
+    symbols = sorted(difference.free_symbols, key=str)
+    compute = sympy.lambdify(symbols, difference, "mpmath", dummify=True)
+    coarse, fine = _POINT_DIGITS if symbols else _CONSTANT_DIGITS
     compared = False
-    for point in _points(difference):
-        value = difference.xreplace(point).doit()
-        if not value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
-            if not _is_zero(value, digits):
+    for number in range(_POINTS if symbols else 1):
+        sizes = list[Any]()
+        for digits in (coarse, fine):
+            with mpmath.workdps(digits):
+                point = [mpmath.mpf(x.numerator) / x.denominator for x in _point(symbols, number)]
+                try:
+                    sizes.append(abs(mpmath.mpmathify(compute(*point))))
+                except (ZeroDivisionError, ValueError):  # A pole.
+                    sizes.append(mpmath.inf)
+        if all(map(mpmath.isfinite, sizes)):
+            slack = mpmath.mpf(10) ** (coarse + 15 - fine)
+            if sizes[1] > slack * (sizes[0] or mpmath.mpf(10) ** -coarse):
                 return False
             compared = True
     return compared
-
-
-def _is_zero(value: Any, digits: int) -> bool:
-    if value.is_Rational:
-        return value == 0
-    # A sum that vanishes has no digit that is known: sympy marks it by a precision of one bit.
-    parts = value.evalf(15, maxn=digits).as_real_imag()
-    return all(part.is_Number and (part == 0 or part._prec == 1) for part in parts)
 
 
 def _depth(answer: str) -> int:
