@@ -88,6 +88,7 @@ def test_the_last_box_counts_wherever_it_stands_and_thinking_does_not():
         ("10^{100000}", "powers or factorials"),
         ("1000000!", "powers or factorials"),
         ("9!!", "powers or factorials"),
+        ("10^{-17!}", "powers or factorials"),
         ("(9!)!", "powers or factorials"),
         ("(x+1)^{99999}", "powers or factorials"),
         (r"\sum_{n=1}^{9999999} n", "a sum, product, integral, limit or binomial"),

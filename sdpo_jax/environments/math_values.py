@@ -215,13 +215,13 @@ def _depth(answer: str) -> int:
 def _power(answer: str) -> int:
     """An upper bound on the product of nested exponents: those of groups, and one plain one.
 
-    An exponent counts as its largest integer. A power inside an exponent is a tower and counts as
-    more than is allowed.
+    An exponent counts as its largest integer. A power or factorial inside an exponent is a tower
+    and counts as more than is allowed.
     """
     nested = plain = 1
     for match in _EXPONENT.finditer(answer):
         exponent, end = _argument(answer, match.end())
-        raised = re.search(r"\d[\s})]*(?:\^|\*\*)", exponent)
+        raised = re.search(r"\d[\s})]*(?:\^|\*\*|!)", exponent)
         if raised or (_EXPONENT.match(answer, end) and _DIGITS.search(exponent)):
             return MAX_POWER + 1
         size = max([1, *map(int, _DIGITS.findall(exponent))])
