@@ -51,7 +51,7 @@ _SPELLINGS = [
 ]
 _THOUSANDS = re.compile(r"(?<![\d.,_^{])(\d{1,3}(?:,\d{3})+)(?![\d,])")
 _SPACED = re.compile(r"(?<![\d.,] )(?<![\w.,])([1-9]\d{0,2}(?: \d{3})+)(?! ?[\d/])")
-_MIXED = re.compile(r"(?<![\w.,}\\)^/])(\d+) (\d+)/(\d+)(?![\d/])")
+_MIXED = re.compile(r"(?<![\w.,}\\)^/])(\d+) (\d+) ?/ ?(\d+)(?! ?[\d/])")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?(?:\{(\d+)\}|(\d))")
 # `2e-1` may be twice e less one; a number has a long or unsigned exponent, a point, or begins by 1.
 _SCIENTIFIC = re.compile(
