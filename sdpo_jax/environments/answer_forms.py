@@ -1,6 +1,7 @@
 r"""Finds the final answer in a response: `<answer>...</answer>` or `\boxed{...}`, in linear time.
 
-Text up to the last `</think>` is a model's reasoning and does not count as its answer.
+Text up to the last `</think>` is a model's reasoning and does not count as its answer; a response
+whose last `<think>` is never closed has no answer.
 """
 
 import re
@@ -10,13 +11,14 @@ from sdpo_jax.environments.base import Outcome
 
 MAX_DEPTH = 16
 """Levels of nesting that a grader accepts in decoded arguments."""
-_OPEN, _CLOSE, _BOX, _THOUGHT = "<answer>", "</answer>", "\\boxed{", "</think>"
+_OPEN, _CLOSE, _BOX = "<answer>", "</answer>", "\\boxed{"
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def without_thinking(response: str) -> str:
-    """The part of a response after the last `</think>`."""
-    return response.rpartition(_THOUGHT)[2]
+    """The part of a response after its thinking; empty if the thinking is unfinished."""
+    answer = response.rpartition("</think>")[2]
+    return "" if "<think>" in answer else answer
 
 
 def last_tagged(text: str) -> str | None:
