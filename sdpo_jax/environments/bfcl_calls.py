@@ -173,8 +173,6 @@ def check_row(function: Mapping[str, Any], accepted: Accepted) -> None:
     Raises:
       ValueError: a type is unknown, or an argument has no list of values.
     """
-    if not isinstance(function["name"], str):
-        raise ValueError("the function has no name")
     for name, schema in function["parameters"]["properties"].items():
         _check_type(name, schema)
     for name, values in accepted.items():
