@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from fractions import Fraction
 from importlib import util
 
@@ -9,6 +10,7 @@ import pytest
 
 from sdpo_jax.environments.answer_forms import without_thinking
 from sdpo_jax.environments.bfcl_calls import Call, complaints, parse_call
+from sdpo_jax.environments.code.extract import extract
 from sdpo_jax.environments.gym_answers import FORMS, as_number, is_close
 from sdpo_jax.environments.kinds import bfcl
 from sdpo_jax.environments.kinds.bfcl import Bfcl, load_rows
@@ -41,6 +43,76 @@ OPTIONS = {"A": "gas", "B": "liquid", "C": "metal", "D": "salt"}
 )
 def test_unfinished_thinking_has_no_answer(response, answer):
     assert without_thinking(response) == answer
+
+
+# Programs
+
+PROGRAM = "n = int(input())\nprint(n)"
+PYTHON = f"```python\n{PROGRAM}\n```"
+SHELL = "```bash\n$ python solution.py\n3\n3\n$ python solution.py\n12\n12\n```"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"{PYTHON}\nRun it:\n{SHELL}",
+        f"{SHELL}\nwith\n{PYTHON}",
+        f"```python\n{PROGRAM}  # a longer draft that is wrong\n```\nBetter:\n{PYTHON}",
+        f"```\n{PROGRAM}\n```\n{SHELL}\n",
+        f"```\n{PROGRAM}\n```\nIt prints\n```\n[1, 2, 3]\n```",
+        f"```\n{PROGRAM}\n```\n```js\nconsole.log(prompt())\n```",
+        f"{PYTHON}\n```python\n>>> main()\n3\n```",
+        f"{PYTHON}\n```text\nprint(3), a very long line of output\n```",
+        f"{PYTHON}\n```json\n{{}}\n```\n```python\n```",
+        f"Answer: ```python\n{PROGRAM}\n```",
+        f"1. Answer:```py\n{PROGRAM}\n```",
+        f"Answer: ~~~python\n{PROGRAM}\n~~~",
+        f"The `input` is read by ``int``:\n~~~~Python3\n{PROGRAM}\n~~~~",
+        f"```python\n{PROGRAM}```",
+        f"```python\n{PROGRAM}\n``` This prints n.",
+        f"```python\n{PROGRAM}\n``` This prints n.\n{SHELL}",
+        f"Answer: ```python\r\n{PROGRAM}\r\n```\r\n",
+        f"```python\r{PROGRAM}\r```\r",
+        f"``` {{.python .numberLines}}\n{PROGRAM}\n```",
+        f"```py3\n{PROGRAM}\n```\n```python-repl\nanother_long_call(with_arguments=1)\n```",
+        f"<think>{SHELL}</think>{PYTHON}",
+        f"Use ```code``` like this:\n{PYTHON}",
+    ],
+)
+def test_the_last_block_of_python_is_the_program(response):
+    program, cut_off = extract(response)
+    assert (program or "").rstrip() == PROGRAM and not cut_off
+
+
+def test_a_program_may_hold_fences_in_its_text():
+    program = 's = "```"\nprint(s)'
+    assert extract(f"```python\n{program}\n```") == (program, False)
+
+
+@pytest.mark.parametrize(
+    ("response", "cut_off"),
+    [
+        (f"<think>{PYTHON}", True),
+        (f"{PYTHON}<think>or", True),
+        (f"Answer: ```python\n{PROGRAM}", True),
+        ("inline ```code``` and ```more```", False),
+        ("```python\n```\n", False),
+    ],
+)
+def test_what_is_unfinished_is_no_program(response, cut_off):
+    assert extract(response) == (None, cut_off)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["```python\n", "```\n-\n```\n", "a ```\n", "a ```py\nb```\n", "-", "~~~\n(", "`~", " ", "\r"],
+)
+def test_a_program_is_found_in_linear_time(piece):
+    start = time.process_time()
+    extract(piece * (400_000 // len(piece)))
+    extract(f"a ```{' ' * 100_000}!" + piece)
+    extract("```\n" + piece * (400_000 // len(piece)) + "\n```")
+    assert time.process_time() - start < 10
 
 
 # Multiple choice
