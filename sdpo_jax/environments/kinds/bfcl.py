@@ -20,14 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from sdpo_jax.config import SEED, EnvironmentConfig, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.bfcl_calls import (
-    Accepted,
-    check_row,
-    complaints,
-    example,
-    parse_call,
-    write_call,
-)
+from sdpo_jax.environments.bfcl_calls import check_row, complaints, example, parse_call, write_call
 from sdpo_jax.environments.packages import package_folder
 from sdpo_jax.environments.rows import split_by_hash
 from sdpo_jax.errors import UserError
@@ -58,7 +51,7 @@ class Row(NamedTuple):
     id: str
     request: str
     function: Mapping[str, Any]
-    accepted: Accepted
+    accepted: Mapping[str, Sequence[Any]]
 
 
 class Bfcl:

@@ -52,7 +52,8 @@ _STATED = re.compile(
 )
 _MORE = re.compile(
     r"\**\s{0,3}(?:,?\s?or\s(?:(?!not\b)[a-z]{1,12}\s){0,2}\**\(?([A-Z])\b|\(([A-Z])\)"
-    r"|(?:[,;/&]|,?\s?\band\b)\s{0,3}(?:(?!not\b)[a-z]{1,12}\s){0,2}\**\(?([A-Z])"
+    r"|(?:[,;/&]|,?\s?\band\b)\s{0,3}"
+    r"(?:(?:also|and|even|maybe|option|perhaps|possibly|so is)\s){0,2}\**\(?([A-Z])"
     r"(?=[)*]{0,3}\s{0,3}(?:[.,;:!?/&]|$|or\b|and\b|because\b|since\b)))",
     re.MULTILINE,
 )
