@@ -7,8 +7,8 @@ Departures from the reference (one regular expression for the longest block, wha
 
 * The longest block is often a shell session, or the output below the program.
 * Lines are read once, so that no response makes extraction slow.
-* Text before the last `</think>`, or a response with a `<think>` that is never closed, is reasoning
-  and holds no program.
+* Text before the last `</think>`, or after a `<think>` that is never closed, is reasoning and holds
+  no program.
 * A fence may stand on a line with text, at the beginning and at the end of a block. A block inside
   a list item loses the item's indentation; tildes and longer fences work as well, and a longer
   fence may contain shorter ones.
@@ -48,7 +48,7 @@ class _Block(NamedTuple):
 def extract(response: str) -> Extracted:
     """The last closed block of Python in a response."""
     answer = without_thinking(response)
-    thinks = not answer and "<think>" in response
+    thinks = "<think>" in response.rpartition("</think>")[2]
     blocks: list[tuple[str, str]] = []
     block: _Block | None = None
     for line in re.sub("\r\n?", "\n", answer).split("\n"):
