@@ -1,6 +1,7 @@
 r"""Finds the final answer in a response: `<answer>...</answer>` or `\boxed{...}`, in linear time.
 
-Text up to the last `</think>` is a model's reasoning and does not count as its answer.
+Text up to the last `</think>`, or after a `<think>` that is never closed, is a model's reasoning
+and does not count as its answer.
 """
 
 import re
@@ -10,13 +11,16 @@ from sdpo_jax.environments.base import Outcome
 
 MAX_DEPTH = 16
 """Levels of nesting that a grader accepts in decoded arguments."""
-_OPEN, _CLOSE, _BOX, _THOUGHT = "<answer>", "</answer>", "\\boxed{", "</think>"
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_OPEN, _CLOSE = "<answer>", "</answer>"
+_BRACES = re.compile(
+    r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{|\\[A-Za-z]+|-?\d[\d.,]*(?<=\d)|\w)"
+    r"|\\\\(?!boxed|fbox)|\\[{}]|[{}]"
+)
 
 
 def without_thinking(response: str) -> str:
-    """The part of a response after the last `</think>`."""
-    return response.rpartition(_THOUGHT)[2]
+    """The part of a response after the last `</think>`, up to a `<think>` that is not closed."""
+    return response.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def last_tagged(text: str) -> str | None:
@@ -27,20 +31,21 @@ def last_tagged(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The stripped content of the last `\boxed{...}`; None if there is none or it is not closed.
+    r"""The stripped content of the last `\boxed{...}` that is closed; None if there is none.
 
+    `\fbox` is a box too, and so is `\boxed 2`, whose content is one number, letter or command.
     Nested braces are balanced; `\{` and `\}` do not count.
     """
-    start = text.rfind(_BOX)
-    if start < 0:
-        return None
-    start += len(_BOX)
-    depth = 1
-    for match in _BRACES.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return text[start : match.start()].strip()
-    return None
+    last = (-1, 0)
+    open_braces: list[int | None] = []  # Where the content of a box begins; None: another brace.
+    for match in _BRACES.finditer(text):
+        if match[0].endswith("{") and not match[0].endswith("\\{"):
+            open_braces.append(match.end() if match[1] else None)
+        elif match[1]:
+            last = max(last, match.span(1))
+        elif match[0] == "}" and open_braces and (start := open_braces.pop()) is not None:
+            last = max(last, (start, match.start()))
+    return text[slice(*last)].strip() if last[0] >= 0 else None
 
 
 def is_deeper(value: Any, levels: int = MAX_DEPTH) -> bool:
