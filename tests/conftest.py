@@ -6,7 +6,6 @@ them.
 """
 
 import atexit
-import gc
 import os
 import shutil
 import tempfile
@@ -30,9 +29,6 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Compiled programs stay: to look through all of them again and again takes a thirtieth of the time.
-gc.set_threshold(100_000, 50, 1000)
 
 # On a busy machine an example takes as long as it takes.
 hypothesis.settings.register_profile(
