@@ -6,10 +6,12 @@ them.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 import time
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests run many small programs once: less optimization compiles them in two thirds of the time.
@@ -83,6 +85,16 @@ def keep_programs(folder):
 def pytest_xdist_auto_num_workers():
     """For `-n auto`: each of the workers holds compiled programs, about a gigabyte of them."""
     return min(8, os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Frees compiled programs once they are many: beyond 65,530 mappings a process crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
