@@ -89,7 +89,7 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.fixture(scope="module", autouse=True)
 def few_mappings():
-    """Frees compiled programs once they are many: beyond 65,530 mappings a process crashes."""
+    """Frees compiled programs once they are many: Linux allows 65,530 memory mappings."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:

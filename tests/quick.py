@@ -86,4 +86,4 @@ def programs(*modules, sampler_of=None):
                 patch.setattr(module, "Sampler", lambda *_, **options: sampler)
         yield
     for known in KNOWN:
-        known.clear()  # a process may map so much memory and no more for its programs
+        known.clear()  # a process that keeps all programs runs out of memory mappings

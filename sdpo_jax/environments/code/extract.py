@@ -70,7 +70,9 @@ def extract(response: str) -> Extracted:
 def _text(block: _Block) -> str:
     """The text of a block, without what follows a closing fence that stands on a line with text."""
     text = "\n".join(block.lines)
-    return text if _statements(text) is not None else text.partition(block.fence)[0]
+    if block.fence not in text or _statements(text) is not None:
+        return text
+    return text.partition(block.fence)[0]
 
 
 def _best(blocks: list[tuple[str, str]]) -> str | None:
