@@ -7,10 +7,10 @@ message), 130 interrupted at once.
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from sdpo_jax.commands import convert, discover, env, evaluate, heatmap, report, train
 from sdpo_jax.commands.command import parse
-from sdpo_jax.distributed import leave
 from sdpo_jax.errors import UserError
 
 COMMANDS = [module.COMMAND for module in (train, evaluate, report, heatmap, discover, convert, env)]
@@ -29,12 +29,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception:
         traceback.print_exc()
         code = 1
-    leave(code)
+    _exit(code)
 
 
 def _dispatch(argv: Sequence[str]) -> int:
     arguments = parse(COMMANDS, argv)
     return arguments.command.run(arguments) or 0
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process; a job of several ends with it, or the others would wait for ever."""
+    if code and "sdpo_jax.distributed" in sys.modules:
+        from sdpo_jax.distributed import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

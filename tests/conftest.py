@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests run many small programs once: less optimization compiles them in two thirds of the time.
@@ -30,9 +31,6 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Compiled programs stay: to look through all of them again and again takes a thirtieth of the time.
-gc.set_threshold(100_000, 50, 1000)
 
 # On a busy machine an example takes as long as it takes.
 hypothesis.settings.register_profile(
@@ -87,6 +85,16 @@ def keep_programs(folder):
 def pytest_xdist_auto_num_workers():
     """For `-n auto`: each of the workers holds compiled programs, about a gigabyte of them."""
     return min(8, os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Frees compiled programs once they are many: Linux allows 65,530 memory mappings."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

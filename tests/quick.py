@@ -25,9 +25,13 @@ def key_of(value):
     return parts, structure
 
 
+KNOWN = []
+
+
 def shared(function, key=lambda *given: given):
-    """`function`, called once for arguments whose `key` is equal."""
+    """`function`, called once for arguments whose `key` is equal, until `KNOWN` is cleared."""
     known = {}
+    KNOWN.append(known)
 
     def call(*given, **options):
         at = key_of((key(*given), options))
@@ -81,3 +85,5 @@ def programs(*modules, sampler_of=None):
             if sampler:
                 patch.setattr(module, "Sampler", lambda *_, **options: sampler)
         yield
+    for known in KNOWN:
+        known.clear()  # a process that keeps all programs runs out of memory mappings

@@ -126,6 +126,7 @@ def test_a_recipe_refuses_to_draw_ahead_of_what_a_later_turn_waits_for():
         load_recipe("configs/nano.toml", words)
 
 
+@pytest.mark.slow
 def test_rollouts_that_were_saved_are_restored_to_the_bit():
     config = config_of("unused")
     trainer = make_trainer(config, components_of(start_params()))

@@ -19,6 +19,7 @@ def loss_head():
     return module
 
 
+@pytest.mark.slow
 def test_the_forms_of_the_head_have_one_value_and_gradient(loss_head):
     arrays = loss_head.arrays_like(loss_head.shapes(24, 6, 11, np.float32))
     results = {

@@ -44,7 +44,7 @@ from sdpo_jax.environments.sandbox.protocol import Call, Check, Evaluate, Observ
         ("```python title=x\na\n```", "a", False),
     ],
 )
-def test_the_longest_closed_block_is_the_program(response, program, cut_off):
+def test_a_closed_block_is_the_program(response, program, cut_off):
     assert extract(response) == (program, cut_off)
 
 

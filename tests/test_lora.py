@@ -35,6 +35,7 @@ def moved(parts, params, seed=1):
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), adapters)
 
 
+@pytest.mark.slow
 def test_adapters_start_as_the_base():
     params, parts = tiny.make_params(), lora(4, 8.0, ALL)
     adapters = parts.trainable(params, jax.random.key(0))
@@ -60,6 +61,7 @@ def test_the_model_with_adapters_is_the_merged_model(family):
     )
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule():
     params, parts = tiny.make_params(), lora(2, 6.0, ("query", "down"))
     adapters = moved(parts, params)

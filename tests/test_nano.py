@@ -69,6 +69,7 @@ def test_alone_it_mostly_fails_sampled_and_greedy(
     assert accuracy_metrics(greedy, evaluator.prompts)["accuracy"] < 0.2
 
 
+@pytest.mark.slow
 def test_on_at_least_one_family_it_succeeds_in_under_3_percent_of_attempts(
     evaluator: Evaluator, sampled: Graded
 ) -> None:
@@ -78,6 +79,7 @@ def test_on_at_least_one_family_it_succeeds_in_under_3_percent_of_attempts(
     assert min(families.values()) < 0.03
 
 
+@pytest.mark.slow
 def test_it_fails_in_the_call_s_content_not_in_its_form(sampled: Graded) -> None:
     well_formed = [outcome.metrics["well_formed"] for outcome in sampled.outcomes]
     assert np.mean(well_formed) > 0.97

@@ -247,7 +247,8 @@ def long_rollouts(params):
     return rollouts
 
 
-@pytest.mark.parametrize("slots", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7))])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 3, 7])
 def test_tokens_do_not_depend_on_the_number_of_slots(params, long_rollouts, slots):
     refilled = generate_long(params, slots=slots)
     assert_same(refilled, long_rollouts)
@@ -321,6 +322,7 @@ def counting_model(lengths):
     )
 
 
+@pytest.mark.slow
 def test_refilled_slots_need_at_most_six_tenths_of_the_steps_of_static_batches():
     random = np.random.default_rng(0)
     n, slots, limit = 256, 64, 256

@@ -147,6 +147,7 @@ def by_ours(alpha, hidden, teacher_hidden, chunk=8, importance=CAP):
     return total / denominator, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_loss_and_gradient_at_the_logits_are_the_formula_in_float64(alpha):
     student, teacher, _, _ = (jnp.float32(x) for x in at_the_logits())

@@ -117,6 +117,7 @@ def test_what_is_outside_the_bins_is_counted_at_their_ends():
     assert quantile(histogram, 0.5) == 0.0
 
 
+@pytest.mark.slow
 def test_sums_of_parts_add_up_to_those_of_the_whole():
     """Cut between rollouts, as micro-batches are; also from zeros."""
     whole, parts = tokens(), []

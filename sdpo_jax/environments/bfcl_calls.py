@@ -5,7 +5,8 @@ JSON, alone or as the only item of a list. It is parsed and never evaluated. The
 leaderboard's: each argument has a list of accepted values, and `""` in that list makes the argument
 optional; strings are compared without case, spaces and `,./-_*^`, also directly inside an array or
 dict but not deeper; an integer is accepted as a float, except inside arrays; accepted values of
-another type than documented override the documentation.
+another type than documented override the documentation. Rows of one's own may also document the
+types `number`, an integer or a float at any depth, and `object`, another name of `dict`.
 """
 
 import ast
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sdpo_jax.environments.answer_forms import MAX_DEPTH, is_deeper
+from sdpo_jax.environments.answer_forms import MAX_DEPTH, is_deeper, without_thinking
 
 MAX_CHARACTERS = 2000
 MALFORMED = 'malformed call: expected name(argument=value, ...) or {"name": ..., "arguments": ...}'
@@ -23,10 +24,14 @@ _TYPE_NAMES = {
     **{str: "string", bool: "boolean", int: "integer", float: "float"},
     **{list: "array", dict: "dict", type(None): "null"},
 }
-_DOCUMENTED = {**{name: kind for kind, name in _TYPE_NAMES.items()}, "tuple": list, "any": str}
-"""The leaderboard's types; `any` stands for a string or for the type of the accepted values."""
-_THINKING = re.compile(r"\A.*</think>", re.DOTALL)
-_FENCE = re.compile(r"\A```\w*\n(.*)\n```\Z", re.DOTALL)
+_DOCUMENTED = {
+    **{name: kind for kind, name in _TYPE_NAMES.items()},
+    **{"tuple": list, "any": str, "number": float, "object": dict},
+}
+"""The types; `any` stands for a string or for the type of the accepted values."""
+_FITS = {"tuple": ["array"], "float": ["float", "integer"], "object": ["dict"]}
+_FITS["number"] = _FITS["float"]
+_FENCE = re.compile(r"\A(```+|~~~+)[ \t]*\w*[ \t]*\n(.*)\n\1\Z", re.DOTALL)
 
 Accepted = Mapping[str, Sequence[Any]]
 """Maps an argument to its accepted values."""
@@ -41,9 +46,9 @@ class Call(NamedTuple):
 
 def parse_call(answer: str) -> Call | str:
     """Parses an answer, without its thinking; returns the feedback if it is malformed."""
-    text = _THINKING.sub("", answer).strip()
+    text = re.sub("\r\n?", "\n", without_thinking(answer)).strip()
     if fenced := _FENCE.match(text):
-        text = fenced[1].strip()
+        text = fenced[2].strip()
     if len(text) > MAX_CHARACTERS:  # A long answer could exhaust the parsers' stacks.
         return f"malformed call: longer than {MAX_CHARACTERS} characters"
     try:
@@ -162,6 +167,39 @@ def complaints(
     return [*map(_clean, found + [f"unknown argument: {name[:64]}" for name in unknown])]
 
 
+def check_row(function: Mapping[str, Any], accepted: Accepted) -> None:
+    """Checks that calls of a function can be compared, whatever they hold.
+
+    Raises:
+      ValueError: a type is unknown, or an argument has no list of values.
+    """
+    for name, schema in function["parameters"]["properties"].items():
+        _check_type(name, schema)
+    for name, values in accepted.items():
+        _check_values(name, values)
+
+
+def _check_type(where: str, schema: Any) -> None:
+    documented = schema.get("type", "any") if isinstance(schema, dict) else None
+    if not isinstance(documented, str) or documented not in _DOCUMENTED:
+        names = ", ".join(_DOCUMENTED)
+        raise ValueError(f"{where} has the type {documented!r}, expected one of {names}")
+    if schema.get("items"):
+        _check_type(f"{where}[]", schema["items"])
+    for name, inner in (schema.get("properties") or {}).items():
+        _check_type(f"{where}.{name}", inner)
+
+
+def _check_values(where: str, values: Any) -> None:
+    if not isinstance(values, list):
+        raise ValueError(f"{where} has no list of accepted values")
+    for value in values:
+        if isinstance(value, list):
+            _check_values(where, value)
+        for name, inner in value.items() if isinstance(value, dict) else ():
+            _check_values(f"{where}.{name}", inner)
+
+
 def _wrong(where: str, value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) -> list[str]:
     """Lists what is wrong with one argument; empty if it is accepted."""
     if is_accepted(value, schema, accepted):
@@ -207,8 +245,8 @@ def _wrong_type(
 ) -> str | None:
     """Describes the first type that differs from the documentation, at any depth."""
     expected, given = schema.get("type", "any"), _TYPE_NAMES[type(value)]
-    fits = {"tuple": ["array"], "float": ["float", *(["integer"] if not in_array else [])]}
-    if expected != "any" and given not in fits.get(expected, [expected]):
+    fits = ["float"] if expected == "float" and in_array else _FITS.get(expected, [expected])
+    if expected != "any" and given not in fits:
         return f"{where}: expected {expected}, got {given}"
     found: list[str | None] = []
     if isinstance(value, list):
@@ -233,7 +271,7 @@ def is_accepted(value: Any, schema: Mapping[str, Any], accepted: Sequence[Any]) 
         return value in accepted
     if documented is list:
         items = schema.get("items") or {}
-        return _is_list(value, _DOCUMENTED[items.get("type", "any")], accepted)
+        return _is_list(value, items.get("type", "any"), accepted)
     if documented is dict:
         return any(_is_dict(value, answer) for answer in accepted)
     return _is_one_of(value, accepted)
@@ -243,13 +281,14 @@ def _type_of(accepted: Sequence[Any]) -> type | None:
     return next((type(answer) for answer in accepted if answer != ""), None)
 
 
-def _is_list(value: Any, item_type: type, accepted: Sequence[Any]) -> bool:
+def _is_list(value: Any, item_type: str, accepted: Sequence[Any]) -> bool:
     """Whether a list is accepted; its items have the documented type or that of accepted ones."""
+    types = [_DOCUMENTED[item_type], *([int] if item_type == "number" else [])]
     typed = any(
-        answer == "" or all(type(item) in (item_type, _type_of(answer)) for item in value)
+        answer == "" or all(type(item) in (*types, _type_of(answer)) for item in value)
         for answer in accepted
     )
-    if item_type is dict:
+    if types == [dict]:
         same = any(
             len(value) == len(answer) and all(map(_is_dict, value, answer)) for answer in accepted
         )

@@ -159,14 +159,14 @@ def _records_of(
         return []
     pairs = [Pair(responses.prompts[i], responses.responses[i]) for i in rows]
     reprompted = [Pair(responses.teacher_prompts[i] or (), responses.responses[i]) for i in rows]
-    read = [pairs, *[reprompted] * (len(weights) - 1)]
     heads = [programs.head(x) for x in weights]
     records: dict[int, TokenRecord] = {}
     for packed in split_micro_batches(pairs, layout):
-        hidden = [
-            programs.forward(x, make_sequences(repack(own, packed, layout), devices))
-            for x, own in zip(weights, read, strict=True)
-        ]
+        read = [make_sequences(packed, devices)]
+        if len(weights) > 1:
+            shown = make_sequences(repack(reprompted, packed, layout), devices)
+            read += [shown] * (len(weights) - 1)
+        hidden = [programs.forward(x, own) for x, own in zip(weights, read, strict=True)]
         targets = place_tokens([p.response for p in pairs], packed, np.int32, devices)
         chunks = [
             devices.fetch(

@@ -34,6 +34,7 @@ from sdpo_jax.training.batch import (
     BatchLayout,
     MiniBatch,
     PackedBatch,
+    Reduction,
     make_sequences,
     place_tokens,
     rollout_numbers,
@@ -83,10 +84,6 @@ class Engine:
             model.head, out_shardings=devices.head
         )
         """`params -> [width, V]`, placed as the loss wants the head."""
-        self.split = partial(
-            split_mini_batches, mini_batches=config.train.mini_batches, layout=layout
-        )
-        """`(rollouts, *, active, worth, reduction, skip=0) -> [MiniBatch]`, one for each update."""
         self._score = devices.jit(
             partial(token_values, score_per_token()), out_shardings=devices.rows
         )
@@ -101,6 +98,26 @@ class Engine:
         if isinstance(build, Remembers):
             build.remember(*given)
         return contexts
+
+    def split(
+        self,
+        rollouts: RolloutBatch,
+        *,
+        active: NDArray[np.bool_],
+        worth: NDArray[np.bool_],
+        reduction: Reduction,
+        skip: int = 0,
+    ) -> list[MiniBatch]:
+        """The mini-batches of a rollout batch, one for each update; see `split_mini_batches`."""
+        return split_mini_batches(
+            rollouts,
+            self.config.train.mini_batches,
+            self.layout,
+            active=active,
+            worth=worth,
+            reduction=reduction,
+            skip=skip,
+        )
 
     def place(self, values: Sequence[Any], packed: PackedBatch, dtype: Any = np.float32) -> Any:
         """Values `[|y|]` of each row of a mini-batch as a device array `[D, n, c]`."""

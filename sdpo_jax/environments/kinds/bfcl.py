@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from sdpo_jax.config import SEED, EnvironmentConfig, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.bfcl_calls import Accepted, complaints, example, parse_call, write_call
+from sdpo_jax.environments.bfcl_calls import check_row, complaints, example, parse_call, write_call
 from sdpo_jax.environments.packages import package_folder
 from sdpo_jax.environments.rows import split_by_hash
 from sdpo_jax.errors import UserError
@@ -51,7 +51,7 @@ class Row(NamedTuple):
     id: str
     request: str
     function: Mapping[str, Any]
-    accepted: Accepted
+    accepted: Mapping[str, Sequence[Any]]
 
 
 class Bfcl:
@@ -183,8 +183,9 @@ def _row(line: Mapping[str, Any], answers: Mapping[str, Any], path: Path) -> Row
         known = set(function["parameters"]["properties"])
         if not known.issuperset(accepted):
             raise ValueError(f"answer names {sorted(set(accepted) - known)}")
+        check_row(function, accepted)
         return Row(line["id"], message["content"], function, accepted)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: row {line['id']!r} is not one request with one function and its answer "
             f"({error}); another version of bfcl-eval? {_INSTALL}"

@@ -1,9 +1,10 @@
 r"""Kind `mcq`: multiple choice as in SciKnowEval, lettered options answered by one letter.
 
 The answer is the content of the last `<answer>...</answer>`; without tags, of the last
-`\boxed{...}`; without either, the last "answer is (X)". Only the letters of the item's own options
-count, in their own case. The reward is 1 for the right letter, else 0; `metrics` holds
-`well_formed`: a letter was found.
+`\boxed{...}` that holds letters of options; without either, the last "answer is (X)". Only the
+letters of the item's own options count, in their own case, bare or in parentheses, emphasis or
+dollars. Several letters, as in "the answer is A, B, C or D", are no answer. The reward is 1 for the
+right letter, else 0; `metrics` holds `well_formed`: a letter was found.
 
 Departures from the reference's graders (lasgroup/SDPO, `verl/utils/reward_score/feedback/`):
 
@@ -30,25 +31,33 @@ from typing import Any, Literal, NamedTuple
 
 from sdpo_jax.config import SEED, EnvironmentConfig, setting
 from sdpo_jax.environments import rows
-from sdpo_jax.environments.answer_forms import (
-    cut_off,
-    last_boxed,
-    last_tagged,
-    shown,
-    without_thinking,
-)
+from sdpo_jax.environments.answer_forms import cut_off, last_tagged, shown, without_thinking
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.packages import package_folder
 from sdpo_jax.environments.rows import BadRow, Split
 from sdpo_jax.environments.settings import print_skipped
 
 _OPTION = re.compile(r" ?([A-Z]): ?(.*)")
-_WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+_WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+_AROUND = " \t\r\n()[]{}*_$`\"'.\\"
+"""What may stand around a letter and says nothing."""
+_BOX = re.compile(
+    r"\\boxed\s*(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\}){0,200})\}|([A-Z])(?![A-Za-z]))"
+)
+_BETWEEN = re.compile(r"(?:[\s,;/&]|\b(?:or|and)\b)+")
 _STATED = re.compile(
     r"\banswer is:?\s{1,3}\**(?:\(([A-Z])\)|([A-Z])"
-    r"(?=\**\s{0,3}(?:[.,;!]|$)|\s(?:because|since)\b))",
+    r"(?=\**\s{0,3}(?:[.,;!/&]|$|or\b|and\b)|\s(?:because|since)\b))",
     re.MULTILINE,
 )
+_MORE = re.compile(
+    r"\**\s{0,3}(?:,?\s?or\s(?:(?!not\b)[a-z]{1,12}\s){0,2}\**\(?([A-Z])\b|\(([A-Z])\)"
+    r"|(?:[,;/&]|,?\s?\band\b)\s{0,3}"
+    r"(?:(?:also|and|even|maybe|option|perhaps|possibly|so is)\s){0,2}\**\(?([A-Z])"
+    r"(?=[)*]{0,3}\s{0,3}(?:[.,;:!?/&]|$|or\b|and\b|because\b|since\b)))",
+    re.MULTILINE,
+)
+"""A further letter of a list; "(C), A is wrong" goes on with a sentence, not with a letter."""
 _QUARTZ = Path("registry", "data", "quartz", "samples.jsonl")
 _INSTALL = "pip install --no-deps 'evals>=3.0.1'"
 
@@ -142,15 +151,36 @@ def build(config: McqConfig) -> Mcq:
 
 
 def find_letter(response: str, options: Mapping[str, str]) -> str | None:
-    """The letter that a response answers with; None if it has none of the options' letters."""
+    """The letter that a response answers with; None if it has none of the options' or several."""
     text = without_thinking(response)
-    given = last_tagged(text)
-    if given is None and (boxed := last_boxed(text)) is not None:
-        given = _WRAPPED.sub(r"\1", boxed).strip().removeprefix("(").removesuffix(")")
-    if given is None:
-        stated = [paren or bare for paren, bare in _STATED.findall(text)]
-        given = next((letter for letter in reversed(stated) if letter in options), None)
-    return given if given in options else None
+    if (tagged := last_tagged(text)) is not None:
+        named = _letters(tagged, options)
+    else:
+        boxes = (_letters(braced or bare, options) for braced, bare in reversed(_BOX.findall(text)))
+        named = next((letters for letters in boxes if letters), None) or _stated(text, options)
+    return named.pop() if len(named) == 1 else None
+
+
+def _letters(content: str, options: Mapping[str, str]) -> set[str]:
+    """The options that a text of letters alone names; empty for any other text."""
+    if len(content) > 400:  # Unwrapping a thousand levels would take quadratic time.
+        return set()
+    while content != (bare := _WRAPPED.sub(r"\1", content)):
+        content = bare
+    found = {piece.strip(_AROUND) for piece in _BETWEEN.split(content.strip(_AROUND))}
+    return found if found <= options.keys() else set()
+
+
+def _stated(text: str, options: Mapping[str, str]) -> set[str]:
+    """The options that the last "answer is" names."""
+    for match in reversed([*_STATED.finditer(text)]):
+        if (first := match[1] or match[2]) in options:
+            found, more = {first}, _MORE.match(text, match.end())
+            while more:
+                found.add(more[1] or more[2] or more[3])
+                more = _MORE.match(text, more.end())
+            return found
+    return set()
 
 
 def _malformed(response: str, question: Question) -> str:

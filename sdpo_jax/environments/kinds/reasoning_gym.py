@@ -1,8 +1,9 @@
 """Kind `reasoning_gym`: puzzles and scorers of the package reasoning-gym, with our own feedback.
 
-The answer is the content of the last `<answer>...</answer>`. The reward is the scorer's number from
-0 to 1, so a partly right answer counts; `passed` needs 1. `metrics` holds `well_formed`: there is
-an answer. The package returns only a number; feedback is made here from that number and from the
+The answer is the content of the last `<answer>...</answer>`. A number is right or wrong; another
+answer is rewarded with the scorer's number from 0 to 1, so a partly right one counts. `passed`
+needs 1 and that the whole answer is right (`gym_answers.py`). `metrics` holds `well_formed`: there
+is an answer. The package returns only a number; feedback is made here from that number and from the
 form of the oracle's answer (an integer, a number, a list), and never contains the oracle's value.
 
 Departures from the package, all measured with version 0.1.25:
@@ -11,6 +12,10 @@ Departures from the package, all measured with version 0.1.25:
   run code in the trainer. Their answers are checked here first, and only literals or plain
   arithmetic reach them. A scorer of another version that evaluates is refused (`GUARDS`).
 * `game_of_life_halting` passes any answer that is not empty; here only the oracle's answer passes.
+* Many scorers give full marks to a constant, or to an answer with something behind it; here such
+  an answer scores 0 (`gym_answers.py`).
+* Generators that pass a constant on most puzzles are refused (`UNTRUSTED`) unless
+  `allow_untrusted`.
 * Some scorers raise on an answer that they cannot parse; here it scores 0.
 * Generators that depend on the process and not only on the seed are refused (`UNSTEADY`).
 """
@@ -28,6 +33,7 @@ from typing import Any, Literal
 from sdpo_jax.config import SEED, at_least, setting
 from sdpo_jax.environments.answer_forms import cut_off, last_tagged, shown, without_thinking
 from sdpo_jax.environments.base import Outcome, Prompt
+from sdpo_jax.environments.gym_answers import FORMS, ROUNDED, as_number, is_close, is_whole
 from sdpo_jax.environments.rows import check_sides, is_held_out
 from sdpo_jax.environments.settings import WorkerConfig
 from sdpo_jax.errors import UserError
@@ -46,6 +52,8 @@ GUARDS: Mapping[str, Literal["literal", "expression", "harmless"]] = {
 UNSTEADY = frozenset(
     ["isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note"]
 )
+UNTRUSTED = frozenset({"propositional_logic"})
+"""Generators that pass a constant on most puzzles: `P or Q` follows from many premises."""
 EXACT = frozenset({"game_of_life_halting"})
 """Generators whose answers are compared with the oracle's instead of being scored."""
 
@@ -71,6 +79,8 @@ class ReasoningGymConfig(WorkerConfig):
     """Names of reasoning-gym's generators, which take turns."""
     train_prompts: int = setting(1024, at_least(1))
     held_out_prompts: int = setting(256, at_least(1))
+    allow_untrusted: bool = False
+    """Whether to take generators on whose puzzles a constant answer often passes."""
     seed: int = setting(0, SEED)
 
 
@@ -144,13 +154,21 @@ class ReasoningGym:
         return f"<answer>{answer}</answer>"
 
     def _score(self, family: str, entry: Mapping[str, Any], given: str) -> float:
-        if family in EXACT:
-            return float(given == entry["answer"])
+        oracle = entry["answer"]
+        if family in EXACT or given == oracle:
+            return float(given == oracle)
+        # Digits of another base are not a number.
+        expected = as_number(oracle) if family != "base_conversion" else None
+        found = as_number(given, ratio=family == "coin_flip")
+        if expected is not None and not (family in ROUNDED and is_close(found, expected)):
+            return float(found == expected)
         try:
             score = float(self._datasets[family].score_answer(given, entry))
+            if score >= 1.0:
+                return float(is_whole(family, entry, given))
         except Exception:  # Scorers raise on an answer that they cannot parse.
             return 0.0
-        return min(1.0, max(0.0, score)) if score == score else 0.0
+        return max(0.0, score) if score == score and expected is None else 0.0
 
     def _complaint(self, family: str, entry: Mapping[str, Any], given: str, score: float) -> str:
         expected, found = form_of(entry["answer"]), form_of(given)
@@ -163,7 +181,16 @@ class ReasoningGym:
 
 
 def build(config: ReasoningGymConfig) -> ReasoningGym:
-    """Builds the environment from its settings."""
+    """Builds the environment from its settings.
+
+    Raises:
+      UserError: a generator is in `UNTRUSTED` and the recipe does not insist.
+    """
+    if not config.allow_untrusted and (names := UNTRUSTED.intersection(config.generators)):
+        raise UserError(
+            f"environment.generators: {min(names)!r} passes one constant answer on most puzzles; "
+            "leave it out or set environment.allow_untrusted"
+        )
     return ReasoningGym(
         config.generators, config.train_prompts, config.held_out_prompts, config.seed
     )
@@ -258,9 +285,11 @@ def _prompts(name: str, dataset: Any, missing: dict[str, int], seed: int) -> Sid
 
 
 def _refused(answer: str, family: str) -> str | None:
-    """The feedback on an answer that a scorer must not see; None if it may."""
+    """The feedback on an answer that its scorer must not see; None if it may."""
     if len(answer) > MAX_CHARACTERS:
         return f"The answer is longer than {MAX_CHARACTERS} characters."
+    if family in FORMS and not re.fullmatch(FORMS[family], answer, re.IGNORECASE):
+        return f"Expected an answer in the form of the question alone, got: {shown(answer)}"
     guard = GUARDS.get(family)
     if guard == "literal" and not is_literal(answer):
         return f"Expected text or a list of literals as the answer, got code: {shown(answer)}"

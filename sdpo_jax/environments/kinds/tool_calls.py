@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sdpo_jax.config import SEED, EnvironmentConfig, at_least, setting
+from sdpo_jax.environments.answer_forms import shown, without_thinking
 from sdpo_jax.environments.base import Outcome, Prompt
 from sdpo_jax.environments.toy_apis import FAMILIES, TODAY, Api, Form, Slot, Value, Values
 from sdpo_jax.errors import UserError
@@ -158,7 +159,7 @@ def _slot_complaints(slot: Slot, form: Form, values: Values, call: Call) -> list
     if given == expected and type(given) is type(expected):
         return []
     if form.reads(given):
-        return [f"{slot.name}: wrong value {_literal(given)[:32]}"]
+        return [f"{slot.name}: wrong value {shown(_literal(given), 32)}"]
     return [f"{slot.name}: expected {form.description}"]
 
 
@@ -202,7 +203,9 @@ class ToolCalls:
         return repr((call.tool, sorted(call.arguments.items()))) if isinstance(call, Call) else None
 
     def _call(self, response: str) -> str:
-        return response.strip().rpartition("\n")[2] if self._allow_preamble else response
+        if not self._allow_preamble:
+            return response
+        return without_thinking(response).strip().rpartition("\n")[2]
 
     def reference(self, prompt: Prompt) -> str:
         """The call that `TODAY` expects."""
