@@ -10,12 +10,23 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from sdpo_jax.environments.math_spelling import is_unit, plain, readings, same_text
-from sdpo_jax.environments.math_values import close, same_formula, why_refused
+from sdpo_jax.environments.math_values import (
+    close,
+    same_formula,
+    too_large,
+    unknown_command,
+    why_unread,
+)
 
 _RELATION = re.compile(r"\\(?:leq|geq|neq|in)(?![A-Za-z])|[<>=]")
 _NAME = re.compile(
     r"(?:\\[A-Za-z]+ ?)?[A-Za-z]+(?:_\{\w+\})?'*(?:\([^()]*\))?|\([a-z](?:, ?[a-z])+\)"
 )
+_LETTER = re.compile("[A-Za-z]")
+_FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
+# A dollar sign is a unit that may be missing.
+_DOLLARS = re.compile(r"\\\$|^\s*\$[^$]*$")
+_SUSPICIOUS = re.compile(r"!|binom|(?:\^|\*\*).*(?:\^|\*\*|\d{4})", re.DOTALL)
 
 
 class _Parts(NamedTuple):
@@ -34,18 +45,50 @@ def equal(given: str, answer: str, *, missing_units: bool = False, tolerance: fl
     """
     if same_text(given, answer):
         return True
-    if why_refused(given) or why_refused(answer):
+    if why_unread(given) or why_unread(answer):
         return False
-    pairs = [(a, b) for a in readings(given) for b in readings(answer)]
-    for (found, spoken), (expected, words) in pairs:
-        unnamed = (not words or (missing_units and not spoken)) and all(
-            map(is_unit, (*spoken, *words))
-        )
-        if not (found and expected and (spoken == words or unnamed)):
-            continue
-        if _same(found, expected) or (tolerance and close(found, expected, tolerance)):
-            return True
+    paid, pays = (bool(_DOLLARS.search(text)) for text in (given, answer))
+    for found, spoken in readings(given):
+        for expected, words in readings(answer):
+            spoken, words = spoken or ("dollar",) * paid, words or ("dollar",) * pays
+            unnamed = all(map(is_unit, (*spoken, *words))) and (
+                not words or ((missing_units or pays) and spoken in ((), ("dollar",) * paid))
+            )
+            if not (found and expected and (spoken == words or unnamed)):
+                continue
+            if _same(found, expected) or (tolerance and close(found, expected, tolerance)):
+                return True
     return False
+
+
+def why_refused(answer: str) -> str | None:
+    """The reason why an answer is not compared by its value; None if it is.
+
+    Evaluates a formula only if its spelling tells that it may be too large.
+    """
+    if reason := why_unread(answer):
+        return reason
+    for text, _ in readings(answer) if _SUSPICIOUS.search(answer) else ():
+        if any(map(too_large, _formulas(text))):
+            return "its powers or factorials are too large to evaluate"
+    return None
+
+
+def why_only_text(answer: str) -> str | None:
+    """The reason why only the same text equals an answer that is no word; None if its value does."""
+    if reason := why_refused(answer):
+        return reason
+    formulas = _formulas(readings(answer)[0][0])
+    unknown = next(filter(None, map(unknown_command, formulas)), None)
+    known = {"ldots", "angle", "triangle"}
+    return None if unknown is None or unknown in known else f"\\{unknown} is not read"
+
+
+def _formulas(text: str) -> list[str]:
+    """The formulas between the brackets, commas and relations of an answer."""
+    separator = rf"{_RELATION.pattern}|\\cup(?![A-Za-z])"
+    pieces = [piece for item in _parts(text).items for piece in _split(item, separator) if piece]
+    return pieces if len(pieces) < 2 else [part for piece in pieces for part in _formulas(piece)]
 
 
 def _same(a: str, b: str) -> bool:
@@ -139,17 +182,14 @@ def _same_related(a: str, b: str) -> bool:
         return all(_same(value, other) for value in values for other in other_values)
     if values and not _RELATION.search(b):
         return all(_same(value, b) for value in values)
-    interval, other_interval = _interval(a), _interval(b)
-    if interval and not _RELATION.search(b):
-        return _same(interval, b)
-    if "\\in" in a + b and (interval or other_interval):
-        sets = [interval or (values or [""])[-1], other_interval or (other_values or [""])[-1]]
-        return _same(*sets)
     return bool(_RELATION.search(b)) and same_formula(a, b)
 
 
 def _named(text: str) -> tuple[str, list[str]]:
-    """The name and the values of `x = 1 + 1 = 2`; no values if another relation stands in it."""
+    """The name and the values of `x = 1 + 1 = 2` or `x < 3`; no values for other relations."""
+    alternatives = [_interval(piece) for piece in re.split(r"\\text\{ ?or ?\}|\bor\b", text)]
+    if len({name for name, _ in alternatives}) == 1 and alternatives[0][0]:
+        return alternatives[0][0], [" \\cup ".join(interval for _, interval in alternatives)]
     sides = _split(text, r"(?<![<>!])=|\\in(?![A-Za-z])")
     if len(sides) == 1 or any(_RELATION.search(side) for side in sides):
         return "", []
@@ -157,19 +197,20 @@ def _named(text: str) -> tuple[str, list[str]]:
     return (sides[0], sides[1:]) if is_named else ("", sides)
 
 
-def _interval(text: str) -> str:
-    r"""The interval of an inequality for one letter, such as `1 < x \leq 2`; else nothing."""
-    sides = re.split(r"(<|>|\\[lg]eq(?![A-Za-z]))", text)
-    if len(sides) == 3:
-        left = re.fullmatch("[A-Za-z]", sides[0].strip())
-        infinite = "\\infty" if ("<" in sides[1] or "leq" in sides[1]) != bool(left) else "-\\infty"
-        strict = "<" if sides[1] in "<\\leq" else ">"
-        sides = [*sides, strict, infinite] if not left else [infinite, strict, *sides]
-    if len(sides) != 5 or not re.fullmatch("[A-Za-z]", sides[2].strip()):
-        return ""
+def _interval(text: str) -> tuple[str, str]:
+    r"""The letter and the interval of an inequality such as `1 < x \leq 2`; else nothing."""
+    sides = [side.strip() for side in re.split(r"(<|>|\\[lg]eq(?![A-Za-z]))", text)]
+    if len(sides) == 3 and _LETTER.fullmatch(sides[0]):
+        sides = [*sides[::-1]]
+        sides[1] = _FLIPPED[sides[1]]
+    if len(sides) == 3:  # `3 < x` is `3 < x < \infty`.
+        up = sides[1] in ("<", "\\leq")
+        sides += ["<", "\\infty"] if up else [">", "-\\infty"]
+    if len(sides) != 5 or not _LETTER.fullmatch(sides[2]):
+        return "", ""
     if sides[1] in (">", "\\geq"):
-        sides = sides[::-1]
-    if not {sides[1], sides[3]} <= {"<", "\\leq"} and not {sides[1], sides[3]} <= {">", "\\geq"}:
-        return ""
+        sides = [_FLIPPED.get(side, side) for side in sides[::-1]]
+    if not {sides[1], sides[3]} <= {"<", "\\leq"}:
+        return "", ""
     opening, closing = "[" if "eq" in sides[1] else "(", "]" if "eq" in sides[3] else ")"
-    return f"{opening}{sides[0].strip()}, {sides[4].strip()}{closing}"
+    return sides[2], f"{opening}{sides[0]}, {sides[4]}{closing}"

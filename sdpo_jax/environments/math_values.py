@@ -1,137 +1,140 @@
 """Values of formulas: which may be computed, and whether two of them are equal.
 
-math-verify's parser reads a formula. Its comparison is not used: it finds two numbers equal that
-differ by less than 1e-15, takes a number out of what it cannot read, and simplifies formulas, which
-may never end. Here a formula is read whole or not at all, decimals are fractions, and the
-difference of two formulas must vanish at points that nobody chose.
+math-verify's parser reads a formula as a tree, whole or not at all. Its comparison is not used: it
+finds two numbers equal that differ by less than 1e-15, takes a number out of what it cannot read,
+and simplifies formulas, which may never end. Here nothing simplifies a tree. Its value is computed
+at a few points: as a fraction as long as it is one, else by mpmath at two precisions.
 """
 
+import math
 import random
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
-from sdpo_jax.environments.math_spelling import (
-    FUNCTIONS,
-    LETTERS,
-    MAX_CHARACTERS,
-    spelled,
-    split_words,
-)
+from sdpo_jax.environments.math_spelling import FUNCTIONS, LETTERS, MAX_CHARACTERS, spelled
 
 MAX_DIGITS, MAX_DEPTH = 60, 20
-MAX_POWER = 10_000
-"""Bound on the product of nested exponents; a tenth of it bounds the operand of a factorial."""
-_POINTS = 4
-"""Points at which formulas with variables are compared."""
+MAX_BITS = 100_000
+"""Bound on the exponent of two of a power; a factorial may have a tenth of it as its operand."""
+_POINTS = 5
+"""Points at which formulas with variables are compared: two positive, one negative, two mixed."""
 _CONSTANT_DIGITS, _POINT_DIGITS = (60, 400), (30, 100)
-"""Two precisions at which a difference without or with variables is computed."""
+"""Two precisions at which values without or with variables are computed."""
 
 _COMMAND_NAMES = (
-    "frac sqrt times cdot div pi infty cup cap pm mp leq geq neq binom in emptyset mathbb begin "
-    "end alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma "
-    "tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega lfloor rfloor lceil "
-    "rceil"
+    "frac sqrt times cdot div pi infty cup cap leq geq neq emptyset mathbb begin end alpha beta "
+    "gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
+    "chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega lfloor rfloor lceil rceil mathit"
 )
 _COMMANDS = FUNCTIONS.union(_COMMAND_NAMES.split())
 """Commands that the parser reads by their meaning."""
-_READABLE = re.compile(r"(?:[A-Za-z0-9\s+\-*/^_=<>!|()\[\]{},.&\u00b0]|\\[A-Za-z]+|\\[{}%\\])*")
-# `413_5`, whose base counts, and inverse functions, which the parser takes for reciprocals.
-_BASE = re.compile(r"(?:\d[A-F]*|\)) ?_|(?<![\\A-Za-z])[A-Za-z]\^\{-1\} ?\(")
-_DIGITS = re.compile(r"\d+")
-_EXPONENT = re.compile(r"(?:\^|\*\*)\s*")
-_TOKEN = re.compile(r"\\[A-Za-z]+|[-+]?\s*[\d.]+|.", re.DOTALL)
+_READABLE = re.compile(r"(?:[A-Za-z0-9\s+\-*/^_=<>!|()\[\]{},.&]|\\[A-Za-z]+|\\[{}\\])*")
+# What the parser reads otherwise than it is meant: `413_5`, `f^{-1}(x)`, `A^T`, `5!!`, dates.
+_MISREAD = re.compile(
+    r"(?:\d[A-F]*|\)) ?_|(?<![\\A-Za-z])[A-Za-z]\^\{-1\} ?\(|\^ ?\{?T|! ?!|-0\d|\d \d|\| ?_"
+)
+_BINOMIAL = re.compile(r"\\binom ?\{([^{}]*)\} ?\{([^{}]*)\}")
+_PERCENT = re.compile(r"([\d.]*(?:\d|\\frac\{\d+\}\{\d+\}))\\%")
+_PRODUCT = re.compile(r"[b-df-hj-np-tv-z ]+")
 _UNBOUNDED = re.compile(r"\\(?:sum|prod|i*int|oint|lim|choose)(?![A-Za-z])")
-_LARGE_BINOMIAL = re.compile(r"\\[dt]?binom\D*\d{4}|\\[dt]?binom[^{]*\{[^{}]*\}\D*\d{4}")
+_EULER = r"\mathit{e}"
+
+_SAME_NAMES = "sin cos tan cot sec csc sinh cosh tanh asin acos atan exp floor log"
+_VALUES = {name: name for name in _SAME_NAMES.split()} | {"Abs": "fabs", "ceiling": "ceil"}
+"""Functions of sympy, and their names in mpmath."""
 
 
-def why_refused(answer: str) -> str | None:
-    """The reason why an answer must not reach computer algebra; None if it may."""
+class TooLarge(Exception):
+    """A power or factorial is too large to evaluate."""
+
+
+def why_unread(answer: str) -> str | None:
+    """The reason why an answer must not reach the parser; None if it may. Reads its spelling."""
     if len(answer) > MAX_CHARACTERS:
         return f"it is longer than {MAX_CHARACTERS} characters"
     text = spelled(answer)
-    if any(len(number) > MAX_DIGITS for number in _DIGITS.findall(text)):
+    if any(len(number) > MAX_DIGITS for number in re.findall(r"\d+", text)):
         return f"it holds a number of more than {MAX_DIGITS} digits"
-    if _depth(text) > MAX_DEPTH:
+    if max(accumulate(((c in "([{") - (c in ")]}") for c in text), initial=0)) > MAX_DEPTH:
         return f"it is nested deeper than {MAX_DEPTH} levels"
-    if _UNBOUNDED.search(text) or _LARGE_BINOMIAL.search(text):
+    if _UNBOUNDED.search(text):
         return "it is not evaluated (a sum, product, integral, limit or binomial)"
-    if _power(text) > MAX_POWER or _largest_factorial(text) > MAX_POWER // 10:
-        return "its powers or factorials are too large to evaluate"
     return None
 
 
-def why_only_text(answer: str) -> str | None:
-    """The reason why only the same text equals an answer that is no word; None if its value does.
-
-    Reads its spelling only, so it may be asked for every row of a file.
-    """
-    if reason := why_refused(answer):
-        return reason
-    math, _ = split_words(spelled(answer))
-    named = [name for name in re.findall(r"\\([A-Za-z]+)", math) if name not in _COMMANDS]
-    named = [name for name in named if name not in ("ldots", "angle", "triangle")]
-    return f"\\{named[0]} is not read" if named else None
+def unknown_command(math: str) -> str | None:
+    """A command that the parser does not know; None if it knows all of a text."""
+    named = re.findall(r"\\([A-Za-z]+)", _BINOMIAL.sub("", math))
+    return next((name for name in named if name not in _COMMANDS), None)
 
 
 def same_formula(a: str, b: str) -> bool:
     """Whether two formulas are read whole and have equal values."""
-    if any(why_refused(text) or not _is_readable(text) for text in (a, b)):
-        return False
-    if LETTERS.fullmatch(a) and LETTERS.fullmatch(b):  # `No` is not `On`.
-        return a.replace(" ", "") == b.replace(" ", "")
-    try:
-        return _same_value(_value(a), _value(b))
-    except MemoryError:
-        raise
-    except Exception:  # The parser and sympy raise anything on what they cannot read.
-        return False
+    if LETTERS.fullmatch(a) and LETTERS.fullmatch(b):  # `No` is not `On`, but `xy` is `yx`.
+        a, b = a.replace(" ", ""), b.replace(" ", "")
+        return a == b or bool(_PRODUCT.fullmatch(a + b)) and sorted(a) == sorted(b)
+    return bool(_attempted(lambda: _same_value(_tree(a), _tree(b))))
 
 
 def close(found: str, expected: str, tolerance: float) -> bool:
     """Whether two numbers differ by at most `tolerance` times the second one."""
-    if not (_is_readable(found) and _is_readable(expected)):
-        return False
+
+    def is_close() -> bool:
+        trees = _tree(found), _tree(expected)
+        number, true = (_value(tree, 0) for tree in trees)
+        is_constant = not any(tree.free_symbols for tree in trees)
+        return is_constant and bool(abs(number - true) <= tolerance * abs(true))
+
+    return bool(_attempted(is_close))
+
+
+def too_large(text: str) -> bool:
+    """Whether a formula holds a power or factorial that is too large to evaluate."""
+
+    def evaluated() -> None:
+        _value(_tree(text), 0)
+
     try:
-        number, true = (_value(text).evalf(30) for text in (found, expected))
-        return bool(abs(number - true) <= tolerance * abs(true))
-    except Exception:  # As above; formulas with variables cannot be ordered.
-        return False
+        _attempted(evaluated, TooLarge)
+    except TooLarge:
+        return True
+    return False
 
 
-def _is_readable(text: str) -> bool:
-    """Whether the parser reads all of a text: it skips or multiplies what it does not know."""
-    named = re.findall(r"\\([A-Za-z]+)", text)
-    return (
-        bool(_READABLE.fullmatch(text))
-        and _COMMANDS.issuperset(named)
-        and not re.search(r"\d \d", text)
-        and not _BASE.search(text)
-    )
+def _attempted(compute: Callable[[], Any], *passed: type[Exception]) -> Any:
+    """The result, or None if the text cannot be read or has no value."""
+    try:
+        return compute()
+    except (MemoryError, *passed):
+        raise
+    except Exception:  # The parser and sympy raise anything on what they cannot read.
+        return None
 
 
-def _value(text: str) -> Any:
-    """The formula as an object of sympy, with decimals as fractions."""
+def _tree(text: str) -> Any:
+    """The formula as a tree of sympy that nothing has evaluated.
+
+    Raises:
+      ValueError: the parser would skip or misread a part of it.
+    """
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    from sympy.core.function import AppliedUndef
 
-    value: Any = latex2sympy(
-        text,
+    read = _PERCENT.sub(r"(\1)/100", _BINOMIAL.sub(r"\\frac{(\1)!}{(\2)!(\1-(\2))!}", text))
+    if not _READABLE.fullmatch(read) or _MISREAD.search(read) or unknown_command(read):
+        raise ValueError(f"{text!r} cannot be read whole")
+    # The parser evaluates powers of `e`, which may never end, but not those of a symbol.
+    read = re.sub(r"(\\[A-Za-z]+)|e", lambda match: match[1] or _EULER, read)
+    tree: Any = latex2sympy(
+        read,
         is_real=True,
-        convert_degrees=False,
         normalization_config=None,
         conversion_config=ConversionConfig(lowercase_symbols=False),
     )
-
-    def exact(part: Any) -> Any:
-        known = {f: sympy.Rational(str(f)) for f in part.atoms(sympy.Float)}
-        known |= {f: sympy.Symbol(str(f)) for f in part.atoms(AppliedUndef)}
-        known |= {s: sympy.I for s in part.free_symbols if str(s) == "i"}
-        return part.xreplace(known).doit()
-
-    return value.applyfunc(exact) if isinstance(value, sympy.MatrixBase) else exact(value)
+    return tree.doit() if isinstance(tree, sympy.MatrixExpr) else tree
 
 
 def _same_value(a: Any, b: Any) -> bool:
@@ -140,117 +143,159 @@ def _same_value(a: Any, b: Any) -> bool:
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         both = isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase)
         return both and a.shape == b.shape and all(map(_same_value, a.flat(), b.flat()))
-    senseless = (sympy.nan, sympy.zoo, sympy.true, sympy.false)
-    if a in senseless or b in senseless:
+    if a in (sympy.true, sympy.false, sympy.nan, sympy.zoo):
         return False
-    if a == b:
-        return True
     if isinstance(a, sympy.And) and isinstance(b, sympy.And):
         return len(a.args) == len(b.args) and all(map(_same_value, a.args, b.args))
     if isinstance(a, sympy.core.relational.Relational):
         return isinstance(b, sympy.core.relational.Relational) and _same_relation(a, b)
-    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
-        return False
-    return _vanishes(sympy.Add(a, sympy.Mul(-1, b)))
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)) or a.is_infinite:
+        return a == b
+    points = range(_POINTS if a.free_symbols | b.free_symbols else 1)
+    return _agree(
+        [((a, point), (b, point)) for point in points], a.has(sympy.Abs) or b.has(sympy.Abs)
+    )
 
 
 def _same_relation(a: Any, b: Any) -> bool:
     """Whether the differences of the sides of two relations are in one constant ratio."""
     import sympy
 
-    flipped = (sympy.Gt, sympy.Ge)
-    first, second = (r.rhs - r.lhs if r.func in flipped else r.lhs - r.rhs for r in (a, b))
-    kinds = [r.reversed.func if r.func in flipped else r.func for r in (a, b)]
-    if kinds[0] != kinds[1] or not (first.free_symbols and second.free_symbols):
+    first, second = (
+        sympy.Add(r.lhs, sympy.Mul(-1, r.rhs, evaluate=False), evaluate=False) for r in (a, b)
+    )
+    ratio = sympy.Mul(first, sympy.Pow(second, -1, evaluate=False), evaluate=False)
+    if not (first.free_symbols and second.free_symbols) or _value(ratio, 0) == 0:
         return False
-    symbols = sorted(first.free_symbols | second.free_symbols, key=str)
-    point = dict(zip(symbols, map(sympy.Rational, _point(symbols, 0)), strict=True))
-    ratio = (first / second).xreplace(point)
-    is_directed = kinds[0] in (sympy.Eq, sympy.Ne) or bool(ratio.evalf() > 0)
-    return is_directed and ratio != 0 and _vanishes(first - ratio * second)
+    if a.func in (sympy.Eq, sympy.Ne):
+        is_directed = a.func == b.func
+    else:
+        is_directed = a.func == (b.func if _value(ratio, 0) > 0 else b.reversed.func)
+    return is_directed and _agree([((ratio, n), (ratio, 0)) for n in range(1, _POINTS)])
 
 
-def _point(symbols: list[Any], number: int) -> list[Fraction]:
-    """Fractions of both signs for the variables of a formula, the same ones at every call."""
-    draw = random.Random(f"{number} {symbols}")
-    return [Fraction(draw.randint(-2999, 2999), 1009) for _ in symbols]
+def _agree(pairs: list[Any], everywhere: bool = False) -> bool:
+    r"""Whether the values of two trees agree in all pairs of points in which both are real.
+
+    So `\ln(ab)` is `\ln a + \ln b`. With `everywhere`, as for `\ln|x|` and `\ln x`, a value that is
+    real on one side only is a difference. If no pair is real, complex values are compared.
+    """
+    found = list(filter(None, (_compared(*pair) for pair in pairs)))
+    real = [equal for equal, kinds in found if all(kinds)]
+    if everywhere and any(len(set(kinds)) > 1 for _, kinds in found):
+        return False
+    return all(real) if real else bool(found) and all(equal for equal, _ in found)
 
 
-def _vanishes(difference: Any) -> bool:
-    """Whether a formula is zero at all points at which it has a value, of which there is one.
+def _compared(first: Any, second: Any) -> tuple[bool, tuple[bool, bool]] | None:
+    """Whether two trees at their points have equal values, and which are real; None without values.
 
-    Rounding decides: a value that is zero shrinks by as many digits as the precision grows.
+    Rounding decides: a difference that is zero shrinks as the precision grows.
     """
     import mpmath
-    import sympy
 
-    if difference.is_Rational:
-        return difference == 0
-    symbols = sorted(difference.free_symbols, key=str)
-    compute = sympy.lambdify(symbols, difference, "mpmath", dummify=True)
-    coarse, fine = _POINT_DIGITS if symbols else _CONSTANT_DIGITS
-    compared = False
-    for number in range(_POINTS if symbols else 1):
-        sizes = list[Any]()
-        for digits in (coarse, fine):
-            with mpmath.workdps(digits):
-                point = [mpmath.mpf(x.numerator) / x.denominator for x in _point(symbols, number)]
-                try:
-                    sizes.append(abs(mpmath.mpmathify(compute(*point))))
-                except (ZeroDivisionError, ValueError):  # A pole.
-                    sizes.append(mpmath.inf)
-        if all(map(mpmath.isfinite, sizes)):
-            slack = mpmath.mpf(10) ** (coarse + 15 - fine)
-            if sizes[1] > slack * (sizes[0] or mpmath.mpf(10) ** -coarse):
-                return False
-            compared = True
-    return compared
+    constant = not (first[0].free_symbols or second[0].free_symbols)
+    coarse, fine = _CONSTANT_DIGITS if constant else _POINT_DIGITS
+    sizes, kinds = list[Any](), (True, True)
+    for digits in (coarse, fine):
+        with mpmath.workdps(digits):
+            try:
+                values = [_value(*first), _value(*second)]
+            except (ZeroDivisionError, ValueError):  # A pole.
+                return None
+            if all(isinstance(value, Fraction) for value in values):
+                return values[0] == values[1], kinds
+            x, y = map(_rounded, values)
+            if not (mpmath.isfinite(x) and mpmath.isfinite(y)):
+                return None
+            small = mpmath.mpf(10) ** (-digits // 2)
+            kinds = tuple(abs(mpmath.im(z)) <= small * abs(z) for z in (x, y))
+            sizes.append(abs(x - y))
+    slack = mpmath.mpf(10) ** (coarse + 15 - fine)
+    return sizes[1] <= slack * (sizes[0] or mpmath.mpf(10) ** -coarse), kinds
 
 
-def _depth(answer: str) -> int:
-    steps = ((character in "([{") - (character in ")]}") for character in answer)
-    return max(accumulate(steps, initial=0))
+def _value(tree: Any, point: int) -> Any:
+    """The value of a tree at a point: a `Fraction`, or a number of mpmath.
 
-
-def _power(answer: str) -> int:
-    """An upper bound on the product of nested exponents: those of groups, and one plain one.
-
-    An exponent counts as its largest integer. A power or factorial inside an exponent is a tower
-    and counts as more than is allowed.
+    Raises:
+      TooLarge: a power or factorial is too large.
+      ValueError: the tree holds something else than numbers, variables and known functions.
     """
-    nested = plain = 1
-    for match in _EXPONENT.finditer(answer):
-        exponent, end = _argument(answer, match.end())
-        raised = re.search(r"\d[\s})]*(?:\^|\*\*|!)", exponent)
-        if raised or (_EXPONENT.match(answer, end) and _DIGITS.search(exponent)):
-            return MAX_POWER + 1
-        size = max([1, *map(int, _DIGITS.findall(exponent))])
-        if answer[: match.start()].rstrip()[-1:] in (")", "}", "]"):
-            nested *= size
-        else:
-            plain = max(plain, size)
-    return nested * plain
+    import mpmath
+    from sympy.core.function import AppliedUndef
+
+    name = type(tree).__name__
+    if tree.is_Symbol or name in ("ImaginaryUnit", "Pi") or isinstance(tree, AppliedUndef):
+        return _coordinate(str(tree), point)
+    if tree.is_Rational:
+        return Fraction(tree.p, tree.q)
+    if tree.is_Float:
+        return Fraction(str(tree))
+    values = [_value(part, point) for part in tree.args]
+    if name in ("Add", "Mul"):
+        if not all(isinstance(value, Fraction) for value in values):
+            values = [_rounded(value) for value in values]
+        return sum(values) if name == "Add" else math.prod(values)
+    if name == "Pow":
+        return _power(*values)
+    if name == "UnevaluatedExpr":
+        return values[0]
+    if name == "factorial":
+        return _factorial(values[0])
+    if name not in _VALUES:
+        raise ValueError(f"{name} has no value")
+    numbers = [_rounded(value) for value in values]
+    if name == "log":
+        return mpmath.log(numbers[0]) / (mpmath.log(numbers[1]) if numbers[1:] else 1)
+    return getattr(mpmath, _VALUES[name])(*numbers)
 
 
-def _argument(answer: str, start: int) -> tuple[str, int]:
-    """The group or token that begins at `start`, and the position after it."""
-    if answer[start : start + 1] not in ("{", "("):
-        token = _TOKEN.match(answer, start)
-        return (token[0], token.end()) if token else ("", start)
-    depth = 0
-    for end in range(start, len(answer)):
-        depth += (answer[end] in "({") - (answer[end] in ")}")
-        if depth == 0:
-            return answer[start : end + 1], end + 1
-    return answer[start:], len(answer)
+def _rounded(value: Any) -> Any:
+    """A value as a number of mpmath, in its precision of the moment."""
+    import mpmath
+
+    if isinstance(value, Fraction):
+        return mpmath.mpf(value.numerator) / value.denominator
+    return mpmath.mpmathify(value)
 
 
-def _largest_factorial(answer: str) -> int:
-    """The largest integer before `!`; a factorial of a group with numbers exceeds the bound."""
-    largest = 0
-    for match in re.finditer(r"(\d+|[A-Za-z]|\([A-Za-z\d\s+-]*\)|)\s*(!+)(?!=)", answer):
-        operand, marks = match[1], match[2]
-        numbers = [int(number) for number in _DIGITS.findall(operand)]
-        bounded = operand and (operand.isdigit() or re.search("[A-Za-z]", operand))
-        largest = max([largest, *numbers, 0 if bounded and marks == "!" else MAX_POWER])
-    return largest
+def _coordinate(name: str, point: int) -> Any:
+    """The value of a variable: the same fraction at every call; `e`, `i` and `\\pi` are numbers."""
+    import mpmath
+
+    known = {"math{e}": mpmath.e, "i": mpmath.mpc(0, 1), "pi": mpmath.pi}
+    if name in known:
+        return +known[name]
+    draw = random.Random(f"{point} {name}")
+    size, is_negative = Fraction(draw.randint(1, 2999), 1009), draw.random() < 0.5
+    return -size if point == 2 or (point > 2 and is_negative) else size
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    """A power; an odd root of a negative number is negative.
+
+    Raises:
+      TooLarge: it, or its reciprocal, has more than `MAX_BITS` bits.
+    """
+    import mpmath
+
+    number, times = _rounded(base), _rounded(exponent)
+    if abs(times) * max(1, abs(mpmath.mag(number)) if number else 1) > MAX_BITS:
+        raise TooLarge
+    if isinstance(exponent, Fraction):
+        if exponent.denominator == 1 and isinstance(base, Fraction):
+            return base ** int(exponent)
+        if exponent.denominator % 2 and mpmath.im(number) == 0 and number < 0:
+            return (-1) ** exponent.numerator * mpmath.power(-number, times)
+    return mpmath.power(number, times)
+
+
+def _factorial(value: Any) -> Any:
+    import mpmath
+
+    if abs(value) > MAX_BITS // 10:
+        raise TooLarge
+    if isinstance(value, Fraction) and value.denominator == 1:
+        return Fraction(math.factorial(int(value)))
+    return mpmath.factorial(_rounded(value))

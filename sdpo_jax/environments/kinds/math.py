@@ -34,9 +34,8 @@ from sdpo_jax.config import at_least, setting
 from sdpo_jax.environments import rows
 from sdpo_jax.environments.answer_forms import cut_off, last_boxed, shown, without_thinking
 from sdpo_jax.environments.base import Outcome, Prompt
-from sdpo_jax.environments.math_equality import equal
+from sdpo_jax.environments.math_equality import equal, why_only_text, why_refused
 from sdpo_jax.environments.math_spelling import plain, same_text
-from sdpo_jax.environments.math_values import why_only_text, why_refused
 from sdpo_jax.environments.rows import BadRow, Split, type_name
 from sdpo_jax.environments.settings import FilesConfig, WorkerConfig, print_skipped, require_files
 from sdpo_jax.errors import UserError
