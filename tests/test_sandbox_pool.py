@@ -126,6 +126,7 @@ def test_the_box_that_waits_ends_with_a_killed_executor_and_the_programs_are_run
     assert wait_until(lambda: not alive(pids)), alive(pids)
 
 
+@pytest.mark.slow
 def test_a_waiting_box_that_dies_is_replaced_and_no_wrong_answer(sandbox: LocalSandbox) -> None:
     # Long enough that the box is killed while it waits, also on a busy machine.
     thread, found = start(sandbox, SLOW.replace("sleep(1)", "sleep(4)"), 2)
