@@ -105,7 +105,7 @@ class ChatTokenizer:
         with suppress(UserError):  # `render` reports a template that fails.
             before, after = self._around_turn()
             header = next((i for i in reversed(before) if i in control), None)
-            end = next((i for i in after if self._tokenizer.decode([i]).strip()), None)
+            end = next((i for i in after if self._tokenizer.decode([i]).strip()), -1)
             # After the last turn, some templates begin the next one, whatever they are asked for.
             stops += [end] if end in control and end != header else []
         found = tuple(dict.fromkeys(int(i) for i in stops if i is not None))
