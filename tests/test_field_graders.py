@@ -146,6 +146,58 @@ def test_a_program_is_found_in_linear_time(piece):
         ("The answer is C, because A is a gas.", "C"),
         ("The answer is C or metal.", "C"),
         ("The answer is (C) or, in short, C.", "C"),
+        # Markup, words and signs around a stated letter.
+        ("The correct answer is: C", "C"),
+        ("the Answer is C", "C"),
+        ("Answer: C", "C"),
+        ("**Answer: C**", "C"),
+        ("**Answer:** C", "C"),
+        ("Therefore, the answer is: **C**", "C"),
+        ("The answer is option C.", "C"),
+        ("The answer is: choice (C)", "C"),
+        (r"The answer is \(C\).", "C"),
+        (r"The answer is $\text{C}$.", "C"),
+        (r"The answer is \(\text{(C)}\).", "C"),
+        (r"So the answer is \textbf{C}.", "C"),
+        ("The answer is `C`.", "C"),
+        ("The answer is C: copper is a metal.", "C"),
+        ("The answer is (C) copper.", "C"),
+        ("The answer is\n\nC", "C"),
+        ("The answer is C rather than B.", "C"),
+        ("The answer is C as it conducts.", "C"),
+        ("The answer is C, which is a metal.", "C"),
+        ("The answer is not A. The answer is C.", "C"),
+        ("The answer is A and not B.", "A"),
+        ("Answer: A. No, answer: C.", "C"),
+        ("<answer>C,</answer>", "C"),
+        ("<answer>`C`</answer>", "C"),
+        (r"<answer>\boxed{C}</answer>", "C"),
+        (r"<answer>C</answer> \boxed{D}", "C"),
+        ("<answer>C</answer> <answer>D", "C"),
+        ("<answer>C</answer></think><answer>D</answer>", "D"),
+        (r"\boxed{C}, \boxed{D}", "D"),
+        ("Answer: A metal conducts.", None),
+        ("The answer is A metal.", None),
+        ("The answer is not A.", None),
+        ("The answer is neither A nor B.", None),
+        ("The answer is either A or B.", None),
+        ("The answer is E.", None),
+        ("Answer: A, B", None),
+        (r"Answer: $A$ or $B$", None),
+        (r"The answer is \text{A and B}.", None),
+        (r"The answer is \textbf{A} or \textbf{B}.", None),
+        ("The answer is A: B and C are wrong.", "A"),
+        ("The answer is options A and B.", None),
+        ("<answer>option C</answer>", None),
+        ("<answer>C) copper</answer>", None),
+        ("<answer>,</answer>", None),
+        ("<answer>A|B</answer>", None),
+        ("<answer>A\nB</answer>", None),
+        ("<answer>AB</answer>", None),
+        ("<answer></answer>The answer is C.", None),
+        (r"\boxed{A \text{ or } B}", None),
+        (r"\boxed{A \quad B}", None),
+        (r"\boxed{E}", None),
         # Several letters are no answer.
         ("The answer is A, B, C or D.", None),
         ("The answer is A, B, C or D", None),
@@ -183,7 +235,16 @@ def test_one_letter_is_read_and_several_are_not(response, letter):
 
 
 @pytest.mark.parametrize(
-    "piece", [r"\boxed{A", r"\boxed{{a}", r"\boxed{x{y}{", "answer is (A), ", r"\text{", "A, "]
+    "piece",
+    [
+        r"\boxed{A",
+        r"\boxed{{a}",
+        r"\boxed{x{y}{",
+        "answer is (A), ",
+        r"\text{",
+        "A, ",
+        r"\textbf{A",
+    ],
 )
 def test_reading_a_letter_is_linear_in_the_response(piece):
     for text in (piece * 50_000, f"<answer>{piece * 50_000}</answer>"):
@@ -320,3 +381,40 @@ def test_feedback_on_a_toy_call_can_be_encoded():
             key = argument.partition("=")[0]
             outcome = toy.grade(prompt, f'{name}({key}="\\ud800")')
             assert not outcome.passed and outcome.feedback.encode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("f(a=-1)", -1),
+        ("f(a=+1,)", 1),
+        ("[f(a=1_000)]", 1000),
+        ("(f(a=0x10))", 16),
+        ("f(a='x' 'y')", "xy"),
+        ("f(a='''x\ny''') # done", "x\ny"),
+        ("f(a=r'\\n')", "\\n"),
+        ("f(a=(1, (2, 3)))", [1, [2, 3]]),
+        ("f(a={'k': [None, True]})", {"k": [None, True]}),
+        ('{"name": "f", "arguments": {"a": [1, {"k": null}]}}', [1, {"k": None}]),
+        ('[{"arguments": {"a": 1}, "name": "f"}]', 1),
+        ("```tool_code\nf(a=1)\n```", 1),
+    ],
+)
+def test_values_of_a_call_are_those_of_python_and_json(answer, value):
+    assert parse_call(answer) == Call("f", {"a": value})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("f", "f(1)", "f(a=x)", "f(a=1+1)", "f(a=1, a=2)", "f(a=1); f(a=1)", "f(a=1)\nf(a=2)"),
+        *("f(a={1: 2})", "f(a={1, 2})", "f(a=b'x')", "f(a=1j)", "f(a=...)", "f(a=f'x')", "f(a:=1)"),
+        *("f(a=true)", "f(a=null)", "f(a=1).g()", "print(f(a=1))", "`f(a=1)`", "Call: f(a=1)"),
+        *("x = f(a=1)", "await f(a=1)", "f(**{'a': 1})", "[f(a=1), f(a=2)]", "[[f(a=1)]]", "[]"),
+        *('{"name": "f", "arguments": "a"}', '{"name": "f", "arguments": {"a": NaN}}', "```\n```"),
+        '{"name": "f", "arguments": {"a": 1, "a": 2}}',
+        "f(a=1 if 1 else 2)",
+    ],
+)
+def test_whatever_is_not_one_call_with_literal_values_is_malformed(answer):
+    assert isinstance(parse_call(answer), str)
