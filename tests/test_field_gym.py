@@ -129,7 +129,12 @@ FURTHER = {
     "base_conversion": {"{}": True, "0x{}": False, "{} {}": False, "{}.0": False},
     "bitwise_arithmetic": {"{}": True, "{} or 0": False, "-{}": False},
     "count_primes": {"{}.0": True, "-{}": False},
-    "prime_factorization": {"{}": True, "{} × 1": False, "1 × {}": False, "{} = 1": False},
+    "prime_factorization": {
+        "{}": True,
+        "{} \u00d7 1": False,
+        "1 \u00d7 {}": False,
+        "{} = 1": False,
+    },
     "caesar_cipher": {"{}": True, "{}!": False, "x{}": False},
     "spell_backward": {"{}": True, "{}x": False, "{}{}": False},
     "syllogism": {"{}": True, "Yes or No": False, "not {}": False, "{} {}": False},
@@ -139,11 +144,9 @@ FURTHER = {
     "rotate_matrix": {"{}": True, "{} x": False, "{}\n{}": False},
     "mini_sudoku": {"{}": True, "{} 1": False, "{}\n{}": False},
     "futoshiki": {"{}": True, "{} 1": False, "{}\n{}": False},
-    "cryptarithm": {"{}": True, "{},A=1": False, "{} x": False},
+    "cryptarithm": {"{}": True, "{},A=1": False, "A=5,{}": False, "{},{}": False},
     "group_anagrams": {"{}": True, "{} []": False},
     "word_ladder": {"{}": True, "{},x": False},
-    "graph_color": {"{}": True, "{} {}": False},
-    "rubiks_cube": {"{}": True, "{} U": False, "{} ?": False},
 }
 """By generator, further changes of the oracle and whether they pass."""
 
