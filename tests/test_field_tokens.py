@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import tiny
@@ -258,7 +259,7 @@ def test_a_config_means_what_it_means_to_transformers(family, changes):
     config = {k: v for k, v in config.items() if v is not None}
     made = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[family]
     ours, theirs = from_hugging_face(config), made(**config)
-    rope = theirs.rope_parameters
+    rope: Any = theirs.rope_parameters
     assert ours.rope_theta == rope["rope_theta"]
     scaling = ours.rope_scaling
     assert (scaling.factor if scaling else 1.0) == rope.get("factor", 1.0)
