@@ -7,7 +7,6 @@ kernel's (`include/uapi/linux`): prctl.h, landlock.h, seccomp.h.
 import ctypes
 import math
 import os
-import platform
 import resource
 import struct
 from collections.abc import Mapping, Sequence
@@ -78,7 +77,7 @@ def fork_apart() -> int:
 
     The child is process 1 there: no process below it can end or stop it, and all end with it.
     """
-    number = _CLONE[platform.machine()]
+    number = _CLONE[os.uname().machine]
     flags = ctypes.c_ulong(_CLONE_NEWNS | _CLONE_NEWPID | _SIGCHLD)
     pid = _libc.syscall(number, flags, None, None, None, None)
     if pid < 0:

@@ -8,6 +8,7 @@ finds no other input. Where the box allows it, each supervisor has its own proce
 
 import base64
 import fcntl
+import gc
 import itertools
 import os
 import signal
@@ -44,6 +45,9 @@ class Runner:
 
     def serve(self) -> None:
         """A supervisor for each test, until one of them ends otherwise than after its answer."""
+        # A collection would copy the pages that the forks share.
+        gc.disable()
+        gc.freeze()
         for number in itertools.count():
             supervisor = confine.fork_apart() if self._apart else os.fork()
             if supervisor == 0:
@@ -93,7 +97,7 @@ class Runner:
         for end in theirs:
             os.close(end)
         # Only code of ours has held this pipe, so no program can claim that we have failed.
-        said = trouble.encode() or _read_all(started[0])
+        said = trouble.encode() or os.read(started[0], _ROOM_FOR_RECORD)
         if said != _CONFINED:
             error = said.decode("utf-8", "replace") or "a test ended before its program began"
             return {"status": "infrastructure", "error": error}
@@ -113,6 +117,7 @@ class Runner:
             _take_descriptors(ends)
             os.chdir(self._work)
             os.environ.update(HOME=self._work, TMPDIR=self._work)
+            gc.enable()
             confine.set_limits(self._limits, self._count)
             if self._ruleset >= 0:
                 confine.restrict(self._ruleset)
@@ -149,12 +154,6 @@ def _take_descriptors(ends: Sequence[int]) -> None:
 def _stream(fd: int, mode: str, errors: str) -> TextIO:
     """A standard stream on a new descriptor: the old object holds what its predecessor buffered."""
     return cast(TextIO, open(fd, mode, encoding="utf-8", errors=errors, closefd=False))
-
-
-def _read_all(fd: int) -> bytes:
-    """What is written to a pipe until its last writer closes it."""
-    with open(fd, "rb") as stream:
-        return stream.read()
 
 
 def main() -> None:

@@ -113,12 +113,15 @@ _METADATA: dict[str, tuple[int, int]] = {
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
     "fchmodat2": (452, 452),
+}
+"""Without effect in a box that sees the machine's files: Landlock does not govern them."""
+_OWNERS: dict[str, tuple[int, int]] = {
     "chown": (92, -1),
     "fchown": (93, 55),
     "lchown": (94, -1),
     "fchownat": (260, 54),
 }
-"""Without effect in a box that sees the machine's files: Landlock does not govern them."""
+"""Refused there, since no honest program has another owner to name."""
 _SIGNALS: dict[str, tuple[int, int]] = {
     "kill": (62, 129),
     "tkill": (200, 130),
@@ -181,6 +184,7 @@ def program(*, deny_signals: bool = False, own_files: bool = True) -> bytes:
                 code += _on_argument(numbers[column], offset, flag, _EOPNOTSUPP)
         code += _answer([_OPENAT2[column]], _ENOSYS)
         code += _answer([numbers[column] for numbers in _METADATA.values()], _SILENT)
+        code += _answer([numbers[column] for numbers in _OWNERS.values()], _EPERM)
     # asyncio needs a pair of stream sockets; a datagram pair could send to an address.
     pair = [_step(_AND, 0xF), _step(_JEQ, 1, 1, 0)]
     code += _on_argument(_SOCKETPAIR[column], 24, pair)
@@ -223,9 +227,7 @@ def _keep_children_waited_for(number: int) -> list[bytes]:
     return [_step(_JEQ, number, 0, len(steps)), *steps]
 
 
-def _on_argument(
-    number: int, offset: int, test: list[bytes], verdict: int = _EPERM
-) -> list[bytes]:
+def _on_argument(number: int, offset: int, test: list[bytes], verdict: int = _EPERM) -> list[bytes]:
     """Denies a call whose argument at `offset` passes the test, whose last step skips if not."""
     steps = [_step(_LOAD, offset), *test, _step(_RET, verdict), _step(_LOAD, 0)]
     return [_step(_JEQ, number, 0, len(steps)), *steps]
