@@ -2,9 +2,9 @@
 
 Most stand in `sandbox_attacks.txt`, each under a line `### name | statuses | open | n tests`: the
 statuses that its test may end with (any if none is named); `open` if the attack succeeds where
-nothing holds it; `unheld on landlock` if only namespaces hold it; how often `solve()` is called, each time in a fresh process. The text is the body
-of `solve`, or with `module` the whole program. `@NAME@` is replaced by what the world of the test
-offers: a file outside, a listener, a process.
+nothing holds it; `unheld on landlock` if only namespaces hold it; how often `solve()` is called,
+each time in a fresh process. The text is the body of `solve`, or with `module` the whole program.
+`@NAME@` is replaced by what the world of the test offers: a file outside, a listener, a process.
 """
 
 import textwrap

@@ -18,8 +18,8 @@ from sdpo_jax.environments.sandbox import Call, Limits, Program, Run, open_sandb
 from sdpo_jax.environments.sandbox.client import LocalSandbox
 from sdpo_jax.environments.sandbox.processes import children
 
-# Namespaces tell boxes of bubblewrap apart, and the process above a test those of Landlock.
-WHO = "import os\ndef f(): return [os.readlink('/proc/self/ns/pid'), os.getppid()]"
+# Namespaces tell boxes of bubblewrap apart, and the folder above a test's those of Landlock.
+WHO = "import os\ndef f(): return [os.readlink('/proc/self/ns/net'), os.path.dirname(os.getcwd())]"
 SLEEP = "import time\ndef f():\n    time.sleep(30)\n    return 42"
 SLOW = "import time\ndef f():\n    time.sleep(1)\n    return 42"
 wait_until = partial(processes.wait_until, seconds=30.0)
@@ -73,7 +73,7 @@ def test_each_program_has_a_box_of_its_own_and_its_tests_share_it(sandbox: Local
     seen = sandbox.run([Program(WHO, (Call("f"),) * 2, LIMITS)] * 6)
     boxes = [{str(o.value) for o in observations} for observations in seen]
     if sandbox.tier == "bubblewrap":
-        # Process numbers begin anew in each box, and the kernel may use a namespace's again.
+        # The kernel may use a namespace's number again.
         assert all(len(box) == 1 for box in boxes)
     else:
         assert all(len(box) == 1 for box in boxes) and len(set.union(*boxes)) == 6

@@ -1,9 +1,10 @@
 """The trusted process inside a box: forks a child per test, watches it and reports observations.
 
-It reads frames from descriptor 0 and answers on descriptor 1. For each test it forks a supervisor,
-before it reads the test: the supervisor reads it, forks the child that runs the program, and watches
-that child. So neither process has ever held another test, and a program that searches its memory
-finds no other input. Where the box allows it, each supervisor has its own processes and files.
+It reads frames from descriptor 0 and answers on descriptor 1. For each test it forks a supervisor
+before it reads the test: the supervisor reads it, forks the child that runs the program, and
+watches that child. So neither process has ever held another test, and a program that searches its
+memory finds no other input. Where the box allows it, each supervisor has its own processes and
+files.
 """
 
 import base64
