@@ -52,34 +52,36 @@ class BoxError(Exception):
 
 
 class Box:
-    """One box, for one program: started, given its program by `take`, ended by `close`.
+    """One box: started, greeted by `greet`, given tests by `begin`, ended by `close`.
 
     It has to be started by a thread that outlives it: the kernel ends a box of bwrap with the
     thread that made it.
     """
 
-    def __init__(self, plan: Plan, uid: int):
+    def __init__(self, plan: Plan, uid: int, numpy: bool = False):
         self._plan, self._uid = plan, uid
         self._own_uid = os.getuid() == 0 and plan.tier != "unsafe-local"
         self._work = "/tmp" if plan.bwrap else self._new_directory()
+        self.numpy = numpy
+        """Whether the runner has imported numpy, which costs more than most tests."""
         self.expired = False
         with _starting:
             self.process = self._start()
             _running.add(self.process.pid)
         assert self.process.stdin and self.process.stdout
         self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
-        # A box that has already ended is noticed when it gets a program.
+        # A box that has already ended is noticed when it is greeted.
         with suppress(OSError):
             # Large enough that the write does not wait for the interpreter to start.
             fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             frames.write_all(self._in, base64.b64decode(plan.code))
 
-    def take(self, program: Mapping[str, Any]) -> None:
-        """Sends the box its program; if the box did not start, closes it and raises `BoxError`."""
+    def greet(self) -> None:
+        """Sends the box its set-up; if the box did not start, closes it and raises `BoxError`."""
         greeting = None
         with suppress(OSError, frames.FrameError):
             if self.process.poll() is None:
-                frames.write(self._in, self._setup(program))
+                frames.write(self._in, self._setup())
                 greeting = self._greeting()
         # The runner may outlive its bwrap for a moment and would then end in the middle of a test.
         if greeting is None or self.process.poll() is not None:
@@ -121,7 +123,7 @@ class Box:
             os.chown(path, self._uid, self._uid)
         return path
 
-    def _setup(self, program: Mapping[str, Any]) -> dict[str, Any]:
+    def _setup(self) -> dict[str, Any]:
         plan = self._plan
         filtered = plan.tier != "unsafe-local" and seccomp.supported()
         code = (
@@ -130,8 +132,7 @@ class Box:
             else b""
         )
         return {
-            "source": program["source"],
-            "limits": program["limits"],
+            "numpy": self.numpy,
             "work": self._work,
             "paths": plan.paths,
             "landlock": plan.landlock,

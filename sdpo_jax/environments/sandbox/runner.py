@@ -1,10 +1,10 @@
 """The trusted process inside a box: forks a child per test, watches it and reports observations.
 
 It reads frames from descriptor 0 and answers on descriptor 1. For each test it forks a supervisor
-before it reads the test: the supervisor reads it, forks the child that runs the program, and
-watches that child. So neither process has ever held another test, and a program that searches its
-memory finds no other input. Where the box allows it, each supervisor has its own processes and
-files.
+before it reads the program and the test: the supervisor reads them, forks the child that runs the
+program, and watches that child. So neither process has ever held another test, a program that
+searches its memory finds no other input, and one box serves many programs. Where the box allows it,
+each supervisor has its own processes and files.
 """
 
 import base64
@@ -35,8 +35,6 @@ class Runner:
     """One box: its set-up, and a supervisor, a child and a new folder for each test."""
 
     def __init__(self, setup: Mapping[str, Any]):
-        self._source: str = setup["source"]
-        self._limits: Mapping[str, Any] = setup["limits"]
         self._work: str = setup["work"]
         self._apart: bool = setup["apart"]
         self._count: bool = setup["count_processes"]
@@ -62,14 +60,16 @@ class Runner:
 
     def _supervise(self, number: int) -> int:
         """Answers one test; 0 if the box can take another one."""
+        if (message := frames.read(0)) is None:
+            return 1
+        self._source: str = message["program"]["source"]
+        self._limits: Mapping[str, Any] = message["program"]["limits"]
         trouble = ""
         try:
             self._prepare(number)
         except OSError as error:
             trouble = f"no place for a test: {error}"
-        if (test := frames.read(0)) is None:
-            return 1
-        answer = self.run(test, trouble)
+        answer = self.run(message["test"], trouble)
         # An own file system ends with this process; another has to be emptied.
         answer["clean"] = self._apart or watch.remove(self._work)
         frames.write(1, answer)
@@ -159,13 +159,12 @@ def _stream(fd: int, mode: str, errors: str) -> TextIO:
 
 def main() -> None:
     """Answers frames until the stream ends: first the set-up, then one test after the other."""
-    # At once, because a box may wait for its program while another one runs.
     confine.harden_runner()
     setup = frames.read(0)
     if setup is None:
         return
     sys.path[:0] = setup["paths"]
-    if setup["paths"] and "numpy" in setup["source"]:
+    if setup["numpy"]:
         # Before the forks: an import in each test would cost more than most tests.
         with suppress(Exception):
             import_module("numpy")
