@@ -131,7 +131,7 @@ def test_a_box_that_dies_is_replaced_for_the_next_program(sandbox: LocalSandbox)
     os.kill(boxes_of(sandbox)[0], signal.SIGKILL)
     thread.join(60)
     # The first may have been in the box, or have been given another one, or have its supervisor.
-    assert [o.status for o in found[0]][0] in ("done", "died")
+    assert next(o.status for o in found[0]) in ("done", "died")
     assert [o.value for o in found[0]][1:] == [42, 42]
     assert wait_until(lambda: not children(executor_of(sandbox)))
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from sdpo_jax.environments.sandbox import frames, processes, seccomp
+from sdpo_jax.environments.sandbox import cgroups, frames, processes, seccomp
 
 _UIDS = range(64001, 65534)
 """User ids of the slots if the daemon is root; distributions assign none of them."""
@@ -43,6 +43,8 @@ class Plan(NamedTuple):
     disable_userns: bool = False
     landlock: bool = False
     deny_signals: bool = False
+    cgroup: str = ""
+    """A folder of cgroup v2 for a group of each box, where one is prepared."""
     work_root: str = ""
     """Parent of the tests' directories, for a tier without a file system of its own."""
 
@@ -65,6 +67,7 @@ class Box:
         self.numpy = numpy
         """Whether the runner has imported numpy, which costs more than most tests."""
         self.expired = False
+        self.group = cgroups.Group(plan.cgroup, f"sdpo-{os.getpid()}-{next(_numbers)}")
         with _starting:
             self.process = self._start()
             _running.add(self.process.pid)
@@ -86,6 +89,7 @@ class Box:
         # The runner may outlive its bwrap for a moment and would then end in the middle of a test.
         if greeting is None or self.process.poll() is not None:
             raise BoxError(self.close() or "the box ended at its start and said nothing")
+        self.group.add([self.process.pid, *processes.descendants(self.process.pid)])
 
     def _greeting(self) -> dict[str, Any] | None:
         """The runner's first frame; None if the box ended or did not start in time."""
@@ -189,6 +193,7 @@ class Box:
                 stream.close()
         if not self._plan.bwrap:
             remove(self._work)
+        self.group.close()
         return said
 
 

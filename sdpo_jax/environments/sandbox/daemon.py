@@ -93,6 +93,7 @@ class Slot:
         try:
             for test in program["tests"]:
                 box = self._open(numpy)
+                box.group.limit(program["limits"])
                 box.begin({"program": shared, "test": test}, patience)
                 answer = box.end()
                 seen.append(answer or _ended(box))
