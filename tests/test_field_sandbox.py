@@ -3,13 +3,14 @@
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from sdpo_jax.environments.base import Outcome
 from sdpo_jax.environments.code.problems import Case, Equals, Problem
 from sdpo_jax.environments.kinds.code import Code
-from sdpo_jax.environments.sandbox import Call, Limits, open_sandbox
+from sdpo_jax.environments.sandbox import Call, Limits, Program, open_sandbox
 from sdpo_jax.environments.sandbox.client import LocalSandbox
 
 # The fallback runs with the slow tests where bubblewrap is there.
@@ -115,6 +116,11 @@ def oracle(n):
 }
 
 
+_text = Path(__file__).with_name("sandbox_honest.txt").read_text()
+# Each comes close to something that the sandbox refuses or replaces; `f()` returns True.
+HONEST = dict(block.split("\n", 1) for block in _text.split("### ") if block)
+
+
 def problem(name: str, inputs: tuple[int, ...], shown: int = 1, prelude: str = "") -> Problem:
     """A problem whose first `shown` inputs the question shows, from the end."""
     cases = tuple(
@@ -164,3 +170,10 @@ def test_feedback_holds_no_hidden_input(sandbox: LocalSandbox, name: str) -> Non
 def test_visible_tests_run_before_hidden_ones(sandbox: LocalSandbox) -> None:
     environment = Code([], [problem("mixed", (*HIDDEN, 1, 2), shown=2)], sandbox=sandbox)
     assert environment.held_out[0].data["task"].graded == (2, 3, 0, 1)
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_program_beside_the_limits_is_done(sandbox: LocalSandbox, name: str) -> None:
+    limits = Limits(cpu_seconds=3.0, wall_seconds=10.0)
+    (seen,) = sandbox.run([Program(HONEST[name], (Call("f"),), limits)])[0]
+    assert (seen.status, seen.value) == ("done", True), seen

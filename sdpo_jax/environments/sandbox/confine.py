@@ -96,6 +96,19 @@ def mount_own(work: str, size_mb: int) -> None:
         raise _failed("capset")
 
 
+def check_apart(work: str) -> None:
+    """Raises `OSError` where this process may not make what each test needs."""
+    if (pid := fork_apart()) == 0:
+        status = 1
+        try:
+            mount_own(work, 1)
+            status = 0
+        finally:
+            os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        raise PermissionError("a test may not mount its own folder (AppArmor may confine bwrap)")
+
+
 def set_limits(limits: Mapping[str, Any], count_processes: bool) -> None:
     """Sets the kernel's limits per process; hard limits too, so that none can be raised."""
     cpu = math.ceil(limits["cpu_seconds"]) + 1

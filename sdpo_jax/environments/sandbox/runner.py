@@ -168,6 +168,8 @@ def main() -> None:
         # Before the forks: an import in each test would cost more than most tests.
         with suppress(Exception):
             import_module("numpy")
+    if setup["apart"]:
+        confine.check_apart(setup["work"])
     runner = Runner(setup)
     frames.write(1, {"ready": True, "python": sys.version.split()[0], "prefix": sys.base_prefix})
     runner.serve()
