@@ -101,6 +101,22 @@ def test_the_filter_denies_and_allows_by_number(
     assert verdict(0, arch=0x40000003) == seccomp._KILL
     if machine == "x86_64":
         assert verdict(0x40000000) == seccomp._KILL
+    # What a test may ask of itself, and not of the process above it.
+    fcntl, limit, option = (n[column] for n in (seccomp._FCNTL, seccomp._PRLIMIT, seccomp._PRCTL))
+    assert [verdict(limit, pid) for pid in (0, 1)] == [seccomp._ALLOW, seccomp._EPERM]
+    assert [verdict(fcntl, 5, n) for n in (1, 8, 15)] == [seccomp._ALLOW] + [seccomp._EPERM] * 2
+    assert [verdict(option, n) for n in (3, 4)] == [seccomp._ALLOW, seccomp._SILENT]
+    action = seccomp._SIGACTION[column]
+    assert [verdict(action, 17, p) for p in (0, 1, 1 << 32)] == [seccomp._ALLOW] + [
+        seccomp._SILENT
+    ] * 2
+    assert verdict(action, 2, 1) == seccomp._ALLOW
+    openat, touch = seccomp._OPENAT[column], seccomp._METADATA["utimensat"][column]
+    assert verdict(openat, 0, 0, seccomp._TMPFILE | 2) == verdict(touch) == seccomp._ALLOW
+    code = seccomp.program(own_files=False)
+    assert verdict(openat, 0, 0, seccomp._TMPFILE | 2) == seccomp._EOPNOTSUPP
+    assert verdict(openat, 0, 0, 2) == seccomp._ALLOW
+    assert verdict(touch) == seccomp._SILENT
 
 
 def run_bpf(code: bytes, data: bytes) -> int:

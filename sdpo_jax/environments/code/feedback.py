@@ -46,7 +46,8 @@ _NAMES = {
     "done": "Wrong Answer",
 }
 """Classes by status, in order of precedence."""
-_PLACE = re.compile(r"(?m)^Line (\d+) in .* \(Solution\.py\)$\n?")
+# A program can write such a line itself, with more digits than Python converts.
+_PLACE = re.compile(r"(?m)^Line (\d{1,9}) in .* \(Solution\.py\)$\n?")
 
 
 class Record(NamedTuple):

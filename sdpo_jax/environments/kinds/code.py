@@ -219,7 +219,9 @@ def _prompt(problem: Problem, share: float, seed: int, *, all_tests: bool) -> Pr
     if not problem.cases:
         raise UserError(f"problem {problem.id!r}: no tests; leave it out")
     visible = public_cases(problem, share, seed)
-    graded = tuple(range(len(problem.cases))) if all_tests else visible
+    # Visible tests run first: what feedback shows comes from before any hidden input was there.
+    hidden = [i for i in range(len(problem.cases)) if i not in visible] if all_tests else []
+    graded = (*visible, *hidden)
     task = Task(problem, graded, frozenset(visible))
     data = {"task": task, "difficulty": problem.difficulty}
     return Prompt(problem.id, ({"role": "user", "content": problem.question},), data)
