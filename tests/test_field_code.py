@@ -1,7 +1,7 @@
 """Field reports on the grading of programs, by their right values, and idiomatic programs.
 
-A line of `honest_programs.txt` is a program and what it is tested by: input and output; arguments and
-value of `f`, as JSON; or an assert. `\\n` stands for a line break, `\\|` for a bar.
+A line of `honest_programs.txt` is a program and what it is tested by: input and output; arguments
+and value of `f`, as JSON; or an assert. `\\n` stands for a line break, `\\|` for a bar.
 """
 
 import json

@@ -194,11 +194,10 @@ class _Holes(ast.NodeTransformer):
     def _around(self, node: ast.Call, name: str) -> ast.expr:
         before = len(self.calls)
         self.generic_visit(node)
-        match node.args:
-            case [ast.Name(hole)] if name in _INSIDE and len(self.calls) == before + 1:
-                if hole == f"_{before}" and not node.keywords:
-                    self.calls[before] = f"{name}({self.calls[before]})"
-                    return node.args[0]
+        arguments = [*map(ast.unparse, (*node.args, *node.keywords))]
+        if name in _INSIDE and arguments == [f"_{before}"]:
+            self.calls[before] = f"{name}({self.calls[before]})"
+            return node.args[0]
         return node
 
     def _self_contained(self, argument: ast.expr) -> ast.expr:

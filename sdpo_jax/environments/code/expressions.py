@@ -11,6 +11,7 @@ import decimal
 import fractions
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -81,15 +82,12 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{"list": list, "max": max, "min": min, "round": round, "sorted": sorted, "str": str},
     **{"sum": sum, "tuple": tuple, "math.fabs": math.fabs, "math.sqrt": math.sqrt},
     **{"math.isclose": math.isclose, "set": set, "frozenset": frozenset, "dict": dict},
-    "complex": complex,
-}
-_CLASSES: dict[str, Callable[..., Any]] = {
-    **{"Counter": collections.Counter, "deque": collections.deque},
+    **{"complex": complex, "Counter": collections.Counter, "deque": collections.deque},
     # An exponent of many digits would make a number that never ends.
     "Decimal": lambda given: decimal.Decimal(str(given) if "e" not in str(given).lower() else "x"),
     "Fraction": lambda *parts: fractions.Fraction(*map(operator.index, parts)),
 }
-_HOMES = ("collections.", "decimal.", "fractions.")
+_HOMES = re.compile("^(collections|decimal|fractions)[.]")
 
 
 def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
@@ -153,12 +151,10 @@ def _call(name: str, arguments: list[Any]) -> Any:
         if len(numbers) > MAX_ITEMS:
             raise EvaluationError("range too long")
         return numbers
-    table = _FUNCTIONS
-    if name not in table:
-        table, name = _CLASSES, name.removeprefix(next(filter(name.startswith, _HOMES), ""))
-    if name not in table:
+    name = _HOMES.sub("", name)
+    if name not in _FUNCTIONS:
         raise EvaluationError(f"not called here: {name[:80]}")
-    return table[name](*arguments)
+    return _FUNCTIONS[name](*arguments)
 
 
 def _loop(

@@ -174,11 +174,12 @@ class Code:
             return not_graded(f"sandbox: {broken[0].observation.error or 'no result'}")
         metrics = _metrics(task, records)
         passed = not failed and not broken
+        prelude = task.problem.prelude
         feedback = write_feedback(
             failed,
             limits=task.problem.limits,
             show_expected=self._show_expected,
-            skip_lines=_lines(task.problem.prelude),
+            skip_lines=prelude.count("\n") + bool(prelude),
         )
         reward = metrics["tests_passed"] if self._reward == "fraction" else float(passed)
         return Outcome(reward, passed, feedback, metrics)
@@ -233,16 +234,11 @@ def make_programs(task: Task, source: str) -> Iterator[Program]:
     yield Program(whole, tuple(tests), problem.limits)
 
 
-def _lines(prelude: str) -> int:
-    return prelude.count("\n") + 1 if prelude else 0
-
-
 def _preluded(problem: Problem, choice: Prelude) -> Problem:
     """The problem with the prelude of the recipe, and with its own."""
     own = problem.prelude.removeprefix(PRELUDE)
     wanted = choice == "livecodebench" or (choice == "source" and own != problem.prelude)
-    parts = [PRELUDE] if wanted else []
-    return problem._replace(prelude="\n".join([*parts, *([own] if own else [])]))
+    return problem._replace(prelude="\n".join(filter(None, [PRELUDE if wanted else "", own])))
 
 
 def _prompt(problem: Problem, share: float, seed: int, *, all_tests: bool) -> Prompt:

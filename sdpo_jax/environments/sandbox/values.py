@@ -12,7 +12,9 @@ exact types only: an object that equals everything does not pass.
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from itertools import chain, islice
 from typing import Any, cast
 
@@ -20,6 +22,8 @@ MAX_DEPTH = 100
 """Containers inside each other; deeper values are an error."""
 _BIG = 1 << 14_000
 """Larger integers are written in hex: Python limits decimal digits, whose conversion is slow."""
+_LISTED = ("collections.deque", "array.array", "builtins.dict_values", "builtins.dict_items")
+_USER = ("Dict", "List", "String")
 _LONG_RANGE, _EQUAL_HASHES, _EXPONENT = 1_000_000, 100, 10_000
 _WRITE: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "builtins.list": ("", lambda v: [*list.__iter__(v)]),
@@ -30,24 +34,16 @@ _WRITE: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "builtins.dict": ("dict", lambda v: [*chain.from_iterable(dict.items(v))]),
     "builtins.set": ("set", lambda v: [*set.__iter__(v)]),
     "builtins.frozenset": ("frozenset", lambda v: [*frozenset.__iter__(v)]),
-    "builtins.bytes": ("bytes", lambda v: b"".join([v]).hex()),
-    "builtins.bytearray": ("bytes", lambda v: b"".join([v]).hex()),
     "builtins.complex": ("complex", lambda v: [v.real, v.imag]),
     "builtins.range": ("range", lambda v: [v.start, v.stop, v.step]),
-    "builtins.dict_keys": ("keys", lambda v: [*v]),
-    "builtins.dict_values": ("values", lambda v: [*v]),
-    "builtins.dict_items": ("items", lambda v: [*chain.from_iterable(v)]),
-    "builtins.mappingproxy": ("", dict),
-    "collections.ChainMap": ("", dict),
-    "collections.UserDict": ("", lambda v: v.data),
-    "collections.UserList": ("", lambda v: v.data),
-    "collections.UserString": ("", lambda v: v.data),
-    "collections.deque": ("deque", lambda v: [*v]),
-    "array.array": ("deque", lambda v: [*v]),
+    "builtins.dict_keys": ("frozenset", list),
     "decimal.Decimal": ("decimal", str),
     "fractions.Fraction": ("fraction", lambda v: [v.numerator, v.denominator]),
-    "numpy.ndarray": ("", lambda v: v.tolist()),
-    "numpy.generic": ("", lambda v: v.tolist()),
+    **dict.fromkeys(("builtins.bytes", "builtins.bytearray"), ("bytes", lambda v: bytes(v).hex())),
+    **dict.fromkeys(_LISTED, ("deque", list)),
+    **dict.fromkeys(("builtins.mappingproxy", "collections.ChainMap"), ("", dict)),
+    **dict.fromkeys((f"collections.User{n}" for n in _USER), ("", lambda v: v.data)),
+    **dict.fromkeys(("numpy.ndarray", "numpy.generic"), ("", lambda v: v.tolist())),
 }
 """How a type's value is written: the kind, and its content; `""`: the content stands for it. By
 name, because a box must not import what the program does not use."""
@@ -60,16 +56,12 @@ class NotJsonError(ValueError):
 def dumps(value: Any, limit: int) -> str:
     """The text of a value; a value that is used up by reading (a generator) is an iterator outside.
 
-    Raises `NotJsonError` for an object of another type, a cycle (by its depth), a string that UTF-8
-    cannot encode, and text of more than `limit` bytes.
+    Raises `NotJsonError` for an object of another type, a cycle (by its depth), and text of more
+    than `limit` bytes; `UnicodeEncodeError` for half a surrogate pair.
     """
     plain = _plain(value, 0, [limit])
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise NotJsonError("a string with a lone surrogate cannot be compared") from error
-    if size > limit:
+    if len(text.encode()) > limit:
         raise NotJsonError(f"the returned value is longer than {limit} bytes")
     return text
 
@@ -111,8 +103,6 @@ def loads(text: str) -> Any:
     """The value of a text; raises `NotJsonError` for what `dumps` would not have written."""
     try:
         return _made(json.loads(text, parse_constant=_refuse, object_pairs_hook=tuple), 0)
-    except NotJsonError:
-        raise
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise NotJsonError(f"no value of a program: {error}") from error
 
@@ -148,32 +138,11 @@ def _dict(items: Sequence[Any]) -> dict[Any, Any]:
     return dict(zip(_hashed(items[::2]), items[1::2], strict=True))
 
 
-def _range(bounds: Sequence[int]) -> range:
-    made = range(*bounds)
-    if len(made) > _LONG_RANGE:
-        raise NotJsonError(f"a range of more than {_LONG_RANGE} numbers")
-    return made
-
-
 def _decimal(text: Any) -> Any:
-    from decimal import Decimal
-
-    made = Decimal(text)
+    made = import_module("decimal").Decimal(text)
     if made.is_snan() or (made.is_finite() and abs(made.adjusted()) > _EXPONENT):
         raise NotJsonError("a Decimal out of bounds")  # its conversion to int would never end
     return made
-
-
-def _fraction(parts: Sequence[int]) -> Any:
-    from fractions import Fraction
-
-    return Fraction(*map(int.__index__, parts))
-
-
-def _deque(items: Sequence[Any]) -> Any:
-    from collections import deque
-
-    return deque(items)
 
 
 def _refuse(name: str) -> Any:
@@ -189,12 +158,9 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "frozenset": lambda items: frozenset(_hashed(items)),
     "bytes": bytes.fromhex,
     "complex": lambda parts: complex(*parts),
-    "range": _range,
-    "keys": lambda items: dict.fromkeys(_hashed(items)).keys(),
-    "values": lambda items: dict(enumerate(items)).values(),
-    "items": lambda items: _dict(items).items(),
+    "range": lambda bounds: range(*bounds)[:_LONG_RANGE],  # reading a longer one takes too long
     "iterator": iter,
-    "deque": _deque,
+    "deque": deque,
     "decimal": _decimal,
-    "fraction": _fraction,
+    "fraction": lambda parts: import_module("fractions").Fraction(*map(int.__index__, parts)),
 }
