@@ -72,7 +72,7 @@ class Executor:
                 seen = [_infrastructure(f"{type(error).__name__}: {error}")] * len(request["tests"])
             try:
                 with self._sending:
-                    frames.write(0, {"id": request["id"], "observations": seen})
+                    frames.write_all(0, _frame(request, seen))
             except OSError:
                 return
 
@@ -126,6 +126,15 @@ class Slot:
             except (boxes.BoxError, OSError) as error:
                 problem = str(error)
         raise boxes.BoxError(problem)
+
+
+def _frame(request: Mapping[str, Any], seen: Sequence[dict[str, Any]]) -> bytes:
+    """The answer to a request; without this, output that is too long in sum would cost the slot."""
+    try:
+        return frames.encode({"id": request["id"], "observations": seen})
+    except frames.FrameError as error:
+        over = {"status": "output_limit", "error": str(error)}
+        return frames.encode({"id": request["id"], "observations": [over] * len(seen)})
 
 
 def _ended(box: boxes.Box) -> dict[str, Any]:
