@@ -10,7 +10,7 @@ import queue
 import select
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdpo_jax.environments.sandbox import boxes, confine, frames
