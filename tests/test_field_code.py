@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_jax.environments.code.livecodebench import read_problems
-from sdpo_jax.environments.kinds.code import Code
+from sdpo_jax.environments.kinds.code import Code, CodeConfig, build
 from sdpo_jax.environments.sandbox import open_sandbox
 from sdpo_jax.errors import UserError
 
@@ -315,3 +315,32 @@ def _all_pass(sandbox, folder, rows):
     seen = outcomes(sandbox, folder, rows)
     failed = [(p, o.feedback) for (_, p), o in zip(rows, seen, strict=True) if not o.passed]
     assert not failed, "\n\n".join(f"{p}\n-> {f}" for p, f in failed)
+
+
+def test_the_recipe_chooses_the_prelude(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    plain = {"idx": "plain", "prompt": "?", "tests": call([[1]], 1)}
+    path.write_text(f"{json.dumps(live(call([[1]], 1)) | {'question_id': 'live'})}\n")
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(plain))
+    # The line of an error is the program's own, whatever runs before it.
+    program = (
+        "```python\nfrom __future__ import annotations\n{}\ndef f(a):\n    raise KeyError(1)\n```"
+    )
+    wanted = {"source": (True, False), "livecodebench": (True, True), "none": (False, False)}
+    for prelude, known in wanted.items():
+        config = CodeConfig(
+            source=str(path),
+            held_out_source=str(other),
+            prelude=prelude,
+            sandbox="unsafe-local",
+            slots=1,
+        )
+        environment = build(config)
+        for prompt, is_known in zip(
+            (environment.train[0], environment.held_out[0]), known, strict=True
+        ):
+            outcome = environment.grade(prompt, program.format("x = Counter(List[int].__args__)"))
+            assert ("KeyError" in outcome.feedback) == is_known, (prelude, outcome)
+            assert ("Line 4 in f" if is_known else "Line 2 in <module>") in outcome.feedback
+        environment._sandbox.close()

@@ -1,6 +1,5 @@
 """The sandbox against attacks, by their effect; the table is in `sandbox_attacks.py`."""
 
-import json
 import os
 import select
 import shutil
@@ -143,7 +142,7 @@ def processes_of(sandbox: LocalSandbox) -> list[int]:
 
 def reward(seen: Observation, expected: object) -> float:
     """A verdict made outside: the type counts, since True == 1 in Python."""
-    same = json.dumps(seen.value) == json.dumps(expected)
+    same = repr(seen.value) == repr(expected)
     return float(seen.status == "done" and same)
 
 
@@ -168,7 +167,7 @@ def test_an_attack_earns_nothing_and_sees_no_secret(
         assert reward(seen, sandbox_attacks.WORKED) == 0, seen
         assert seen.status != "infrastructure", seen
         assert not attack.statuses or seen.status in attack.statuses, seen
-        assert MARK not in json.dumps(seen._replace(error=seen.error.replace(f"@{MARK}@", "")))
+        assert MARK not in repr(seen._replace(error=seen.error.replace(f"@{MARK}@", "")))
         assert len(seen.stdout) <= LIMITS.output_bytes and len(seen.stderr) <= LIMITS.output_bytes
 
 

@@ -361,6 +361,9 @@ def test_numpy_can_be_imported_from_a_mount(tier: str) -> None:
         source = "import numpy as np\ndef f(n): return float(np.linalg.det(np.eye(n) * 2))"
         seen = one(sandbox, source, Call("f", (3,)), Limits(cpu_seconds=5.0, wall_seconds=30.0))
         assert (seen.status, round(seen.value, 6)) == ("done", 8.0), seen
+        source = "import numpy as np\ndef f(a): return np.array(a).sum(), np.array(a), np.eye(1)"
+        seen = one(sandbox, source, Call("f", ([1, 2],)), Limits(5.0, 30.0))
+        assert seen.value == (3, [1, 2], [[1.0]]), seen
         hog = one(
             sandbox,
             "import numpy as np\ndef f(): return np.ones(1 << 30).sum()",

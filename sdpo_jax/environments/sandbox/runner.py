@@ -141,12 +141,11 @@ class Runner:
         if len(text) > self._limits["file_mb"] << 19:
             return False
         try:
-            with open(path, "xb") as file:
-                reading = os.open(path, os.O_RDONLY)
+            with open(path, "xb") as file, open(path, "rb", buffering=0) as reading:
                 os.unlink(path)
-                os.dup2(reading, fd)
-                os.close(reading)
                 file.write(text)
+                file.flush()
+                os.dup2(reading.fileno(), fd)
         except OSError:
             return False
         return True
