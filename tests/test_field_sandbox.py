@@ -167,6 +167,10 @@ def test_feedback_holds_no_hidden_input(sandbox: LocalSandbox, name: str) -> Non
     assert not found and "SEEN [1" not in outcome.feedback, outcome.feedback
 
 
+def test_the_report_names_what_the_fallback_does_not_hold(sandbox: LocalSandbox) -> None:
+    assert ("does not hold names" in str(sandbox.report)) == (sandbox.tier == "landlock")
+
+
 def test_visible_tests_run_before_hidden_ones(sandbox: LocalSandbox) -> None:
     environment = Code([], [problem("mixed", (*HIDDEN, 1, 2), shown=2)], sandbox=sandbox)
     assert environment.held_out[0].data["task"].graded == (2, 3, 0, 1)

@@ -123,8 +123,8 @@ def set_limits(limits: Mapping[str, Any], count_processes: bool) -> None:
         resource.RLIMIT_SIGPENDING: 256,
     }
     if count_processes:
-        # The runner, its supervisor and bwrap's two processes count as well.
-        wanted[resource.RLIMIT_NPROC] = limits["processes"] + 4
+        # The runner, three supervisors and bwrap's two processes count as well.
+        wanted[resource.RLIMIT_NPROC] = limits["processes"] + 6
     for kind, value in wanted.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -84,6 +84,12 @@ class Observation(NamedTuple):
     cpu_seconds: float = 0.0
 
 
+_UNHELD = {
+    "landlock": "names, sizes and times of files outside, process and file numbers of other tests"
+}
+"""What a tier does not hold, in the words of docs/sandbox.md."""
+
+
 class Report(NamedTuple):
     """The parts of a sandbox; `held` lists the attacks that it blocked, `open` the others."""
 
@@ -99,6 +105,7 @@ class Report(NamedTuple):
             f"sandbox: tier {self.tier}, Python {self.python} ({self.interpreter}), "
             f"kernel {self.kernel}, holds {', '.join(self.held) or 'nothing'}"
         )
+        line += f"; does not hold {_UNHELD[self.tier]}" if self.tier in _UNHELD else ""
         return line + (f"; OPEN: {', '.join(self.open)}" if self.open else "")
 
 
