@@ -2,6 +2,7 @@
 # Runs the tests of the losses with one version of jax and nothing else of the extra `train`.
 #
 #   .ci/losses_with_jax.sh 0.7.2      that version; "newest" or nothing: whatever pip finds
+#   .ci/losses_with_jax.sh 0.7.2 facade from_hidden      only these files, tests/test_NAME.py
 #
 # PYTHON names the interpreter. By default it is python3; for the newest jax, which needs a newer
 # Python than the oldest that runs the losses, python3.13 where there is one.
@@ -30,6 +31,7 @@ cd "$work"
 tests=(divergences distillation fused_linear fused_linear_programs from_hidden credit support weights
   vocabulary tiles kl_penalty policy_gradient reductions likelihood token_stats facade teacher_weights
   reference_grid laws loss_properties bad_input)
+[ $# -lt 2 ] || tests=("${@:2}")
 files=()
 for name in "${tests[@]}"; do files+=("tests/test_$name.py"); done
 "$work/venv/bin/python" -m pytest -q -n 2 --dist loadfile -o pythonpath= "${files[@]}"

@@ -278,7 +278,7 @@ def run_python(code, *arguments, **options):
     )
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_at_any_moment_leaves_a_restorable_directory(tmp_path, seed):
     wait = random.Random(seed)
     last = 0

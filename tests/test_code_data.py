@@ -176,16 +176,16 @@ def test_rows_of_both_kinds_are_read(tmp_path):
     assert [row.difficulty for row in rows] == ["hard", "", "", "", ""]
     assert [c.test for c in first.cases] == [Run("1 2\n"), Run("4 5\n"), Run("7 7\n")]
     assert [c.public for c in first.cases] == [True, False, False]
-    assert first.cases[0].verdict == Prints("3\n")
+    assert first.cases[0].verdict == Prints("3\n", lines=True)
     assert method.cases[0].test == Call("join", (["a b", "c"], "- -"), {})
-    assert method.cases[0].verdict == Equals("a b- -c")
+    assert method.cases[0].verdict == Equals("a b- -c", tuples=True)
     assert "class Solution:" in method.question and "`join`" in method.question
     assert [c.test for c in called.cases] == [
         Call("f", (1, "a b"), {}),
         Call("f", (2, "c"), {}),
         Call("f", (), {"n": 3}),
     ]
-    assert [c.verdict for c in called.cases] == [Equals([1.5]), Equals([True]), Equals(None)]
+    assert [c.verdict for c in called.cases] == [Equals(v, True) for v in ([1.5], [True], None)]
     assert called.limits.cpu_seconds == 2.0 and "may use 2 s" in called.question
     assert script.limits.cpu_seconds == 6.0 and "may use 6 s" in script.question
     assert asserted.cases[0].verdict == Equals(4)

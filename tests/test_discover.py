@@ -156,6 +156,7 @@ def test_a_success_in_the_first_step_is_that_of_samples_of_the_start_model(objec
     assert any(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "moves"), [("sdpo", 1), ("grpo", 0)])
 def test_sdpo_learns_before_any_reward_and_grpo_does_not(objective, moves, monkeypatch):
     train, toy = training(objective)

@@ -282,3 +282,85 @@ def test_episodes_of_an_environment_are_tried_and_must_repeat_themselves():
     changing = problems(Talking(lambda: f"try {next(COUNTER)}"))
     assert list(changing) == ["episodes"] and "another answer" in changing["episodes"]
     assert not [x for x in check(Sums(0)) if x.name == "episodes"]
+
+
+# Blind answers
+
+
+class Choices:
+    """Four options each, the right ones in turn; `accepts` decides what passes."""
+
+    def __init__(self, accepts, right="ABCD"):
+        text = "What is {}?\n\nA: w\nB: x\nC: y\nD: z"
+        made = [
+            Prompt(str(i), ({"role": "user", "content": text.format(i)},), right[i % len(right)])
+            for i in range(24)
+        ]
+        self.train, self.held_out, self._accepts = made[:16], made[16:], accepts
+
+    def grade(self, prompt, response):
+        passed = bool(self._accepts(prompt.data, response))
+        return Outcome(float(passed), passed, "", {})
+
+
+class Known(Choices):
+    def reference(self, prompt):
+        return prompt.data
+
+
+def blind(environment):
+    names = ("constant answer", "list answer")
+    lines = [line for line in check(environment) if line.name in names]
+    return {(line.name, line.found): line.problem for line in lines}
+
+
+@pytest.mark.parametrize("kind", [Choices, Known])
+def test_a_letter_is_right_by_chance_and_is_named_without_a_problem(kind):
+    found = blind(kind(lambda right, text: text == right))
+    assert found == {
+        ("constant answer", f"'{letter}' passes 6 of 24 prompts (25%)"): "" for letter in "ABCD"
+    }
+
+
+@pytest.mark.parametrize(
+    ("accepts", "name", "answer", "said"),
+    [
+        (lambda right, text: right in text[-2:] or text == "nan", "constant", "nan", "chance"),
+        (lambda right, text: right in text, "list", "all options of the prompt", "chance"),
+        (lambda right, text: text == right or not text, "constant", "", "chance"),
+        (lambda right, text: text == right or "[]" in text, "constant", "[]", "chance"),
+    ],
+)
+def test_an_answer_that_always_passes_is_a_problem(accepts, name, answer, said):
+    for kind in (Choices, Known):
+        (problem,) = [
+            problem
+            for (line, found), problem in blind(kind(accepts)).items()
+            if line == f"{name} answer" and found.startswith(repr(answer))
+        ]
+        assert (said if kind is Choices else "different answers") in problem
+
+
+def test_a_right_answer_that_seldom_changes_is_a_problem():
+    found = blind(Known(lambda right, text: text == right, right="AAAAAAAB"))
+    assert ["chance" in problem for problem in found.values()] == [True, False]
+
+
+def test_a_partial_reward_of_a_constant_is_named():
+    class Partly(Choices):
+        def grade(self, prompt, response):
+            return Outcome(0.1 * (response == "0"), False, "", {})
+
+    assert blind(Partly(None)) == {
+        ("constant answer", "'0' passes no prompt, but its mean reward is 0.1"): ""
+    }
+
+
+def test_a_program_that_ignores_its_input_is_found():
+    class Loose(Sums):
+        def grade(self, prompt, response):
+            passed = response.endswith("print(0)\n```")
+            return Outcome(float(passed), passed, "", {})
+
+    found = [x for x in check(Loose(0), runs_programs=True) if x.name == "program answer"]
+    assert "'return 0' passes 6 of 6" in found[0].found and "different" in found[0].problem

@@ -89,6 +89,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
+@pytest.mark.slow
 def test_a_batch_holds_episodes_and_metrics_count_the_models_own_tokens():
     rollouts, metrics = collected()
     assert rollouts.response_mask is not None

@@ -223,6 +223,7 @@ def test_an_episode_that_is_over_costs_no_further_sampling(played):
     assert len(calls) == 1 and {r.turns for r in rows} == {1}
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_which_other_episodes_go_on(played):
     rows, _ = played
     longest = max(range(len(rows)), key=lambda n: rows[n].turns)

@@ -46,6 +46,7 @@ def test_an_example_is_short(name, limit):
     assert len((EXAMPLES / name).read_text().splitlines()) <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSS_LOOPS)
 def test_the_loss_falls_in_a_loop_of_ones_own(name):
     need("optax", "flax")

@@ -122,6 +122,46 @@ def test_the_whole_answer_must_be_right(family, puzzles):
             assert outcome.passed or (outcome.reward < 1 and outcome.feedback)
 
 
+FURTHER = {
+    "gcd": {"{}.0": True, "0{}": True, "{}e0": True, "{}%": False, "={}": False, "1{}": False},
+    "basic_arithmetic": {"{}.": True, "--{}": False, "{} {}": False, "'{}'": False},
+    "chain_sum": {"{}0": False, "{}, {}": False, "x = {}": False},
+    "base_conversion": {"{}": True, "0x{}": False, "{} {}": False, "{}.0": False},
+    "bitwise_arithmetic": {"{}": True, "{} or 0": False, "-{}": False},
+    "count_primes": {"{}.0": True, "-{}": False},
+    "prime_factorization": {
+        "{}": True,
+        "{} \u00d7 1": False,
+        "1 \u00d7 {}": False,
+        "{} = 1": False,
+    },
+    "caesar_cipher": {"{}": True, "{}!": False, "x{}": False},
+    "spell_backward": {"{}": True, "{}x": False, "{}{}": False},
+    "syllogism": {"{}": True, "Yes or No": False, "not {}": False, "{} {}": False},
+    "family_relationships": {"{}": True, "{} or uncle": False, "{} uncle": False},
+    "needle_haystack": {"{}": True, "{} or Bob": False, "Bob {}": False},
+    "course_schedule": {"{}": True, "True False": False},
+    "rotate_matrix": {"{}": True, "{} x": False, "{}\n{}": False},
+    "mini_sudoku": {"{}": True, "{} 1": False, "{}\n{}": False},
+    "futoshiki": {"{}": True, "{} 1": False, "{}\n{}": False},
+    "cryptarithm": {"{}": True, "{},A=1": False, "A=5,{}": False, "{},{}": False},
+    "group_anagrams": {"{}": True, "{} []": False},
+    "word_ladder": {"{}": True, "{},x": False},
+}
+"""By generator, further changes of the oracle and whether they pass."""
+
+
+@needs_gym
+@pytest.mark.parametrize("family", FURTHER)
+def test_no_further_change_of_an_answer_passes(family, puzzles):
+    made = puzzles(family, 4)
+    for prompt in made.train:
+        oracle = prompt.data["entry"]["answer"]
+        for change, passed in FURTHER[family].items():
+            answer = change.format(oracle, oracle)
+            assert made.grade(prompt, f"<answer>{answer}</answer>").passed == passed, answer
+
+
 @needs_gym
 def test_numbers_off_by_one_and_in_other_spellings(puzzles):
     made = puzzles("number_sorting")

@@ -441,11 +441,12 @@ def test_a_saved_run_says_its_dtype_and_where_it_stops(tmp_path):
         (None, None, None),
         (None, "<|end|>", 0),
         ([], {"__type": "AddedToken", "content": "<|end|>"}, 0),
-        (5, "<|end|>", 5),
+        (0, "<|end|>", 0),
+        (5, "<|end|>", [5, 0]),
         ([5, 6], None, [5, 6]),
     ],
 )
-def test_a_saved_run_stops_where_config_json_or_else_the_tokenizer_says(
+def test_a_saved_run_stops_where_config_json_and_the_tokenizer_say(
     tmp_path, in_config, in_tokenizer, stop, generation
 ):
     source, out = write_folder(tmp_path / "source"), tmp_path / "out"
@@ -454,6 +455,7 @@ def test_a_saved_run_stops_where_config_json_or_else_the_tokenizer_says(
     shutil.copyfile(NANO / "tokenizer.json", source / "tokenizer.json")
     tokenizer = json.loads((NANO / "tokenizer_config.json").read_text())
     tokenizer["eos_token"] = in_tokenizer
+    tokenizer["chat_template"] = "{{ messages[-1].content }}"
     (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     if generation is not None:
         (source / "generation_config.json").write_text(json.dumps(generation))
@@ -469,12 +471,15 @@ def test_a_saved_run_stops_where_config_json_or_else_the_tokenizer_says(
             assert list(ChatTokenizer.from_pretrained(folder).stop_ids) == ends
 
 
-def test_a_saved_run_keeps_the_stops_of_its_generation_config(tmp_path):
+def test_a_saved_run_keeps_its_generation_config_and_adds_the_stops_of_training(tmp_path):
     source = write_folder(tmp_path / "source")
-    text = '{"eos_token_id": [7], "temperature": 0.6}'
-    (source / "generation_config.json").write_text(text)
-    save_run(tmp_path / "out", tiny.make_params(), source=source)
-    assert (tmp_path / "out/generation_config.json").read_text() == text
+    for stops, same in (([7], False), ([7, 0], True), (0, True), ([0], True)):
+        text = json.dumps({"eos_token_id": stops, "temperature": 0.6})
+        (source / "generation_config.json").write_text(text)
+        save_run(tmp_path / f"out{stops}", tiny.make_params(), source=source)
+        written = (tmp_path / f"out{stops}/generation_config.json").read_text()
+        assert (written == text) == same
+        assert same or json.loads(written) == {"eos_token_id": [7, 0], "temperature": 0.6}
 
 
 def test_weights_of_another_architecture_than_the_source_s_are_not_saved(tmp_path):

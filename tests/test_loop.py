@@ -242,6 +242,7 @@ def test_stopped_after_every_step_in_turn_a_run_repeats_the_whole_one(name, whol
     assert_same_result(config, summary, whole(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["sdpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("grpo", "sft", "sdft"))]
@@ -331,7 +332,9 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", [n if n == "sdpo" else pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES]
+)
 def test_every_step_has_one_row_with_what_its_objective_reports(name, whole):
     config, summary = whole(name)
     rows = read_metrics(Path(config.run_dir) / METRICS_FILE)

@@ -1,6 +1,5 @@
 """The sandbox against attacks, by their effect; the table is in `sandbox_attacks.py`."""
 
-import json
 import os
 import select
 import shutil
@@ -21,6 +20,7 @@ from sdpo_jax.environments.sandbox.processes import children
 from sdpo_jax.errors import UserError
 
 MARK = "sdpo-secret-7f3a91"
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "sandbox.md").read_text()
 LIMITS = Limits(cpu_seconds=0.4, wall_seconds=1.5, memory_mb=256, processes=32, file_mb=8)
 # The fallback runs with the slow tests where bubblewrap is there.
 _fallback = [pytest.mark.slow] if shutil.which("bwrap") else []
@@ -142,7 +142,7 @@ def processes_of(sandbox: LocalSandbox) -> list[int]:
 
 def reward(seen: Observation, expected: object) -> float:
     """A verdict made outside: the type counts, since True == 1 in Python."""
-    same = json.dumps(seen.value) == json.dumps(expected)
+    same = repr(seen.value) == repr(expected)
     return float(seen.status == "done" and same)
 
 
@@ -157,13 +157,17 @@ def siege(request: pytest.FixtureRequest) -> Iterator[Siege]:
 def test_an_attack_earns_nothing_and_sees_no_secret(
     siege: Siege, attack: sandbox_attacks.Attack
 ) -> None:
+    if attack.unheld and siege.sandbox.tier == "landlock":
+        # What a tier does not hold, its documentation has to say.
+        assert f"\n* {attack.name}" in DOCUMENTED
+        return
     observations = siege.seen[attack.name]
     assert len(observations) == attack.tests
     for seen in observations:
         assert reward(seen, sandbox_attacks.WORKED) == 0, seen
         assert seen.status != "infrastructure", seen
         assert not attack.statuses or seen.status in attack.statuses, seen
-        assert MARK not in json.dumps(seen._replace(error=seen.error.replace(f"@{MARK}@", "")))
+        assert MARK not in repr(seen._replace(error=seen.error.replace(f"@{MARK}@", "")))
         assert len(seen.stdout) <= LIMITS.output_bytes and len(seen.stderr) <= LIMITS.output_bytes
 
 

@@ -1,5 +1,6 @@
 """Frames, strict JSON values and the system-call filter of the sandbox."""
 
+import itertools
 import os
 from typing import Any
 
@@ -22,6 +23,12 @@ def test_a_json_value_survives_the_way_out(value: Any) -> None:
         "Infinity",
         "1e999",
         '{"a":1,"a":2}',
+        '{"tuple":{"a":1}}',
+        '{"set":[[1]]}',
+        '{"fraction":["1e99",1]}',
+        '{"decimal":"1e999999999"}',
+        '{"decimal":"sNaN"}',
+        '{"unknown":[]}',
         '"\\ud800"',
         "[" * 5000,
         "[" * 200 + "]" * 200,
@@ -38,10 +45,10 @@ def test_forged_text_is_no_value(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [{1}, b"", object(), 1j, float("nan"), {1: 2}, range(3), "\ud800"]
+    "value", [object(), len, ValueError("x"), "\ud800", lambda: 1, itertools.count(), [[object()]]]
 )
-def test_what_is_not_json_is_no_value(value: Any) -> None:
-    with pytest.raises(values.NotJsonError):
+def test_what_has_no_plain_form_is_no_value(value: Any) -> None:
+    with pytest.raises(ValueError):
         values.dumps(value, 1000)
 
 
@@ -101,6 +108,22 @@ def test_the_filter_denies_and_allows_by_number(
     assert verdict(0, arch=0x40000003) == seccomp._KILL
     if machine == "x86_64":
         assert verdict(0x40000000) == seccomp._KILL
+    # What a test may ask of itself, and not of the process above it.
+    fcntl, limit, option = (n[column] for n in (seccomp._FCNTL, seccomp._PRLIMIT, seccomp._PRCTL))
+    assert [verdict(limit, pid) for pid in (0, 1)] == [seccomp._ALLOW, seccomp._EPERM]
+    assert [verdict(fcntl, 5, n) for n in (1, 8, 15)] == [seccomp._ALLOW] + [seccomp._EPERM] * 2
+    assert [verdict(option, n) for n in (3, 4)] == [seccomp._ALLOW, seccomp._SILENT]
+    action = seccomp._SIGACTION[column]
+    assert [verdict(action, 17, p) for p in (0, 1, 1 << 32)] == [seccomp._ALLOW] + [
+        seccomp._SILENT
+    ] * 2
+    assert verdict(action, 2, 1) == seccomp._ALLOW
+    openat, touch = seccomp._OPENAT[column], seccomp._METADATA["utimensat"][column]
+    assert verdict(openat, 0, 0, seccomp._TMPFILE | 2) == verdict(touch) == seccomp._ALLOW
+    code = seccomp.program(own_files=False)
+    assert verdict(openat, 0, 0, seccomp._TMPFILE | 2) == seccomp._EOPNOTSUPP
+    assert verdict(openat, 0, 0, 2) == seccomp._ALLOW
+    assert verdict(touch) == seccomp._SILENT
 
 
 def run_bpf(code: bytes, data: bytes) -> int:

@@ -129,7 +129,7 @@ with tempfile.TemporaryDirectory() as folder:
     killed.chmod(0o755)
     plan = tiers.bubblewrap(())._replace(bwrap=str(killed))
     try:
-        boxes.Box(plan, 64001, 16).take({"source": "", "limits": {}})
+        boxes.Box(plan, 64001).greet()
     except boxes.BoxError as error:
         print(error, processes.children(os.getpid()))
 """

@@ -1,4 +1,4 @@
-"""Boxes that start while the program before them runs: one for each program, none left over."""
+"""One box for each slot: it serves many programs, is replaced if it ends, and none is left over."""
 
 import os
 import shutil
@@ -18,8 +18,12 @@ from sdpo_jax.environments.sandbox import Call, Limits, Program, Run, open_sandb
 from sdpo_jax.environments.sandbox.client import LocalSandbox
 from sdpo_jax.environments.sandbox.processes import children
 
-# Namespaces tell boxes of bubblewrap apart, and the process above a test those of Landlock.
-WHO = "import os\ndef f(): return [os.readlink('/proc/self/ns/pid'), os.getppid()]"
+# Namespaces tell boxes of bubblewrap apart, and the folder above a test's those of Landlock.
+WHO = """
+import os
+def f():
+    return [[os.readlink('/proc/self/ns/net'), os.path.dirname(os.getcwd())], os.getpid()]
+"""
 SLEEP = "import time\ndef f():\n    time.sleep(30)\n    return 42"
 SLOW = "import time\ndef f():\n    time.sleep(1)\n    return 42"
 wait_until = partial(processes.wait_until, seconds=30.0)
@@ -62,34 +66,30 @@ def started(pid: int) -> int:
 
 
 def start(sandbox: LocalSandbox, source: str, programs: int) -> tuple[threading.Thread, list[Any]]:
-    """Runs programs in the background until one of them has a ready box beside it."""
+    """Runs programs in the background until one of them is in its box."""
     batch = [Program(source, (Call("f"),), LIMITS)] * programs
     running = in_background(lambda: [o[0] for o in sandbox.run(batch)])
-    assert wait_until(lambda: len(boxes_of(sandbox)) == 2), boxes_of(sandbox)
+    assert wait_until(lambda: len(tree(executor_of(sandbox))) > 3), tree(executor_of(sandbox))
     return running
 
 
-def test_each_program_has_a_box_of_its_own_and_its_tests_share_it(sandbox: LocalSandbox) -> None:
-    seen = sandbox.run([Program(WHO, (Call("f"),) * 2, LIMITS)] * 6)
-    boxes = [{str(o.value) for o in observations} for observations in seen]
-    if sandbox.tier == "bubblewrap":
-        # Process numbers begin anew in each box, and the kernel may use a namespace's again.
-        assert all(len(box) == 1 for box in boxes)
-    else:
-        assert all(len(box) == 1 for box in boxes) and len(set.union(*boxes)) == 6
+def test_programs_share_a_box_and_no_test_shares_a_process(sandbox: LocalSandbox) -> None:
+    thread, found = in_background(lambda: sandbox.run([Program(WHO, (Call("f"),) * 2, LIMITS)] * 6))
+    thread.join(60)
+    seen = [o.value for observations in found[0] for o in observations]
+    assert len(seen) == 12 and len({str(box) for box, _ in seen}) == 1
+    if sandbox.tier != "bubblewrap":  # where process numbers begin anew with each test
+        assert len({pid for _, pid in seen}) == 12
 
 
-def test_no_more_than_one_box_waits_and_none_where_nothing_else_is_queued(
-    sandbox: LocalSandbox,
-) -> None:
+def test_a_slot_has_one_box_and_none_where_nothing_is_queued(sandbox: LocalSandbox) -> None:
     most = 0
     thread, found = start(sandbox, "import time\ndef f(): time.sleep(0.2)", 6)
     while thread.is_alive():
-        # The one before may still be on its way out.
         most = max(most, len(boxes_of(sandbox)))
         time.sleep(0.005)
     assert [o.status for o in found[0]] == ["done"] * 6
-    assert most <= 3
+    assert most == 1
     assert wait_until(lambda: not children(executor_of(sandbox)))
 
 
@@ -105,7 +105,7 @@ def test_a_program_without_a_successor_starts_no_second_box(sandbox: LocalSandbo
     assert len(seen - inside) == 1
 
 
-def test_close_ends_the_box_that_waits(sandbox: LocalSandbox) -> None:
+def test_close_ends_the_box_while_programs_wait(sandbox: LocalSandbox) -> None:
     thread, _ = start(sandbox, SLEEP, 3)
     pids = tree(executor_of(sandbox))
     sandbox.close()
@@ -113,7 +113,7 @@ def test_close_ends_the_box_that_waits(sandbox: LocalSandbox) -> None:
     thread.join(20)
 
 
-def test_the_box_that_waits_ends_with_a_killed_executor_and_the_programs_are_run_again(
+def test_a_box_ends_with_a_killed_executor_and_the_programs_are_run_again(
     sandbox: LocalSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = executor_of(sandbox)
@@ -126,17 +126,17 @@ def test_the_box_that_waits_ends_with_a_killed_executor_and_the_programs_are_run
     assert wait_until(lambda: not alive(pids)), alive(pids)
 
 
-def test_a_waiting_box_that_dies_is_replaced_and_no_wrong_answer(sandbox: LocalSandbox) -> None:
-    # Long enough that the box is killed while it waits, also on a busy machine.
-    thread, found = start(sandbox, SLOW.replace("sleep(1)", "sleep(4)"), 2)
-    waiting = boxes_of(sandbox)[-1]
-    os.kill(waiting, signal.SIGKILL)
+def test_a_box_that_dies_is_replaced_for_the_next_program(sandbox: LocalSandbox) -> None:
+    thread, found = start(sandbox, SLOW, 3)
+    os.kill(boxes_of(sandbox)[0], signal.SIGKILL)
     thread.join(60)
-    assert [(o.status, o.value) for o in found[0]] == [("done", 42)] * 2
+    # The first may have been in the box, or have been given another one, or have its supervisor.
+    assert next(o.status for o in found[0]) in ("done", "died")
+    assert [o.value for o in found[0]][1:] == [42, 42]
     assert wait_until(lambda: not children(executor_of(sandbox)))
 
 
-def test_a_waiting_box_with_another_limit_on_files_is_not_taken(sandbox: LocalSandbox) -> None:
+def test_each_program_has_its_own_limit_on_files(sandbox: LocalSandbox) -> None:
     fill = "def f():\n    open('x', 'wb').write(bytes(6 << 20))\n    return 42"
     programs = [
         Program(fill, (Call("f"),), LIMITS._replace(file_mb=size)) for size in (4, 16, 4, 16)
@@ -145,7 +145,7 @@ def test_a_waiting_box_with_another_limit_on_files_is_not_taken(sandbox: LocalSa
     assert [o.value == 42 for o in seen] == [False, True, False, True], seen
 
 
-def test_a_program_cannot_end_or_see_the_box_that_waits(sandbox: LocalSandbox) -> None:
+def test_a_program_cannot_end_or_see_the_processes_of_its_box(sandbox: LocalSandbox) -> None:
     if sandbox.tier == "unsafe-local":
         pytest.skip("the tier `unsafe-local` holds nothing")
     hunt = """

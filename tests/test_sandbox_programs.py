@@ -194,7 +194,7 @@ def test_arguments_and_values_keep_their_types(sandbox: LocalSandbox) -> None:
     value = {"a": [1, 1.0, True, None, "é\n"], "b": {"c": [[]]}, "big": 10**100, "zero": -0.0}
     seen = one(sandbox, "def f(x, *, y): return x if y else None", Call("f", (value,), {"y": True}))
     assert repr(seen.value) == repr(value)
-    assert one(sandbox, "def f(): return (1, (2,))", Call("f")).value == [1, [2]]
+    assert one(sandbox, "def f(): return (1, (2,))", Call("f")).value == (1, (2,))
 
 
 def test_a_method_of_solution_is_found(sandbox: LocalSandbox) -> None:
@@ -361,6 +361,9 @@ def test_numpy_can_be_imported_from_a_mount(tier: str) -> None:
         source = "import numpy as np\ndef f(n): return float(np.linalg.det(np.eye(n) * 2))"
         seen = one(sandbox, source, Call("f", (3,)), Limits(cpu_seconds=5.0, wall_seconds=30.0))
         assert (seen.status, round(seen.value, 6)) == ("done", 8.0), seen
+        source = "import numpy as np\ndef f(a): return np.array(a).sum(), np.array(a), np.eye(1)"
+        seen = one(sandbox, source, Call("f", ([1, 2],)), Limits(5.0, 30.0))
+        assert seen.value == (3, [1, 2], [[1.0]]), seen
         hog = one(
             sandbox,
             "import numpy as np\ndef f(): return np.ones(1 << 30).sum()",

@@ -159,6 +159,7 @@ def test_loss_and_gradient_at_the_logits_are_the_formula_in_float64(alpha):
         np.testing.assert_allclose(gradient, by_logits, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_importance_of_a_response_is_one_number_and_takes_no_gradient():
     student, teacher, targets, old = at_the_logits()
     ratio = np.exp(tiny.log_softmax(student / TEMPERATURE)[np.arange(20), targets] - old)
@@ -452,6 +453,7 @@ def test_a_demonstration_of_thoughts_alone_is_no_signal_unless_thoughts_are_show
     assert counts == [(0, 0.0), (1, 1.0)]
 
 
+@pytest.mark.slow
 def test_evaluation_shows_the_teacher_the_environments_references():
     config = config_of(SdftConfig())
     seen = []

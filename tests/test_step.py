@@ -113,6 +113,7 @@ def test_the_update_does_not_depend_on_padding(share_prompts):
     assert_close(metrics, expected, atol=1e-5, rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
@@ -180,6 +181,7 @@ def test_rows_without_an_advantage_are_not_computed_but_counted():
 # Packed demonstrations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["sequence_mean", slow("token_mean")])
 def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
     run = programs("sft", share_prompts=False)

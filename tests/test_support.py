@@ -231,6 +231,7 @@ def test_certain_tokens_are_finite_through_the_head(name):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_one_is_finite_from_hidden_states():
     hidden = jnp.ones((1, 3, 2))
     targets, mask = jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3))

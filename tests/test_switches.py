@@ -104,6 +104,7 @@ def distance(a, b):
     return max(float(np.max(np.abs(x - y))) for x, y in pairs)
 
 
+@pytest.mark.slow
 def test_a_refresh_at_every_step_is_the_moving_average_bit_for_bit():
     average, _ = after(configured(teacher={"ema_rate": 0.25}), 2)
     settings = {"weights": "refreshed", "refresh_steps": 1, "refresh_fraction": 0.25}

@@ -213,6 +213,7 @@ def per_token():
         yield ids, divergence.sum(axis=-1), gap, p.argmax(axis=-1) == q.argmax(axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [{}, pytest.param({"micro_batch_tokens": 1}, marks=pytest.mark.slow)],

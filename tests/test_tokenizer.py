@@ -245,19 +245,22 @@ def test_no_prompt_depends_on_the_day(copy):
     assert tokenizer.render(CHAT) == tokenizer.encode("26 Jul 2024")
 
 
-def test_stop_ids_come_from_generation_config_then_config_then_the_end_token(copy):
+def test_stop_ids_are_those_of_generation_config_config_tokenizer_and_template(copy):
     def written(name, stop):
         (copy / name).write_text(json.dumps({"eos_token_id": stop}))
         return ChatTokenizer.from_pretrained(copy).stop_ids
 
-    for stop, expected in ((3, (3,)), ([2, 3], (2, 3))):
+    edit(copy / "config.json", lambda c: c.update(eos_token_id=1))
+    for stop, expected in ((3, (3, 1, 0)), ([2, 3], (2, 3, 1, 0))):
         assert written("generation_config.json", stop) == expected
     (copy / "generation_config.json").unlink()
-    for stop, expected in ((1, (1,)), ([1, 2], (1, 2)), (None, (0,)), ([], (0,))):
+    for stop, expected in ((1, (1, 0)), ([1, 2], (1, 2, 0)), (None, (0,)), ([], (0,))):
         assert written("config.json", stop) == expected
     assert written("generation_config.json", None) == (0,)
     (copy / "config.json").unlink()
     assert written("generation_config.json", None) == (0,)
+    edit(copy / "tokenizer_config.json", lambda c: c.update(eos_token="<|user|>"))
+    assert ChatTokenizer.from_pretrained(copy).stop_ids == (2, 0)  # the template ends with 0
 
 
 def write_stops(folder, *, stops, template, eos="<|end|>"):
@@ -275,10 +278,10 @@ PLAIN = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
     ("template", "eos", "expected"),
     [
         (PLAIN.replace("}}", "}}\n<|end|><|system|>"), "<|system|>", 0),
-        (PLAIN.replace("}}", "}}<|assistant|><|system|>"), "<|end|>", 1),  # 3 is no stop id
+        (PLAIN.replace("}}", "}}<|assistant|><|system|>"), "<|end|>", 3),
         (PLAIN, "<|end|>", 0),
         (PLAIN, "<|user|>", 2),
-        (PLAIN, "<|assistant|>", 2),
+        (PLAIN, "<|assistant|>", 3),
         (PLAIN.replace("m.content", "m.content | upper"), "<|end|>", 0),
     ],
 )
@@ -339,7 +342,11 @@ def test_json_that_describes_no_tokenizer_is_refused(copy):
 
 
 def test_a_tokenizer_without_any_stop_id_is_refused(copy):
-    edit(copy / "tokenizer_config.json", lambda c: (c.pop("eos_token"), c.pop("pad_token")))
+    def change(config):
+        del config["eos_token"], config["pad_token"]
+        config["chat_template"] = PLAIN
+
+    edit(copy / "tokenizer_config.json", change)
     edit(copy / "config.json", lambda c: c.pop("eos_token_id"))
     (copy / "generation_config.json").unlink()
     with pytest.raises(UserError, match="eos_token"):

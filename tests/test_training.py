@@ -171,6 +171,7 @@ def test_an_empty_mini_batch_makes_no_update_and_the_teacher_follows_at_most_onc
     assert counts == {updates}
 
 
+@pytest.mark.slow
 def test_the_divergence_to_a_frozen_teacher_that_was_told_falls():
     trainer, _ = trainer_of("sdpo", weights="frozen")
     state, divergences = start(trainer), []

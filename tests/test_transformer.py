@@ -114,7 +114,7 @@ def test_a_token_beyond_the_windows_of_all_layers_changes_nothing(window):
     assert changed == list(range(2, 2 + reach + 1))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "olmo3"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("olmo3", marks=pytest.mark.slow)])
 def test_every_pass_takes_its_mlp_from_one_function(family, monkeypatch):
     """The seam for another MLP: the one of zero weights, put in its place, serves all passes."""
     architecture = tiny.FAMILIES[family]

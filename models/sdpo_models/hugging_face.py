@@ -33,6 +33,7 @@ from sdpo_models.checkpoint_files import (
     write_shards,
 )
 from sdpo_models.families import TOP_NAMES, is_transposed, tensor_names
+from sdpo_models.tokenizer import folder_stop_ids
 from sdpo_models.transformer import Leaf, is_leaf, parameter_table
 
 PIECE_BYTES = 512 * 2**20
@@ -328,26 +329,13 @@ def _write_configs(folder: Path, source: Path, dtype: str) -> None:
     """Writes the dtype to config.json and the stop ids to generation_config.json.
 
     Without the first, readers would convert the weights; without the second, they would generate
-    past the end of an answer. If the source's generation_config.json names no stop id, it is that
-    of config.json, else that of the tokenizer, as in training (`ChatTokenizer.from_pretrained`).
+    past the end of an answer. The stop ids are all of those in training (`ChatTokenizer`).
     """
     config = read_json(folder / "config.json")
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     if config.get(key) != dtype:
         write_json(folder / "config.json", {**config, key: dtype})
     path = folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    if generation.get("eos_token_id") in (None, []):
-        stop = config.get("eos_token_id")
-        stop = _tokenizer_end(source) if stop in (None, []) else stop
-        if stop is not None:
-            write_json(path, {**generation, "eos_token_id": stop})
-
-
-def _tokenizer_end(folder: Path) -> int | None:
-    """The id of a tokenizer's end-of-sequence token; None if the folder names none."""
-    if not all((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).eos_token_id
+    generation, stops = read_json(path) if path.is_file() else {}, folder_stop_ids(source)
+    if stops and generation.get("eos_token_id") not in (stops, *([] if stops[1:] else stops)):
+        write_json(path, {**generation, "eos_token_id": stops if stops[1:] else stops[0]})

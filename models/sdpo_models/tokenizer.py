@@ -5,15 +5,20 @@ tokenized again, so the boundary between them is exact.
 
 A control token is a token that was added to the learned vocabulary, marked as special in the files
 (`<|im_end|>`) or not (`<think>`). Added white space and single characters that are not special
-count as plain text. Foreign text (messages, feedback, program output) never becomes a control
-token. Text of the model itself (a demonstration, an assistant's turn) may become control tokens
-that are not special, as it does in sampling.
+count as plain text, and so do tokens of the learned vocabulary that text can spell and that a file
+merely names as padding or beginning (`!`). Foreign text (messages, feedback, program output) never
+becomes a control token. Text of the model itself (a demonstration, an assistant's turn) may become
+control tokens that are not special, as it does in sampling.
+
+A response ends with any token that a file or the template names as an end, because files that were
+copied from a base model name only the end of a text, and answers would then never end.
 """
 
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +46,10 @@ class ChatTokenizer:
         thinking: Thinking = "template",
         where: str = "tokenizer",
     ):
-        """Wraps a `transformers` tokenizer; `stop_ids` defaults to its end-of-sequence token.
+        """Wraps a `transformers` tokenizer.
+
+        `stop_ids` are those that files name. The tokenizer's own end of sequence and the token with
+        which the template ends an assistant's turn are added.
 
         Raises:
           UserError: no chat template, no stop id, or `thinking` is set and the template ignores it.
@@ -57,11 +65,7 @@ class ChatTokenizer:
                 f"{where}: thinking = {thinking!r}, but the chat template reads no "
                 "`enable_thinking`; expected 'template'"
             )
-        stops = tuple(stop_ids) or (tokenizer.eos_token_id,)
-        if None in stops:
-            raise UserError(f"{where}: the tokenizer has no eos_token and no stop ids were given")
         self._tokenizer = tokenizer
-        self.stop_ids: tuple[int, ...] = tuple(int(i) for i in stops)
         self._template_options = _TODAY | (
             {} if thinking == "template" else {"enable_thinking": thinking == "on"}
         )
@@ -70,11 +74,54 @@ class ChatTokenizer:
         self.vocabulary = max(tokenizer.get_vocab().values()) + 1
         # `all_special_tokens` lacks the header tokens of Llama 3, declared in tokenizer.json only.
         added = tokenizer.added_tokens_decoder.items()
-        control = {i: t for i, t in added if t.special or len(t.content.strip()) > 1}
-        self._control = _any_of(t.content for t in control.values())
-        self._special = _any_of(
-            t.content for i, t in control.items() if t.special or i in self.stop_ids
+        control = {
+            i: t.content
+            for i, t in added
+            if (t.special or len(t.content.strip()) > 1) and not (t.special and self._is_text(i, t))
+        }
+        special = {i for i, t in added if i in control and t.special}
+        self.stop_ids: tuple[int, ...] = self._all_stops(stop_ids, control)
+        self._hidden = special.union(self.stop_ids)
+        self._control = _any_of(control.values())
+        self._special = _any_of(t for i, t in control.items() if i in self._hidden)
+
+    def _is_text(self, token: int, added: Any) -> bool:
+        """Whether ordinary text is encoded with a token, perhaps within a word or a line."""
+        if re.fullmatch(r"[<\[].+[>\]]", added.content, re.DOTALL):
+            return False
+        # A tokenizer of SentencePiece writes another token at the beginning of a text.
+        return any(
+            self._encode_whole(before + added.content, split_special_tokens=True)[-1:] == [token]
+            for before in ("", "a", "\n")
         )
+
+    def _all_stops(self, named: Sequence[int], control: Container[int]) -> tuple[int, ...]:
+        """Every id that ends a response: those of the files, the tokenizer's, the template's.
+
+        Raises:
+          UserError: there is none.
+        """
+        stops = [*named, self._tokenizer.eos_token_id]
+        with suppress(UserError):  # `render` reports a template that fails.
+            before, after = self._around_turn()
+            header = next((i for i in reversed(before) if i in control), None)
+            end = next((i for i in after if self._tokenizer.decode([i]).strip()), -1)
+            # After the last turn, some templates begin the next one, whatever they are asked for.
+            stops += [end] if end in control and end != header else []
+        found = tuple(dict.fromkeys(int(i) for i in stops if i is not None))
+        if not found:
+            raise UserError(
+                f"{self._where}: the tokenizer has no eos_token, the chat template ends no turn, "
+                "and no stop ids were given"
+            )
+        return found
+
+    def _around_turn(self) -> tuple[list[int], list[int]]:
+        """What the template writes before and after the content of an assistant's last turn."""
+        marker = secrets.token_hex(16)
+        chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
+        before, shown, after = self._apply(chat, add_generation_prompt=False).rpartition(marker)
+        return self._encode_whole(before), self._encode_whole(after) if shown else []
 
     @classmethod
     def from_pretrained(
@@ -114,10 +161,7 @@ class ChatTokenizer:
         the template writes no stop id there, this is the tokenizer's own end of sequence if that is
         a stop id, else the first stop id.
         """
-        marker = secrets.token_hex(16)
-        chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
-        _, shown, rest = self._apply(chat, add_generation_prompt=False).rpartition(marker)
-        written = self._encode_whole(rest) if shown else []
+        written = self._around_turn()[1]
         candidates = [*written, self._tokenizer.eos_token_id]
         return next((i for i in candidates if i in self.stop_ids), self.stop_ids[0])
 
@@ -137,8 +181,8 @@ class ChatTokenizer:
         if beyond:
             raise UserError(
                 f"{self._where}: eos_token_id ends answers with id {beyond[0]}, which can never "
-                f"be sampled: the embedding has {rows} rows; correct it in generation_config.json, "
-                "or in config.json where that is absent"
+                f"be sampled: the embedding has {rows} rows; correct it in generation_config.json "
+                "and in config.json"
             )
 
     def encode(self, text: str) -> list[int]:
@@ -164,9 +208,10 @@ class ChatTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False, **options))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes ids to text without special tokens."""
+        """Decodes ids to text without special tokens and stop ids."""
+        shown = [i for i in ids if i not in self._hidden]
         return self._tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            shown, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     def render(self, messages: Messages) -> list[int]:
@@ -233,8 +278,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _stop_ids(folder: Path) -> tuple[int, ...]:
-    """Reads `eos_token_id` of generation_config.json, or if it names none, of config.json."""
+def _stop_ids(folder: Path) -> list[int]:
+    """Every `eos_token_id` of generation_config.json and of config.json."""
+    found = list[int]()
     for name in ("generation_config.json", "config.json"):
         stop = _read_object(folder / name).get("eos_token_id")
         stops: list[Any] = stop if isinstance(stop, list) else [] if stop is None else [stop]
@@ -242,6 +288,15 @@ def _stop_ids(folder: Path) -> tuple[int, ...]:
             raise UserError(
                 f"{folder / name}: eos_token_id is {stop!r}; expected a token id or a list of them"
             )
-        if stops:
-            return tuple(stops)
-    return ()
+        found += stops
+    return found
+
+
+def folder_stop_ids(folder: Path) -> list[int]:
+    """The stop ids of a model's folder: as in training, or without a chat those that files name."""
+    if not (folder / "tokenizer.json").is_file():
+        return list(dict.fromkeys(_stop_ids(folder)))
+    try:
+        return list(ChatTokenizer.from_pretrained(folder).stop_ids)
+    except UserError:
+        return list(dict.fromkeys(_stop_ids(folder)))

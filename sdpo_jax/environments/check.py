@@ -2,7 +2,8 @@
 
 A run learns whatever its grader accepts, so a loose grader ruins it. The checks: training and
 held-out prompts are disjoint; reference answers pass; wrong answers and attacks fail; feedback is
-fit for a prompt and does not contain the reference; grading is repeatable; gradings per second.
+fit for a prompt and does not contain the reference; grading is repeatable; gradings per second;
+and which answers get a reward that do not depend on the question (`blind_answers.py`).
 """
 
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdpo_jax.environments.base import Environment, HasEpisodes, HasReferences, Outcome, Prompt
+from sdpo_jax.environments.blind_answers import blind_answers
 from sdpo_jax.environments.grading import Grader, OpenEpisodes
 from sdpo_jax.environments.sanitize import ADDRESS
 
@@ -84,6 +86,7 @@ def check(environment: Environment, *, runs_programs: bool = False) -> list[Line
     lines.append(_repeatable(wrong, graded, _graded(grade, wrong)))
     lines.append(_judged([*graded, *attacked]))
     lines += _episodes(environment, sample)
+    lines += _blind(grade, sample, references, runs_programs)
     lines.append(Line("speed", f"{len(wrong) / max(seconds, 1e-9):,.0f} gradings/s"))
     return lines
 
@@ -249,6 +252,15 @@ def _judged(outcomes: Sequence[Outcome]) -> Line:
     found = f"{len(outcomes) - len(failed)} of {len(outcomes)}"
     problem = f"not graded: {failed[0][:120] or 'no reason'}" if failed else ""
     return Line("all could be judged", found, problem)
+
+
+def _blind(
+    grade: Grader, sample: Sequence[Prompt], references: Sequence[str], runs_programs: bool
+) -> Iterator[Line]:
+    """A line for each blind answer that gets a reward, and one with their number."""
+    tried, found = blind_answers(grade, sample, references, runs_programs=runs_programs)
+    yield Line("blind answers", f"{len(found)} of {tried} constants and lists get a reward")
+    yield from (Line(*paid) for paid in found)
 
 
 def _changed(prompts: Sequence[Prompt], first: Sequence[Any], second: Sequence[Any]) -> list[str]:

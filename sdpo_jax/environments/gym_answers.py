@@ -32,7 +32,10 @@ FORMS: Mapping[str, str] = {
 """By generator, a pattern for the whole answer, in any case."""
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?([eE][-+]?\d{1,3})?", re.ASCII)
 _SAME_LETTERS = frozenset(
-    ["game_of_life", "letter_jumble", "palindrome_partitioning", "spell_backward", "word_sorting"]
+    [
+        *("cryptarithm", "game_of_life", "letter_jumble"),
+        *("palindrome_partitioning", "spell_backward", "word_sorting"),
+    ]
 )
 """Generators whose right answers have the same letters and digits, perhaps in another order."""
 _DIGITS: Mapping[str, int | None] = {

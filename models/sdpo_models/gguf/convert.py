@@ -20,7 +20,7 @@ from sdpo_models.tokenizer import ChatTokenizer
 
 PACKAGE = "package:"
 """The prefix of a `model.path` that names a package."""
-FORMAT = 1
+FORMAT = 2
 """Version of the conversion, part of the names of cached folders; raise it with every change."""
 
 Dtype = Literal["float32", "bfloat16"]
@@ -44,10 +44,10 @@ def convert(source: str | Path, folder: str | Path, *, dtype: Dtype = "float32")
 
 
 def _write(file: GgufFile, folder: Path, dtype: Dtype) -> None:
-    special, stops, config = special_ids(file), stop_ids(file), to_config(file)
+    special, config = special_ids(file), to_config(file)
     architecture = from_hugging_face(config, where=str(file.path))
     tokenizer = build_tokenizer(file)
-    _check_tokenizer(file, tokenizer, stops)
+    stops = list(_check_tokenizer(file, tokenizer).stop_ids)
     ids = {f"{name}_token_id": special[name] for name in ("bos", "pad") if name in special}
     write_json(folder / "config.json", {**config, **ids, "eos_token_id": stops[0], "dtype": dtype})
     write_json(folder / "generation_config.json", {**ids, "eos_token_id": stops})
@@ -61,8 +61,8 @@ def _write(file: GgufFile, folder: Path, dtype: Dtype) -> None:
     write_shards(folder, tensors, max_shard_bytes=MAX_SHARD_BYTES)
 
 
-def _check_tokenizer(file: GgufFile, tokenizer: Any, stops: list[int]) -> None:
-    """Refuses what training would refuse later, without naming the GGUF file."""
+def _check_tokenizer(file: GgufFile, tokenizer: Any) -> ChatTokenizer:
+    """Wraps a tokenizer; refuses what training would refuse later, without naming the GGUF file."""
     rows = file.shape("token_embd.weight")[0]
     if len(tokenizer) > rows:
         raise UserError(
@@ -76,13 +76,14 @@ def _check_tokenizer(file: GgufFile, tokenizer: Any, stops: list[int]) -> None:
     )
     if not tokenizer.chat_template:
         raise UserError(f"{file.path}: field {field} is missing or empty; {remedy}")
-    chat = ChatTokenizer(tokenizer, stop_ids=stops, where=str(file.path))
+    chat = ChatTokenizer(tokenizer, stop_ids=stop_ids(file), where=str(file.path))
     try:
         chat.render([{"role": "user", "content": "Hello"}])
     except UserError as error:
         raise UserError(
             f"{file.path}: field {field} cannot render a message ({error.__cause__}); {remedy}"
         ) from error
+    return chat
 
 
 def package_folder(path: str) -> Path:

@@ -144,12 +144,7 @@ def _real(file: GgufFile, key: str, default: float | None = None) -> float:
 def _rope(file: GgufFile, head_size: int) -> dict[str, Any]:
     """The rotary settings, in the spellings of transformers 4 and 5."""
     theta = _real(file, "rope.freq_base", 10_000.0)
-    kind = file.fields.get(f"{file.fields['general.architecture']}.rope.scaling.type", "none")
-    if kind != "none":
-        raise UserError(
-            f"{file.path}: rotary scaling {kind!r} is not supported from GGUF; "
-            "use the model's folder in Hugging Face layout"
-        )
+    _refuse_scaling(file)
     if ROPE_FACTORS not in file.tensors:
         return {
             "rope_theta": theta,
@@ -171,3 +166,21 @@ def _rope(file: GgufFile, head_size: int) -> dict[str, Any]:
             "use the model's folder in Hugging Face layout"
         )
     return {"rope_theta": theta, "rope_parameters": {**scaling, "rope_theta": theta}}
+
+
+_SCALINGS = ("scaling.factor", "scale_linear", "scaling.alpha", "scaling.attn_factor")
+
+
+def _refuse_scaling(file: GgufFile) -> None:
+    """Refuses files whose positions llama.cpp scales: without a type, a factor is linear there."""
+    prefix = f"{file.fields['general.architecture']}.rope."
+    kind = file.fields.get(f"{prefix}scaling.type")
+    given = {key: file.fields.get(prefix + key, 1.0) for key in _SCALINGS}
+    factors = [f"{prefix}{key} = {value}" for key, value in given.items() if value not in (0, 1)]
+    if kind == "none" or (kind is None and not factors):
+        return
+    found = repr(kind) if kind is not None else factors[0]
+    raise UserError(
+        f"{file.path}: rotary scaling {found} is not supported from GGUF; "
+        "use the model's folder in Hugging Face layout"
+    )

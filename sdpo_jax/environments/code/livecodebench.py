@@ -10,6 +10,9 @@ The whole file is read and validated before anything is compiled; an error names
 Hidden tests of LiveCodeBench are pickled, compressed and in base64. Unpickling can run arbitrary
 code, so they are never unpickled: `hidden_tests` reads the opcodes and accepts a single string.
 
+LiveCodeBench's own runner puts imports before every program (`PRELUDE`) and compares printed lines;
+its rows are run and compared in the same way.
+
 Departures from the SDPO reference: the arguments of a function are consecutive JSON values, whereas
 the reference splits at white space, so that no argument may contain a blank; methods of
 `class Solution` are called as methods; a row's public tests count as tests and stay public, whereas
@@ -21,6 +24,7 @@ import json
 import pickletools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -33,6 +37,17 @@ MAX_BYTES = 512 * 2**20
 """Bound on one row's hidden tests after decompression: a small file can grow to any size."""
 SECONDS = 6.0
 """Time limit of each test if the row has none, as in LiveCodeBench."""
+_OPEN = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random"),
+    *("statistics", "itertools", "functools", "operator", "io", "sys", "json"),
+)
+PRELUDE = "\n".join(
+    [f"from {module} import *" for module in (*_OPEN, "builtins", "typing")]
+    + [f"import {module}" for module in _OPEN]
+    + ["sys.setrecursionlimit(50000)"]
+)
+"""What LiveCodeBench's runner has before each program: all names of these modules, in this order,
+the modules themselves, and a recursion limit."""
 _FRAMES = ("PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT")
 _STRINGS = ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE")
 _FORM = (
@@ -59,9 +74,13 @@ def read_problems(path: str | Path, on_error: Literal["stop", "skip"] = "stop") 
 
 def _json(raw: bytes | str, what: str) -> Any:
     try:
-        return json.loads(raw, parse_constant=no_constant)
+        return json.loads(raw, parse_constant=no_constant, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{what} is not JSON ({error})") from None
+
+
+def _integer(digits: str) -> int:
+    return int(digits) if len(digits) < 4000 else int(Decimal(digits))  # `int` refuses long text
 
 
 def _checked(value: Any, what: str, kind: type[str] | type[list]) -> Any:
@@ -104,7 +123,7 @@ def _live_code_bench(row: Mapping[str, Any]) -> Problem:
     starter = row.get("starter_code") or ""
     code = f"\n\nBegin with:\n\n```python\n{starter.rstrip()}\n```" if starter.strip() else ""
     made = _made(name, f"{content.strip()}{code}", cases, function, SECONDS)
-    return made._replace(difficulty=str(row.get("difficulty") or ""))
+    return made._replace(difficulty=str(row.get("difficulty") or ""), prelude=PRELUDE)
 
 
 def _tested(test: Any, function: Any, public: bool) -> Case:
@@ -112,7 +131,8 @@ def _tested(test: Any, function: Any, public: bool) -> Case:
         raise BadRow("a test: expected an object with input, output and testtype")
     fields = cast("dict[str, Any]", test)
     given, expected = _get(fields, "input", str), _get(fields, "output", str)
-    return _case(fields.get("testtype"), given, expected, function)._replace(public=public)
+    case = _case(fields.get("testtype"), given, expected, function)._replace(public=public)
+    return case._replace(verdict=Prints(expected, True)) if isinstance(case.test, Run) else case
 
 
 def _plain(row: Mapping[str, Any], place: str) -> Problem:
@@ -137,7 +157,13 @@ def _made(name: str, content: str, cases: Sequence[Case], function: Any, seconds
         raise BadRow("no tests")
     task = _FUNCTION.format(name=function) if function else _STDIN
     form = _FORM.format(task=task, seconds=seconds)
-    limits = Limits(cpu_seconds=seconds, wall_seconds=max(Limits().wall_seconds, 5 * seconds))
+    # A tuple of one number is written with twice its size: three times the expected text suffices.
+    longest = max(len(case.expected.encode("utf-8", "replace")) for case in cases)
+    limits = Limits(
+        cpu_seconds=seconds,
+        wall_seconds=max(Limits().wall_seconds, 5 * seconds),
+        output_bytes=Limits().output_bytes + 3 * longest,
+    )
     return Problem(name, f"{content}\n\n{form}", tuple(cases), limits=limits)
 
 
@@ -153,7 +179,8 @@ def _case(kind: Any, given: Any, expected: Any, function: Any) -> Case:
     value = _json(expected, "an output") if isinstance(expected, str) else expected
     arguments, keywords = _arguments(given)
     shown = given if isinstance(given, str) else json.dumps(given)
-    return Case(Call(function, arguments, keywords), Equals(value), shown, json.dumps(value))
+    text = expected if isinstance(expected, str) else json.dumps(value)
+    return Case(Call(function, arguments, keywords), Equals(value, tuples=True), shown, text)
 
 
 def _arguments(given: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

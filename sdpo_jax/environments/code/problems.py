@@ -15,12 +15,16 @@ class Equals(NamedTuple):
     """The observed value has to equal this one."""
 
     expected: Any
+    tuples: bool = False
+    """Whether a tuple equals a list: what was written as JSON has no tuples."""
 
 
 class Prints(NamedTuple):
-    """Standard output has to equal this text, except for white space."""
+    """Standard output has to equal this text, except for white space and spellings of numbers."""
 
     expected: str
+    lines: bool = False
+    """Whether the lines have to be the same, as LiveCodeBench compares them."""
 
 
 class Holds(NamedTuple):

@@ -15,8 +15,10 @@ that it grades, so that a program can read the expected values or write its own 
 A program that draws random numbers without a seed may get another grade in another process.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from sdpo_jax.config import POSITIVE_SHARE, PROPER_SHARE, SEED, setting
@@ -25,13 +27,17 @@ from sdpo_jax.environments.code import human_eval
 from sdpo_jax.environments.code.compare import passes
 from sdpo_jax.environments.code.extract import extract
 from sdpo_jax.environments.code.feedback import CUT_OFF, NO_PROGRAM, Record, write_feedback
-from sdpo_jax.environments.code.livecodebench import read_problems
+from sdpo_jax.environments.code.livecodebench import PRELUDE, read_problems
 from sdpo_jax.environments.code.problems import InBox, Problem, public_cases, split
-from sdpo_jax.environments.sandbox.protocol import Observation, Program, Sandbox
+from sdpo_jax.environments.sandbox.protocol import Observation, Program, Sandbox, Test
 from sdpo_jax.environments.settings import SandboxConfig, print_skipped, sandbox_of
 from sdpo_jax.errors import UserError
 
 Reward = Literal["sparse", "fraction"]
+Prelude = Literal["source", "livecodebench", "none"]
+_PROGRAM_BYTES = 8 << 20
+"""Tests of one box, by the length of their inputs and expected outputs: one frame carries them."""
+_FUTURE = re.compile(r"^from __future__ import.*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,10 @@ class CodeConfig(SandboxConfig):
     """`sparse`: 1 if all tests pass, else 0; `fraction`: the share of tests that passes."""
     show_expected: bool = True
     """Whether feedback on a wrong answer shows the expected one."""
+    prelude: Prelude = "source"
+    """What runs before each program: `livecodebench`, the imports and the recursion limit of
+    LiveCodeBench's runner; `none`, nothing; `source`, the former for LiveCodeBench's rows alone.
+    HumanEval's own imports and helpers always run."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad row of a file does; skipped rows are counted and named."""
     seed: int = setting(0, SEED)
@@ -118,17 +128,16 @@ class Code:
     def grade_many(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
         """One outcome for each pair, in order; all programs run in one batch."""
         found = [extract(response) for response in responses]
-        programs = {
-            i: make_program(prompt.data["task"], part.program)
-            for i, (prompt, part) in enumerate(zip(prompts, found, strict=True))
-            if part.program is not None
-        }
-        seen = dict(zip(programs, self._sandbox.run(list(programs.values())), strict=True))
+        programs = [
+            [] if part.program is None else list(make_programs(prompt.data["task"], part.program))
+            for prompt, part in zip(prompts, found, strict=True)
+        ]
+        seen = iter(self._sandbox.run([*chain.from_iterable(programs)]))
         return [
-            self._judge(prompt.data["task"], programs[i], seen[i])
-            if i in programs
-            else _no_program(prompt, cut_off=found[i].cut_off)
-            for i, prompt in enumerate(prompts)
+            self._judge(prompt.data["task"], [*chain.from_iterable(next(seen) for _ in parts)])
+            if parts
+            else _no_program(prompt, cut_off=part.cut_off)
+            for prompt, part, parts in zip(prompts, found, programs, strict=True)
         ]
 
     def grade_truncated_many(
@@ -152,7 +161,7 @@ class Code:
             )
         return problem.reference
 
-    def _judge(self, task: Task, program: Program, seen: Sequence[Observation]) -> Outcome:
+    def _judge(self, task: Task, seen: Sequence[Observation]) -> Outcome:
         cases = [task.problem.cases[i] for i in task.graded]
         records = [
             Record(i + 1, case, observation, passes(case, observation), i in task.visible)
@@ -165,11 +174,12 @@ class Code:
             return not_graded(f"sandbox: {broken[0].observation.error or 'no result'}")
         metrics = _metrics(task, records)
         passed = not failed and not broken
+        prelude = task.problem.prelude
         feedback = write_feedback(
             failed,
-            limits=program.limits,
+            limits=task.problem.limits,
             show_expected=self._show_expected,
-            skip_lines=_skipped(task.problem, program.source),
+            skip_lines=prelude.count("\n") + bool(prelude),
         )
         reward = metrics["tests_passed"] if self._reward == "fraction" else float(passed)
         return Outcome(reward, passed, feedback, metrics)
@@ -184,8 +194,10 @@ def build(config: CodeConfig) -> Code:
         return found.rows
 
     every = human_eval.load_problems() if config.source == "human_eval" else read(config.source)
+    every = [_preluded(problem, config.prelude) for problem in every]
     if config.held_out_source:
-        train, held_out = every, read(config.held_out_source)
+        held_out = [_preluded(p, config.prelude) for p in read(config.held_out_source)]
+        train = every
     else:
         train, held_out = split(every, config.held_out_share, config.seed)
     return Code(
@@ -199,27 +211,43 @@ def build(config: CodeConfig) -> Code:
     )
 
 
-def make_program(task: Task, source: str) -> Program:
+def make_programs(task: Task, source: str) -> Iterator[Program]:
     """Combines a response's program with its task's prelude and tests, for the sandbox.
 
-    A program with `from __future__` runs without the prelude: such an import has to come first.
+    The prelude follows imports from `__future__`, which have to come first. Tests that are too long
+    for one message are spread over several programs.
     """
-    prelude = task.problem.prelude
-    whole = source if not prelude or "from __future__" in source else f"{prelude}\n{source}"
-    tests = tuple(task.problem.cases[i].test for i in task.graded)
-    return Program(whole, tests, task.problem.limits)
+    problem, start = task.problem, 0
+    for match in _FUTURE.finditer(f"{source}\n"):
+        start = match.end()
+    middle = f"{problem.prelude}\n" if problem.prelude else ""
+    whole = source[:start] + middle + source[start:]
+    tests: list[Test] = []
+    size = 0
+    for case in (problem.cases[i] for i in task.graded):
+        length = len(case.input) + len(case.expected)
+        if tests and size + length > _PROGRAM_BYTES:
+            yield Program(whole, tuple(tests), problem.limits)
+            tests, size = [], 0
+        tests.append(case.test)
+        size += length
+    yield Program(whole, tuple(tests), problem.limits)
 
 
-def _skipped(problem: Problem, source: str) -> int:
-    has_prelude = problem.prelude and source.startswith(f"{problem.prelude}\n")
-    return problem.prelude.count("\n") + 1 if has_prelude else 0
+def _preluded(problem: Problem, choice: Prelude) -> Problem:
+    """The problem with the prelude of the recipe, and with its own."""
+    own = problem.prelude.removeprefix(PRELUDE)
+    wanted = choice == "livecodebench" or (choice == "source" and own != problem.prelude)
+    return problem._replace(prelude="\n".join(filter(None, [PRELUDE if wanted else "", own])))
 
 
 def _prompt(problem: Problem, share: float, seed: int, *, all_tests: bool) -> Prompt:
     if not problem.cases:
         raise UserError(f"problem {problem.id!r}: no tests; leave it out")
     visible = public_cases(problem, share, seed)
-    graded = tuple(range(len(problem.cases))) if all_tests else visible
+    # Visible tests run first: what feedback shows comes from before any hidden input was there.
+    hidden = [i for i in range(len(problem.cases)) if i not in visible] if all_tests else []
+    graded = (*visible, *hidden)
     task = Task(problem, graded, frozenset(visible))
     data = {"task": task, "difficulty": problem.difficulty}
     return Prompt(problem.id, ({"role": "user", "content": problem.question},), data)

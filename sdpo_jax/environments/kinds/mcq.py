@@ -1,10 +1,11 @@
 r"""Kind `mcq`: multiple choice as in SciKnowEval, lettered options answered by one letter.
 
 The answer is the content of the last `<answer>...</answer>`; without tags, of the last
-`\boxed{...}` that holds letters of options; without either, the last "answer is (X)". Only the
-letters of the item's own options count, in their own case, bare or in parentheses, emphasis or
-dollars. Several letters, as in "the answer is A, B, C or D", are no answer. The reward is 1 for the
-right letter, else 0; `metrics` holds `well_formed`: a letter was found.
+`\boxed{...}` that holds letters of options; without either, the last "answer is (X)" or
+"Answer: X". Only the letters of the item's own options count, in their own case, bare or in
+parentheses, emphasis or dollars. Several letters, as in "the answer is A, B, C or D", are no
+answer. The reward is 1 for the right letter, else 0; `metrics` holds `well_formed`: a letter was
+found.
 
 Departures from the reference's graders (lasgroup/SDPO, `verl/utils/reward_score/feedback/`):
 
@@ -45,16 +46,18 @@ _BOX = re.compile(
     r"\\boxed\s*(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\}){0,200})\}|([A-Z])(?![A-Za-z]))"
 )
 _BETWEEN = re.compile(r"(?:[\s,;/&]|\b(?:or|and)\b)+")
+_MARKUP = re.compile(r"\\[()\[\]]|[$*`]|\\(?:text|mathrm|textbf|mathbf)\{([^{}]{0,40})\}")
 _STATED = re.compile(
-    r"\banswer is:?\s{1,3}\**(?:\(([A-Z])\)|([A-Z])"
-    r"(?=\**\s{0,3}(?:[.,;!/&]|$|or\b|and\b)|\s(?:because|since)\b))",
+    r"\b(?i:answer(?: is:?|:)\s{1,3}(?:(?:option|choice|letter)\s)?)(?:\(([A-Z])\)|([A-Z])"
+    r"(?=\s{0,3}(?:[.,;:!/&]|$|or\b|and\b)"
+    r"|\s(?:as|because|since|which|given that|due to|rather than|instead of)\b))",
     re.MULTILINE,
 )
 _MORE = re.compile(
-    r"\**\s{0,3}(?:,?\s?or\s(?:(?!not\b)[a-z]{1,12}\s){0,2}\**\(?([A-Z])\b|\(([A-Z])\)"
+    r"\s{0,3}(?:,?\s?or\s(?:(?!not\b)[a-z]{1,12}\s){0,2}\(?([A-Z])\b|\(([A-Z])\)"
     r"|(?:[,;/&]|,?\s?\band\b)\s{0,3}"
-    r"(?:(?:also|and|even|maybe|option|perhaps|possibly|so is)\s){0,2}\**\(?([A-Z])"
-    r"(?=[)*]{0,3}\s{0,3}(?:[.,;:!?/&]|$|or\b|and\b|because\b|since\b)))",
+    r"(?:(?:also|and|even|maybe|option|perhaps|possibly|so is)\s){0,2}\(?([A-Z])"
+    r"(?=\)?\s{0,3}(?:[.,;:!?/&]|$|or\b|and\b|because\b|since\b)))",
     re.MULTILINE,
 )
 """A further letter of a list; "(C), A is wrong" goes on with a sentence, not with a letter."""
@@ -167,12 +170,13 @@ def _letters(content: str, options: Mapping[str, str]) -> set[str]:
         return set()
     while content != (bare := _WRAPPED.sub(r"\1", content)):
         content = bare
-    found = {piece.strip(_AROUND) for piece in _BETWEEN.split(content.strip(_AROUND))}
+    found = {piece.strip(_AROUND) for piece in _BETWEEN.split(content.strip(_AROUND))} - {""}
     return found if found <= options.keys() else set()
 
 
 def _stated(text: str, options: Mapping[str, str]) -> set[str]:
     """The options that the last "answer is" names."""
+    text = _MARKUP.sub(lambda match: match[1] or "", text)
     for match in reversed([*_STATED.finditer(text)]):
         if (first := match[1] or match[2]) in options:
             found, more = {first}, _MORE.match(text, match.end())

@@ -21,7 +21,6 @@ Choices and their reasons:
 * Equal programs of one batch run once.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any, Literal, cast
 from sdpo_jax.config import SEED, at_least, setting
 from sdpo_jax.environments.base import Outcome, Prompt, not_graded
 from sdpo_jax.environments.code import nano_api
-from sdpo_jax.environments.code.values import same_value
+from sdpo_jax.environments.code.values import same_value, shown
 from sdpo_jax.environments.kinds.tool_calls import (
     Task,
     ToolCalls,
@@ -158,7 +157,7 @@ def _feedback(task: Task, seen: Observation) -> str:
     match calls:
         case [[str(tool), dict(arguments)]]:
             named = cast("Mapping[str, Any]", arguments)
-            text = ", ".join(f"{n}={json.dumps(v, ensure_ascii=False)}" for n, v in named.items())
+            text = ", ".join(f"{n}={shown(v)}" for n, v in named.items())
             return "\n".join(complaints(task, f"{tool}({text})", TODAY))
         case [_, _, *_]:
             return f"expected one call, got {len(calls)}"

@@ -24,6 +24,7 @@ import ast
 import difflib
 import inspect
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
@@ -301,10 +302,16 @@ def _refused(answer: str, family: str) -> str | None:
     return None
 
 
+def _parsed(answer: str) -> ast.Expression:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `1if` in an answer would print warnings.
+        return ast.parse(answer.strip(), mode="eval")
+
+
 def is_literal(answer: str) -> bool:
     """Whether `eval` of a text is harmless: not Python, a name, or made of literals."""
     try:
-        tree = ast.parse(answer.strip(), mode="eval")
+        tree = _parsed(answer)
     except (SyntaxError, ValueError):
         return True
     except (MemoryError, RecursionError):
@@ -317,7 +324,7 @@ def is_expression(answer: str) -> bool:
     if len(answer) > _MAX_EXPRESSION or not _EXPRESSION.fullmatch(answer):
         return False
     try:
-        tree = ast.parse(answer.strip(), mode="eval")
+        tree = _parsed(answer)
         return _is_arithmetic(tree.body) and _power(tree.body) <= MAX_POWER
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False

@@ -12,7 +12,7 @@ from importlib import import_module
 
 PACKAGE = "sdpo_jax.environments.sandbox"
 RUNNER = ("frames", "values", "confine", "processes", "watch", "inside", "runner")
-DAEMON = ("frames", "seccomp", "confine", "processes", "boxes", "daemon")
+DAEMON = ("frames", "seccomp", "confine", "processes", "cgroups", "boxes", "daemon")
 _LOADER = """\
 import sys
 sys.path[:] = [p for p in sys.path if p]

@@ -11,11 +11,11 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from sdpo_jax.environments.sandbox import frames, processes, seccomp
+from sdpo_jax.environments.sandbox import cgroups, frames, processes, seccomp
 
 _UIDS = range(64001, 65534)
 """User ids of the slots if the daemon is root; distributions assign none of them."""
@@ -43,6 +43,8 @@ class Plan(NamedTuple):
     disable_userns: bool = False
     landlock: bool = False
     deny_signals: bool = False
+    cgroup: str = ""
+    """A folder of cgroup v2 for a group of each box, where one is prepared."""
     work_root: str = ""
     """Parent of the tests' directories, for a tier without a file system of its own."""
 
@@ -52,39 +54,42 @@ class BoxError(Exception):
 
 
 class Box:
-    """One box, for one program: started, given its program by `take`, ended by `close`.
+    """One box: started, greeted by `greet`, given tests by `begin`, ended by `close`.
 
     It has to be started by a thread that outlives it: the kernel ends a box of bwrap with the
     thread that made it.
     """
 
-    def __init__(self, plan: Plan, uid: int, file_mb: int):
+    def __init__(self, plan: Plan, uid: int, numpy: bool = False):
         self._plan, self._uid = plan, uid
         self._own_uid = os.getuid() == 0 and plan.tier != "unsafe-local"
         self._work = "/tmp" if plan.bwrap else self._new_directory()
-        self.file_mb = file_mb
+        self.numpy = numpy
+        """Whether the runner has imported numpy, which costs more than most tests."""
         self.expired = False
-        with _filter_file(plan) as filter_fd, _starting:
-            self.process = self._start(filter_fd, file_mb << 20)
+        self.group = cgroups.Group(plan.cgroup, f"sdpo-{os.getpid()}-{next(_numbers)}")
+        with _starting:
+            self.process = self._start()
             _running.add(self.process.pid)
         assert self.process.stdin and self.process.stdout
         self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
-        # A box that has already ended is noticed when it gets a program.
+        # A box that has already ended is noticed when it is greeted.
         with suppress(OSError):
             # Large enough that the write does not wait for the interpreter to start.
             fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             frames.write_all(self._in, base64.b64decode(plan.code))
 
-    def take(self, program: Mapping[str, Any]) -> None:
-        """Sends the box its program; if the box did not start, closes it and raises `BoxError`."""
+    def greet(self) -> None:
+        """Sends the box its set-up; if the box did not start, closes it and raises `BoxError`."""
         greeting = None
         with suppress(OSError, frames.FrameError):
             if self.process.poll() is None:
-                frames.write(self._in, self._setup(program))
+                frames.write(self._in, self._setup())
                 greeting = self._greeting()
         # The runner may outlive its bwrap for a moment and would then end in the middle of a test.
         if greeting is None or self.process.poll() is not None:
             raise BoxError(self.close() or "the box ended at its start and said nothing")
+        self.group.add([self.process.pid, *processes.descendants(self.process.pid)])
 
     def _greeting(self) -> dict[str, Any] | None:
         """The runner's first frame; None if the box ended or did not start in time."""
@@ -96,10 +101,10 @@ class Box:
                 return None
         return frames.read(self._out)
 
-    def _start(self, filter_fd: int, size: int) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes]:
         command = [self._plan.python, "-s", "-S", "-B", "-c", self._plan.runner]
         if self._plan.bwrap:
-            command = _bubblewrap(self._plan, size, filter_fd) + command
+            command = _bubblewrap(self._plan) + command
         uid = self._uid if self._own_uid else None
         return subprocess.Popen(
             command,
@@ -108,7 +113,6 @@ class Box:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(filter_fd,) if filter_fd >= 0 else (),
             start_new_session=True,
             user=uid,
             group=uid,
@@ -123,13 +127,16 @@ class Box:
             os.chown(path, self._uid, self._uid)
         return path
 
-    def _setup(self, program: Mapping[str, Any]) -> dict[str, Any]:
+    def _setup(self) -> dict[str, Any]:
         plan = self._plan
-        filtered = plan.tier == "landlock" and seccomp.supported()
-        code = seccomp.program(deny_signals=plan.deny_signals) if filtered else b""
+        filtered = plan.tier != "unsafe-local" and seccomp.supported()
+        code = (
+            seccomp.program(deny_signals=plan.deny_signals, own_files=bool(plan.bwrap))
+            if filtered
+            else b""
+        )
         return {
-            "source": program["source"],
-            "limits": program["limits"],
+            "numpy": self.numpy,
             "work": self._work,
             "paths": plan.paths,
             "landlock": plan.landlock,
@@ -138,7 +145,8 @@ class Box:
             "filter": base64.b64encode(code).decode(),
             # The limit counts all processes of the uid, so it needs a uid of the slot's own.
             "count_processes": bool(plan.bwrap) or self._own_uid,
-            "watch_files": not plan.bwrap,
+            # Namespaces of its own for each test, whose file system bounds the files by itself.
+            "apart": bool(plan.bwrap),
         }
 
     def begin(self, test: Mapping[str, Any], seconds: float) -> None:
@@ -185,6 +193,7 @@ class Box:
                 stream.close()
         if not self._plan.bwrap:
             remove(self._work)
+        self.group.close()
         return said
 
 
@@ -212,11 +221,15 @@ def _environment(work: str) -> dict[str, str]:
     }
 
 
-def _bubblewrap(plan: Plan, size: int, filter_fd: int) -> list[str]:
-    """The bwrap command of a box; the order matters, because later mounts cover earlier ones."""
+def _bubblewrap(plan: Plan) -> list[str]:
+    """The bwrap command of a box; the order matters, because later mounts cover earlier ones.
+
+    The runner keeps one capability, to give each test namespaces; a test has none.
+    """
     command = [plan.bwrap, "--unshare-user", "--unshare-all", "--uid", "65534", "--gid", "65534"]
     command += ["--disable-userns"] if plan.disable_userns else []
-    command += ["--cap-drop", "ALL", "--die-with-parent", "--new-session", "--clearenv"]
+    command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
+    command += ["--die-with-parent", "--new-session", "--clearenv"]
     for name, value in _environment("/tmp").items():
         command += ["--setenv", name, value]
     command += ["--ro-bind", "/usr", "/usr"]
@@ -229,23 +242,11 @@ def _bubblewrap(plan: Plan, size: int, filter_fd: int) -> list[str]:
         command += ["--ro-bind", path, path]
     # The root and /dev are a tmpfs of their own, and /dev/shm would carry state to the next test.
     command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    command += ["--size", str(size), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
-    command += ["--hostname", "box"]
-    if filter_fd >= 0:
-        command += ["--seccomp", str(filter_fd)]
-    return [*command, "--"]
-
-
-@contextmanager
-def _filter_file(plan: Plan) -> Iterator[int]:
-    """A descriptor to read the BPF program from, or -1."""
-    if not (plan.bwrap and seccomp.supported()):
-        yield -1
-        return
-    with open(os.memfd_create("seccomp"), "wb", buffering=0) as file:
-        file.write(seccomp.program())
-        file.seek(0)
-        yield file.fileno()
+    # The devices are the machine's; anyone who may write to one may change its time stamps.
+    for device in ("null", "zero", "full", "random", "urandom", "tty"):
+        command += ["--remount-ro", f"/dev/{device}"]
+    command += ["--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*command, "--hostname", "box", "--"]
 
 
 def remove(path: str) -> None:
@@ -272,7 +273,7 @@ def _owned_by(uid: int) -> list[int]:
 
 
 def _alive(pid: int) -> bool:
-    return processes.stat(pid)[:1] not in ([], ["Z"], ["X"])
+    return processes.living(pid)[1][:1] not in ([], ["Z"], ["X"])
 
 
 def _end(listed: Callable[[], Sequence[int]]) -> None:

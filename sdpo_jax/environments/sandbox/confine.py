@@ -8,10 +8,17 @@ import ctypes
 import math
 import os
 import resource
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 4, 22
+_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE_NEWNS, _CLONE_NEWPID, _SIGCHLD = 0x00020000, 0x20000000, 17
+_NOSUID_NODEV, _NOEXEC = 6, 8
+_CAPABILITY_VERSION_3 = 0x20080522
+_INODES = 8192
+"""Files and folders of a test's own file system; it bounds extended attributes, too."""
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _SECCOMP_MODE_FILTER = 2
 _LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
@@ -60,6 +67,48 @@ def harden_runner() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
+def show_to_supervisor() -> None:
+    """Lets processes of the same user count this one's descriptors, but not trace it."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
+def fork_apart() -> int:
+    """Forks as `os.fork`, into a process and a mount namespace of the child's own.
+
+    The child is process 1 there: no process below it can end or stop it, and all end with it.
+    """
+    number = _CLONE[os.uname().machine]
+    flags = ctypes.c_ulong(_CLONE_NEWNS | _CLONE_NEWPID | _SIGCHLD)
+    pid = _libc.syscall(number, flags, None, None, None, None)
+    if pid < 0:
+        raise _failed("clone")
+    return pid
+
+
+def mount_own(work: str, size_mb: int) -> None:
+    """Mounts a new folder and a new /proc over those of the box, then drops every capability."""
+    room = f"size={size_mb}m,nr_inodes={_INODES},mode=700".encode()
+    proc = (b"proc", b"/proc", b"proc", _NOSUID_NODEV | _NOEXEC, None)
+    for *words, flags, data in ((b"tmpfs", work.encode(), b"tmpfs", _NOSUID_NODEV, room), proc):
+        if _libc.mount(*words, ctypes.c_ulong(flags), data):
+            raise _failed("mount")
+    if _libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), bytes(24)):
+        raise _failed("capset")
+
+
+def check_apart(work: str) -> None:
+    """Raises `OSError` where this process may not make what each test needs."""
+    if (pid := fork_apart()) == 0:
+        status = 1
+        try:
+            mount_own(work, 1)
+            status = 0
+        finally:
+            os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        raise PermissionError("a test may not mount its own folder (AppArmor may confine bwrap)")
+
+
 def set_limits(limits: Mapping[str, Any], count_processes: bool) -> None:
     """Sets the kernel's limits per process; hard limits too, so that none can be raised."""
     cpu = math.ceil(limits["cpu_seconds"]) + 1
@@ -71,10 +120,11 @@ def set_limits(limits: Mapping[str, Any], count_processes: bool) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 64 << 10,
         resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: 256,
     }
     if count_processes:
-        # The runner and, outside a PID namespace of its own, bwrap's two processes count as well.
-        wanted[resource.RLIMIT_NPROC] = limits["processes"] + 3
+        # The runner, three supervisors and bwrap's two processes count as well.
+        wanted[resource.RLIMIT_NPROC] = limits["processes"] + 6
     for kind, value in wanted.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -5,14 +5,12 @@ trainer's memory nor its secrets. Descriptor 0 is a socket pair that carries fra
 directions; when it closes, the executor and every box end.
 """
 
-import itertools
 import os
 import queue
 import select
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdpo_jax.environments.sandbox import boxes, confine, frames
@@ -43,9 +41,8 @@ class Executor:
         self._plan = plan
         self._work: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._sending = threading.Lock()
-        uids = boxes.claim_uids(2 * slots)
-        for pair in zip(uids[::2], uids[1::2], strict=True):
-            slot = Slot(plan, pair)
+        for uid in boxes.claim_uids(slots):
+            slot = Slot(plan, uid)
             threading.Thread(target=self._serve_slot, args=(slot,), daemon=True).start()
 
     def serve(self, parent: int) -> None:
@@ -69,108 +66,81 @@ class Executor:
                 slot.rest()
                 request = self._work.get()
             try:
-                seen = slot.observe(request, lambda: not self._work.empty())
+                seen = slot.observe(request)
             except Exception as error:
                 # A bug here must not cost the slot: report it to the trainer and go on.
                 seen = [_infrastructure(f"{type(error).__name__}: {error}")] * len(request["tests"])
             try:
                 with self._sending:
-                    frames.write(0, {"id": request["id"], "observations": seen})
+                    frames.write_all(0, _frame(request, seen))
             except OSError:
                 return
 
 
 class Slot:
-    """Runs one program at a time, each in a box of its own.
+    """Runs one program at a time, in a box that serves many: it holds nothing of any of them."""
 
-    While a program runs and others wait, the box before it is closed and the next one started. A
-    box shares its uid with neither of its neighbours, since the end of a box ends all of its uid.
-    """
+    def __init__(self, plan: boxes.Plan, uid: int):
+        self._plan, self._uid = plan, uid
+        self._box: boxes.Box | None = None
 
-    def __init__(self, plan: boxes.Plan, uids: Sequence[int]):
-        self._plan, self._uids = plan, itertools.cycle(uids)
-        self._used: boxes.Box | None = None
-        self._ready: boxes.Box | None = None
-
-    def observe(self, program: Mapping[str, Any], more: Callable[[], bool]) -> list[dict[str, Any]]:
-        """The observation of each test; `more()` is whether another program waits."""
-        limits = program["limits"]
-        patience = 5 * limits["wall_seconds"] + _MARGIN_SECONDS
+    def observe(self, program: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The observation of each test."""
+        patience = 5 * program["limits"]["wall_seconds"] + _MARGIN_SECONDS
+        shared = {"source": program["source"], "limits": program["limits"]}
+        numpy = bool(self._plan.paths) and "numpy" in program["source"]
         seen: list[dict[str, Any]] = []
-        box: boxes.Box | None = None
         try:
             for test in program["tests"]:
-                if box is None:
-                    box = self._open(program)
-                box.begin(test, patience)
-                self._turn(limits["file_mb"], more)
+                box = self._open(numpy)
+                box.group.limit(program["limits"])
+                box.begin({"program": shared, "test": test}, patience)
                 answer = box.end()
                 seen.append(answer or _ended(box))
                 if not answer or not answer["clean"]:
                     # The box ended, or removing its files would take too long: take a new one.
-                    box.close()
-                    box = None
+                    self.rest()
         except boxes.BoxError as error:
             rest = len(program["tests"]) - len(seen)
             seen += [_infrastructure(f"no box could be started: {error}")] * rest
-        finally:
-            if box is not None:
-                self._leave(box)
         return seen
 
     def rest(self) -> None:
-        """Ends every box, because no program waits."""
-        self._close_used()
-        if self._ready is not None:
-            self._ready.close()
-            self._ready = None
+        """Ends the box, because no program waits or the box cannot be used again."""
+        if self._box is not None:
+            self._box.close()
+            self._box = None
 
-    def _leave(self, box: boxes.Box) -> None:
-        """Ends a box whose tests are done; the slow part happens while the next box works."""
-        self._close_used()
-        box.process.kill()
-        self._used = box
-
-    def _close_used(self) -> None:
-        if self._used is not None:
-            self._used.close()
-            self._used = None
-
-    def _turn(self, file_mb: int, more: Callable[[], bool]) -> None:
-        """Starts the next box and ends the previous ones while a program runs."""
-        self._close_used()
-        if self._ready is None and more():
-            # A failed start is retried, and reported, when the box is needed.
-            with suppress(OSError):
-                self._ready = boxes.Box(self._plan, next(self._uids), file_mb)
-
-    def _open(self, program: Mapping[str, Any]) -> boxes.Box:
-        """A box that has the program; raises `BoxError` if none starts."""
-        size, ready = program["limits"]["file_mb"], self._ready
-        self._ready = None
-        if ready is not None and ready.file_mb != size:
-            ready.close()
-        elif ready is not None:
-            # A box that died while it waited is already closed; start another one.
-            with suppress(boxes.BoxError):
-                ready.take(program)
-                return ready
-        self._close_used()
+    def _open(self, numpy: bool) -> boxes.Box:
+        """A box that waits for a test; raises `BoxError` if none starts."""
+        if self._box and self._box.process.poll() is None and self._box.numpy >= numpy:
+            return self._box
+        self.rest()
         problem = ""
         for _ in range(_STARTS):
             try:
-                box = boxes.Box(self._plan, next(self._uids), size)
-                box.take(program)
+                box = boxes.Box(self._plan, self._uid, numpy)
+                box.greet()
+                self._box = box
                 return box
             except (boxes.BoxError, OSError) as error:
                 problem = str(error)
         raise boxes.BoxError(problem)
 
 
+def _frame(request: Mapping[str, Any], seen: Sequence[dict[str, Any]]) -> bytes:
+    """The answer to a request; without this, output that is too long in sum would cost the slot."""
+    try:
+        return frames.encode({"id": request["id"], "observations": seen})
+    except frames.FrameError as error:
+        over = {"status": "output_limit", "error": str(error)}
+        return frames.encode({"id": request["id"], "observations": [over] * len(seen)})
+
+
 def _ended(box: boxes.Box) -> dict[str, Any]:
-    """A box ended, because of our time limit or because of the program."""
+    """A box ended or hung after it had started: a program must not gain by that."""
     if box.expired:
-        return _infrastructure("the box gave no answer in time")
+        return {"status": "time_limit", "error": ""}
     return {"status": "died", "error": "the box ended before the test did"}
 
 

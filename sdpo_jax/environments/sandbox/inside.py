@@ -6,14 +6,19 @@ program shares this process, so the reader treats the whole record as data that 
 Departures from the reference grader (lasgroup/SDPO, `feedback/code.py`): all builtins and the whole
 standard library are available, whereas its list lacks exceptions, `super` and more, because the box
 confines the process and not its names; expected values are not here; methods of `Solution` can be
-called; a script's `sys.exit(0)` is a normal end, while a called function that exits has `died`.
+called; a script's `exit()` is a normal end, while a called function that exits has `died`. Integers
+have no limit of digits, because the limit on CPU time bounds their conversion.
 Sockets, POSIX semaphores (so `multiprocessing` locks and pools) and packages that are not mounted
 do not work.
 """
 
+import builtins
+import gc
+import io
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +31,10 @@ _MAX_MESSAGE = 2000
 def run_test(source: str, test: Mapping[str, Any], limit: int, result_fd: int) -> None:
     """Runs the test, writes its record to `result_fd` and ends the process; never returns."""
     process = os.getpid()
+    # The interpreter runs without `site`, which defines them.
+    builtins.__dict__.update(exit=sys.exit, quit=sys.exit)
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)
     try:
         record = _observe(source, test, limit)
     except BaseException as error:
@@ -36,7 +45,8 @@ def run_test(source: str, test: Mapping[str, Any], limit: int, result_fd: int) -
         data = record.encode("utf-8", "replace")
         while data:
             data = data[os.write(result_fd, data) :]
-    os._exit(0)
+    # Without a record, the exit status decides: a script may have closed the descriptor.
+    os._exit(0 if record.startswith("done") else 1)
 
 
 def _observe(source: str, test: Mapping[str, Any], limit: int) -> str:
@@ -78,14 +88,22 @@ def _run_main(code: Any, namespace: dict[str, Any]) -> str:
     # As an interpreter at its end: wait for the threads, then call the exit functions.
     threading.__dict__["_shutdown"]()
     atexit.__dict__["_run_exitfuncs"]()
+    _flush()
+    for name in [n for n in namespace if n != "__builtins__"]:
+        namespace[name] = None  # so that finalizers run, which may print
+    for thing in gc.get_objects():
+        if issubclass(type(thing), io.IOBase.__base__ or io.IOBase):
+            with suppress(BaseException):  # closed, or the program's own class
+                thing.flush()
     return outcome
 
 
 def _call(namespace: dict[str, Any], test: Mapping[str, Any]) -> Any:
-    name = test["function"]
+    name, owner = test["function"], namespace.get("Solution")
     function = namespace.get(name)
-    if function is None and "Solution" in namespace:
-        function = getattr(namespace["Solution"](), name, None)
+    # A program may hold both: helpers at the top are not what the question asked for.
+    if owner is not None and (function is None or hasattr(owner, name)):
+        function = getattr(owner(), name, None)
     if function is None:
         raise NameError(f"the program defines no function {name!r}")
     return function(*test["arguments"], **test["keywords"])

@@ -23,7 +23,22 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def stat(pid: int) -> list[str]:
+def living(pid: int) -> tuple[str, list[str]]:
+    """The folder of a process below /proc and its fields as `stat` gives them.
+
+    Both are another thread's if the first thread has ended alone, which looks like a zombie and
+    shows neither memory nor descriptors.
+    """
+    fields = stat(pid)
+    if fields[:1] == ["Z"]:
+        with suppress(OSError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                if (found := stat(f"{pid}/task/{task}")) and found[0] not in "ZX":
+                    return f"{pid}/task/{task}", found
+    return str(pid), fields
+
+
+def stat(pid: int | str) -> list[str]:
     """The fields of /proc/PID/stat after the name, which may hold anything; empty if it is gone."""
     with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as fields:
         return fields.read().rpartition(b")")[2].decode().split()

@@ -26,7 +26,8 @@ class Limits(NamedTuple):
     """Waiting (a sleep, a lock) longer than this is a `time_limit`, too, if the CPU was idle."""
     memory_mb: int = 1024
     output_bytes: int = 65_536
-    """Limit of standard output, of standard error, and of a returned value as JSON, each."""
+    """Limit of standard output and of a returned value as text, each; standard error has at most
+    64 KiB of it."""
     processes: int = 64
     file_mb: int = 16
 
@@ -47,7 +48,7 @@ class Evaluate(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Runs the program as `__main__` with this standard input."""
+    """Runs the program as `__main__` with this standard input, a file unless it is long."""
 
     stdin: str
 
@@ -75,12 +76,18 @@ class Observation(NamedTuple):
     status: Status
     stdout: str = ""
     value: Any = None
-    """What `Call` or `Evaluate` returned, through strict JSON: tuples become lists; a value that is
-    not JSON (a set, an object, NaN, a subclass of int) is an `error` that says so."""
+    """What `Call` or `Evaluate` returned, of exact built-in types (`values.py`): a Counter becomes
+    a dict, an array of numpy a list; an object of another type is an `error` that says so."""
     error: str = ""
     """`Type: message` and the program's own frames as `Line N in name (Solution.py)`, last 3."""
     stderr: str = ""
     cpu_seconds: float = 0.0
+
+
+_UNHELD = {
+    "landlock": "names, sizes and times of files outside, process and file numbers of other tests"
+}
+"""What a tier does not hold, in the words of docs/sandbox.md."""
 
 
 class Report(NamedTuple):
@@ -98,6 +105,7 @@ class Report(NamedTuple):
             f"sandbox: tier {self.tier}, Python {self.python} ({self.interpreter}), "
             f"kernel {self.kernel}, holds {', '.join(self.held) or 'nothing'}"
         )
+        line += f"; does not hold {_UNHELD[self.tier]}" if self.tier in _UNHELD else ""
         return line + (f"; OPEN: {', '.join(self.open)}" if self.open else "")
 
 

@@ -91,7 +91,7 @@ class RemoteSandbox:
                 if answer is None:
                     return Observation("output_limit", error="more output than allowed")
                 if answer["status"] != "SandboxError":
-                    return _read(answer, program["limits"])
+                    return _read(answer, program["limits"], test["kind"] == "run")
                 reason = str(answer.get("message", ""))
             except _FAILURES as error:
                 # A network error or a malformed answer implies nothing about the program.
@@ -122,7 +122,7 @@ class RemoteSandbox:
         return None if len(data) > _MAX_ANSWER else json.loads(data)
 
 
-def _read(answer: Mapping[str, Any], limits: Mapping[str, Any]) -> Observation:
+def _read(answer: Mapping[str, Any], limits: Mapping[str, Any], script: bool) -> Observation:
     """An answer as an observation; raises `LookupError` and the like for another form."""
     result = answer["run_result"]
     limit = limits["output_bytes"]
@@ -136,8 +136,10 @@ def _read(answer: Mapping[str, Any], limits: Mapping[str, Any]) -> Observation:
     status, _, rest = record.partition("\n")
     if result["status"] == "TimeLimitExceeded" or result["return_code"] in _ENDED_BY_XCPU:
         seen["status"] = "time_limit"
-    elif any(len(data) > limit for data in streams.values()) or len(rest) > 6 * limit + 4096:
+    elif any(len(data) > limit for data in streams.values()) or len(rest) > limit + 16_384:
         seen |= {"status": "output_limit", "error": "more output than allowed"}
+    elif script and not record and result["return_code"] == 0:
+        seen |= {"status": "done", "value": "null"}  # it left by `os._exit(0)`
     elif status not in ("done", "error", "memory_limit", "died"):
         code = result["return_code"]
         seen |= {"status": "died", "error": f"the process exited with code {code}, no result"}

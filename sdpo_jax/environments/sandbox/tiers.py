@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sdpo_jax.environments.sandbox import boot, boxes, confine, seccomp
+from sdpo_jax.environments.sandbox import boot, boxes, cgroups, confine, seccomp
 from sdpo_jax.errors import UserError
 
 USER_NAMESPACES_REMEDY = (
@@ -109,6 +109,7 @@ def _plan(
         paths=tuple(os.path.abspath(mount) for mount in mounts),
         runner=runner,
         code=code,
+        cgroup=cgroups.prepared(),
     )
 
 

@@ -9,6 +9,7 @@ import os
 import resource
 import select
 import signal
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,8 +17,6 @@ from typing import Any, NamedTuple
 
 from sdpo_jax.environments.sandbox import processes
 
-SETUP_FAILED = 113
-"""Exit status of a child that could not be confined, which is a failure of the sandbox."""
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _CPUCLOCK_SCHED = 2
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -25,6 +24,8 @@ _POLL_SECONDS = 0.05
 _WALL_FACTOR = 5
 _PROCESS_FACTOR = 2
 """Only where the kernel does not count (a uid shared with others): its own limit comes first."""
+_FREE_DESCRIPTORS, _DESCRIPTOR_BYTES = 16, 256 << 10
+"""A process's further descriptors count as memory each: what a full socket holds in the kernel."""
 _RECORD_STATUSES = ("done", "error", "memory_limit", "died")
 _CLEANABLE_ENTRIES, _CLEANABLE_PATH = 2000, 500
 """A test that leaves more or deeper files costs its box: removing them would take longer."""
@@ -93,8 +94,8 @@ class Seen(NamedTuple):
             return "memory_limit", f"more than {limits['memory_mb']} MB"
         if self.verdict == "process_limit":
             return "memory_limit", f"more than {limits['processes']} processes"
-        if self.verdict == "infrastructure" or self.exit_status == SETUP_FAILED << 8:
-            return "infrastructure", self.readers["stderr"].text[:500]
+        if self.verdict == "infrastructure":
+            return "infrastructure", "the machine gave the test no processor time, or its box ended"
         status, _, rest = self.readers["result"].text.partition("\n")
         if status not in _RECORD_STATUSES:
             return "died", _exit_words(self.exit_status)
@@ -117,7 +118,8 @@ def watch(
     """Waits for the child or the first limit, kills every descendant, drains the pipes."""
     streams = _Streams(readers, stdin, child)
     started, before = time.monotonic(), _reaped_seconds()
-    verdict, status, wait = "", 0, 0.0
+    # Most tests end before the first look at what they use.
+    verdict, status, wait = "", 0, min(_POLL_SECONDS, limits["cpu_seconds"])
     while not verdict:
         streams.turn(wait)
         pid, exit_status = os.waitpid(child, os.WNOHANG)
@@ -128,7 +130,7 @@ def watch(
         cpu = used.cpu_seconds + _reaped_seconds() - before
         wall = time.monotonic() - started
         verdict = _over(streams, used, cpu, wall, limits)
-        if files and not verdict and not _small(files, limits["file_mb"] << 20):
+        if files and not verdict and not _small(files, limits["file_mb"] << 20, used.pids):
             verdict = "output_limit"
         left = (limits["cpu_seconds"] - cpu) / max(len(used.pids), 1)
         wait = min(_POLL_SECONDS, max(left, 0.005))
@@ -153,7 +155,8 @@ def _over(
     if len(used.pids) > _PROCESS_FACTOR * limits["processes"]:
         return "process_limit"
     if wall > limits["wall_seconds"]:
-        idle = wall - cpu - sum(map(_waited_for_processor, used.pids))
+        # The longest wait, not the sum: a crowd that waits for each other would excuse itself.
+        idle = wall - cpu - max(map(_waited_for_processor, used.pids), default=0.0)
         if idle > limits["wall_seconds"] / 2:
             return "time_limit"
         if wall > _WALL_FACTOR * limits["wall_seconds"]:
@@ -231,14 +234,24 @@ class _Streams:
 
 
 def usage() -> Usage:
-    """CPU time and memory of all living descendants of the runner."""
+    """CPU time and memory of all living descendants of the supervisor."""
     pids = processes.descendants(os.getpid())
     cpu, memory = 0.0, 0
     for pid in pids:
-        if fields := processes.stat(pid):
+        folder, fields = processes.living(pid)
+        if fields:
             cpu += _spent(pid, fields)
             memory += int(fields[21]) * _PAGE
+            memory += max(_descriptors(folder) - _FREE_DESCRIPTORS, 0) * _DESCRIPTOR_BYTES
     return Usage(pids, cpu, memory)
+
+
+def _descriptors(folder: str) -> int:
+    with suppress(OSError):
+        # Kernels before 6.2 give no number here.
+        path = f"/proc/{folder}/fd"
+        return os.stat(path).st_size or len(os.listdir(path))
+    return 0
 
 
 def _spent(pid: int, fields: Sequence[str]) -> float:
@@ -251,10 +264,13 @@ def _spent(pid: int, fields: Sequence[str]) -> float:
 
 
 def _waited_for_processor(pid: int) -> float:
-    """Seconds that the process was ready to run and had no processor."""
-    with suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/schedstat", "rb") as stat:
-        return int(stat.read().split()[1]) / 1e9
-    return 0.0
+    """Seconds that a thread of the process was ready to run and had no processor, the most."""
+    most = 0.0
+    with suppress(OSError, IndexError, ValueError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/schedstat", "rb") as times:
+                most = max(most, int(times.read().split()[1]) / 1e9)
+    return most
 
 
 def _reaped_seconds() -> float:
@@ -264,10 +280,14 @@ def _reaped_seconds() -> float:
 
 def kill_all() -> None:
     """Ends every descendant: stops them first, so that none forks a successor meanwhile."""
-    runner = os.getpid()
-    while pids := processes.descendants(runner):
+    supervisor = os.getpid()
+    if supervisor == 1:
+        # All but this process of an own namespace, at once.
+        with suppress(OSError):
+            os.kill(-1, signal.SIGKILL)
+    while pids := processes.descendants(supervisor):
         processes.signal_all(pids, signal.SIGSTOP)
-        processes.signal_all({*pids, *processes.descendants(runner)}, signal.SIGKILL)
+        processes.signal_all({*pids, *processes.descendants(supervisor)}, signal.SIGKILL)
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -276,8 +296,9 @@ def kill_all() -> None:
             os.waitpid(-1, 0)
 
 
-def _small(path: str, limit: int) -> bool:
-    """Whether a directory holds less than `limit` bytes in a bounded number of entries."""
+def _small(path: str, limit: int, pids: Sequence[int]) -> bool:
+    """Whether a test's files take less than `limit` bytes in a bounded number of entries."""
+    limit -= _nameless(path, limit, pids)
     entries, directories = _CLEANABLE_ENTRIES, [path]
     for directory in directories:
         # The program may rename and remove files meanwhile; missing ones are not counted.
@@ -289,11 +310,29 @@ def _small(path: str, limit: int) -> bool:
                     return False
                 if entry.is_dir(follow_symlinks=False):
                     directories.append(entry.path)
-    return True
+    return limit >= 0
 
 
-def empty(path: str) -> bool:
-    """Empties a directory; False if too much is left in it, so that a new box is needed."""
+def _nameless(path: str, limit: int, pids: Sequence[int]) -> int:
+    """Bytes of removed files that processes hold open; a mapped one counts as `limit`."""
+    blocks: dict[int, int] = {}
+    mapped: set[int] = set()
+    for pid in pids:
+        folder = processes.living(pid)[0]
+        with suppress(OSError), open(f"/proc/{folder}/maps", "rb") as maps:
+            gone = [m for m in maps if m.endswith(b"(deleted)\n") and path.encode() in m]
+            mapped |= {int(line.split()[4]) for line in gone}
+        with suppress(OSError):
+            for entry in os.scandir(f"/proc/{folder}/fd"):
+                with suppress(OSError):
+                    seen = entry.stat()
+                    if stat.S_ISREG(seen.st_mode) and not seen.st_nlink:
+                        blocks[seen.st_ino] = seen.st_blocks * 512
+    return sum(blocks.values()) + limit * len(mapped - set(blocks))
+
+
+def remove(path: str) -> bool:
+    """Removes a folder; False if too much is left in it, so that a new box is needed."""
     left, directories = _CLEANABLE_ENTRIES, [path]
     try:
         for directory in directories:
@@ -309,7 +348,7 @@ def empty(path: str) -> bool:
                     directories.append(entry.path)
                 else:
                     os.unlink(entry.path)
-        for directory in reversed(directories[1:]):
+        for directory in reversed(directories):
             os.rmdir(directory)
     except OSError:
         return False
