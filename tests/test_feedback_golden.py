@@ -67,16 +67,16 @@ REFUSED = "The answer in the box was not checked: "
         (
             {},
             r"\boxed{\sum n}",
-            f"{REFUSED}it is not evaluated (a sum, product, integral, limit or binomial).",
+            f"{REFUSED}it is not evaluated (a sum, product, integral or limit).",
         ),
         (
             {},
-            r"\boxed{\binom{10000}{3}}",
-            f"{REFUSED}it is not evaluated (a sum, product, integral, limit or binomial).",
+            r"\boxed{\sum_{n=1}^{7} n}",
+            f"{REFUSED}it is not evaluated (a sum, product, integral or limit).",
         ),
         (
             {"reveal_expected": True},
-            r"\boxed{9^9^9}",
+            r"\boxed{9^{9^9}}",
             f"{REFUSED}its powers or factorials are too large to evaluate. Expected: 18",
         ),
     ],

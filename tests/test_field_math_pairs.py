@@ -106,6 +106,53 @@ x>2 \text{ or } x<-1 | x>2 or x<-1
 (-\infty,-1)\cup(2,\infty) | (2,\infty) \cup (-\infty,-1)
 3:2 | 3 : 2
 \begin{pmatrix}1\\2\end{pmatrix} | \begin{bmatrix} 1 \\ 2 \end{bmatrix}
+1{,}234 | 1234
+1\,234\,567 | 1234567
+\$1,234.50 | 1234.5
+(n+2)! | (n+2)(n+1)\cdot n!
+\frac12 | 0.5
+\dfrac{3}{4} | .75
+6.02\times10^{23} | 6.02e23
+7\text{ PM} | 7 pm
+7\ \mathrm{p.m.} | 7 PM
+5\text{ km} | 5 km
+1\frac12 | 3/2
+0.\overline{142857} | \frac17
+90^{\circ} | 90°
+\{\} | \emptyset
+x=5 | 5
+(1,2] | (1, 2]
+x\in(1,2] | 1<x\le 2
+\{1,2,3\} | \{3,1,2\}
+\left(\frac{1}{2},3\right) | (0.5, 3)
+\begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{bmatrix}1&2\\3&4\end{bmatrix}
+\sqrt2/2 | \frac{1}{\sqrt2}
+x^2+2x+1 | (x+1)^2
+y=2x+1 | y = 1+2x
+2x+y=3 | y=3-2x
+\text{Friday} | friday
+\textbf{(B)} | (B)
+3\pm\sqrt2 | 3+\sqrt2, 3-\sqrt2
+\sin 30^\circ | \sin 30^{\circ}
+25\% | 0.25
+\frac{\pi}{3} | \pi/3
+10^{-3} | 0.001
+-(-3) | 3
+\tfrac{5}{6} | 5/6
+12.50 | 12.5
+\mathbf{7} | 7
+x>3 | 3<x
+(-\infty,3)\cup(5,\infty) | (5,\infty)\cup(-\infty,3)
+a\cdot b | ba
+5! | 120
+\sqrt[3]{27} | 3
+1e3 | 1000
+\lfloor 3.7\rfloor | 3
+3\text{ and }5 | 5, 3
+north-east | North-East
+(\sqrt{8}-2\sqrt{2})10^{5000} | 0
+xy | yx
+\ln(ab) | \ln a+\ln b
 """
 
 DIFFERENT = r"""
@@ -246,6 +293,53 @@ x \cdot y = 1 | x \cdot y = -1
 \cancel{5} 6 | 56
 5^{\text{th}} | 5
 \frac{1}{2}\text{ of }3 | \frac12
+1.38\times10^{-23} | 6.63\times10^{-34}
+odd | even
+north-east | north-west
+5 km | 5 m
+413_5 | 413_6
+1,2,\ldots,9 | 1,2,\ldots,10
+5\to3 | 3
+0.33333333333333333 | \frac13
+12 | 1,2
+1,2,5 | 5
+5, 5 | 5
+\{5\}, \{6\} | 5
+x=3, x=4 | 3
+3 or 4 | 3
+x<3 | x\le3
+x>3 | x<3
+\begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}1&2\end{pmatrix}
+x+1 | x-1
+abc | cab
+10^{100} | 10^{100}+1
+100! | 100!+1
+\frac{1}{0} | 7
+\frac{0}{0} | 0
+nan | 7
+\text{yes} | no
+7 | 7 odd
+increase | 7
+2x=6 | 3
+3>2 | 3
+3\neq 4 | 3
+5 \pm 2 | 7
+7\,m | 7\,s
+\$5 | 5\%
+A, B | A
+\emptyset | 0
+5 to 3 | 3
+3:5 | 5:3
+2:30 | 2.5
+5 \equiv 3 | 3
+3 \approx 4 | 4
+1.0000000000000000001 | 1
+(\sqrt{8}-2\sqrt{2})10^{5000} | 7
+\exp(\exp(\exp(9))) | 7
+7+\frac{1}{(\sqrt{8}-2\sqrt{2})10^{5000}} | 7
+9^9^9^9 | 7
+9!! | 7
+5!! | 15
 """
 
 

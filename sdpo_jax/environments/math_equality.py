@@ -26,7 +26,7 @@ _LETTER = re.compile("[A-Za-z]")
 _FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 # A dollar sign is a unit that may be missing.
 _DOLLARS = re.compile(r"\\\$|^\s*\$[^$]*$")
-_SUSPICIOUS = re.compile(r"!|binom|(?:\^|\*\*).*(?:\^|\*\*|\d{4})", re.DOTALL)
+_SUSPICIOUS = re.compile(r"!|binom|exp|sinh|cosh|tanh|(?:\^|\*\*).*(?:\^|\*\*|\d{4})", re.DOTALL)
 
 
 class _Parts(NamedTuple):
@@ -75,7 +75,7 @@ def why_refused(answer: str) -> str | None:
 
 
 def why_only_text(answer: str) -> str | None:
-    """The reason why only the same text equals an answer that is no word; None if its value does."""
+    """The reason why only the same text equals an answer that is no word; else None."""
     if reason := why_refused(answer):
         return reason
     formulas = _formulas(readings(answer)[0][0])

@@ -65,7 +65,7 @@ _MIXED = re.compile(r"(?<![\w.,}\\)^/])(\d+) (\d+) ?/ ?(\d+)(?! ?[\d/])")
 _REPEATING = re.compile(
     r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot) ?(?:\{(\d+)\}|(\d))|\((\d+)\)(?![\w(^!]))"
 )
-_SCIENTIFIC = re.compile(r"(?<![\w.\\}])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?![\w.])")
+_SCIENTIFIC = re.compile(r"(?<![\w.\\}])(\d+(?:\.\d+)?)[eE]\+?(-?)0*(\d+)(?![\w.])")
 # `2e-1` may be twice e less one; `1e-05`, `2.5e-1` and `3e8` are numbers.
 _EULER = re.compile(r"(?<![\w.\\}])(?!1[eE])\d+[eE]-\d(?![\w.])")
 _TEXT = re.compile(
@@ -134,7 +134,7 @@ def readings(answer: str) -> list[tuple[str, tuple[str, ...]]]:
     """An answer without its words, and the words; `1,234` and `2e-1` have two readings each."""
     text = spelled(answer)
     merged = _THOUSANDS.sub(lambda match: match[1].replace(",", ""), text)
-    texts = [_SCIENTIFIC.sub(r"\1\\times 10^{\2}", reading) for reading in (merged, text)]
+    texts = [_SCIENTIFIC.sub(r"\1\\times 10^{\2\3}", reading) for reading in (merged, text)]
     return [split_words(reading) for reading in dict.fromkeys([*texts, *_EULER.findall(text)])]
 
 
