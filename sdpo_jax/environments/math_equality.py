@@ -102,6 +102,8 @@ def _same(a: str, b: str) -> bool:
         return _same_related(a, b)
     if not second.opening and len(second.items) == 1 and _RELATION.search(b):
         return _same_related(b, a)
+    if "\\emptyset" in (a.strip(), b.strip()):  # A set that holds it is not empty.
+        return False
     brackets = {(part.opening, part.closing) for part in (first, second)}
     if len(first.items) != len(second.items) or not (
         len(brackets) == 1 or brackets in ({("", ""), ("\\{", "\\}")}, {("", ""), ("(", ")")})
