@@ -1,16 +1,15 @@
 """Where an answer stands in a response or a row, and what becomes of one that never ends."""
 
 import json
-import time
 from importlib import util
 
 import pytest
 
 from sdpo_jax.environments.answer_forms import last_boxed, without_thinking
+from sdpo_jax.environments.base import JudgesLate
 from sdpo_jax.environments.kinds.math import MathConfig, build, parse_row
 from sdpo_jax.environments.math_equality import why_only_text
 from sdpo_jax.environments.rows import BadRow
-from sdpo_jax.environments.workers import InWorkers
 
 pytestmark = pytest.mark.skipif(
     util.find_spec("math_verify") is None, reason="needs pip install math-verify"
@@ -21,9 +20,7 @@ def written(folder, train, held_out):
     for side, given in (("train", train), ("test", held_out)):
         rows = [{"id": f"{side}{i}", "question": f"{side}{i}", "answer": a} for i, a in given]
         (folder / side).write_text("\n".join(map(json.dumps, rows)))
-    return MathConfig(
-        train=str(folder / "train"), held_out=str(folder / "test"), deadline_seconds=3.0
-    )
+    return MathConfig(train=str(folder / "train"), held_out=str(folder / "test"))
 
 
 @pytest.mark.parametrize(
@@ -101,15 +98,8 @@ def test_true_answers_that_only_their_letters_match_are_named_at_load(tmp_path, 
     assert why_only_text(r"\frac{1}{2} \text{ km}") is None
 
 
-def test_an_answer_that_never_ends_is_wrong_after_one_deadline(tmp_path):
-    settings = written(tmp_path, [(0, "7")], [(0, "7")])
-    made = InWorkers(build(settings), settings, workers=1)
-    try:
-        assert made.grade(made.train[0], r"\boxed{7}").passed
-        start = time.monotonic()
-        outcome = made.grade(made.train[0], rf"\boxed{{{'|x' * 30}{'|' * 30}}}")
-    finally:
-        made.close()
-    assert (outcome.passed, outcome.graded) == (False, True)
-    assert "took too long" in outcome.feedback
-    assert time.monotonic() - start < 2 * settings.deadline_seconds
+def test_an_answer_that_never_ends_is_wrong_and_graded(tmp_path):
+    made = build(written(tmp_path, [(0, "7")], [(0, "7")]))
+    assert isinstance(made, JudgesLate)
+    assert (made.late.passed, made.late.graded, made.late.reward) == (False, True, 0.0)
+    assert "took too long" in made.late.feedback

@@ -243,10 +243,8 @@ def test_stopped_after_every_step_in_turn_a_run_repeats_the_whole_one(name, whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", ["sdpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("grpo", "sft", "sdft"))]
-)
+@pytest.mark.parametrize("every", [2, 1])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_checkpoint_older_than_the_crash_repeats_the_steps_between(name, every, whole, tmp_path):
     config = make_config(tmp_path / "run", name, checkpoint={"every_steps": every})
     with pytest.raises(Crash):

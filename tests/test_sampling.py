@@ -212,7 +212,7 @@ def test_neither_temperature_nor_stop_ids_nor_seed_recompile(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (8, 1, 1)])
 def test_sampling_on_eight_devices_equals_one_device_token_for_token(params, rollouts, mesh):
     devices = tiny.make_devices(*mesh)
     spread = jax.device_put(params, devices.parameter_shardings(MODEL.logical_axes, params))

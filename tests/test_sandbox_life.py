@@ -129,7 +129,7 @@ with tempfile.TemporaryDirectory() as folder:
     killed.chmod(0o755)
     plan = tiers.bubblewrap(())._replace(bwrap=str(killed))
     try:
-        boxes.Box(plan, 64001).greet()
+        boxes.Box(plan, 64001).handshake()
     except boxes.BoxError as error:
         print(error, processes.children(os.getpid()))
 """

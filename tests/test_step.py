@@ -116,11 +116,7 @@ def test_the_update_does_not_depend_on_padding(share_prompts):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [
-        ("sdpo", {}),
-        *(slow(name, {}) for name in ("grpo", "sft")),
-        slow("sdpo", {"share_prompts": False}),
-    ],
+    [("sdpo", {}), ("grpo", {}), ("sft", {}), ("sdpo", {"share_prompts": False})],
 )
 def test_one_update_on_fsdp_4_tensor_2_equals_one_device(name, layout):
     run = programs(name, mesh=(1, 4, 2), **layout)
@@ -182,7 +178,7 @@ def test_rows_without_an_advantage_are_not_computed_but_counted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduction", ["sequence_mean", slow("token_mean")])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 def test_packed_demonstrations_equal_one_row_per_demonstration(reduction):
     run = programs("sft", share_prompts=False)
     packed = the_update("sft", run, reduction=reduction)

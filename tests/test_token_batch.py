@@ -118,7 +118,7 @@ def rows_of_next_step(trainer, state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["ema", pytest.param("trust_region", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weights", ["ema", "trust_region"])
 def test_the_batch_is_the_one_that_training_learns_from_next(weights):
     trainer = trainer_of(make_config("unused", weights=weights))
     state = start(trainer)

@@ -130,15 +130,36 @@ def test_no_token_of_the_trainer_reaches_a_worker(tmp_path, monkeypatch):
     assert "PYTHONPATH" in names and names.isdisjoint(tokens)
 
 
-def test_an_answer_that_hangs_or_kills_is_not_graded_and_costs_no_other(tmp_path, monkeypatch):
-    start = workers._Worker.start
+@pytest.fixture
+def patient(monkeypatch):
+    """The deadline holds for answers that hang alone; the list of answers that were started.
+
+    A worker on a busy machine may need longer than the deadline for the others.
+    """
+    start, tried = workers._Worker.start, []
 
     def start_patiently(self, job, seconds):
-        # A worker on a busy machine may need longer than the deadline for the other answers.
-        start(self, job, seconds if job.request["response"] == "hang" else 60.0)
+        tried.append(job.request["response"])
+        start(self, job, seconds if tried[-1] == "hang" else 60.0)
 
     monkeypatch.setattr(workers._Worker, "start", start_patiently)
     monkeypatch.setattr(workers, "RETRIES", 1)
+    return tried
+
+
+def test_an_environment_may_blame_the_answer_for_the_first_missed_deadline(tmp_path, patient):
+    blames = SOURCE.replace(
+        "class Odd:", 'class Odd:\n        late = Outcome(0.0, False, "late", {})'
+    )
+    made = started(settings(tmp_path, blames, deadline_seconds=0.5))
+    hung, right, died = grade(made, "hang", "t0", "die")
+    made.close()
+    assert (hung.graded, hung.passed, hung.feedback) == (True, False, "late")
+    assert right.passed and died.graded and died.feedback == "late"
+    assert patient.count("hang") == 1 and patient.count("die") == 2
+
+
+def test_an_answer_that_hangs_or_kills_is_not_graded_and_costs_no_other(tmp_path, patient):
     made = started(settings(tmp_path, deadline_seconds=0.5))
     hung, right, died, wrong = grade(made, "hang", "t0", "die", "no")
     made.close()

@@ -199,7 +199,7 @@ def _compared(first: Any, second: Any) -> tuple[bool, tuple[bool, bool]] | None:
 
     constant = not (first[0].free_symbols or second[0].free_symbols)
     coarse, fine = _CONSTANT_DIGITS if constant else _POINT_DIGITS
-    sizes, kinds, x, y, small = list[Any](), (True, True), 0, 0, mpmath.mpf(0)
+    sizes, kinds, is_small = list[Any](), (True, True), False
     for digits in (coarse, fine):
         with mpmath.workdps(digits):
             try:
@@ -214,10 +214,10 @@ def _compared(first: Any, second: Any) -> tuple[bool, tuple[bool, bool]] | None:
             small = mpmath.mpf(10) ** (-digits // 2)
             kinds = tuple(abs(mpmath.im(z)) <= small * abs(z) for z in (x, y))
             sizes.append(abs(x - y))
+            # Rounding of `(\sqrt8 - 2\sqrt2) 10^{5000}` shrinks, too, and is far from every answer.
+            is_small = sizes[-1] <= max(small, max(abs(x), abs(y)) * mpmath.sqrt(small))
     slack = mpmath.mpf(10) ** (coarse + 15 - fine)
     shrinks = sizes[1] <= slack * (sizes[0] or mpmath.mpf(10) ** -coarse)
-    # Rounding of `(\\sqrt8 - 2\\sqrt2) 10^{5000}` shrinks, too, and is far from every answer.
-    is_small = sizes[1] <= max(small, max(abs(x), abs(y)) * mpmath.sqrt(small))
     return bool(shrinks and is_small), kinds
 
 
@@ -232,7 +232,7 @@ def _value(tree: Any, point: int) -> Any:
     from sympy.core.function import AppliedUndef
 
     name = type(tree).__name__
-    if name == "Exp1":  # The parser's own base of `\\ln`.
+    if name == "Exp1":  # The parser's own base of `\ln`.
         return +mpmath.e
     if tree.is_Symbol or name in ("ImaginaryUnit", "Pi") or isinstance(tree, AppliedUndef):
         return _coordinate(str(tree), point)

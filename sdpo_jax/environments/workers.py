@@ -94,8 +94,10 @@ class InWorkers:
             "folder": str(Path.cwd()),
             "memory_mb": MEMORY_MB,
         }
-        self._pool = _Pool(hello, fingerprint(environment), workers, settings.deadline_seconds)
-        self._pool.late = environment.late if isinstance(environment, JudgesLate) else None
+        late = environment.late if isinstance(environment, JudgesLate) else None
+        self._pool = _Pool(
+            hello, fingerprint(environment), workers, settings.deadline_seconds, late
+        )
         self.close = weakref.finalize(self, self._pool.close)
         # Set only where the environment has them: callers test for the attribute.
         if isinstance(environment, HasReferences):
@@ -206,11 +208,17 @@ class _Worker:
 class _Pool:
     """The workers and the loop that distributes jobs among them."""
 
-    def __init__(self, hello: Mapping[str, Any], prompts: str, workers: int, seconds: float):
-        self._hello, self._prompts, self._seconds = hello, prompts, seconds
+    def __init__(
+        self,
+        hello: Mapping[str, Any],
+        prompts: str,
+        workers: int,
+        seconds: float,
+        late: Outcome | None,
+    ):
+        self._hello, self._prompts, self._seconds, self._late = hello, prompts, seconds, late
         self._workers = [_Worker(hello) for _ in range(workers)]
         self._dead_starts = 0
-        self.late: Outcome | None = None
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Step]:
         """One step for each request, in order; of a single response only `outcome` counts."""
@@ -283,8 +291,8 @@ class _Pool:
         self._workers[self._workers.index(worker)] = self._replace(worker)
         if job is None:
             return
-        if self.late and (job.lost == RETRIES or time.monotonic() >= worker.deadline):
-            outcomes[job.row] = Step(None, self.late)
+        if self._late and (job.lost == RETRIES or time.monotonic() >= worker.deadline):
+            outcomes[job.row] = Step(None, self._late)
         elif job.lost < RETRIES:
             waiting.append(job._replace(lost=job.lost + 1))
         else:

@@ -58,10 +58,11 @@ def _same_word(given: str, expected: str) -> bool:
     if given == expected:
         return True
     one, other = _number(given), _number(expected)
-    if one is None or other is None or one == other:
-        return one is not None and one == other
+    if one is None or other is None:
+        return False
     # An integer is exact however long it is.
-    return expected.lstrip("+-").isdigit() is False and close(float(one), float(other))
+    is_exact = expected.lstrip("+-").isdigit()
+    return one == other or (not is_exact and close(float(one), float(other)))
 
 
 def _number(word: str) -> Decimal | None:

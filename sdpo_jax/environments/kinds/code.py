@@ -196,8 +196,8 @@ def build(config: CodeConfig) -> Code:
     every = human_eval.load_problems() if config.source == "human_eval" else read(config.source)
     every = [_preluded(problem, config.prelude) for problem in every]
     if config.held_out_source:
-        held_out = [_preluded(p, config.prelude) for p in read(config.held_out_source)]
-        train = every
+        other = read(config.held_out_source)
+        train, held_out = every, [_preluded(problem, config.prelude) for problem in other]
     else:
         train, held_out = split(every, config.held_out_share, config.seed)
     return Code(

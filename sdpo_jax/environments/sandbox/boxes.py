@@ -54,7 +54,7 @@ class BoxError(Exception):
 
 
 class Box:
-    """One box: started, greeted by `greet`, given tests by `begin`, ended by `close`.
+    """One box: started, set up by `handshake`, given tests by `begin`, ended by `close`.
 
     It has to be started by a thread that outlives it: the kernel ends a box of bwrap with the
     thread that made it.
@@ -73,25 +73,25 @@ class Box:
             _running.add(self.process.pid)
         assert self.process.stdin and self.process.stdout
         self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
-        # A box that has already ended is noticed when it is greeted.
+        # A box that has already ended is noticed at the handshake.
         with suppress(OSError):
             # Large enough that the write does not wait for the interpreter to start.
             fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             frames.write_all(self._in, base64.b64decode(plan.code))
 
-    def greet(self) -> None:
+    def handshake(self) -> None:
         """Sends the box its set-up; if the box did not start, closes it and raises `BoxError`."""
-        greeting = None
+        ready = None
         with suppress(OSError, frames.FrameError):
             if self.process.poll() is None:
                 frames.write(self._in, self._setup())
-                greeting = self._greeting()
+                ready = self._ready()
         # The runner may outlive its bwrap for a moment and would then end in the middle of a test.
-        if greeting is None or self.process.poll() is not None:
+        if ready is None or self.process.poll() is not None:
             raise BoxError(self.close() or "the box ended at its start and said nothing")
         self.group.add([self.process.pid, *processes.descendants(self.process.pid)])
 
-    def _greeting(self) -> dict[str, Any] | None:
+    def _ready(self) -> dict[str, Any] | None:
         """The runner's first frame; None if the box ended or did not start in time."""
         waiting, deadline = select.poll(), time.monotonic() + _START_SECONDS
         waiting.register(self._out, select.POLLIN)

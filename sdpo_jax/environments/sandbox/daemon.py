@@ -120,7 +120,7 @@ class Slot:
         for _ in range(_STARTS):
             try:
                 box = boxes.Box(self._plan, self._uid, numpy)
-                box.greet()
+                box.handshake()
                 self._box = box
                 return box
             except (boxes.BoxError, OSError) as error:
